@@ -1,0 +1,129 @@
+// The ops of the CPU backend, declared once per instruction set: no include guard on purpose, bind.cpp includes this
+// file with HDFAST_ISA set to each instruction set in turn, an op's own file with the one it is compiled for.
+//
+// Conventions: rows are contiguous; `threads` is the most OpenMP threads to use. Scratch memory is the callee's.
+
+#include <cstdint>
+
+#include "rssm_observe.h"
+
+namespace HDFAST_ISA {
+
+// Copies windows of rows: out (length, batch, row_bytes) from storage (rows, row_bytes), each window going on at the
+// start of its ring. Returns the position of the first start outside the storage, having copied nothing, or -1.
+int64_t gather_windows(const uint8_t* storage, int64_t row_bytes, int64_t rows, const int64_t* starts, int64_t batch,
+                       int64_t length, int64_t ring, uint8_t* out, int threads);
+
+// SiLU(LayerNorm(x)); x, y, grad, grad_x (rows, width) float or bfloat16; mean, rstd (rows,) go from forward to backward.
+void layer_norm_silu_forward(const void* x, const float* weight, const float* bias, void* y, float* mean, float* rstd,
+                             int64_t rows, int64_t width, float eps, bool is_bf16, int threads);
+void layer_norm_silu_backward(const void* grad, const void* x, const float* weight, const float* bias,
+                              const float* mean, const float* rstd, void* grad_x, float* grad_weight, float* grad_bias,
+                              int64_t rows, int64_t width, bool is_bf16, int threads);
+
+// The GRU's gates: gates, grad_gates (rows, 3 * width) in one dtype; deter, next, grad, grad_deter (rows, width) in another.
+void layer_norm_gru_forward(const void* gates, const void* deter, const float* weight, const float* bias, void* next,
+                            float* mean, float* rstd, int64_t rows, int64_t width, float eps, bool gates_bf16,
+                            bool deter_bf16, int threads);
+void layer_norm_gru_backward(const void* grad, const void* gates, const void* deter, const float* weight,
+                             const float* bias, const float* mean, const float* rstd, void* grad_gates,
+                             void* grad_deter, float* grad_weight, float* grad_bias, int64_t rows, int64_t width,
+                             bool gates_bf16, bool deter_bf16, int threads);
+
+// Two-hot cross-entropy of logits (rows, bins) with target (rows,); position, top, scale (rows,) go from forward to
+// backward.
+void two_hot_loss_forward(const void* logits, const float* target, float* loss, float* position, float* top,
+                          float* scale, int64_t rows, int64_t bins, float low, float high, bool is_bf16, int threads);
+void two_hot_loss_backward(const float* grad, const void* logits, const float* position, const float* top,
+                           const float* scale, void* grad_logits, int64_t rows, int64_t bins, bool is_bf16,
+                           int threads);
+
+// symexp of the mean bin under softmax(logits); centre (rows,) is that mean, top and scale as above.
+void two_hot_mean_forward(const void* logits, float* mean, float* centre, float* top, float* scale, int64_t rows,
+                          int64_t bins, float low, float high, bool is_bf16, int threads);
+void two_hot_mean_backward(const float* grad, const void* logits, const float* centre, const float* top,
+                           const float* scale, void* grad_logits, int64_t rows, int64_t bins, float low, float high,
+                           bool is_bf16, int threads);
+
+// Sum over each row of (pred - image / 255)^2.
+void image_loss_forward(const void* pred, const uint8_t* image, float* loss, int64_t rows, int64_t width, bool is_bf16,
+                        int threads);
+void image_loss_backward(const float* grad, const void* pred, const uint8_t* image, void* grad_pred, int64_t rows,
+                         int64_t width, bool is_bf16, int threads);
+
+// KL of each row from log-probabilities (rows, width), not clipped; rows whose KL is below `free` get no gradient.
+void kl_balance_forward(const void* post, const void* prior, float* kl, int64_t rows, int64_t width, bool is_bf16,
+                        int threads);
+void kl_balance_backward(const float* grad_dyn, const float* grad_rep, const void* post, const void* prior,
+                         const float* kl, void* grad_post, void* grad_prior, int64_t rows, int64_t width, float free,
+                         bool is_bf16, int threads);
+
+// One draw per row of logits (rows, classes); logp and grad_logp are float.
+void sample_onehot_forward(const void* logits, const float* uniform, void* stoch, int64_t* index, float* logp,
+                           int64_t rows, int64_t classes, float unimix, bool is_bf16, int threads);
+void sample_onehot_backward(const void* grad_stoch, const float* grad_logp, const void* logits, void* grad_logits,
+                            int64_t rows, int64_t classes, float unimix, bool is_bf16, int threads);
+
+// Lambda-returns over (horizon, columns), time-major; cont, value, weight, grad_value (horizon + 1, columns).
+void lambda_return_forward(const float* reward, const float* cont, const float* value, float* returns, float* weight,
+                           int64_t horizon, int64_t columns, float discount, float lam, int threads);
+void lambda_return_backward(const float* grad, const float* cont, float* grad_reward, float* grad_value,
+                            int64_t horizon, int64_t columns, float discount, float lam, int threads);
+
+// Sums of rows of weight (groups * classes, units), one row per group; index (rows, groups). Forward returns the
+// position of the first index out of range, having computed nothing, or -1.
+int64_t onehot_linear_forward(const int64_t* index, const void* weight, void* out, int64_t rows, int64_t groups,
+                              int64_t classes, int64_t units, bool is_bf16, int threads);
+void onehot_linear_backward(const void* grad, const int64_t* index, void* grad_weight, int64_t rows, int64_t groups,
+                            int64_t classes, int64_t units, bool is_bf16, int threads);
+
+// The harmonious total of `count` losses of `rows` rows, and its gradients to the losses' means and to log_sigma.
+void harmony_loss_forward(const float* const* losses, int64_t count, int64_t rows, const float* log_sigma,
+                          const int64_t* group, const float* weight, const float* regularizer, int64_t groups,
+                          float* total, float* means, float* grad_means, float* grad_log_sigma);
+void harmony_loss_backward(const float* grad, const float* grad_means, const float* grad_log_sigma,
+                           float* scaled_log_sigma, float* grad_losses, int64_t count, int64_t rows, int64_t groups);
+
+// One Adam step of many tensors after clipping to a global norm. Writes the norm before clipping; where it is not finite
+// or *applied is false on entry, changes nothing but *applied to false.
+void adam_step(float* const* params, const float* const* grads, float* const* exp_avg, float* const* exp_avg_sq,
+               const int64_t* sizes, int64_t tensors, float* step, float lr, float beta1, float beta2, float eps,
+               float weight_decay, float max_norm, float* norm, bool* applied, int threads);
+
+// The observe scan of the RSSM, and its gradients but for those of the matrices (rssm_observe.h).
+void rssm_observe_forward(const RssmObserve& p, int threads);
+void rssm_observe_backward(const RssmObserve& p, int threads);
+
+}  // namespace HDFAST_ISA
+
+// clang-format off
+#ifndef HDFAST_OPS
+// Called from Python with the arguments they have here.
+#define HDFAST_OPS(X) \
+  X(gather_windows) \
+  X(layer_norm_silu_forward) \
+  X(layer_norm_silu_backward) \
+  X(layer_norm_gru_forward) \
+  X(layer_norm_gru_backward) \
+  X(two_hot_loss_forward) \
+  X(two_hot_loss_backward) \
+  X(two_hot_mean_forward) \
+  X(two_hot_mean_backward) \
+  X(image_loss_forward) \
+  X(image_loss_backward) \
+  X(kl_balance_forward) \
+  X(kl_balance_backward) \
+  X(sample_onehot_forward) \
+  X(sample_onehot_backward) \
+  X(lambda_return_forward) \
+  X(lambda_return_backward) \
+  X(onehot_linear_forward) \
+  X(onehot_linear_backward) \
+  X(harmony_loss_forward) \
+  X(harmony_loss_backward) \
+  X(adam_step)
+// Called with named fields.
+#define HDFAST_STRUCT_OPS(X) \
+  X(rssm_observe_forward) \
+  X(rssm_observe_backward)
+#endif

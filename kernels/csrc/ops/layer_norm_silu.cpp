@@ -1,0 +1,209 @@
+#include "layer_norm.h"
+
+namespace HDFAST_ISA {
+namespace {
+
+// silu(z) as exactly as T can hold it.
+template <class T>
+HDFAST_INLINE Vf silu(Vf z) {
+  return z * (std::is_same_v<T, bf16> ? rough_sigmoid(z) : sigmoid(z));
+}
+
+// The derivative of silu.
+HDFAST_INLINE Vf silu_slope(Vf z) {
+  const Vf gate = sigmoid(z);
+  return gate * (1.f + z * (1.f - gate));
+}
+
+template <bool far, class T>
+void forward_row(const T* in, const float* weight, const float* bias, T* out, float* mean, float* rstd, int64_t width,
+                 float eps) {
+  if (!far) prefetch_to_write(out, width);
+  prefetch_to_read(in + width, width);
+  const Moments moments = row_moments(in, width, eps);
+  *mean = moments.mean;
+  *rstd = moments.rstd;
+  for_lanes(width, [&](int64_t i, auto lanes) {
+    const Vf normed = (load(in + i, lanes) - moments.mean) * moments.rstd;
+    put<far>(out + i, silu<T>(normed * load(weight + i, lanes) + load(bias + i, lanes)), lanes);
+  });
+}
+
+// R rows together, so that they share what they read of the weight and add to the column sums. d_normed is scratch of R
+// rows.
+template <int R, bool far, class T>
+void backward_rows(const T* grad, const T* in, const float* weight, const float* bias, const float* mean,
+                   const float* rstd, T* out, int64_t width, float* d_normed, AffineGradients::Local& totals) {
+  Vf sum_d[R] = {}, sum_dn[R] = {};
+  for_lanes(width, [&](int64_t i, auto lanes) {
+    const Vf w = load(weight + i, lanes), b = load(bias + i, lanes);
+    Vf d_weight = {}, d_bias = {};
+    for (int r = 0; r < R; r++) {
+      // What is written soon and what is read next, a little at a time: there are few buffers for lines on their way.
+      if (!far) __builtin_prefetch(out + r * width + i, 1);
+      __builtin_prefetch(in + (R + r) * width + i);
+      __builtin_prefetch(grad + (R + r) * width + i);
+      const Vf n = (load(in + r * width + i, lanes) - mean[r]) * rstd[r];
+      const Vf dz = load(grad + r * width + i, lanes) * silu_slope(n * w + b), d = dz * w;
+      d_weight += dz * n;
+      d_bias += dz;
+      sum_d[r] += d;
+      sum_dn[r] += d * n;
+      store(d_normed + r * width + i, d, lanes);
+    }
+    totals.add(i, d_weight, d_bias, lanes);
+  });
+  for (int r = 0; r < R; r++) {
+    const float mean_d = sum(sum_d[r]) / width, slope = sum(sum_dn[r]) / width * rstd[r];
+    for_lanes(width, [&](int64_t i, auto lanes) {
+      const Vf centred = load(in + r * width + i, lanes) - mean[r], d = load(d_normed + r * width + i, lanes);
+      put<far>(out + r * width + i, rstd[r] * (d - mean_d - slope * centred), lanes);
+    });
+  }
+}
+
+constexpr int64_t ahead = 8;  // short rows from now
+
+// Rows of V vectors, held in registers with the weight and the bias: those of a convolution with few channels, whose
+// many short rows would otherwise wait for reductions and memory.
+template <int V, bool far, class T>
+void forward_narrow(const T* x, const float* weight, const float* bias, T* y, float* mean, float* rstd, int64_t rows,
+                    float eps, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    Vf w[V], b[V];
+    for (int v = 0; v < V; v++) w[v] = load(weight + v * W, Whole{}), b[v] = load(bias + v * W, Whole{});
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+      Vf d[V], total = {}, square = {};
+      if (!far) prefetch_to_write(y + (r + ahead) * V * W, V * W);
+      for (int v = 0; v < V; v++) total += d[v] = load(x + (r * V + v) * W, Whole{});
+      const Vf m = sum_everywhere(total) * (1.f / (V * W));
+      for (int v = 0; v < V; v++) d[v] -= m, square += d[v] * d[v];
+      const Vf s = inverse_sqrt_of_equal(sum_everywhere(square) * (1.f / (V * W)) + eps);
+      for (int v = 0; v < V; v++) put<far>(y + (r * V + v) * W, silu<T>(d[v] * s * w[v] + b[v]), Whole{});
+      mean[r] = m[0];
+      rstd[r] = s[0];
+    }
+    if (far) fence();
+  }
+}
+
+template <int V, bool far, class T>
+void backward_narrow(const T* grad, const T* x, const float* weight, const float* bias, const float* mean,
+                     const float* rstd, T* grad_x, int64_t rows, AffineGradients& all, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    AffineGradients::Local totals(all);
+    Vf w[V], b[V];
+    for (int v = 0; v < V; v++) w[v] = load(weight + v * W, Whole{}), b[v] = load(bias + v * W, Whole{});
+    constexpr int64_t block = AffineGradients::block_rows;
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < rows; first += block) {
+      Vf d_weight[V] = {}, d_bias[V] = {};
+      for (int64_t r = first; r < rows && r < first + block; r++) {
+        Vf d[V], n[V], sum_d = {}, sum_dn = {};
+        if (!far) prefetch_to_write(grad_x + (r + ahead) * V * W, V * W);
+        for (int v = 0; v < V; v++) {
+          n[v] = (load(x + (r * V + v) * W, Whole{}) - mean[r]) * rstd[r];
+          const Vf dz = load(grad + (r * V + v) * W, Whole{}) * silu_slope(n[v] * w[v] + b[v]);
+          d_weight[v] += dz * n[v];
+          d_bias[v] += dz;
+          d[v] = dz * w[v];
+          sum_d += d[v];
+          sum_dn += d[v] * n[v];
+        }
+        const Vf mean_d = sum_everywhere(sum_d) * (1.f / (V * W)), mean_dn = sum_everywhere(sum_dn) * (1.f / (V * W));
+        for (int v = 0; v < V; v++)
+          put<far>(grad_x + (r * V + v) * W, rstd[r] * (d[v] - mean_d - n[v] * mean_dn), Whole{});
+      }
+      for (int v = 0; v < V; v++) totals.add(v * W, d_weight[v], d_bias[v], Whole{});
+      totals.flush();
+    }
+    if (far) fence();
+  }
+}
+
+template <bool far, class T>
+void forward_wide(const T* x, const float* weight, const float* bias, T* y, float* mean, float* rstd, int64_t rows,
+                  int64_t width, float eps, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; r++)
+      forward_row<far>(x + r * width, weight, bias, y + r * width, mean + r, rstd + r, width, eps);
+    if (far) fence();
+  }
+}
+
+template <bool far, class T>
+void backward_wide(const T* grad, const T* x, const float* weight, const float* bias, const float* mean,
+                   const float* rstd, T* grad_x, int64_t rows, int64_t width, AffineGradients& all, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    AffineGradients::Local totals(all);
+    Scratch<float> d_normed(2 * width);
+#pragma omp for schedule(static)
+    for (int64_t pair = 0; pair < (rows + 1) / 2; pair++) {
+      const int64_t r = 2 * pair, at = r * width;
+      if (r + 1 < rows)
+        backward_rows<2, far>(grad + at, x + at, weight, bias, mean + r, rstd + r, grad_x + at, width, d_normed, totals);
+      else
+        backward_rows<1, far>(grad + at, x + at, weight, bias, mean + r, rstd + r, grad_x + at, width, d_normed, totals);
+      totals.next_rows(2);
+    }
+    if (far) fence();
+  }
+}
+
+template <class T>
+void forward(const T* x, const float* weight, const float* bias, T* y, float* mean, float* rstd, int64_t rows,
+             int64_t width, float eps, int threads) {
+  with_bool(is_far(y, rows, width), [&](auto far) {
+    with_vectors(width, [&](auto vectors) {
+      if constexpr (vectors)
+        forward_narrow<vectors, far>(x, weight, bias, y, mean, rstd, rows, eps, threads);
+      else
+        forward_wide<far>(x, weight, bias, y, mean, rstd, rows, width, eps, threads);
+    });
+  });
+}
+
+template <class T>
+void backward(const T* grad, const T* x, const float* weight, const float* bias, const float* mean, const float* rstd,
+              T* grad_x, int64_t rows, int64_t width, AffineGradients& all, int threads) {
+  with_bool(is_far(grad_x, rows, width), [&](auto far) {
+    with_vectors(width, [&](auto vectors) {
+      if constexpr (vectors)
+        backward_narrow<vectors, far>(grad, x, weight, bias, mean, rstd, grad_x, rows, all, threads);
+      else
+        backward_wide<far>(grad, x, weight, bias, mean, rstd, grad_x, rows, width, all, threads);
+    });
+  });
+}
+
+}  // namespace
+
+void layer_norm_silu_forward(const void* x, const float* weight, const float* bias, void* y, float* mean, float* rstd,
+                             int64_t rows, int64_t width, float eps, bool is_bf16, int threads) {
+  threads = threads_for(rows * width, threads);
+  with_dtype(is_bf16, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    forward(static_cast<const T*>(x), weight, bias, static_cast<T*>(y), mean, rstd, rows, width, eps, threads);
+  });
+}
+
+void layer_norm_silu_backward(const void* grad, const void* x, const float* weight, const float* bias,
+                              const float* mean, const float* rstd, void* grad_x, float* grad_weight, float* grad_bias,
+                              int64_t rows, int64_t width, bool is_bf16, int threads) {
+  threads = threads_for(rows * width, threads);
+  AffineGradients all(width, threads);
+  with_dtype(is_bf16, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    backward(static_cast<const T*>(grad), static_cast<const T*>(x), weight, bias, mean, rstd, static_cast<T*>(grad_x),
+             rows, width, all, threads);
+  });
+  all.write(grad_weight, grad_bias);
+}
+
+}  // namespace HDFAST_ISA

@@ -1,0 +1,113 @@
+#include "../ops.h"
+#include "../simd.h"
+
+namespace HDFAST_ISA {
+namespace {
+
+// The number of classes whose cumulated probability is at most `uniform`, at most classes - 1. Like PyTorch's cumsum
+// on the CPU: summed in double in the order of the classes, each sum rounded to float.
+HDFAST_INLINE int64_t draw(const float* probs, int64_t classes, float uniform) {
+  double cdf = 0;
+  int64_t index = 0;
+  for (int64_t k = 0; k < classes; k++) {
+    cdf += probs[k];
+    index += float(cdf) <= uniform;
+  }
+  return index < classes ? index : classes - 1;
+}
+
+HDFAST_INLINE void set_one(float* at) { *at = 1.f; }
+HDFAST_INLINE void set_one(bf16* at) { at->bits = 0x3f80; }
+
+template <class T>
+void forward(const T* logits, const float* uniform, T* stoch, int64_t* index, float* logp, int64_t rows,
+             int64_t classes, float unimix, int threads) {
+  std::memset(static_cast<void*>(stoch), 0, rows * classes * sizeof(T));
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch<float> probs(classes);
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+      const T* row = logits + r * classes;
+      float* out = logp + r * classes;
+      const float top = max_of_row(row, classes);
+      Vf total = {};
+      for_lanes(classes, [&](int64_t i, auto lanes) {
+        const Vf e = keep(exp(load(row + i, lanes) - top), lanes);
+        total += e;
+        store(probs + i, e, lanes);
+      });
+      const float z = sum(total), scale = (1 - unimix) / z, floor = unimix / classes, log_z = std::log(z);
+      for_lanes(classes, [&](int64_t i, auto lanes) {
+        const Vf p = load(probs + i, lanes) * scale + floor;
+        store(probs + i, p, lanes);
+        // Without a mixture a probability may underflow where its logarithm does not.
+        store(out + i, unimix > 0 ? log(p) : load(row + i, lanes) - top - log_z, lanes);
+      });
+      index[r] = draw(probs, classes, uniform[r]);
+      set_one(stoch + r * classes + index[r]);
+    }
+  }
+}
+
+template <class T>
+void backward(const T* grad_stoch, const float* grad_logp, const T* logits, T* grad_logits, int64_t rows,
+              int64_t classes, float unimix, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch<float> probs(classes), d_probs(classes);
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+      const T* row = logits + r * classes;
+      const float top = max_of_row(row, classes);
+      Vf total = {};
+      for_lanes(classes, [&](int64_t i, auto lanes) {
+        const Vf e = keep(exp(load(row + i, lanes) - top), lanes);
+        total += e;
+        store(probs + i, e, lanes);
+      });
+      const float scale = 1.f / sum(total), floor = unimix / classes;
+      Vf weighted = {};
+      for_lanes(classes, [&](int64_t i, auto lanes) {
+        const int64_t at = r * classes + i;
+        const Vf softmax = load(probs + i, lanes) * scale;
+        Vf d = (1 - unimix) * load(grad_stoch + at, lanes) * softmax;
+        const Vf d_logp = load(grad_logp + at, lanes);
+        // d log p / d softmax is (1 - unimix) / p; times softmax that is 1 where nothing is mixed in.
+        d += unimix > 0 ? d_logp * ((1 - unimix) * softmax / ((1 - unimix) * softmax + floor)) : d_logp;
+        d = keep(d, lanes);
+        weighted += d;
+        store(probs + i, softmax, lanes);
+        store(d_probs + i, d, lanes);
+      });
+      const float mean = sum(weighted);
+      for_lanes(classes, [&](int64_t i, auto lanes) {
+        store(grad_logits + r * classes + i, load(d_probs + i, lanes) - load(probs + i, lanes) * mean, lanes);
+      });
+    }
+  }
+}
+
+}  // namespace
+
+void sample_onehot_forward(const void* logits, const float* uniform, void* stoch, int64_t* index, float* logp,
+                           int64_t rows, int64_t classes, float unimix, bool is_bf16, int threads) {
+  threads = threads_for(rows * classes, threads);
+  with_dtype(is_bf16, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    forward(static_cast<const T*>(logits), uniform, static_cast<T*>(stoch), index, logp, rows, classes, unimix,
+            threads);
+  });
+}
+
+void sample_onehot_backward(const void* grad_stoch, const float* grad_logp, const void* logits, void* grad_logits,
+                            int64_t rows, int64_t classes, float unimix, bool is_bf16, int threads) {
+  threads = threads_for(rows * classes, threads);
+  with_dtype(is_bf16, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    backward(static_cast<const T*>(grad_stoch), grad_logp, static_cast<const T*>(logits), static_cast<T*>(grad_logits),
+             rows, classes, unimix, threads);
+  });
+}
+
+}  // namespace HDFAST_ISA

@@ -1,0 +1,474 @@
+// Vectors of W floats in the instruction set at hand, over GCC and clang vector extensions: loads and stores of
+// float, bfloat16 and uint8 rows with a masked last part, reductions, and the few functions that the ops need.
+//
+// Everything has internal linkage: the same header is compiled once per instruction set.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace HDFAST_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float Vf __attribute__((vector_size(4 * W)));
+typedef int32_t Vi __attribute__((vector_size(4 * W)));
+typedef uint32_t Vu __attribute__((vector_size(4 * W)));
+typedef uint16_t Vh __attribute__((vector_size(2 * W)));
+typedef uint8_t Vb __attribute__((vector_size(W)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+#define HDFAST_INLINE inline __attribute__((always_inline))
+
+template <class To, class From>
+HDFAST_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+HDFAST_INLINE Vf splat(float value) { return Vf{} + value; }
+
+// Which lanes of a vector take part: all, or the first n.
+struct Whole {};
+struct Part {
+  int n;
+};
+
+HDFAST_INLINE Vi lane_numbers() {
+  Vi lanes;
+  for (int i = 0; i < W; i++) lanes[i] = i;
+  return lanes;
+}
+
+// The vector with `other` in the lanes that take no part.
+HDFAST_INLINE Vf keep(Vf v, Whole, float = 0) { return v; }
+HDFAST_INLINE Vf keep(Vf v, Part part, float other = 0) { return lane_numbers() < part.n ? v : splat(other); }
+
+template <class T>
+struct Raw;
+template <>
+struct Raw<float> {
+  using type = Vf;
+};
+template <>
+struct Raw<bf16> {
+  using type = Vh;
+};
+template <>
+struct Raw<uint8_t> {
+  using type = Vb;
+};
+
+HDFAST_INLINE Vf widen(Vf v) { return v; }
+HDFAST_INLINE Vf widen(Vh v) {
+#if defined(__AVX512F__)
+  const Vu bits = bit_cast<Vu>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(v)));
+#elif defined(__AVX2__)
+  const Vu bits = bit_cast<Vu>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(v)));
+#else
+  const Vu bits = __builtin_convertvector(v, Vu);
+#endif
+  return bit_cast<Vf>(bits << 16);
+}
+HDFAST_INLINE Vf widen(Vb v) { return __builtin_convertvector(__builtin_convertvector(v, Vi), Vf); }
+
+HDFAST_INLINE Vf narrow(Vf v, float) { return v; }
+HDFAST_INLINE Vh narrow(Vf v, bf16) {
+#if defined(__AVX512BF16__)
+  return bit_cast<Vh>(_mm512_cvtneps_pbh(v));
+#else
+  const Vu bits = bit_cast<Vu>(v);
+  const Vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(v == v ? rounded : Vu{} + 0x7fc0, Vh);
+#endif
+}
+
+template <class T>
+HDFAST_INLINE Vf load(const T* p, Whole, float = 0) {
+  typename Raw<T>::type raw;
+  std::memcpy(&raw, p, sizeof(raw));
+  return widen(raw);
+}
+
+// Lanes that take no part read nothing and get `other`.
+template <class T>
+HDFAST_INLINE Vf load(const T* p, Part part, float other = 0) {
+  typename Raw<T>::type raw = {};
+  std::memcpy(&raw, p, part.n * sizeof(T));
+  return keep(widen(raw), part, other);
+}
+
+template <class T>
+HDFAST_INLINE void store(T* p, Vf v, Whole) {
+  const auto raw = narrow(v, T{});
+  std::memcpy(p, &raw, sizeof(raw));
+}
+
+template <class T>
+HDFAST_INLINE void store(T* p, Vf v, Part part) {
+  const auto raw = narrow(v, T{});
+  std::memcpy(p, &raw, part.n * sizeof(T));
+}
+
+#if defined(__AVX512F__)
+HDFAST_INLINE Vf load(const float* p, Part part, float other = 0) {
+  return _mm512_mask_loadu_ps(splat(other), __mmask16((1u << part.n) - 1), p);
+}
+HDFAST_INLINE void store(float* p, Vf v, Part part) { _mm512_mask_storeu_ps(p, __mmask16((1u << part.n) - 1), v); }
+HDFAST_INLINE Vf load(const bf16* p, Part part, float other = 0) {
+  const __m256i raw = _mm256_maskz_loadu_epi16(__mmask16((1u << part.n) - 1), p);
+  return keep(widen(bit_cast<Vh>(raw)), part, other);
+}
+HDFAST_INLINE void store(bf16* p, Vf v, Part part) {
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << part.n) - 1), bit_cast<__m256i>(narrow(v, bf16{})));
+}
+#elif defined(__AVX2__)
+HDFAST_INLINE Vf load(const float* p, Part part, float other = 0) {
+  const Vi mask = lane_numbers() < part.n;
+  return mask ? Vf(_mm256_maskload_ps(p, __m256i(mask))) : splat(other);
+}
+HDFAST_INLINE void store(float* p, Vf v, Part part) { _mm256_maskstore_ps(p, __m256i(lane_numbers() < part.n), v); }
+#endif
+
+// Stores past the caches, for what is larger than they are: a line is not read first only to be overwritten. The address
+// is a multiple of the vector's size; fence() makes the thread's stores visible to others.
+#if defined(__AVX512F__)
+HDFAST_INLINE void stream(float* p, Vf v) { _mm512_stream_ps(p, v); }
+HDFAST_INLINE void stream(bf16* p, Vf v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(narrow(v, bf16{})));
+}
+HDFAST_INLINE void fence() { _mm_sfence(); }
+#elif defined(__AVX2__)
+HDFAST_INLINE void stream(float* p, Vf v) { _mm256_stream_ps(p, v); }
+HDFAST_INLINE void stream(bf16* p, Vf v) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bit_cast<__m128i>(narrow(v, bf16{})));
+}
+HDFAST_INLINE void fence() { _mm_sfence(); }
+#else
+template <class T>
+HDFAST_INLINE void stream(T* p, Vf v) {
+  store(p, v, Whole{});
+}
+HDFAST_INLINE void fence() {}
+#endif
+
+constexpr int64_t far_bytes = 32 << 20;  // an output as large as this will not be found in the caches by who reads it
+
+// Whether rows of `width` elements from p on may be streamed, and should be.
+template <class T>
+HDFAST_INLINE bool is_far(const T* p, int64_t rows, int64_t width) {
+  return rows * width * int64_t(sizeof(T)) >= far_bytes && reinterpret_cast<uintptr_t>(p) % 64 == 0 && width % W == 0;
+}
+
+template <bool far, class T, class Lanes>
+HDFAST_INLINE void put(T* p, Vf v, Lanes lanes) {
+  if constexpr (far && std::is_same_v<Lanes, Whole>)
+    stream(p, v);
+  else
+    store(p, v, lanes);
+}
+
+// Asks for a row's cache lines ahead of its time. Long rows that are read, worked on and written wait for memory otherwise:
+// the hardware foresees neither a new row nor what will be written.
+template <class T>
+HDFAST_INLINE void prefetch_to_read(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 0);
+}
+template <class T>
+HDFAST_INLINE void prefetch_to_write(T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 1);
+}
+
+template <class F>
+HDFAST_INLINE void with_bool(bool value, F f) {
+  if (value)
+    f(std::true_type{});
+  else
+    f(std::false_type{});
+}
+
+// f(i, lanes) for i = 0, W, 2W ... below n.
+template <class F>
+HDFAST_INLINE void for_lanes(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) f(i, Whole{});
+  if (i < n) f(i, Part{int(n - i)});
+}
+
+HDFAST_INLINE Vf max(Vf a, Vf b) { return a > b ? a : b; }
+HDFAST_INLINE Vf min(Vf a, Vf b) { return a < b ? a : b; }
+HDFAST_INLINE Vf abs(Vf v) { return bit_cast<Vf>(bit_cast<Vi>(v) & 0x7fffffff); }
+HDFAST_INLINE Vf copysign(Vf size, Vf sign) {
+  return bit_cast<Vf>((bit_cast<Vi>(size) & 0x7fffffff) | (bit_cast<Vi>(sign) & int32_t(0x80000000)));
+}
+
+HDFAST_INLINE Vf sqrt(Vf v) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(v);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(v);
+#else
+  for (int i = 0; i < W; i++) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
+HDFAST_INLINE float sum(Vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
+  float total[W];
+  std::memcpy(total, &v, sizeof(v));
+  for (int width = W / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) total[i] += total[i + width];
+  return total[0];
+#endif
+}
+
+// The sum of a vector in every lane.
+HDFAST_INLINE Vf sum_everywhere(Vf v) {
+#if defined(__AVX512F__)
+  v += Vf(_mm512_shuffle_f32x4(v, v, 0x4e));
+  v += Vf(_mm512_shuffle_f32x4(v, v, 0xb1));
+  v += Vf(_mm512_permute_ps(v, 0x4e));
+  return v + Vf(_mm512_permute_ps(v, 0xb1));
+#elif defined(__AVX2__)
+  v += Vf(_mm256_permute2f128_ps(v, v, 1));
+  v += Vf(_mm256_permute_ps(v, 0x4e));
+  return v + Vf(_mm256_permute_ps(v, 0xb1));
+#else
+  return splat(sum(v));
+#endif
+}
+
+// 1 / sqrt(x) in every lane of a vector whose lanes are all alike.
+HDFAST_INLINE Vf inverse_sqrt_of_equal(Vf v) {
+#if defined(__AVX512F__)
+  const Vf guess = _mm512_rsqrt14_ps(v);
+  return guess * (1.5f - 0.5f * v * (guess * guess));
+#else
+  return splat(1.f / std::sqrt(v[0]));
+#endif
+}
+
+HDFAST_INLINE float max(Vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(v);
+#else
+  float top = v[0];
+  for (int i = 1; i < W; i++) top = v[i] > top ? v[i] : top;
+  return top;
+#endif
+}
+
+// The sum of f(i, lanes) over a row; f is zero in the lanes that take no part. Four accumulators hide the latency.
+template <class F>
+HDFAST_INLINE float sum_lanes(int64_t n, F f) {
+  Vf a = {}, b = {}, c = {}, d = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    a += f(i, Whole{});
+    b += f(i + W, Whole{});
+    c += f(i + 2 * W, Whole{});
+    d += f(i + 3 * W, Whole{});
+  }
+  for (; i + W <= n; i += W) a += f(i, Whole{});
+  if (i < n) b += f(i, Part{int(n - i)});
+  return sum((a + b) + (c + d));
+}
+
+template <class T>
+HDFAST_INLINE float max_of_row(const T* row, int64_t n) {
+  Vf top = splat(-INFINITY);
+  for_lanes(n, [&](int64_t i, auto lanes) { top = max(load(row + i, lanes, -INFINITY), top); });
+  return max(top);
+}
+
+// 1 / x within 1 ulp, for x whose inverse is a normal number.
+HDFAST_INLINE Vf reciprocal(Vf x) {
+#if defined(__AVX512F__)  // a division takes the vector unit for 16 cycles
+  const Vf guess = _mm512_rcp14_ps(x);
+  return guess + guess * (1.f - x * guess);
+#else
+  return 1.f / x;
+#endif
+}
+
+// e^x within 1 ulp for x <= 88; zero below -87, NaN for NaN. Cody-Waite reduction, minimax polynomial of Cephes expf.
+HDFAST_INLINE Vf exp(Vf x) {
+#if defined(__AVX512F__)
+  x = _mm512_max_ps(splat(-104.f), x);  // NaN stays
+  const Vf n = _mm512_roundscale_ps(x * 1.44269504088896341f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+  const Vf shifted = x * 1.44269504088896341f + magic;
+  const Vf n = shifted - magic;
+#endif
+  Vf r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);
+#else
+  const Vi exponent = bit_cast<Vi>(shifted) - bit_cast<int32_t>(magic) + 127;
+  const Vf result = p * bit_cast<Vf>(exponent << 23);
+  return x < -87.f ? Vf{} : result;
+#endif
+}
+
+// log(x) within 1 ulp for normal x > 0. Polynomial of Cephes logf.
+HDFAST_INLINE Vf log(Vf x) {
+  // Split off the exponent so that the mantissa lies in [sqrt(1/2), sqrt(2)).
+  const Vi bits = bit_cast<Vi>(x) - 0x3f3504f3;
+  const Vf e = __builtin_convertvector(bits >> 23, Vf);
+  const Vf m = bit_cast<Vf>((bits & 0x7fffff) + 0x3f3504f3) - 1.f;
+  Vf p = splat(7.0376836292e-2f);
+  p = p * m + -1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m + -1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m + -1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m + -2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const Vf square = m * m;
+  Vf tail = p * (m * square) + e * -2.12194440e-4f;
+  tail = tail - 0.5f * square;
+  return (m + tail) + e * 0.693359375f;
+}
+
+// 2^t for -126 <= t <= 126 (on AVX-512 for any t below), by a minimax polynomial on [-1/2, 1/2]: within 1 ulp, or with a
+// relative error of 3e-6 where it is `rough`.
+template <bool rough>
+HDFAST_INLINE Vf exp2(Vf t) {
+#if defined(__AVX512F__)
+  const Vf n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Vf shifted = t + 12582912.f, n = shifted - 12582912.f;  // 1.5 * 2^23, as in exp
+#endif
+  const Vf f = t - n;
+  Vf p;
+  if constexpr (rough) {
+    p = splat(9.5828528675e-3f);
+    p = p * f + 5.5906424925e-2f;
+    p = p * f + 2.4024098617e-1f;
+    p = p * f + 6.9312419336e-1f;
+  } else {
+    p = splat(1.5353361816e-4f);
+    p = p * f + 1.3398874445e-3f;
+    p = p * f + 9.6184373583e-3f;
+    p = p * f + 5.5503324710e-2f;
+    p = p * f + 2.4022647914e-1f;
+    p = p * f + 6.9314720286e-1f;
+  }
+  p = p * f + 1.f;
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);
+#else
+  return bit_cast<Vf>(bit_cast<Vi>(p) + (bit_cast<Vi>(shifted) << 23));
+#endif
+}
+
+// The argument of 2^t for e^-x, such that neither 2^t nor 1 / (1 + 2^t) is denormal, which would be slow. NaN stays.
+HDFAST_INLINE Vf sigmoid_exponent(Vf x) {
+  const Vf t = x * -1.44269504088896341f;
+#if defined(__AVX512F__)
+  return _mm512_min_ps(splat(126.f), t);
+#else
+  return t > 126.f ? splat(126.f) : t < -126.f ? splat(-126.f) : t;
+#endif
+}
+
+// 1 / (1 + e^-x), never below 2^-126.
+HDFAST_INLINE Vf sigmoid(Vf x) { return reciprocal(1.f + exp2<false>(sigmoid_exponent(x))); }
+
+// The same with a relative error below 1e-4: a thirtieth of what rounding to bfloat16 takes, for two thirds of the work.
+HDFAST_INLINE Vf rough_sigmoid(Vf x) {
+  const Vf below = 1.f + exp2<true>(sigmoid_exponent(x));
+#if defined(__AVX512F__)
+  return _mm512_rcp14_ps(below);
+#else
+  return 1.f / below;
+#endif
+}
+
+// tanh(x), relative error of a few 1e-7 everywhere: an odd polynomial (Cephes tanhf) where 1 - e^-2|x| would cancel.
+HDFAST_INLINE Vf tanh(Vf x) {
+  const Vf size = abs(x), square = x * x;
+  const Vf e = exp(-2.f * size);
+  const Vf far = copysign((1.f - e) * reciprocal(1.f + e), x);
+  Vf p = splat(-5.70498872745e-3f);
+  p = p * square + 2.06390887954e-2f;
+  p = p * square + -5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square + -3.33332819422e-1f;
+  const Vf near = p * (square * x) + x;
+  return size < 0.625f ? near : far;
+}
+
+// Scratch memory of one call, aligned to a cache line, not initialised.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : data_(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64 + 64))) {
+    if (!data_) std::abort();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  operator T*() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// Fewer threads for little work: waking them costs as much as some ten thousand elements.
+HDFAST_INLINE int threads_for(int64_t elements, int threads) { return elements < 1 << 14 ? 1 : threads; }
+
+// Calls f with the number of vectors in a row where that is small, so that a row can stay in registers, and with zero
+// for every other width: with_vectors(width, [&](auto vectors) { op<vectors>(...) }).
+template <class F>
+HDFAST_INLINE void with_vectors(int64_t width, F f) {
+  if (width == 2 * W)
+    f(std::integral_constant<int, 2>{});
+  else if (width == 4 * W)
+    f(std::integral_constant<int, 4>{});
+  else
+    f(std::integral_constant<int, 0>{});
+}
+
+// Calls f with a null pointer of the element type: with_dtype(is_bf16, [&](auto* tag) { using T = ... }).
+template <class F>
+HDFAST_INLINE void with_dtype(bool is_bf16, F f) {
+  if (is_bf16)
+    f(static_cast<bf16*>(nullptr));
+  else
+    f(static_cast<float*>(nullptr));
+}
+
+}  // namespace
+}  // namespace HDFAST_ISA

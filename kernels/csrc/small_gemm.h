@@ -1,0 +1,235 @@
+// Products of a few rows with a weight matrix that is used many times: C (rows, N) = A (rows, depth) W (depth, N).
+//
+// The weight is packed once into panels of `columns` columns, each contiguous, so that a product streams it from cache
+// in order; threads own panels, hence keep reading the same part of the weight. bfloat16 panels hold pairs of
+// consecutive depths side by side, which is what vdpbf16ps and the AMX tiles read. Sums are float32.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+#if defined(__AVX512BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "vector_math.h"
+
+namespace HDFAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int lanes = 16, tile_rows = 8;
+#elif defined(__AVX2__)
+constexpr int lanes = 8, tile_rows = 4;
+#else
+constexpr int lanes = 4, tile_rows = 4;
+#endif
+constexpr int columns = 2 * lanes;  // of a panel
+constexpr int64_t depth_block = 128;  // of a panel that stays in the first cache while the rows pass
+
+typedef float Lane __attribute__((vector_size(4 * lanes)));
+typedef uint32_t LaneBits __attribute__((vector_size(4 * lanes)));
+
+template <class V>
+inline V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// A weight (depth, N) whose element (k, n) lies at source[k * depth_stride + n * column_stride].
+template <class E>
+struct Packed {
+  const E* source = nullptr;
+  int64_t depth, N, depth_stride, column_stride;
+  std::vector<E>* memory = nullptr;
+
+  Packed(const void* source, int64_t depth, int64_t N, int64_t depth_stride, int64_t column_stride, std::vector<E>* memory)
+      : source(static_cast<const E*>(source)), depth(depth), N(N), depth_stride(depth_stride),
+        column_stride(column_stride), memory(memory) {
+    memory->resize(panels() * panel_size());
+  }
+
+  static constexpr int64_t group = sizeof(E) == 2 ? 2 : 1;  // depths that lie side by side
+  int64_t panels() const { return (N + columns - 1) / columns; }
+  int64_t panel_size() const { return (depth + group - 1) / group * group * columns; }
+  const E* panel(int64_t i) const { return memory->data() + i * panel_size(); }
+
+  void pack(int thread, int threads) const {
+    for (int64_t i = panels() * thread / threads; i < panels() * (thread + 1) / threads; i++) {
+      E* out = memory->data() + i * panel_size();
+      const int64_t width = N - i * columns < columns ? N - i * columns : columns;
+      if (width < columns || depth % group) std::memset(static_cast<void*>(out), 0, panel_size() * sizeof(E));
+      const E* in = source + i * columns * column_stride;
+      for (int64_t k0 = 0; k0 < depth; k0 += 16) {
+        const int64_t k1 = k0 + 16 < depth ? k0 + 16 : depth;
+        if (column_stride == 1) {
+          for (int64_t k = k0; k < k1; k++)
+            for (int64_t n = 0; n < width; n++)
+              out[(k / group * columns + n) * group + k % group] = in[k * depth_stride + n];
+        } else {
+          for (int64_t n = 0; n < width; n++)
+            for (int64_t k = k0; k < k1; k++)
+              out[(k / group * columns + n) * group + k % group] = in[k * depth_stride + n * column_stride];
+        }
+      }
+    }
+  }
+};
+
+// One tile: `rows` rows and one panel over depths [0, depth), added to C or, if `fresh`, stored there.
+template <int rows>
+inline void tile(const float* A, int64_t lda, const float* panel, int64_t depth, float* C, int64_t ldc, bool fresh) {
+  Lane sum[rows][2];
+  for (int m = 0; m < rows; m++)
+    for (int v = 0; v < 2; v++) sum[m][v] = fresh ? Lane{} : load<Lane>(C + m * ldc + v * lanes);
+  for (int64_t k = 0; k < depth; k++) {
+    const Lane low = load<Lane>(panel + k * columns), high = load<Lane>(panel + k * columns + lanes);
+    for (int m = 0; m < rows; m++) {
+      sum[m][0] += A[m * lda + k] * low;
+      sum[m][1] += A[m * lda + k] * high;
+    }
+  }
+  for (int m = 0; m < rows; m++)
+    for (int v = 0; v < 2; v++) std::memcpy(C + m * ldc + v * lanes, &sum[m][v], sizeof(Lane));
+}
+
+inline Lane add_products(Lane sum, uint32_t pair, LaneBits weights) {
+#if defined(__AVX512BF16__)
+  return (Lane)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(pair)), (__m512bh)weights);
+#else
+  sum += __builtin_bit_cast(float, pair << 16) * (Lane)(weights << 16);
+  return sum + __builtin_bit_cast(float, pair & 0xFFFF0000u) * (Lane)(weights & 0xFFFF0000u);
+#endif
+}
+
+template <int rows>
+inline void tile(const bfloat16* A, int64_t lda, const bfloat16* panel, int64_t depth, float* C, int64_t ldc, bool fresh) {
+  Lane sum[rows][2];
+  for (int m = 0; m < rows; m++)
+    for (int v = 0; v < 2; v++) sum[m][v] = fresh ? Lane{} : load<Lane>(C + m * ldc + v * lanes);
+  const auto add = [&](int64_t k, auto pair_of) {
+    const LaneBits low = load<LaneBits>(panel + k * columns), high = load<LaneBits>(panel + k * columns + 2 * lanes);
+    for (int m = 0; m < rows; m++) {
+      const uint32_t pair = pair_of(A + m * lda + k);
+      sum[m][0] = add_products(sum[m][0], pair, low);
+      sum[m][1] = add_products(sum[m][1], pair, high);
+    }
+  };
+  for (int64_t k = 0; k + 1 < depth; k += 2) add(k, load<uint32_t>);
+  if (depth % 2) add(depth - 1, [](const bfloat16* last) { return uint32_t(last->bits); });
+  for (int m = 0; m < rows; m++)
+    for (int v = 0; v < 2; v++) std::memcpy(C + m * ldc + v * lanes, &sum[m][v], sizeof(Lane));
+}
+
+template <class E, int rows = tile_rows>
+inline void tile_of(int64_t left, const E* A, int64_t lda, const E* panel, int64_t depth, float* C, int64_t ldc, bool fresh) {
+  if constexpr (rows > 1)
+    if (left < rows) return tile_of<E, rows - 1>(left, A, lda, panel, depth, C, ldc, fresh);
+  tile<rows>(A, lda, panel, depth, C, ldc, fresh);
+}
+
+// One panel, all rows.
+template <class E>
+inline void panel_product(const E* A, int64_t lda, int64_t rows, const Packed<E>& W, int64_t i, float* C, int64_t ldc) {
+  for (int64_t k = 0; k < W.depth; k += depth_block) {
+    const int64_t depth = W.depth - k < depth_block ? W.depth - k : depth_block;
+    for (int64_t m = 0; m < rows; m += tile_rows)
+      tile_of<E>(rows - m, A + m * lda + k, lda, W.panel(i) + k * columns, depth, C + m * ldc, ldc, k == 0);
+  }
+}
+
+#if defined(__AVX512BF16__) && defined(__linux__) && defined(__x86_64__)
+#define HDFAST_AMX
+// Whether this process may use the AMX tiles; asks the kernel for them once.
+inline bool amx_granted() {
+  static const bool granted = [] {
+    if (!__builtin_cpu_supports("amx-bf16")) return false;
+    constexpr int request_permission = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  }();
+  return granted;
+}
+
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// `count` (1 or 2) panels, 16 rows at a time: tiles 0-3 sums, 4 rows of A, 5-6 weights.
+__attribute__((target("amx-tile,amx-bf16"))) inline void amx_product(const bfloat16* A, int64_t lda, int64_t rows,
+                                                                     const Packed<bfloat16>& W, int64_t i, int count,
+                                                                     float* C, int64_t ldc) {
+  for (int64_t m = 0; m < rows; m += 16) {
+    TileConfig config;
+    for (int t = 0; t < 7; t++) {
+      config.row_bytes[t] = 64;
+      config.rows[t] = uint8_t(t >= 5 || rows - m >= 16 ? 16 : rows - m);
+    }
+    _tile_loadconfig(&config);
+    const bfloat16 *a = A + m * lda, *left = W.panel(i), *right = left + (count - 1) * W.panel_size();
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < W.depth; k += 32) {
+      _tile_loadd(4, a + k, lda * 2);
+      _tile_loadd(5, left + k * columns, columns * 4);
+      _tile_loadd(6, left + k * columns + 2 * lanes, columns * 4);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_dpbf16ps(1, 4, 6);
+      if (count == 2) {
+        _tile_loadd(5, right + k * columns, columns * 4);
+        _tile_loadd(6, right + k * columns + 2 * lanes, columns * 4);
+        _tile_dpbf16ps(2, 4, 5);
+        _tile_dpbf16ps(3, 4, 6);
+      }
+    }
+    float* c = C + m * ldc;
+    _tile_stored(0, c, ldc * 4);
+    _tile_stored(1, c + lanes, ldc * 4);
+    if (count == 2) {
+      _tile_stored(2, c + columns, ldc * 4);
+      _tile_stored(3, c + columns + lanes, ldc * 4);
+    }
+  }
+}
+
+__attribute__((target("amx-tile"))) inline void amx_release() { _tile_release(); }
+#endif
+
+// This thread's panels of C (rows, N) = A (rows, depth) W.
+template <class E>
+inline void product(const E* A, int64_t lda, int64_t rows, const Packed<E>& W, float* C, int64_t ldc, int thread, int threads) {
+  int64_t i = W.panels() * thread / threads;
+  const int64_t end = W.panels() * (thread + 1) / threads, whole = W.N / columns;
+#ifdef HDFAST_AMX
+  if constexpr (sizeof(E) == 2)
+    if (W.depth % 32 == 0 && amx_granted()) {
+      while (i < end && i < whole) {
+        const int count = i + 1 < end && i + 1 < whole ? 2 : 1;
+        amx_product(A, lda, rows, W, i, count, C + i * columns, ldc);
+        i += count;
+      }
+      amx_release();
+    }
+#endif
+  for (; i < end; i++) {
+    if (i < whole) {
+      panel_product(A, lda, rows, W, i, C + i * columns, ldc);
+    } else {  // the last columns: through a buffer of a whole panel's width
+      std::vector<float> wide(rows * columns);
+      panel_product(A, lda, rows, W, i, wide.data(), columns);
+      for (int64_t m = 0; m < rows; m++)
+        std::memcpy(C + m * ldc + i * columns, wide.data() + m * columns, (W.N - i * columns) * sizeof(float));
+    }
+  }
+}
+
+}  // namespace HDFAST_ISA

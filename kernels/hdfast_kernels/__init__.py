@@ -1,0 +1,35 @@
+"""Fused ops of world-model agents, one per file, each with a plain PyTorch reference, Triton and C++
+backends.
+
+Importing this package touches no device, builds nothing and does not load the C++ module; it needs only
+torch, and Triton for the `triton` backend.
+"""
+
+import importlib
+import importlib.util
+
+from .dispatch import BackendError, backends_available
+
+_HOME = {
+    "Harmonizer": "harmonizer",
+    "adam_step": "adam",
+    "gather_windows": "gather_windows",
+    "harmony_loss": "harmony_loss",
+    "image_loss": "image_loss",
+    "kl_balance": "kl_balance",
+    "lambda_return": "lambda_return",
+    "layer_norm_gru": "layer_norm_gru",
+    "layer_norm_silu": "layer_norm_silu",
+    "onehot_linear": "onehot_linear",
+    "rssm_observe": "rssm_observe",
+    "sample_onehot": "sample_onehot",
+    "two_hot_loss": "two_hot",
+    "two_hot_mean": "two_hot",
+}
+__all__ = ["BackendError", "backends_available", *_HOME]
+
+# A function that has the name of its file must be bound after the file is loaded, hence now and not on first
+# use.
+for _name, _file in _HOME.items():
+    if importlib.util.find_spec(f"{__name__}.{_file}") is not None:
+        globals()[_name] = getattr(importlib.import_module(f"{__name__}.{_file}"), _name)

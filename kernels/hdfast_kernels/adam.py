@@ -1,0 +1,113 @@
+"""One Adam step of many parameters, with the gradient clipped to a global norm, and left out where that is not finite.
+
+    norm  = sqrt(sum of grad^2 over all parameters)
+    grad  = grad * min(1, max_norm / norm) + weight_decay * param
+    m, v  = beta1 m + (1 - beta1) grad,  beta2 v + (1 - beta2) grad^2
+    param = param - lr * m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)
+
+A step whose norm is infinite or NaN changes nothing, the step count neither, without a look at it from the
+host: the step count is a tensor, so the op runs inside a captured graph and its replay.
+
+Source: Kingma and Ba (arXiv 1412.6980); clipped as by optax's clip_by_global_norm, which the authors of
+HarmonyDream use; weight decay is coupled, as in DreamerV2.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .adam_native import adam_step_native
+
+
+def adam_step_reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    step: Tensor,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    max_norm: float = math.inf,
+    apply: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition, in plain PyTorch; see `adam_step`."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    applied = norm.isfinite() if apply is None else norm.isfinite() & apply
+    keep = applied.to(norm.dtype)
+    # A step that is left out has gradients of zero, betas of one and a learning rate of zero.
+    clip = max_norm / norm.clamp(min=max_norm) if math.isfinite(max_norm) else torch.ones_like(norm)
+    scaled = torch._foreach_mul(grads, torch.where(applied, clip, 0.0))
+    for grad in scaled:
+        grad.nan_to_num_(0.0, 0.0, 0.0)
+    if weight_decay:
+        torch._foreach_add_(scaled, torch._foreach_mul(params, keep * weight_decay))
+    step += keep
+    count = step.clamp(min=1.0)  # a first step that is left out divides by nothing
+    (beta1, beta2), lr = betas, keep * lr
+    torch._foreach_mul_(exp_avg, 1 - keep * (1 - beta1))
+    torch._foreach_add_(exp_avg, scaled, alpha=1 - beta1)
+    torch._foreach_mul_(exp_avg_sq, 1 - keep * (1 - beta2))
+    torch._foreach_addcmul_(exp_avg_sq, scaled, scaled, value=1 - beta2)
+    root = torch._foreach_sqrt(exp_avg_sq)
+    torch._foreach_div_(root, (1 - beta2**count).sqrt())
+    torch._foreach_add_(root, eps)
+    change = torch._foreach_div(exp_avg, root)
+    torch._foreach_mul_(change, -lr / (1 - beta1**count))
+    torch._foreach_add_(params, change)
+    return norm, applied
+
+
+@torch.no_grad()
+def adam_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    step: Tensor,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    max_norm: float = math.inf,
+    apply: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Update `params`, `exp_avg`, `exp_avg_sq` and `step` in place.
+
+    Args:
+        params, grads, exp_avg, exp_avg_sq: at least one float32 tensor each, shapes alike by position.
+        step: scalar float32, the number of steps done; becomes one more.
+        lr: learning rate, a number or a scalar tensor on the parameters' device.
+        betas, eps: of Adam.
+        weight_decay: added to the gradient times the parameter, after the clip.
+        max_norm: the global norm that the gradient is scaled down to where it is larger.
+        apply: scalar bool tensor; False leaves the step out too.
+        backend: "reference" or "native"; None lets `dispatch` choose.
+
+    Returns:
+        norm: scalar float32, the global norm before the clip.
+        applied: scalar bool, whether the norm is finite and `apply` is not False; if not, nothing was changed.
+
+    Raises ValueError on tensors that do not fit together; `dispatch.BackendError` if the backend cannot run
+    here.
+    """
+    params, grads, exp_avg, exp_avg_sq = list(params), list(grads), list(exp_avg), list(exp_avg_sq)
+    shapes = [param.shape for param in params]
+    for name, tensors in (("grads", grads), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if not params or [tensor.shape for tensor in tensors] != shapes:
+            raise ValueError(f"adam_step: params are none, or {name} are not as many, of the same shapes")
+    if step.ndim or step.dtype != torch.float32:
+        raise ValueError(f"adam_step: step is {step.dtype} {tuple(step.shape)}, expected a float32 scalar")
+    run = dispatch.resolve("adam_step", backend, params[0])
+    return run(params, grads, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay, max_norm, apply)
+
+
+dispatch.register(
+    "adam_step", reference=adam_step_reference, native=adam_step_native, dtypes=(torch.float32,)
+)

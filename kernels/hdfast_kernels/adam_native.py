@@ -1,0 +1,36 @@
+"""adam_step on the CPU (csrc/ops/adam.cpp): one pass over the gradients for the norm, one over everything."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import native
+
+
+def adam_step_native(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    step: Tensor,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    max_norm: float,
+    apply: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `hdfast_kernels.adam_step`; what is changed in place must be contiguous."""
+    for tensor in (*params, *exp_avg, *exp_avg_sq):
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"adam_step: a tensor is {tensor.dtype}, expected float32")
+    grads = [native.as_float(grad) for grad in grads]
+    norm, applied = native.empty(), torch.ones((), dtype=torch.bool) if apply is None else apply.clone()
+    sizes = torch.tensor([param.numel() for param in params], dtype=torch.int64)
+    native.module().adam_step(
+        *([native.ptr(tensor) for tensor in tensors] for tensors in (params, grads, exp_avg, exp_avg_sq)),
+        native.ptr(sizes), len(params), native.ptr(step), float(lr), *betas, eps, weight_decay, max_norm,
+        native.ptr(norm), native.ptr(applied), native.threads(),
+    )  # fmt: skip
+    return norm, applied

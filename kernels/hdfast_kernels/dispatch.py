@@ -1,0 +1,159 @@
+"""Which implementation of an op runs.
+
+Every op has up to three backends: `reference` (plain PyTorch, the definition), `triton` (CUDA) and `native`
+(C++ on the CPU). A call may name one (`backend="native"`), the environment may force one
+(`HDFAST_BACKEND=reference`), and otherwise the table below decides. A backend that is asked for and cannot
+run is an error that says how to mend it; nothing falls back silently.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+BACKENDS = ("reference", "triton", "native")
+FUSED_DTYPES = (torch.float32, torch.bfloat16)
+
+# What runs by default where more than one backend can. An op that is not named runs its reference. On the CPU
+# the entry is the faster of native and reference, measured forward + backward by bench/test_ops.py; on CUDA
+# an entry needs a record of a real GPU under bench/results/ that shows it right and faster.
+CPU_DEFAULT: dict[str, str] = {
+    "adam_step": "native",
+    "gather_windows": "native",
+    "harmony_loss": "native",
+    "image_loss": "native",
+    "kl_balance": "native",
+    "lambda_return": "native",
+    "layer_norm_gru": "native",
+    "layer_norm_silu": "native",
+    "onehot_linear": "native",
+    "rssm_observe": "native",
+    "sample_onehot": "native",
+    "two_hot_loss": "native",
+    "two_hot_mean": "native",
+}
+CUDA_DEFAULT: dict[str, str] = {}
+
+BUILD_COMMAND = "pip install -e ."
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for that does not exist or cannot run here; the message names the way out."""
+
+
+@dataclass
+class _Op:
+    implementations: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...] | None = FUSED_DTYPES
+
+
+_ops: dict[str, _Op] = {}
+
+
+def register(
+    op: str,
+    *,
+    reference: Callable[..., Any] | None = None,
+    triton: Callable[..., Any] | None = None,
+    native: Callable[..., Any] | None = None,
+    dtypes: tuple[torch.dtype, ...] | None = FUSED_DTYPES,
+) -> None:
+    """Add implementations of `op`; the calls for one op may be several and add up.
+
+    `dtypes` are those of the deciding tensor that the fused backends (triton, native) take; None means all.
+    """
+    entry = _ops.setdefault(op, _Op())
+    given = {"reference": reference, "triton": triton, "native": native}
+    entry.implementations |= {name: function for name, function in given.items() if function is not None}
+    entry.dtypes = dtypes
+
+
+def resolve(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[..., Any]:
+    """The implementation of `op` for a call whose device and dtype `tensor` decides.
+
+    `backend` is the caller's wish; None leaves it to `HDFAST_BACKEND` and then to the default of the device.
+    Raises BackendError if that backend is unknown, not implemented for this op, or cannot run on this tensor.
+    """
+    name = resolve_name(op, backend, tensor)
+    return _ops[op].implementations[name]
+
+
+def resolve_name(op: str, backend: str | None, tensor: torch.Tensor) -> str:
+    """The name of the backend that `resolve` returns, with the same errors."""
+    wish = backend or os.environ.get("HDFAST_BACKEND") or None
+    if op not in _ops:
+        raise BackendError(f"{op}: there is no such op; the ops are {', '.join(ops())}")
+    if wish is None:
+        wish = _default(op, tensor)
+        origin = "the default backend "
+    else:
+        origin = "backend=" if backend else "HDFAST_BACKEND="
+    obstacle = _obstacle(op, wish, tensor)
+    if obstacle:
+        raise BackendError(f"{op}: {origin}{wish} cannot run: {obstacle}")
+    return wish
+
+
+def backends_available(op: str, tensor: torch.Tensor) -> tuple[str, ...]:
+    """The backends of `op` that can run on a tensor like this one, on this machine, now."""
+    return tuple(name for name in BACKENDS if _obstacle(op, name, tensor) is None)
+
+
+def ops() -> tuple[str, ...]:
+    """The names of all registered ops."""
+    return tuple(sorted(_ops))
+
+
+def native_built() -> bool:
+    """Whether the C++ module of the native backend is there."""
+    return importlib.util.find_spec("hdfast_kernels._native") is not None
+
+
+def triton_installed() -> bool:
+    """Whether triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _default(op: str, tensor: torch.Tensor) -> str:
+    table = {"cpu": CPU_DEFAULT, "cuda": CUDA_DEFAULT}.get(tensor.device.type, {})
+    name = table.get(op, "reference")
+    entry = _ops[op]
+    if entry.dtypes is not None and tensor.dtype not in entry.dtypes:
+        return "reference"  # float64 and the like: only the definition covers them
+    return name
+
+
+def _obstacle(op: str, backend: str, tensor: torch.Tensor) -> str | None:
+    """Why `backend` cannot run `op` on `tensor`, with the remedy; None if it can."""
+    if backend not in BACKENDS:
+        return f"there is no such backend; choose one of {', '.join(BACKENDS)}"
+    entry = _ops[op]
+    if backend not in entry.implementations:
+        have = ", ".join(name for name in BACKENDS if name in entry.implementations)
+        return f"{op} has no {backend} implementation; it has {have}"
+    if backend == "reference":
+        return None
+    if entry.dtypes is not None and tensor.dtype not in entry.dtypes:
+        taken = ", ".join(str(dtype).removeprefix("torch.") for dtype in entry.dtypes)
+        given = str(tensor.dtype).removeprefix("torch.")
+        return f'it takes {taken}, got {given}; convert the input or use backend="reference"'
+    device = tensor.device.type
+    if backend == "native":
+        if device != "cpu":
+            return f"the tensor is on {device}, native runs on the CPU; move it or use another backend"
+        if not native_built():
+            return f"the C++ module hdfast_kernels._native is not built; build it with `{BUILD_COMMAND}`"
+        return None
+    if not triton_installed():
+        return "triton is not installed; install it with `pip install triton`"
+    if device != "cuda" and not (device == "cpu" and triton_interpreted()):
+        return f"the tensor is on {device}; move it to a GPU or set TRITON_INTERPRET=1 before Python starts"
+    return None

@@ -1,0 +1,201 @@
+"""Harmony weighting of any agent's losses, as a module: HarmonyDream's contribution without the rest of it.
+
+Axes: L losses, G groups of losses that share one learned weight.
+
+Source: HarmonyDream (arXiv 2310.00344); the op and its formula are in harmony_loss.py.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hdfast_kernels.harmony_loss import harmony_loss
+
+MODES = ("learned", "fixed", "off")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How one set of losses is reduced: the constants of `harmony_loss`, and on the device for metrics."""
+
+    group: tuple[int, ...]  # (L,)
+    weight: tuple[float, ...]  # (L,)
+    row: Tensor  # (L,) int64, the group of each loss; G for none
+    factor: Tensor  # (L,) float32, weight
+    fixed: Tensor  # (G,) float32, the groups' weights in mode "fixed"; else empty
+
+
+class Harmonizer(nn.Module):
+    """Sums named losses into one, with a weight per group that keeps the groups in balance.
+
+    In mode "learned" each group g has a scalar s_g, and with the mean of each loss L_l the sum is
+
+        sum_g (exp(-s_g) * sum_{l in g} weight_l * L_l + regularizer_g * log(1 + exp(s_g)))
+        + sum of the losses in no group, times their scales.
+
+    The scalars are the parameter `log_sigma` (G,), float32, zero at the start: weights of 1. Train them with
+    the model, with the same optimizer, but WITHOUT weight decay, which would pull the weights to 1. Exclude
+    the parameter by its name, `log_sigma`, or by `no_weight_decay()`. Ten lines lift harmony into any agent:
+
+        >>> harmonizer = Harmonizer(
+        ...     {"reward": {"reward": 1.0}, "image": {"image": 1.0}, "kl": {"dyn": 5 / 6, "rep": 1 / 6}},
+        ...     regularizer={"kl": 5 / 6},
+        ... )
+        >>> optimizer = torch.optim.AdamW([
+        ...     {"params": [torch.nn.Parameter(torch.zeros(3))]},  # your model's
+        ...     {"params": harmonizer.parameters(), "weight_decay": 0.0},
+        ... ])
+        >>> losses = {name: torch.rand(16, 64) for name in ("reward", "image", "dyn", "rep", "cont")}
+        >>> total, metrics = harmonizer(losses)  # then total.backward(), optimizer.step(), log the metrics
+        >>> sorted(name for name in metrics if name.startswith("harmony/weight"))
+        ['harmony/weight_image', 'harmony/weight_kl', 'harmony/weight_reward']
+
+    Mode "fixed" gives each group a constant weight instead of exp(-s_g), and no log term (the paper's study
+    of domination sweeps the reward's weight over 1, 10, 100). Mode "off" ignores the groups: every loss has
+    its plain scale. Neither has a parameter.
+
+    A loss that is in no group is added with its scale. No loss is ever dropped: a name in `groups` or
+    `scales` that `forward` is not given is an error, and so is a name that two groups claim.
+
+    Args:
+        groups: for each group the losses in it and their weights inside it.
+        mode: "learned", "fixed" or "off".
+        regularizer: the factor of log(1 + exp(s)) of a group; 1 where it is not given.
+        fixed: mode "fixed": the weight of a group; 1 where it is not given.
+        scales: the factor of a loss that no group weighs, that is of the losses in no group, and in mode
+            "off" of every loss; 1 where it is not given. DreamerV3 in mode "off": {"dyn": 0.5, "rep": 0.1}.
+        backend: passed on to `harmony_loss`.
+
+    Raises ValueError on an unknown mode, an unknown group in regularizer or fixed, or a loss in two groups.
+    """
+
+    def __init__(
+        self,
+        groups: Mapping[str, Mapping[str, float]],
+        *,
+        mode: str = "learned",
+        regularizer: Mapping[str, float] | None = None,
+        fixed: Mapping[str, float] | None = None,
+        scales: Mapping[str, float] | None = None,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"Harmonizer: mode is {mode!r}, expected one of {', '.join(MODES)}")
+        self.mode = mode
+        self.groups = {name: dict(members) for name, members in groups.items()}
+        self.scales = dict(scales or {})
+        self.backend = backend
+        regularizer, fixed = dict(regularizer or {}), dict(fixed or {})
+        for argument, given in (("regularizer", regularizer), ("fixed", fixed)):
+            _check_known(given, self.groups, f"{argument} of a group that does not exist")
+        members = [loss for group in self.groups.values() for loss in group]
+        if twice := sorted({loss for loss in members if members.count(loss) > 1}):
+            raise ValueError(f"Harmonizer: in more than one group: {', '.join(twice)}")
+        self.fixed = {name: float(fixed.get(name, 1.0)) for name in self.groups}
+        self.regularizer = tuple(float(regularizer.get(name, 1.0)) for name in self.groups)
+        if mode == "learned":
+            self.log_sigma = nn.Parameter(torch.zeros(len(self.groups)))
+        self._plans: dict[tuple[tuple[str, ...], torch.device], _Plan] = {}
+
+    def no_weight_decay(self) -> set[str]:
+        """The names of the parameters that an optimizer must not decay."""
+        return {"log_sigma"} if self.mode == "learned" else set()
+
+    def forward(self, losses: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reduce the losses, each by its mean, to one scalar.
+
+        Args:
+            losses: by name, float tensors on one device: one value per row, all of one shape (which is
+                fastest), or of several shapes, scalars too.
+
+        Returns:
+            total: float32 scalar, differentiable in the losses and log_sigma.
+            metrics: detached scalars on the device, made without a synchronisation: `loss/<name>` the raw
+                mean, `weighted/<name>` the same times its weight; and in the modes "learned" and "fixed" for
+                each group `harmony/weight_<group>`, in "learned" also `harmony/s_<group>`.
+
+        Raises ValueError if a loss that `groups` or (if used) `scales` names is missing, or no loss is given.
+        """
+        if not losses:
+            raise ValueError("Harmonizer: no losses were given")
+        names, values = tuple(losses), list(losses.values())
+        if any(value.shape != values[0].shape for value in values):
+            values = [value.float().mean() for value in values]
+        plan = self._plan(names, values[0].device)
+        learned = self.mode == "learned"
+        s = self.log_sigma.float() if learned else values[0].new_empty(0, dtype=torch.float32)
+        total, means = harmony_loss(
+            values, s, plan.group, plan.weight, self.regularizer if learned else (), backend=self.backend
+        )
+        return total, self._metrics(names, means, s.detach(), plan)
+
+    def _metrics(self, names: tuple[str, ...], means: Tensor, s: Tensor, plan: _Plan) -> dict[str, Tensor]:
+        weights = torch.exp(-s)  # (G,); empty unless learned
+        factor = plan.factor * torch.cat([weights, weights.new_ones(1)])[plan.row]  # (L,)
+        metrics = dict(zip((f"loss/{name}" for name in names), means.unbind(), strict=True))
+        metrics |= zip((f"weighted/{name}" for name in names), (means * factor).unbind(), strict=True)
+        if self.mode == "learned":
+            metrics |= zip((f"harmony/s_{group}" for group in self.groups), s.clone().unbind(), strict=True)
+            metrics |= zip(
+                (f"harmony/weight_{group}" for group in self.groups), weights.unbind(), strict=True
+            )
+        elif self.mode == "fixed":
+            metrics |= zip(
+                (f"harmony/weight_{group}" for group in self.groups), plan.fixed.unbind(), strict=True
+            )
+        return metrics
+
+    def _plan(self, names: tuple[str, ...], device: torch.device) -> _Plan:
+        """The constants for these losses, made at the first call (a graph's warm-up, not its capture)."""
+        if (names, device) in self._plans:
+            return self._plans[names, device]
+        if self.mode != "off":
+            for members in self.groups.values():
+                _check_known(members, names, "a group's loss was not given")
+        scales = {
+            name: scale
+            for name, scale in self.scales.items()
+            if self.mode == "off" or not self._grouped(name)
+        }
+        _check_known(scales, names, "a loss with a scale was not given")
+        numbers, weights = {}, {name: float(self.scales.get(name, 1.0)) for name in names}
+        if self.mode != "off":
+            for number, (group, members) in enumerate(self.groups.items()):
+                for loss, weight in members.items():
+                    numbers[loss] = number if self.mode == "learned" else -1
+                    weights[loss] = float(weight) * (1.0 if self.mode == "learned" else self.fixed[group])
+        group, weight = tuple(numbers.get(name, -1) for name in names), tuple(weights[name] for name in names)
+        with torch.inference_mode(
+            False
+        ):  # a tensor cached under inference_mode could not be used in training
+            count = len(self.groups) if self.mode == "learned" else 0
+            row = torch.tensor([count if number < 0 else number for number in group], device=device)
+            fixed = list(self.fixed.values()) if self.mode == "fixed" else []
+            factor, fixed = (
+                torch.tensor(values, dtype=torch.float32, device=device) for values in (weight, fixed)
+            )
+            plan = _Plan(group, weight, row, factor, fixed)
+        self._plans[names, device] = plan
+        return plan
+
+    def _grouped(self, loss: str) -> bool:
+        return any(loss in members for members in self.groups.values())
+
+    def extra_repr(self) -> str:
+        return f"mode={self.mode}, groups={self.groups}, scales={self.scales}"
+
+
+def _check_known(names: Iterable[str], known: Iterable[str], problem: str) -> None:
+    """Raise ValueError for the first name that is not known, with the nearest that is."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"Harmonizer: {problem}: {name!r}; {hint}there are {', '.join(map(repr, known))}"
+            )

@@ -1,0 +1,38 @@
+"""kl_balance on the CPU (csrc/ops/kl_balance.cpp): one pass forward, one backward for both gradients."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import native
+
+
+class _KLBalance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, post_logp: Tensor, prior_logp: Tensor, free: float) -> tuple[Tensor, Tensor]:
+        post, prior = post_logp.contiguous(), prior_logp.to(post_logp.dtype).contiguous()
+        kl, width = native.empty(*post.shape[:-2]), post.shape[-2:].numel()
+        native.module().kl_balance_forward(
+            native.ptr(post), native.ptr(prior), native.ptr(kl), kl.numel(), width, native.is_bf16(post),
+            native.threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(post, prior, kl)
+        ctx.free = free
+        loss = kl.clamp(min=free).to(post.dtype)
+        return loss, loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_dyn: Tensor, grad_rep: Tensor) -> tuple[Tensor, Tensor, None]:
+        post, prior, kl = ctx.saved_tensors
+        grad_dyn, grad_rep = native.as_float(grad_dyn), native.as_float(grad_rep)
+        grad_post, grad_prior = torch.empty_like(post), torch.empty_like(prior)
+        native.module().kl_balance_backward(
+            native.ptr(grad_dyn), native.ptr(grad_rep), native.ptr(post), native.ptr(prior), native.ptr(kl),
+            native.ptr(grad_post), native.ptr(grad_prior), kl.numel(), post.shape[-2:].numel(), ctx.free,
+            native.is_bf16(post), native.threads(),
+        )  # fmt: skip
+        return grad_post, grad_prior, None
+
+
+kl_balance_native = _KLBalance.apply

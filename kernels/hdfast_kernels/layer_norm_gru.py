@@ -1,0 +1,230 @@
+"""The recurrent cell after its GEMM: one LayerNorm over all three gates, then the next deterministic state.
+
+    reset, cand, update = split(LN(gates))
+    cand   = tanh(sigmoid(reset) * cand)
+    update = sigmoid(update - 1)
+    next   = update * cand + (1 - update) * deter
+
+Axes: N rows (all leading axes), D deter.
+
+Source: DreamerV3 `nets.py` GRU with norm; the reset gate multiplies the candidate after the GEMM, and the
+update gate is biased by -1, so that a fresh cell keeps 73% of its state.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import dispatch
+from ._triton import tl, triton
+from .layer_norm_gru_native import layer_norm_gru_native
+from .numerics import check_eps, check_shape, compute_dtype
+from .tiles import PARTIALS, as_rows, row_tile, tanh
+
+# Numbers of one gate in a tile and for each thread. Backward holds 6 accumulators and some 15 operands: 8 a
+# thread take 255 registers (2 programs a multiprocessor at D = 512), 4 a thread 128 (4 programs). D = 4,096
+# needs 8 a thread and spills 200 bytes in backward.
+TILE, THREAD = 512, 4
+
+
+def layer_norm_gru_reference(
+    gates: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-3
+) -> Tensor:
+    """The definition, in plain PyTorch; see `layer_norm_gru`."""
+    dtype = compute_dtype(gates)
+    normed = F.layer_norm(gates.to(dtype), gates.shape[-1:], weight.to(dtype), bias.to(dtype), eps)
+    reset, cand, update = normed.chunk(3, dim=-1)  # (..., 3D) -> 3 x (..., D)
+    cand = torch.tanh(torch.sigmoid(reset) * cand)
+    update = torch.sigmoid(update - 1)
+    return torch.lerp(deter.to(dtype), cand, update).to(deter.dtype)
+
+
+@triton.jit
+def _load_gates(gates_ptr, row, column, inside, D: tl.constexpr, eps):
+    """The three gates of a tile, layer-normed over all 3D without the affine part, and rstd (ROWS, 1)."""
+    at = row * (3 * D) + column
+    r = tl.load(gates_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(gates_ptr + at + D, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(gates_ptr + at + 2 * D, mask=inside, other=0.0).to(tl.float32)
+    mean = (tl.sum(r + c + u, axis=1) / (3 * D))[:, None]
+    r = tl.where(column < D, r - mean, 0.0)
+    c = tl.where(column < D, c - mean, 0.0)
+    u = tl.where(column < D, u - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(r * r + c * c + u * u, axis=1) / (3 * D) + eps)[:, None]
+    return r * rstd, c * rstd, u * rstd, rstd
+
+
+@triton.jit
+def _load_affine(ptr, column, D: tl.constexpr):
+    r = tl.load(ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    c = tl.load(ptr + D + column, mask=column < D, other=0.0).to(tl.float32)
+    u = tl.load(ptr + 2 * D + column, mask=column < D, other=0.0).to(tl.float32)
+    return r, c, u
+
+
+@triton.jit
+def layer_norm_gru_forward(
+    gates_ptr,
+    deter_ptr,
+    weight_ptr,
+    bias_ptr,
+    next_ptr,
+    rows,
+    eps,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
+    column = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
+    inside = (row < rows) & (column < D)
+    wr, wc, wu = _load_affine(weight_ptr, column, D)
+    br, bc, bu = _load_affine(bias_ptr, column, D)
+    deter = tl.load(deter_ptr + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    r, c, u, _ = _load_gates(gates_ptr, row, column, inside, D, eps)
+    cand = tanh(tl.sigmoid(r * wr + br) * (c * wc + bc))
+    update = tl.sigmoid(u * wu + bu - 1.0)
+    out = deter + update * (cand - deter)
+    tl.store(next_ptr + row * D + column, out.to(next_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def layer_norm_gru_backward(
+    gates_ptr,
+    deter_ptr,
+    weight_ptr,
+    bias_ptr,
+    dnext_ptr,
+    dgates_ptr,
+    ddeter_ptr,
+    partial_ptr,  # (2, programs, 3D) float32: each program's share of dweight and dbias
+    rows,
+    eps,
+    ITERATIONS: tl.constexpr,  # tiles a program works through, `programs` apart
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    column = tl.arange(0, BLOCK)[None, :]
+    dwr = tl.zeros((ROWS, BLOCK), tl.float32)
+    dwc = tl.zeros((ROWS, BLOCK), tl.float32)
+    dwu = tl.zeros((ROWS, BLOCK), tl.float32)
+    dbr = tl.zeros((ROWS, BLOCK), tl.float32)
+    dbc = tl.zeros((ROWS, BLOCK), tl.float32)
+    dbu = tl.zeros((ROWS, BLOCK), tl.float32)
+    for iteration in range(ITERATIONS):
+        row = (iteration * programs + program) * ROWS + tl.arange(0, ROWS)[:, None]
+        inside = (row < rows) & (column < D)
+        deter = tl.load(deter_ptr + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        dnext = tl.load(dnext_ptr + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        r, c, u, rstd = _load_gates(gates_ptr, row, column, inside, D, eps)
+        # loaded for each tile (from the L1 cache): held in registers, they would make a wide row spill
+        wr, wc, wu = _load_affine(weight_ptr, column, D)
+        br, bc, bu = _load_affine(bias_ptr, column, D)
+        reset = tl.sigmoid(r * wr + br)
+        zc = c * wc + bc
+        cand = tanh(reset * zc)
+        update = tl.sigmoid(u * wu + bu - 1.0)
+        ddeter = dnext * (1.0 - update)
+        tl.store(ddeter_ptr + row * D + column, ddeter.to(ddeter_ptr.dtype.element_ty), mask=inside)
+        # through the nonlinearities to the normed gates ...
+        dinner = dnext * update * (1.0 - cand * cand)
+        dr = dinner * zc * reset * (1.0 - reset)
+        dc = dinner * reset
+        du = dnext * (cand - deter) * update * (1.0 - update)
+        dwr += dr * r
+        dwc += dc * c
+        dwu += du * u
+        dbr += dr
+        dbc += dc
+        dbu += du
+        # ... and through the norm, whose two means run over all three gates
+        dr *= wr
+        dc *= wc
+        du *= wu
+        mean = (tl.sum(dr + dc + du, axis=1) / (3 * D))[:, None]
+        along = (tl.sum(dr * r + dc * c + du * u, axis=1) / (3 * D))[:, None]
+        at = row * (3 * D) + column
+        element = dgates_ptr.dtype.element_ty
+        tl.store(dgates_ptr + at, (rstd * (dr - mean - r * along)).to(element), mask=inside)
+        tl.store(dgates_ptr + at + D, (rstd * (dc - mean - c * along)).to(element), mask=inside)
+        tl.store(dgates_ptr + at + 2 * D, (rstd * (du - mean - u * along)).to(element), mask=inside)
+    slot = tl.arange(0, BLOCK)
+    dweight_ptr = partial_ptr + program * (3 * D) + slot
+    dbias_ptr = dweight_ptr + programs * (3 * D)
+    tl.store(dweight_ptr, tl.sum(dwr, axis=0), mask=slot < D)
+    tl.store(dweight_ptr + D, tl.sum(dwc, axis=0), mask=slot < D)
+    tl.store(dweight_ptr + 2 * D, tl.sum(dwu, axis=0), mask=slot < D)
+    tl.store(dbias_ptr, tl.sum(dbr, axis=0), mask=slot < D)
+    tl.store(dbias_ptr + D, tl.sum(dbc, axis=0), mask=slot < D)
+    tl.store(dbias_ptr + 2 * D, tl.sum(dbu, axis=0), mask=slot < D)
+
+
+class _LayerNormGRU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gates: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        D = deter.shape[-1]
+        gates, state = as_rows(gates, 3 * D), as_rows(deter, D)
+        weight, bias = weight.contiguous(), bias.contiguous()
+        out, tile = torch.empty_like(state), row_tile(D, TILE, THREAD)
+        layer_norm_gru_forward[(tile.programs(len(state)),)](
+            gates, state, weight, bias, out, len(state), eps, D, tile.rows, tile.block, num_warps=tile.warps
+        )
+        ctx.save_for_backward(gates, state, weight, bias)
+        ctx.eps = eps
+        return out.view(deter.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dnext: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        gates, deter, weight, bias = ctx.saved_tensors
+        (rows, D), tile = deter.shape, row_tile(deter.shape[1], TILE, THREAD)
+        programs = min(PARTIALS, tile.programs(rows))
+        dgates, ddeter = torch.empty_like(gates), torch.empty_like(deter)
+        partial = gates.new_empty((2, programs, 3 * D), dtype=torch.float32)
+        layer_norm_gru_backward[(programs,)](
+            gates, deter, weight, bias, as_rows(dnext, D), dgates, ddeter, partial, rows, ctx.eps,
+            -(-tile.programs(rows) // programs), D, tile.rows, tile.block, num_warps=tile.warps,
+        )  # fmt: skip
+        dweight, dbias = partial.sum(dim=1).to(weight.dtype)
+        return dgates.view(*dnext.shape[:-1], 3 * D), ddeter.view(dnext.shape), dweight, dbias, None
+
+
+def layer_norm_gru(
+    gates: Tensor,
+    deter: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-3,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The next deterministic state from the GRU's raw gates and the state before.
+
+    Args:
+        gates: (..., 3D) `W_gru [deter, x]` in the order reset, candidate, update; float32 or bfloat16.
+        deter: (..., D) the state before; float32 or bfloat16, also where gates has another dtype.
+        weight, bias: (3D,) float32, of the one LayerNorm over all gates.
+        eps: added to the variance; positive.
+        backend: "reference", "triton" or "native"; None lets `dispatch` choose.
+
+    Returns (..., D) in deter's dtype, computed in float32. Differentiable in gates, deter, weight and bias.
+
+    Raises ValueError on shapes that do not fit or an eps that is not positive;
+    `dispatch.BackendError` if the backend cannot run here.
+    """
+    check_shape("layer_norm_gru", "gates", gates, (*deter.shape[:-1], 3 * deter.shape[-1]))
+    check_shape("layer_norm_gru", "weight", weight, gates.shape[-1:])
+    check_shape("layer_norm_gru", "bias", bias, gates.shape[-1:])
+    check_eps("layer_norm_gru", eps)
+    return dispatch.resolve("layer_norm_gru", backend, gates)(gates, deter, weight, bias, eps)
+
+
+dispatch.register(
+    "layer_norm_gru",
+    reference=layer_norm_gru_reference,
+    triton=_LayerNormGRU.apply,
+    native=layer_norm_gru_native,
+)

@@ -1,0 +1,37 @@
+"""layer_norm_silu on the CPU (csrc/ops/layer_norm_silu.cpp). Forward keeps each row's mean and rstd."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import native
+
+
+class _LayerNormSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        x, weight, bias = x.contiguous(), native.as_float(weight), native.as_float(bias)
+        rows, width = x.shape[:-1].numel(), x.shape[-1]
+        y, mean, rstd = torch.empty_like(x), native.empty(rows), native.empty(rows)
+        native.module().layer_norm_silu_forward(
+            native.ptr(x), native.ptr(weight), native.ptr(bias), native.ptr(y), native.ptr(mean),
+            native.ptr(rstd), rows, width, eps, native.is_bf16(x), native.threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        grad, rows, width = grad.contiguous(), x.shape[:-1].numel(), x.shape[-1]
+        grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+        native.module().layer_norm_silu_backward(
+            native.ptr(grad), native.ptr(x), native.ptr(weight), native.ptr(bias), native.ptr(mean),
+            native.ptr(rstd), native.ptr(grad_x), native.ptr(grad_weight), native.ptr(grad_bias),
+            rows, width, native.is_bf16(x), native.threads(),
+        )  # fmt: skip
+        return grad_x, grad_weight, grad_bias, None
+
+
+layer_norm_silu_native = _LayerNormSiLU.apply

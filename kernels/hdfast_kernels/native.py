@@ -1,0 +1,88 @@
+"""The C++ module of the CPU backend: loaded on first use, checked at the boundary.
+
+The ops in `_native` take raw addresses, so that a call costs microseconds; what the op files pass goes
+through `ptr`.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch  # before _native, so that both share torch's OpenMP threads
+from torch import Tensor
+
+from .dispatch import BUILD_COMMAND, FUSED_DTYPES, BackendError
+
+
+@functools.cache
+def module() -> ModuleType:
+    """`hdfast_kernels._native`; BackendError with the build command if it is not there."""
+    try:
+        from . import _native
+    except ImportError as error:
+        message = f"the C++ module hdfast_kernels._native cannot be loaded ({error})"
+        raise BackendError(f"{message}; build it with `{BUILD_COMMAND}`") from error
+    return _native
+
+
+def ptr(tensor: Tensor) -> int:
+    """The address of a contiguous CPU tensor's data; ValueError for any other tensor."""
+    if not (tensor.is_cpu and tensor.is_contiguous()):
+        got = f"{tensor.device} with shape {tuple(tensor.shape)} and strides {tensor.stride()}"
+        raise ValueError(f"native ops take contiguous CPU tensors, got one on {got}")
+    return tensor.data_ptr()
+
+
+def is_bf16(tensor: Tensor) -> bool:
+    """True for bfloat16, False for float32; TypeError for any other dtype, which C++ would misread."""
+    if tensor.dtype not in FUSED_DTYPES:
+        raise TypeError(f"native ops take float32 or bfloat16, got {tensor.dtype}")
+    return tensor.dtype == torch.bfloat16
+
+
+def as_float(tensor: Tensor) -> Tensor:
+    """The tensor as contiguous float32, itself where it is that already."""
+    return (tensor if tensor.dtype == torch.float32 else tensor.float()).contiguous()
+
+
+def empty(*shape: int) -> Tensor:
+    """An uninitialised float32 tensor, whatever the default dtype is."""
+    return torch.empty(shape, dtype=torch.float32)
+
+
+def threads() -> int:
+    """As many threads as PyTorch uses."""
+    return torch.get_num_threads()
+
+
+def isa() -> str:
+    """The instruction set in use: generic, avx2 or avx512."""
+    return module().isa()
+
+
+def isas() -> list[str]:
+    """The instruction sets that can run on this machine, slowest first."""
+    return module().isas()
+
+
+@contextlib.contextmanager
+def force_isa(name: str) -> Iterator[None]:
+    """Run native ops on one instruction set inside the block, for tests; ValueError if it cannot run here."""
+    before = isa()
+    module().force_isa(name)
+    try:
+        yield
+    finally:
+        module().force_isa(before)
+
+
+def keep_freed_memory() -> bool:
+    """Have the process keep the memory that tensors free, for the tensors to come; False where that cannot be.
+
+    glibc takes large blocks from the system and gives them back when they are freed, so that every activation of
+    every update is made of new pages, which the kernel zeroes one by one: a fifth of the CPU time of an update,
+    half of that of a fused op on large images. For a process that does the same work over and over, and once, before
+    it does: it changes the whole process, and its size stays at its peak.
+    """
+    return module().keep_freed_memory()

@@ -1,0 +1,22 @@
+"""What several ops share: the dtype they compute in, and the argument checks that their messages phrase
+alike."""
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for a float64 input (the reference alone takes one), float32 for every other."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise ValueError naming the op, the argument, its shape and the shape it needs."""
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)}")
+
+
+def check_eps(op: str, eps: float) -> None:
+    """Raise ValueError unless a norm's eps is positive: a constant row would divide by zero."""
+    if not eps > 0:
+        raise ValueError(f"{op}: eps is {eps}, expected a positive number")

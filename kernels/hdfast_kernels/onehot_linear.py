@@ -1,0 +1,200 @@
+"""A linear layer whose input is a stack of one-hot vectors: the sum of one row of the weight per group.
+
+    y = sum over s of weight[s * K + index[s]]        (equal to concat(one_hot(index)) @ weight)
+
+Axes: N rows (all leading axes), S groups, K classes, U units.
+
+It reads S of S*K rows: K times fewer operations than the GEMM. The latents of DreamerV3 (arXiv 2301.04104)
+are such stacks, sampled with straight-through gradients; `straight_through` carries that gradient to the
+latents without a forward GEMM.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import dispatch
+from ._triton import tl, triton
+from .numerics import check_shape, compute_dtype
+from .onehot_linear_native import onehot_linear_native
+from .tiles import as_rows, row_tile
+
+# Forward gathers from a table that lies in the L2 cache (1 MiB at 1,024 x 512 bfloat16) and is bound by
+# latency: 8 numbers a thread are one 16-byte load, and 8 groups at once keep 8 of them in flight.
+FORWARD_COLUMNS, FORWARD_TILE, FORWARD_THREAD, FORWARD_UNROLL = 512, 1024, 8, 8
+# Backward: 32 groups x 4 blocks of 128 columns (U = 512) are 128 programs, one for nearly each of an H100's 132
+# multiprocessors, and none of them shares an output: no atomics, and the rows are added up in one order. 32 rows at a
+# time are the most that float32 holds in registers (64 spill on sm_80).
+BACKWARD_ROWS, BACKWARD_COLUMNS = 32, 128
+
+
+def onehot_linear_reference(index: Tensor, weight: Tensor, straight_through: Tensor | None = None) -> Tensor:
+    """The definition, in plain PyTorch; see `onehot_linear`."""
+    groups, rows, dtype = index.shape[-1], weight.shape[0], compute_dtype(weight)
+    first_row = torch.arange(0, rows, rows // groups, device=index.device)  # (S,)
+    bags = (index + first_row).reshape(-1, groups)  # (..., S) -> (N, S)
+    # In the compute dtype: the dense gradient of a bfloat16 table would add up thousands of rows in bfloat16.
+    out = F.embedding_bag(bags, weight.to(dtype), mode="sum").to(weight.dtype)
+    out = out.view(*index.shape[:-1], weight.shape[1])
+    return out if straight_through is None else _StraightThrough.apply(out, straight_through, weight)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Passes `out` on, and hands the latents the gradient they would have had from a dense linear layer."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, straight_through: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.latent_shape, ctx.latent_dtype = straight_through.shape, straight_through.dtype
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (weight,) = ctx.saved_tensors
+        grad_latent = None
+        if ctx.needs_input_grad[1]:
+            grad_latent = straight_through_gradient(grad, weight, ctx.latent_shape, ctx.latent_dtype)
+        return grad, grad_latent, None
+
+
+def straight_through_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """grad (..., U), weight (S*K, U) -> the latents' gradient (..., S, K): one GEMM, in every backend."""
+    return (grad @ weight.mT).view(shape).to(dtype)
+
+
+@triton.jit
+def onehot_linear_forward(
+    index_ptr,
+    weight_ptr,
+    y_ptr,
+    rows,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    U: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
+    inside = (row < rows) & (column < U)
+    y = tl.zeros((ROWS, BLOCK), tl.float32)
+    for group in tl.range(S, loop_unroll_factor=UNROLL):
+        picked = tl.load(index_ptr + row * S + group, mask=row < rows, other=0).to(tl.int64) + group * K
+        y += tl.load(weight_ptr + picked * U + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * U + column, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def onehot_linear_backward(
+    index_ptr,
+    dy_ptr,
+    dweight_ptr,
+    rows,
+    ITERATIONS: tl.constexpr,  # tiles of ROWS that cover the rows
+    S: tl.constexpr,
+    K: tl.constexpr,
+    U: tl.constexpr,
+    ROWS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One group's K rows of the weight gradient: one_hot.T @ dy, with the one-hot made in registers."""
+    group = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
+    class_ = tl.arange(0, CLASSES)[:, None]  # (CLASSES, 1)
+    dweight = tl.zeros((CLASSES, BLOCK), tl.float32)
+    for iteration in range(ITERATIONS):
+        row = tl.cast(iteration, tl.int64) * ROWS + tl.arange(0, ROWS)
+        picked = tl.load(index_ptr + row * S + group, mask=row < rows, other=-1)
+        inside = (row < rows)[:, None] & (column < U)
+        dy = tl.load(dy_ptr + row[:, None] * U + column, mask=inside, other=0.0)  # (ROWS, BLOCK)
+        one_hot = tl.where(picked[None, :] == class_, 1.0, 0.0).to(dy.dtype)  # (CLASSES, ROWS)
+        dweight = tl.dot(one_hot, dy, dweight, input_precision="ieee")  # tf32 would round a float32 dy
+    at = (group * K + class_).to(tl.int64) * U + column
+    tl.store(dweight_ptr + at, dweight.to(dweight_ptr.dtype.element_ty), mask=(class_ < K) & (column < U))
+
+
+class _OnehotLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, index: Tensor, weight: Tensor, straight_through: Tensor | None) -> Tensor:
+        S, (SK, U) = index.shape[-1], weight.shape
+        flat, weight = as_rows(index, S), weight.contiguous()
+        y = weight.new_empty((len(flat), U))
+        tile = row_tile(min(U, FORWARD_COLUMNS), FORWARD_TILE, FORWARD_THREAD)
+        onehot_linear_forward[(tile.programs(len(flat)), triton.cdiv(U, tile.block))](
+            flat,
+            weight,
+            y,
+            len(flat),
+            S,
+            SK // S,
+            U,
+            tile.rows,
+            tile.block,
+            min(S, FORWARD_UNROLL),
+            num_warps=tile.warps,
+        )
+        ctx.save_for_backward(flat, weight)
+        ctx.latent = None if straight_through is None else (straight_through.shape, straight_through.dtype)
+        return y.view(*index.shape[:-1], U)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        index, weight = ctx.saved_tensors
+        (rows, S), (SK, U) = index.shape, weight.shape
+        dweight = dlatent = None
+        if ctx.needs_input_grad[1]:
+            dweight = torch.empty_like(weight)
+            classes = max(16, triton.next_power_of_2(SK // S))  # a tensor core's product has at least 16 rows
+            onehot_linear_backward[(S, triton.cdiv(U, BACKWARD_COLUMNS))](
+                index, as_rows(dy, U), dweight, rows, triton.cdiv(rows, BACKWARD_ROWS), S, SK // S, U,
+                BACKWARD_ROWS, classes, BACKWARD_COLUMNS, num_warps=4, num_stages=3,
+            )  # fmt: skip
+        if ctx.needs_input_grad[2]:
+            dlatent = straight_through_gradient(dy, weight, *ctx.latent)
+        return None, dweight, dlatent
+
+
+def onehot_linear(
+    index: Tensor, weight: Tensor, straight_through: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """A linear layer without bias on one-hot latents that are given by their class indices.
+
+    Args:
+        index: (..., S) integer, the class of each group in [0, K), K = weight.shape[0] // S. It is not
+            range-checked: the result for other values is undefined.
+        weight: (S*K, U) float32 or bfloat16, group-major: row s*K + k belongs to class k of group s.
+        straight_through: optional (..., S, K) latents that `index` stands for. Their value is not read; they
+            receive the gradient `grad @ weight.T`.
+        backend: "reference", "triton" or "native"; None lets `dispatch` choose.
+
+    Returns (..., U) in weight's dtype, summed in float32. Differentiable in weight and, as said, in
+    straight_through.
+
+    Raises ValueError on shapes that do not fit; TypeError if index is not integer; `dispatch.BackendError` if
+    the backend cannot run here.
+    """
+    groups = index.shape[-1]
+    if index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"onehot_linear: index has dtype {index.dtype}, expected int64 or int32")
+    if weight.ndim != 2 or weight.shape[0] % groups:
+        raise ValueError(
+            f"onehot_linear: weight has shape {tuple(weight.shape)}, expected ({groups} groups * K, U)"
+        )
+    if straight_through is not None:
+        check_shape(
+            "onehot_linear", "straight_through", straight_through, (*index.shape, weight.shape[0] // groups)
+        )
+    return dispatch.resolve("onehot_linear", backend, weight)(index, weight, straight_through)
+
+
+dispatch.register(
+    "onehot_linear",
+    reference=onehot_linear_reference,
+    triton=_OnehotLinear.apply,
+    native=onehot_linear_native,
+)

@@ -1,0 +1,70 @@
+"""Tiles of rows: how the Triton kernels split their work, and the device functions they share.
+
+A program works on a tile of ROWS x BLOCK numbers, BLOCK the columns of a row rounded up to a power of two: a
+row is reduced in registers and read once. Launch settings are data, chosen by the reasons given here and
+checked by `python -m hdfast_kernels.report`; there is no autotuning, which would time kernels inside a
+captured graph.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ._triton import tl, triton
+
+# Numbers in a tile and for each thread of a kernel that streams: two 16-byte loads of bfloat16 for each
+# operand, enough bytes in flight at 4 programs a multiprocessor, and few enough registers for that many.
+TILE, THREAD = 2048, 16
+# At most this many programs accumulate the gradient of a parameter, each in its own row of partial sums,
+# which one reduction adds up in a fixed order: 4 a multiprocessor of an H100 (132), and no atomics, so that a
+# run repeats bit by bit.
+PARTIALS = 528
+
+
+@dataclass(frozen=True)
+class Tile:
+    """ROWS x BLOCK numbers for one program of `warps` warps."""
+
+    rows: int
+    block: int
+    warps: int
+
+    def programs(self, rows: int) -> int:
+        """How many tiles cover that many rows; at least 1, since a launch of none is an error."""
+        return max(1, -(-rows // self.rows))
+
+
+def row_tile(columns: int, numbers: int = TILE, thread: int = THREAD) -> Tile:
+    """As many rows as fit a tile of that many numbers; a wider row has a tile of its own, and more warps."""
+    block = triton.next_power_of_2(columns)
+    rows = max(1, numbers // block)
+    return Tile(rows, block, min(16, max(1, rows * block // (32 * thread))))
+
+
+def as_rows(x: Tensor, columns: int) -> Tensor:
+    """(..., columns) -> (N, columns), contiguous; also for an empty batch."""
+    return x.contiguous().view(x.numel() // columns, columns)
+
+
+@triton.jit
+def tanh(x):
+    """tanh to half a unit of float32 at 1, from exp, which the interpreter has too."""
+    decay = tl.exp(-2.0 * tl.abs(x))
+    magnitude = (1.0 - decay) / (1.0 + decay)
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def softmax_rows(x, inside):
+    """Each row's maximum (ROWS,), exp(x - maximum), and the sum of the latter (ROWS,); over columns `inside`."""
+    maximum = tl.max(tl.where(inside, x, float("-inf")), axis=1)
+    weight = tl.where(inside, tl.exp(x - maximum[:, None]), 0.0)
+    return maximum, weight, tl.sum(weight, axis=1)
+
+
+@triton.jit
+def normalise(x, inside, COLUMNS: tl.constexpr, eps):
+    """Layer norm of a tile's rows without its affine part: (x - mean) * rstd, and rstd (ROWS, 1)."""
+    centred = tl.where(inside, x - (tl.sum(x, axis=1) / COLUMNS)[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / COLUMNS + eps)[:, None]
+    return centred * rstd, rstd

@@ -1,0 +1,319 @@
+"""Regression by classification over bins that are evenly spaced in symlog space.
+
+    bins  = linspace(low, high, K)
+    code  = two-hot code of symlog(target): weight 1 - w on the bin below it, w on the bin above
+    loss  = -sum_k code_k * log softmax(logits)_k
+    mean  = symexp(sum_k softmax(logits)_k * bins_k)                    mean first, symexp after
+
+with symlog(x) = sign(x) log(1 + |x|) and symexp its inverse. Axes: N rows (all leading axes), K bins.
+
+Source: DreamerV3 (arXiv 2301.04104), equations 8-10, as its code computes them in the version that
+HarmonyDream builds on.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import dispatch
+from ._triton import tl, triton
+from .numerics import check_shape, compute_dtype
+from .tiles import as_rows, row_tile, softmax_rows
+from .two_hot_native import two_hot_loss_native, two_hot_mean_native
+
+# Numbers in a tile and for each thread: four rows of 255 for one warp. Rows of 255 cannot be read in 16 bytes, and
+# with more warps Triton spreads each row over all of them: every sum crosses warps, at twice the instructions.
+TILE, THREAD = 1024, 32
+
+
+def symlog(x: Tensor) -> Tensor:
+    """sign(x) log(1 + |x|), element by element."""
+    return x.sign() * x.abs().log1p()
+
+
+def symexp(x: Tensor) -> Tensor:
+    """sign(x) (e^|x| - 1), element by element. Its gradient is e^|x|, at zero too."""
+    return torch.where(x < 0, -torch.expm1(-x), torch.expm1(x))
+
+
+def symlog_bins(low: float, high: float, bins: int, like: Tensor) -> Tensor:
+    """(bins,) evenly spaced from low to high, on the device and in the compute dtype of `like`; made once."""
+    return _symlog_bins(low, high, bins, compute_dtype(like), like.device)
+
+
+@lru_cache(maxsize=64)
+def _symlog_bins(low: float, high: float, bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # In float64 and about the centre, so that symmetric bins are exactly symmetric: a uniform distribution
+    # has mean zero.
+    with torch.inference_mode(False):  # a tensor cached under inference_mode could not be used in training
+        offset = torch.arange(bins, dtype=torch.float64) - (bins - 1) / 2
+        return ((low + high) / 2 + offset * ((high - low) / (bins - 1))).to(device=device, dtype=dtype)
+
+
+def two_hot_loss_reference(logits: Tensor, target: Tensor, low: float = -20.0, high: float = 20.0) -> Tensor:
+    """The definition, in plain PyTorch; see `two_hot_loss`."""
+    bins, dtype = logits.shape[-1], compute_dtype(logits)
+    position = (symlog(target.detach().to(dtype)).clamp(low, high) - low) * ((bins - 1) / (high - low))
+    below = position.long().clamp(0, bins - 2)  # as an integer: NaN must give a NaN loss, not a wild gather
+    above_weight = position - below
+    logp = torch.log_softmax(logits.to(dtype), dim=-1)
+    picked = logp.gather(-1, torch.stack([below, below + 1], dim=-1))  # (..., K) -> (..., 2)
+    return -torch.lerp(picked[..., 0], picked[..., 1], above_weight)
+
+
+def two_hot_mean_reference(logits: Tensor, low: float = -20.0, high: float = 20.0) -> Tensor:
+    """The definition, in plain PyTorch; see `two_hot_mean`."""
+    bins = symlog_bins(low, high, logits.shape[-1], logits)
+    return symexp((torch.softmax(logits.to(bins.dtype), dim=-1) * bins).sum(dim=-1))
+
+
+@triton.jit
+def _load_logits(logits_ptr, rows, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Row (ROWS,), bin (1, BLOCK), address, mask and float32 logits (ROWS, BLOCK) of this program's tile."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    bin_ = tl.arange(0, BLOCK)[None, :]
+    at, inside = row[:, None] * K + bin_, (row < rows)[:, None] & (bin_ < K)
+    return row, bin_, at, inside, tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _position(target, LOW: tl.constexpr, HIGH: tl.constexpr, K: tl.constexpr):
+    """The bin below symlog(target), in [0, K - 2], and the weight of the bin above; NaN where the target is."""
+    size = tl.log(1.0 + tl.abs(target))
+    position = (tl.where(target < 0, -size, size) - LOW) * ((K - 1) / (HIGH - LOW))
+    position = tl.where(position > K - 1, K - 1.0, tl.where(position < 0, 0.0, position))
+    below = tl.where(position < K - 1, tl.floor(position), K - 2.0)  # so for NaN
+    return below.to(tl.int32), position - below
+
+
+@triton.jit
+def _symexp(x):
+    size = tl.abs(x)
+    series = 1.0 + size / 7
+    for order in tl.static_range(6, 1, -1):
+        series = (
+            1.0 + size / order * series
+        )  # e^x - 1 = x (1 + x/2 (1 + x/3 (...))), which near zero would cancel
+    size = tl.where(size < 0.35, size * series, tl.exp(size) - 1.0)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def _mean_bin(bin_, probs, K: tl.constexpr):
+    """Each bin's and each row's mean bin's value, as the distance from the centre in units of a bin's width.
+
+    Bins (1, BLOCK) are exact in this unit, so that the mean (ROWS,) errs relative to itself, not to the end bins.
+    """
+    offset = bin_.to(tl.float32) - (K - 1) / 2
+    return offset, tl.sum(probs * offset, axis=1)
+
+
+@triton.jit
+def two_hot_loss_forward(
+    logits_ptr,
+    target_ptr,
+    loss_ptr,
+    rows,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, bin_, _, _, logits = _load_logits(logits_ptr, rows, K, ROWS, BLOCK)
+    target = tl.load(target_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
+    below, above_weight = _position(target, LOW, HIGH, K)
+    maximum, _, total = softmax_rows(logits, bin_ < K)
+    # the two logits once more, from the L1 cache: cheaper than to pick them out of the row
+    picked_ptr = logits_ptr + row * K + below
+    low = tl.load(picked_ptr, mask=row < rows, other=0.0).to(tl.float32) - maximum
+    high = tl.load(picked_ptr + 1, mask=row < rows, other=0.0).to(tl.float32) - maximum
+    loss = tl.log(total) - (low + above_weight * (high - low))
+    tl.store(loss_ptr + row, loss, mask=row < rows)
+
+
+@triton.jit
+def two_hot_loss_backward(
+    logits_ptr,
+    target_ptr,
+    dloss_ptr,
+    dlogits_ptr,
+    rows,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, bin_, at, inside, logits = _load_logits(logits_ptr, rows, K, ROWS, BLOCK)
+    target = tl.load(target_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
+    dloss = tl.load(dloss_ptr + row, mask=row < rows, other=0.0)
+    below, above_weight = _position(target, LOW, HIGH, K)
+    _, weight, total = softmax_rows(logits, bin_ < K)
+    step, share = bin_ - below[:, None], above_weight[:, None]
+    code = tl.where(step == 0, 1.0 - share, tl.where(step == 1, share, 0.0))
+    dlogits = dloss[:, None] * (weight * (1.0 / total)[:, None] - code)
+    tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def two_hot_mean_forward(
+    logits_ptr,
+    mean_ptr,
+    rows,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, bin_, _, _, logits = _load_logits(logits_ptr, rows, K, ROWS, BLOCK)
+    _, weight, total = softmax_rows(logits, bin_ < K)
+    _, mean = _mean_bin(bin_, weight * (1.0 / total)[:, None], K)
+    mean = (LOW + HIGH) / 2 + mean * ((HIGH - LOW) / (K - 1))
+    tl.store(mean_ptr + row, _symexp(mean), mask=row < rows)
+
+
+@triton.jit
+def two_hot_mean_backward(
+    logits_ptr,
+    dmean_ptr,
+    dlogits_ptr,
+    rows,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, bin_, at, inside, logits = _load_logits(logits_ptr, rows, K, ROWS, BLOCK)
+    dmean = tl.load(dmean_ptr + row, mask=row < rows, other=0.0)
+    _, weight, total = softmax_rows(logits, bin_ < K)
+    probs = weight * (1.0 / total)[:, None]
+    offset, mean = _mean_bin(bin_, probs, K)
+    width = (HIGH - LOW) / (K - 1)
+    dmean *= width * tl.exp(tl.abs((LOW + HIGH) / 2 + mean * width))
+    dlogits = dmean[:, None] * probs * (offset - mean[:, None])
+    tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
+
+
+class _TwoHotLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, target: Tensor, low: float, high: float) -> Tensor:
+        K = logits.shape[-1]
+        flat, target, tile = as_rows(logits, K), target.contiguous(), row_tile(K, TILE, THREAD)
+        loss = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
+        two_hot_loss_forward[(tile.programs(len(flat)),)](
+            flat, target, loss, len(flat), low, high, K, tile.rows, tile.block, num_warps=tile.warps
+        )
+        ctx.save_for_backward(flat, target)
+        ctx.low, ctx.high = low, high
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, target = ctx.saved_tensors
+        (rows, K), tile, dlogits = (
+            logits.shape,
+            row_tile(logits.shape[1], TILE, THREAD),
+            torch.empty_like(logits),
+        )
+        two_hot_loss_backward[(tile.programs(rows),)](
+            logits, target, dloss.contiguous(), dlogits, rows, ctx.low, ctx.high, K, tile.rows, tile.block,
+            num_warps=tile.warps,
+        )  # fmt: skip
+        return dlogits.view(*dloss.shape, K), None, None, None
+
+
+class _TwoHotMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, low: float, high: float) -> Tensor:
+        K = logits.shape[-1]
+        flat, tile = as_rows(logits, K), row_tile(K, TILE, THREAD)
+        mean = torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device)
+        two_hot_mean_forward[(tile.programs(len(flat)),)](
+            flat, mean, len(flat), low, high, K, tile.rows, tile.block, num_warps=tile.warps
+        )
+        ctx.save_for_backward(flat)
+        ctx.low, ctx.high = low, high
+        return mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dmean: Tensor) -> tuple[Tensor, None, None]:
+        (logits,) = ctx.saved_tensors
+        (rows, K), tile, dlogits = (
+            logits.shape,
+            row_tile(logits.shape[1], TILE, THREAD),
+            torch.empty_like(logits),
+        )
+        two_hot_mean_backward[(tile.programs(rows),)](
+            logits, dmean.contiguous(), dlogits, rows, ctx.low, ctx.high, K, tile.rows, tile.block,
+            num_warps=tile.warps,
+        )  # fmt: skip
+        return dlogits.view(*dmean.shape, K), None, None
+
+
+def two_hot_loss(
+    logits: Tensor, target: Tensor, low: float = -20.0, high: float = 20.0, *, backend: str | None = None
+) -> Tensor:
+    """Cross-entropy of the binned prediction with the two-hot code of symlog(target).
+
+    Args:
+        logits: (..., K) float32 or bfloat16, K >= 2.
+        target: (...) any float dtype, in the unit of the reward or return; beyond the end bins it counts as
+            the end bin.
+        low, high: the end bins, in symlog space.
+        backend: "reference", "triton" or "native"; None lets `dispatch` choose.
+
+    Returns (...) float32 (float64 for float64 logits). Differentiable in logits; target gets no gradient. A
+    NaN target gives a NaN loss.
+
+    Raises ValueError on shapes or bins that do not fit; `dispatch.BackendError` if the backend cannot run
+    here.
+    """
+    check_shape("two_hot_loss", "target", target, logits.shape[:-1])
+    _check_bins("two_hot_loss", logits, low, high)
+    return dispatch.resolve("two_hot_loss", backend, logits)(logits, target, low, high)
+
+
+def two_hot_mean(
+    logits: Tensor, low: float = -20.0, high: float = 20.0, *, backend: str | None = None
+) -> Tensor:
+    """The value that a binned prediction stands for: symexp of the mean bin.
+
+    Args:
+        logits: (..., K) float32 or bfloat16, K >= 2.
+        low, high: the end bins, in symlog space.
+        backend: "reference", "triton" or "native"; None lets `dispatch` choose.
+
+    Returns (...) float32 (float64 for float64 logits), in the unit of the reward or return. Differentiable.
+
+    Raises ValueError on bins that do not fit; `dispatch.BackendError` if the backend cannot run here.
+    """
+    _check_bins("two_hot_mean", logits, low, high)
+    return dispatch.resolve("two_hot_mean", backend, logits)(logits, low, high)
+
+
+def _check_bins(op: str, logits: Tensor, low: float, high: float) -> None:
+    if logits.shape[-1] < 2 or not low < high:
+        raise ValueError(
+            f"{op}: needs at least 2 bins and low < high, got {logits.shape[-1]} from {low} to {high}"
+        )
+
+
+dispatch.register(
+    "two_hot_loss",
+    reference=two_hot_loss_reference,
+    triton=_TwoHotLoss.apply,
+    native=two_hot_loss_native,
+)
+dispatch.register(
+    "two_hot_mean",
+    reference=two_hot_mean_reference,
+    triton=_TwoHotMean.apply,
+    native=two_hot_mean_native,
+)
