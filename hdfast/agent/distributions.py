@@ -1,0 +1,61 @@
+"""Pure functions on distributions: symlog, unimix categoricals, the squashed Normal of continuous actors.
+
+Axes: K classes, A action width.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def symlog(x: Tensor) -> Tensor:
+    """sign(x) · log(1 + |x|), elementwise."""
+    return x.sign() * x.abs().log1p()
+
+
+def unimix_log_probs(logits: Tensor, unimix: float) -> Tensor:
+    """Log-probabilities of (1 - unimix) · softmax(logits) + unimix / K, float32 or wider.
+
+    Args:
+        logits: (..., K).
+        unimix: share of the uniform distribution; 0 is a plain log-softmax.
+    """
+    logits = logits.float() if logits.dtype != torch.float64 else logits
+    if unimix == 0:
+        return logits.log_softmax(-1)
+    return torch.log((1 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1])
+
+
+def sample_index(logp: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF sample: the number of classes whose cumulative probability is at most `uniform`.
+
+    Args:
+        logp: (..., K) log-probabilities.
+        uniform: (...) numbers in [0, 1).
+
+    Returns:
+        (...) int64 class indices.
+    """
+    below = (logp.exp().cumsum(-1) <= uniform[..., None]).sum(-1)
+    return below.clamp(max=logp.shape[-1] - 1)
+
+
+def categorical_entropy(logp: Tensor) -> Tensor:
+    """Entropy in nats of (..., K) log-probabilities."""
+    return -(logp.exp() * logp).sum(-1)
+
+
+def normal_parameters(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean in (-1, 1) and standard deviation in (0.1, 1) from raw network outputs (..., A), float32."""
+    return mean.float().tanh(), 0.9 * (std.float() + 2).sigmoid() + 0.1
+
+
+def normal_entropy(std: Tensor) -> Tensor:
+    """Entropy in nats, summed over the action axis A."""
+    return (0.5 * math.log(2 * math.pi * math.e) + std.log()).sum(-1)
+
+
+def clip_action(action: Tensor) -> Tensor:
+    """a / max(1, |a|) elementwise, with the gradient stopped through the scale (ALGORITHM: action clip 1)."""
+    return action / action.detach().abs().clamp(min=1.0)

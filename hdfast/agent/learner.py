@@ -1,0 +1,202 @@
+"""The learner: one update is one function of static shapes, with no host synchronisation and no branch on data.
+
+Axes: T time, B batch, H horizon, N = T*B starting states, S groups, A action width.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from hdfast.agent.behavior import Behavior, Draws
+from hdfast.agent.networks import parameter_counts
+from hdfast.agent.optimizer import Adam
+from hdfast.agent.world_model import ModelOutput, WorldModel
+from hdfast.config import Config
+from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
+
+Sampler = Callable[[int, int], dict[str, Tensor]]
+
+
+class Learner:
+    """Owns the parameters, their optimizers and the random numbers of learning.
+
+    Args:
+        obs_specs, actions: what the environment shows and accepts.
+        config: the run's configuration.
+        device: where everything lives.
+        dtype: type of the matrix work, float32 or bfloat16; parameters and losses stay float32.
+        seed: initial parameters and all draws of learning follow from it.
+    """
+
+    def __init__(
+        self,
+        obs_specs: Mapping[str, ArraySpec],
+        actions: DiscreteActions | ContinuousActions,
+        config: Config,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ):
+        self.config, self.actions, self.dtype = config, actions, dtype
+        self.device = torch.device(device)
+        with torch.random.fork_rng(devices=[]):  # parameters are drawn on the host: the same on every device
+            torch.manual_seed(seed)
+            self.model = WorldModel(obs_specs, actions, config)
+            self.behavior = Behavior(actions, config)
+        self.model.to(self.device)
+        self.behavior.to(self.device)
+        opt = config.optimizer
+        self.optimizers = {
+            "model": Adam(self.model.parameters(), lr=opt.model_lr, eps=opt.model_eps, clip=opt.model_clip),
+            "actor": Adam(
+                self.behavior.actor.parameters(), lr=opt.actor_lr, eps=opt.actor_eps, clip=opt.actor_clip
+            ),
+            "critic": Adam(
+                self.behavior.critic.parameters(),
+                lr=opt.critic_lr,
+                eps=opt.critic_eps,
+                clip=opt.critic_clip,
+            ),
+        }
+        self.generator = torch.Generator(self.device)
+        self.generator.manual_seed(seed)
+        self.updates = 0
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.bad_starts = torch.zeros(config.replay.batch, dtype=torch.int64, device=self.device)
+        self.last_starts = torch.zeros_like(self.bad_starts)
+        self._metric_names: list[str] = []
+        self._metric_sum = torch.zeros(0, device=self.device)
+        self._metric_count = torch.zeros((), device=self.device)
+
+    def update(self, sample: Sampler) -> None:
+        """One update on a batch of `sample(B, T)`, counted in `updates`; see `step`."""
+        self.step(sample)
+        self.updates += 1
+
+    def step(self, sample: Sampler) -> None:
+        """World model, actor, critic and slow critic learn from one batch; nothing but device tensors change.
+
+        `sample` returns a time-major batch: observations, `action`, `reward`, `is_first`, `is_terminal` (T, B, ...)
+        and `starts` (B,). Model, actor and critic learn in this order; the first whose loss or gradient is not finite
+        changes nothing, and neither do those after it. Such an update is counted in `skipped`, and its `starts` are
+        kept in `bad_starts`. `last_starts` are those of the last update.
+        """
+        config = self.config
+        batch = sample(config.replay.batch, config.replay.length)
+        with torch.no_grad():
+            uniform = self.uniform(*batch["reward"].shape, config.rssm.stoch)
+        output = self.model.loss(batch, uniform, self.dtype)
+        applied, metrics = self._step("model", output.loss, output.loss.isfinite())
+        metrics = {"loss_model": output.loss.detach(), **output.metrics, **metrics}
+        applied, behavior_metrics = self._update_behavior(output, batch["is_terminal"], applied)
+        metrics |= behavior_metrics
+        self.skipped += ~applied
+        self.last_starts.copy_(batch["starts"])
+        self.bad_starts.copy_(torch.where(applied, self.bad_starts, batch["starts"]))
+        self._accumulate(metrics, applied)
+
+    def draws(self, count: int) -> Draws:
+        """The random numbers of one imagined rollout from `count` states."""
+        config = self.config
+        latent = self.uniform(config.behavior.horizon, count, config.rssm.stoch)
+        if isinstance(self.actions, DiscreteActions):
+            return Draws(latent, self.uniform(config.behavior.horizon, count))
+        shape = (config.behavior.horizon, count, self.actions.size)
+        return Draws(latent, torch.randn(shape, generator=self.generator, device=self.device))
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Float32 numbers in [0, 1) from the learner's generator."""
+        return torch.rand(shape, generator=self.generator, device=self.device)
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the finite updates since the last call, with one copy to the host; empty if there were none."""
+        if not self._metric_names:
+            return {}
+        count, *sums = torch.cat([self._metric_count[None], self._metric_sum]).tolist()
+        self._metric_count.zero_()
+        self._metric_sum.zero_()
+        return (
+            {name: total / count for name, total in zip(self._metric_names, sums, strict=True)}
+            if count
+            else {}
+        )
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by part; `harmony` counts the scalars that balance the losses, the others are without them."""
+        harmony = parameter_counts({"harmony": self.model.harmonizer})["harmony"]
+        counts = parameter_counts({"world_model": self.model, **self.behavior.parts()})
+        counts["world_model"] -= harmony
+        return {**counts, "total": sum(counts.values()), "harmony": harmony}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that learning depends on, as tensors by name."""
+        state = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        state |= {f"behavior.{k}": v for k, v in self.behavior.state_dict().items()}
+        for name, optimizer in self.optimizers.items():
+            state |= {f"optimizer.{name}.{k}": v for k, v in optimizer.state_dict().items()}
+        state["generator"] = self.generator.get_state()
+        state["updates"] = torch.tensor(self.updates)
+        state["skipped"] = self.skipped
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores a `state_dict` in place.
+
+        Raises:
+            KeyError, RuntimeError: an entry is missing or of another shape.
+        """
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+        self.model.load_state_dict(part("model."))
+        self.behavior.load_state_dict(part("behavior."))
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(part(f"optimizer.{name}."))
+        self.generator.set_state(state["generator"].cpu())
+        self.updates = int(state["updates"])
+        self.skipped.copy_(state["skipped"])
+
+    def _update_behavior(
+        self, output: ModelOutput, is_terminal: Tensor, apply: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        behavior = self.behavior
+        start = output.observed.latent.flatten(0, 1).detach()
+        start_cont = 1 - is_terminal.flatten().float()
+        draws = self.draws(start_cont.shape[0])
+        trajectory = behavior.imagine(self.model, start, start_cont, draws, self.dtype)
+        scores = behavior.score(trajectory, self.dtype)
+        bounds = behavior.return_range.updated(scores.returns)
+        actor_loss, metrics = behavior.actor_loss(trajectory, scores, bounds)
+        critic_loss = behavior.critic_loss(trajectory, scores, self.dtype)
+        finite = apply & actor_loss.isfinite() & critic_loss.isfinite()
+        critic_gradients = self._gradients("critic", critic_loss, keep_graph=not behavior.discrete)
+        applied, actor_metrics = self._step("actor", actor_loss, finite)
+        norm, applied = self.optimizers["critic"].step(critic_gradients, applied)
+        behavior.return_range.bounds.copy_(torch.where(applied, bounds, behavior.return_range.bounds))
+        behavior.update_slow_critic(applied)
+        metrics |= {"loss_actor": actor_loss.detach(), "loss_critic": critic_loss.detach()}
+        return applied, metrics | actor_metrics | {"grad_norm_critic": norm}
+
+    def _gradients(self, name: str, loss: Tensor, keep_graph: bool = False) -> list[Tensor]:
+        parameters = self.optimizers[name].parameters
+        return list(
+            torch.autograd.grad(
+                loss, parameters, retain_graph=keep_graph, allow_unused=True, materialize_grads=True
+            )
+        )
+
+    def _step(self, name: str, loss: Tensor, apply: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        norm, applied = self.optimizers[name].step(self._gradients(name, loss), apply)
+        return applied, {f"grad_norm_{name}": norm}
+
+    @torch.no_grad()
+    def _accumulate(self, metrics: dict[str, Tensor], applied: Tensor) -> None:
+        if not self._metric_names:
+            self._metric_names = list(metrics)
+            self._metric_sum = torch.zeros(len(metrics), device=self.device)
+        values = torch.stack([metrics[name].float() for name in self._metric_names])
+        self._metric_sum += torch.where(applied, values, 0.0)
+        self._metric_count += applied

@@ -1,0 +1,228 @@
+"""Layers of the world model and of the actor and critic.
+
+Axes: N rows, D deter, S groups, K classes, U units, C channels. Parameters are float32; `dtype` is that of the
+matrix work. No layer in front of a LayerNorm has a bias. Initialisation follows DreamerV3 (thuml/HarmonyDream,
+dreamerv3-jax/dreamerv3/nets.py, class Initializer): variance 1 / mean(fan_in, fan_out), a truncated normal for
+hidden layers and a uniform distribution for output layers.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hdfast_kernels import layer_norm_silu, onehot_linear
+
+EPS = 1e-3
+_TRUNCATION_STD = 0.87962566103423978  # standard deviation of a unit normal truncated at two
+
+
+class Latent(NamedTuple):
+    """A state of the world model.
+
+    deter: (..., D) float32. index: (..., S) int64, the classes drawn. stoch: (..., S, K), the same as a
+    straight-through one-hot sample, or None where no gradient may flow through the draw.
+    """
+
+    deter: Tensor
+    index: Tensor
+    stoch: Tensor | None = None
+
+    def detach(self) -> "Latent":
+        """The same state without gradients."""
+        return Latent(self.deter.detach(), self.index, None)
+
+    def flatten(self, start: int = 0, end: int = 1) -> "Latent":
+        """Merges the leading axes `start`..`end` of every part."""
+        stoch = None if self.stoch is None else self.stoch.flatten(start, end)
+        return Latent(self.deter.flatten(start, end), self.index.flatten(start, end), stoch)
+
+
+def init_normal_(weight: Tensor, fan_in: int, fan_out: int) -> Tensor:
+    """Truncated normal of variance 1 / mean(fan_in, fan_out), in place."""
+    std = math.sqrt(2.0 / (fan_in + fan_out)) / _TRUNCATION_STD
+    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def init_uniform_(weight: Tensor, fan_in: int, fan_out: int, scale: float = 1.0) -> Tensor:
+    """Uniform of variance scale / mean(fan_in, fan_out), in place; scale 0 gives zeros."""
+    limit = math.sqrt(3.0 * scale * 2.0 / (fan_in + fan_out))
+    return nn.init.uniform_(weight, -limit, limit)
+
+
+class Norm(nn.Module):
+    """Scale and shift of a LayerNorm over the last axis, always applied in float32."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def silu(self, x: Tensor) -> Tensor:
+        """SiLU(LN(x)), (..., width)."""
+        return layer_norm_silu(x, self.weight, self.bias, EPS)
+
+
+class Linear(nn.Module):
+    """Output layer: x · Wᵀ + b, uniform initialisation. (..., inputs) -> (..., outputs)."""
+
+    def __init__(self, inputs: int, outputs: int, scale: float = 1.0):
+        super().__init__()
+        self.weight = nn.Parameter(init_uniform_(torch.empty(outputs, inputs), inputs, outputs, scale))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+class Hidden(nn.Module):
+    """Hidden layer: SiLU(LN(x · Wᵀ)). (..., inputs) -> (..., units)."""
+
+    def __init__(self, inputs: int, units: int):
+        super().__init__()
+        self.weight = nn.Parameter(init_normal_(torch.empty(units, inputs), inputs, units))
+        self.norm = Norm(units)
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.norm.silu(F.linear(x.to(dtype), self.weight.to(dtype)))
+
+
+class LatentProjection(nn.Module):
+    """[deter, stoch] · W (+ b) without building the concatenation: a GEMM on deter plus gathered rows for stoch.
+
+    deter_weight is (outputs, D) as in torch, stoch_weight (S·K, outputs) so that a class is a contiguous row.
+    """
+
+    def __init__(self, deter: int, stoch: int, outputs: int, bias: bool = False):
+        super().__init__()
+        fan_in = deter + stoch
+        init = init_uniform_ if bias else init_normal_
+        self.deter_weight = nn.Parameter(init(torch.empty(outputs, deter), fan_in, outputs))
+        self.stoch_weight = nn.Parameter(init(torch.empty(stoch, outputs), fan_in, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+
+    def forward(self, latent: Latent, dtype: torch.dtype) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(dtype)
+        deter = F.linear(latent.deter.to(dtype), self.deter_weight.to(dtype), bias)
+        return deter + onehot_linear(latent.index, self.stoch_weight.to(dtype), straight_through=latent.stoch)
+
+
+class LatentMLP(nn.Module):
+    """MLP on a latent: hidden layers of `units`, then one output layer per entry of `outputs`.
+
+    Args:
+        deter, stoch: D and S·K.
+        units, layers: width and number of hidden layers.
+        outputs: width of each output layer, by name.
+        scale: variance scale of the output layers; 0 starts them at zero.
+    """
+
+    def __init__(
+        self, deter: int, stoch: int, units: int, layers: int, outputs: dict[str, int], scale: float = 1.0
+    ):
+        super().__init__()
+        self.first = LatentProjection(deter, stoch, units)
+        self.norm = Norm(units)
+        self.hidden = nn.ModuleList(Hidden(units, units) for _ in range(layers - 1))
+        self.out = nn.ModuleDict({name: Linear(units, width, scale) for name, width in outputs.items()})
+
+    def forward(self, latent: Latent, dtype: torch.dtype) -> dict[str, Tensor]:
+        x = self.norm.silu(self.first(latent, dtype))
+        for layer in self.hidden:
+            x = layer(x, dtype)
+        return {name: layer(x, dtype) for name, layer in self.out.items()}
+
+
+def image_stages(resolution: tuple[int, int], minimum: int = 4) -> int:
+    """Number of stride-2 stages between `resolution` (H, W) and `minimum` pixels.
+
+    Raises:
+        ValueError: the image is not square, or its side is not `minimum` times a power of two of at least 2.
+    """
+    height, width = resolution
+    stages = max(height // minimum, 1).bit_length() - 1
+    if height != width or stages < 1 or minimum << stages != height:
+        raise ValueError(
+            f"images of {height}x{width} pixels are not supported: the side must be 8, 16, 32, 64, 128, ..."
+        )
+    return stages
+
+
+class ImageEncoder(nn.Module):
+    """Convolutions k4 s2 from (N, H, W, C) uint8 to (N, 4·4·channels), LayerNorm over channels, SiLU.
+
+    Source: ALGORITHM §3; several images enter as stacked channels.
+    """
+
+    def __init__(self, resolution: tuple[int, int], channels: int, depth: int):
+        super().__init__()
+        widths = [depth << i for i in range(image_stages(resolution))]
+        self.kernels = nn.ParameterList()
+        self.norms = nn.ModuleList()
+        for inputs, outputs in zip([channels, *widths], widths, strict=False):
+            kernel = torch.empty(outputs, inputs, 4, 4)
+            self.kernels.append(nn.Parameter(init_normal_(kernel, 16 * inputs, 16 * outputs)))
+            self.norms.append(Norm(outputs))
+        self.outputs = 16 * widths[-1]
+
+    def forward(self, image: Tensor, dtype: torch.dtype) -> Tensor:
+        x = (image.float() / 255 - 0.5).to(dtype).permute(0, 3, 1, 2)  # (N, H, W, C) -> channels-last NCHW
+        for kernel, norm in zip(self.kernels, self.norms, strict=True):
+            weight = kernel.to(dtype, memory_format=torch.channels_last)
+            x = F.conv2d(x, weight, stride=2, padding=1)
+            x = norm.silu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x.permute(0, 2, 3, 1).flatten(1)
+
+
+class ImageDecoder(nn.Module):
+    """Latent to images: linear to (4, 4, channels), then deconvolutions k4 s2 up to (N, H, W, C), + 0.5.
+
+    LayerNorm over channels and SiLU between the deconvolutions; the last has a bias instead (ALGORITHM §3).
+    """
+
+    def __init__(self, deter: int, stoch: int, resolution: tuple[int, int], channels: int, depth: int):
+        super().__init__()
+        stages = image_stages(resolution)
+        widths = [depth << i for i in reversed(range(stages))]
+        self.first = LatentProjection(deter, stoch, 16 * widths[0], bias=True)
+        self.kernels = nn.ParameterList()
+        self.norms = nn.ModuleList()
+        for i, (inputs, outputs) in enumerate(zip(widths, [*widths[1:], channels], strict=True)):
+            init = init_uniform_ if i == stages - 1 else init_normal_
+            kernel = torch.empty(inputs, outputs, 4, 4)
+            self.kernels.append(nn.Parameter(init(kernel, 16 * inputs, 16 * outputs)))
+            if i < stages - 1:
+                self.norms.append(Norm(outputs))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, latent: Latent, dtype: torch.dtype) -> Tensor:
+        x = self.first(latent, dtype).unflatten(-1, (4, 4, -1)).permute(0, 3, 1, 2)
+        for kernel, norm in zip(self.kernels[:-1], self.norms, strict=True):
+            weight = kernel.to(dtype, memory_format=torch.channels_last)
+            x = F.conv_transpose2d(x, weight, stride=2, padding=1)
+            x = norm.silu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        weight = self.kernels[-1].to(dtype, memory_format=torch.channels_last)
+        x = F.conv_transpose2d(x, weight, (self.bias + 0.5).to(dtype), stride=2, padding=1)
+        return x.permute(0, 2, 3, 1)
+
+
+class VectorEncoder(nn.Module):
+    """MLP on the concatenated vectors, already in symlog space. (..., sum of widths) float32 -> (..., units)."""
+
+    def __init__(self, inputs: int, units: int, layers: int):
+        super().__init__()
+        widths = [inputs] + [units] * (layers - 1)
+        self.hidden = nn.ModuleList(Hidden(width, units) for width in widths)
+        self.outputs = units
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        for layer in self.hidden:
+            x = layer(x, dtype)
+        return x
+
+
+def parameter_counts(modules: dict[str, nn.Module]) -> dict[str, int]:
+    """Number of parameters of each module, by name."""
+    return {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}

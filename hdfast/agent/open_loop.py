@@ -1,0 +1,44 @@
+"""What the world model thinks will happen: a few rows seen, the rest imagined from the actions alone.
+
+Axes: T time, B batch, H, W pixels, C channels.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hdfast.agent.learner import Learner
+from hdfast.agent.networks import Latent
+
+
+@torch.no_grad()
+def open_loop(learner: Learner, batch: Mapping[str, Tensor], *, context: int = 5) -> dict[str, Tensor]:
+    """Predicts every image of a batch: reconstructed for the first `context` rows, imagined after them.
+
+    Args:
+        learner: its world model predicts; its generator is not touched.
+        batch: time-major (T, B, ...) as `Replay.sample` gives it.
+        context: rows seen, from 1 to T - 1.
+
+    Returns:
+        (T, B, H, W, C) float32 in [0, 1] for every image key; empty if there is none.
+    """
+    model, dtype = learner.model, learner.dtype
+    length, count = batch["reward"].shape
+    stoch = learner.config.rssm.stoch
+    generator = torch.Generator(learner.device).manual_seed(0)
+    uniform = torch.rand(length, count, stoch, generator=generator, device=learner.device)
+    seen = model.observe(
+        {k: v[:context] for k, v in batch.items() if k != "starts"}, uniform[:context], dtype
+    )
+    weights = model.rssm.cast(dtype)
+    deter, index = list(seen.latent.deter), list(seen.latent.index)
+    for t in range(context, length):
+        latent = model.rssm.imagine_step(
+            Latent(deter[-1], index[-1]), batch["action"][t - 1], uniform[t], weights
+        )
+        deter.append(latent.deter)
+        index.append(latent.index)
+    decoded = model.decode(Latent(torch.cat(deter), torch.cat(index)), dtype)
+    return {key: decoded[key].float().clamp(0, 1).unflatten(0, (length, count)) for key in model.images}

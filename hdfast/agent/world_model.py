@@ -1,0 +1,167 @@
+"""The world model: encoder, RSSM, decoder, reward and continuation heads, and the harmony of their losses.
+
+Axes: T time, B batch, D deter, S groups, K classes. Losses are per (t, b) and then averaged (ALGORITHM §1-§3).
+
+Several images are stacked as channels into one encoder and one decoder, must have one size, and their losses add up
+to the observation loss that the harmony scalar weighs, whatever their keys are called. Each vector key keeps weight 1
+outside harmony, as in the authors' code; no key is dropped.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hdfast.agent.distributions import categorical_entropy, symlog
+from hdfast.agent.harmony import build_harmonizer
+from hdfast.agent.networks import ImageDecoder, ImageEncoder, Latent, LatentMLP, VectorEncoder
+from hdfast.agent.rssm import RSSM, Observed
+from hdfast.config import Config
+from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
+from hdfast_kernels import image_loss, kl_balance, two_hot_loss
+
+
+class ModelOutput(NamedTuple):
+    """What one pass of the world model yields."""
+
+    loss: Tensor  # scalar
+    observed: Observed  # time-major posterior
+    losses: dict[str, Tensor]  # (T, B) each
+    metrics: dict[str, Tensor]  # scalars on the device
+
+
+class WorldModel(nn.Module):
+    """Learns to predict observations, rewards and episode ends from latents.
+
+    Args:
+        obs_specs: shape and dtype of each observation, images as (H, W, C) uint8, vectors as (n,) float.
+        actions: what the environment accepts.
+        config: the run's configuration.
+
+    Raises:
+        ValueError: images of different sizes or of a side that is not 8, 16, 32, ...; nothing to observe; an
+            observation that is neither an image nor a vector.
+    """
+
+    def __init__(
+        self,
+        obs_specs: Mapping[str, ArraySpec],
+        actions: DiscreteActions | ContinuousActions,
+        config: Config,
+    ):
+        super().__init__()
+        self.images = {k: v.shape for k, v in obs_specs.items() if len(v.shape) == 3}
+        self.vectors = {k: math.prod(v.shape) for k, v in obs_specs.items() if len(v.shape) <= 1}
+        self.scalars = {k for k, v in obs_specs.items() if not v.shape}
+        unknown = [k for k in obs_specs if k not in self.images and k not in self.vectors]
+        if unknown or not obs_specs:
+            raise ValueError(f"observations must be images (H, W, C) or vectors (n,): got {dict(obs_specs)}")
+        resolutions = {shape[:2] for shape in self.images.values()}
+        if len(resolutions) > 1:
+            raise ValueError(f"images must have one size, got {self.images}")
+        rssm, net = config.rssm, config.network
+        self.discrete = isinstance(actions, DiscreteActions)
+        self.free_nats = config.loss.free_nats
+        deter, stoch = rssm.deter, rssm.stoch * rssm.classes
+        self.encoder, self.decoder = nn.ModuleDict(), nn.ModuleDict()
+        embed = 0
+        if self.images:
+            resolution = resolutions.pop()
+            channels = sum(shape[2] for shape in self.images.values())
+            self.encoder["image"] = ImageEncoder(resolution, channels, net.depth)
+            self.decoder["image"] = ImageDecoder(deter, stoch, resolution, channels, net.depth)
+            embed += self.encoder["image"].outputs
+        if self.vectors:
+            width = sum(self.vectors.values())
+            self.encoder["vector"] = VectorEncoder(width, net.mlp_units, net.mlp_layers)
+            self.decoder["vector"] = LatentMLP(deter, stoch, net.mlp_units, net.mlp_layers, self.vectors)
+            embed += self.encoder["vector"].outputs
+        self.rssm = RSSM(
+            deter=deter,
+            units=rssm.units,
+            stoch=rssm.stoch,
+            classes=rssm.classes,
+            unimix=rssm.unimix,
+            action=actions.count if self.discrete else actions.size,
+            discrete=self.discrete,
+            embed=embed,
+        )
+        self.reward = LatentMLP(deter, stoch, net.units, net.layers, {"logits": net.bins}, scale=0.0)
+        self.cont = LatentMLP(deter, stoch, net.units, net.layers, {"logit": 1})
+        self.harmonizer = build_harmonizer(config, images=bool(self.images), vectors=tuple(self.vectors))
+
+    def encode(self, obs: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Embeds observations with any leading axes: (..., H, W, C) uint8 and (..., n) -> (..., E)."""
+        parts = []
+        if self.images:
+            x = torch.cat([obs[k] for k in self.images], -1)
+            lead = x.shape[:-3]
+            parts.append(self.encoder["image"](x.flatten(0, -4), dtype).unflatten(0, lead))
+        if self.vectors:
+            x = symlog(self._vector(obs))
+            parts.append(self.encoder["vector"](x, dtype))
+        return torch.cat(parts, -1)
+
+    def decode(self, latent: Latent, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Predicts every observation from (N, ...) latents: images (N, H, W, C), vectors (N, n) in symlog space."""
+        out = {}
+        if self.images:
+            image = self.decoder["image"](latent, dtype)
+            out.update(zip(self.images, image.split([s[2] for s in self.images.values()], -1), strict=True))
+        if self.vectors:
+            out.update(self.decoder["vector"](latent, dtype))
+        return out
+
+    def reward_logits(self, latent: Latent, dtype: torch.dtype) -> Tensor:
+        """(..., bins) two-hot logits of the reward received on arriving in `latent`."""
+        return self.reward(latent, dtype)["logits"]
+
+    def cont_logit(self, latent: Latent, dtype: torch.dtype) -> Tensor:
+        """(...) float32 logit of the episode going on after `latent`."""
+        return self.cont(latent, dtype)["logit"].squeeze(-1).float()
+
+    def observe(self, batch: Mapping[str, Tensor], uniform: Tensor, dtype: torch.dtype) -> Observed:
+        """The posterior over a time-major batch; `uniform` (T, B, S) draws its latents."""
+        embed = self.encode(batch, dtype)
+        return self.rssm.observe(embed, batch["action"], batch["is_first"], uniform, dtype)
+
+    def loss(self, batch: Mapping[str, Tensor], uniform: Tensor, dtype: torch.dtype) -> ModelOutput:
+        """All losses of a time-major batch and their harmony.
+
+        Args:
+            batch: observations, `action`, `reward` (T, B) float, `is_first`, `is_terminal` (T, B) bool.
+            uniform: (T, B, S) numbers in [0, 1) that draw the posterior latents.
+            dtype: type of the matrix work.
+        """
+        lead = batch["reward"].shape
+        observed = self.observe(batch, uniform, dtype)
+        latent = observed.latent.flatten(0, 1)  # (T, B, ...) -> (T*B, ...)
+        losses: dict[str, Tensor] = {}
+        logits = self.reward_logits(latent, dtype)
+        losses["reward"] = two_hot_loss(logits, batch["reward"].flatten(0, 1)).unflatten(0, lead)
+        decoded = self.decode(latent, dtype)
+        if self.images:
+            per_key = [image_loss(decoded[k], batch[k].flatten(0, 1)) for k in self.images]
+            losses["image"] = sum(per_key[1:], per_key[0]).unflatten(0, lead)
+        losses["dyn"], losses["rep"] = kl_balance(observed.post_logp, observed.prior_logp, self.free_nats)
+        cont = 1 - batch["is_terminal"].flatten(0, 1).to(torch.float32)
+        cont_loss = F.binary_cross_entropy_with_logits(self.cont_logit(latent, dtype), cont, reduction="none")
+        losses["cont"] = cont_loss.unflatten(0, lead)
+        for key, width in self.vectors.items():
+            target = symlog(batch[key].to(torch.float32).reshape(-1, width))
+            error = (decoded[key].float() - target).square()
+            losses[key] = torch.where(error < 1e-8, 0.0, error).sum(-1).unflatten(0, lead)
+        loss, metrics = self.harmonizer(losses)
+        with torch.no_grad():
+            metrics["post_entropy"] = categorical_entropy(observed.post_logp).sum(-1).mean()
+            metrics["prior_entropy"] = categorical_entropy(observed.prior_logp).sum(-1).mean()
+        return ModelOutput(loss, observed, losses, metrics)
+
+    def _vector(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """(..., n) float32: all vector observations, concatenated; a scalar counts as a vector of one."""
+        parts = [obs[k].to(torch.float32) for k in self.vectors]
+        parts = [x[..., None] if k in self.scalars else x for k, x in zip(self.vectors, parts, strict=True)]
+        return torch.cat(parts, -1)

@@ -1,0 +1,433 @@
+"""What a run is made of: frozen dataclasses, the model sizes, and the command line that fills them.
+
+Precedence, weakest first: the defaults below, the suite's own settings, ``--size``, flags of the command line.
+"""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hdfast import suites
+from hdfast.runtime.errors import ConfigError, suggest
+from hdfast.usage import usage
+
+Size = Literal["tiny", "small", "medium", "large", "xlarge"]
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """Where data comes from."""
+
+    num_envs: int = 1
+    """Environments stepped together."""
+    source: Literal["auto", "envpool", "ale"] = "auto"
+    """Which package emulates Atari; auto takes envpool where it is installed."""
+    obs: Literal["image", "state", "both"] = "image"
+    """What a robotic task is seen through."""
+    render: Literal["full", "fast"] = "full"
+    """fast drops shadows and antialiasing of MuJoCo scenes: same physics, slightly other images."""
+    threads: int = 0
+    """Environment threads; 0 lets the source choose."""
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """Where data rests, and how much of it one update reads."""
+
+    capacity: int = 1_000_000
+    """Rows kept, all environments together."""
+    batch: int = 16
+    """Windows per update (B)."""
+    length: int = 64
+    """Rows per window (T)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How often the agent learns."""
+
+    ratio: float = 1024.0
+    """Rows replayed per agent step: 1024 at B16 x T64 is one update per agent step."""
+    prefill: int = 1024
+    """Windows that a random policy collects before learning starts."""
+    graph: bool = False
+    """Capture the update as one CUDA graph. Opt-in until a GPU has been seen to run it right and faster."""
+    nonfinite_limit: int = 10
+    """Updates skipped for a NaN or infinite loss before the run stops."""
+
+
+@dataclass(frozen=True)
+class RSSMConfig:
+    """The recurrent state-space model."""
+
+    deter: int = 512
+    """Width of the recurrent state (D)."""
+    units: int = 512
+    """Width of its hidden layers (U)."""
+    stoch: int = 32
+    """Categorical latents (S)."""
+    classes: int = 32
+    """Classes of each latent (K)."""
+    unimix: float = 0.01
+    """Share of the uniform distribution mixed into every categorical."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Encoder, decoder and heads."""
+
+    units: int = 512
+    """Width of the heads, actor and critic."""
+    layers: int = 2
+    """Hidden layers of the heads, actor and critic."""
+    depth: int = 32
+    """Channels of the first convolution; doubled at each of the next."""
+    mlp_layers: int = 5
+    """Hidden layers of the vector encoder and decoder."""
+    mlp_units: int = 1024
+    """Width of the vector encoder and decoder."""
+    bins: int = 255
+    """Bins of the two-hot reward and value distributions."""
+
+
+@dataclass(frozen=True)
+class HarmonyConfig:
+    """The balance of observation, reward and dynamics losses (HarmonyDream, section 3)."""
+
+    mode: Literal["learned", "fixed", "off"] = "learned"
+    """learned: three scalars; fixed: the constants below; off: DreamerV3's own loss scales."""
+    reward: float = 1.0
+    """Constant weight of the reward loss (mode fixed)."""
+    image: float = 1.0
+    """Constant weight of the image loss (mode fixed)."""
+    kl: float = 1.0
+    """Constant weight of the two KL losses (mode fixed)."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Loss scales of the world model; dyn : rep also splits the KL inside harmony."""
+
+    dyn: float = 0.5
+    rep: float = 0.1
+    reward: float = 1.0
+    cont: float = 1.0
+    image: float = 1.0
+    vector: float = 1.0
+    free_nats: float = 1.0
+    """KL below this many nats is not pushed further down."""
+
+
+@dataclass(frozen=True)
+class BehaviorConfig:
+    """Actor and critic, trained in imagination."""
+
+    horizon: int = 15
+    """Imagined agent steps (H)."""
+    discount_horizon: float = 333.0
+    """Discount is 1 - 1 / discount_horizon."""
+    lam: float = 0.95
+    """Lambda of the lambda-return."""
+    entropy: float = 3e-4
+    """Scale of the actor's entropy bonus."""
+    slow_rate: float = 0.02
+    """How far the slow critic moves towards the critic at each update."""
+    return_decay: float = 0.99
+    """Decay of the running 5% and 95% percentiles of the returns."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam for each of the three parts."""
+
+    model_lr: float = 1e-4
+    model_eps: float = 1e-8
+    model_clip: float = 1000.0
+    actor_lr: float = 3e-5
+    actor_eps: float = 1e-5
+    actor_clip: float = 100.0
+    critic_lr: float = 3e-5
+    critic_eps: float = 1e-5
+    critic_clip: float = 100.0
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on environments of its own, with sampled actions."""
+
+    every: int = 5_000
+    """Agent steps between evaluations; 0 evaluates at the end only."""
+    episodes: int = 100
+    """Episodes per evaluation."""
+    num_envs: int = 8
+    """Evaluation environments stepped together."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How much a killed run can lose."""
+
+    seconds: float = 120.0
+    """Wall time between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run says while it runs."""
+
+    every: int = 500
+    """Agent steps between log lines."""
+    video_every: int = 10_000
+    """Agent steps between videos of open-loop prediction; 0 writes none."""
+    tensorboard: bool = True
+    """Write TensorBoard files beside the JSON lines."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train HarmonyDream. Every task of the suite is trained in turn unless --task names one."""
+
+    suite: str = "atari100k"
+    """Benchmark: atari100k, dmc, metaworld or demo (see hdfast/suites.py)."""
+    task: str | None = None
+    """One task of the suite; all of them in turn if left out."""
+    seed: int = 0
+    """First random seed."""
+    seeds: int = 1
+    """Seeds trained in turn, counting up from --seed."""
+    logdir: Path = Path("runs")
+    """Folder that holds all runs."""
+    size: Size = "small"
+    """Preset of widths and depths."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the matrix work; parameters, statistics and losses stay float32."""
+    agent_steps: int = 100_000
+    """Agent steps of a run, random ones included (frames are agent steps times the action repeat)."""
+    dry_run: bool = False
+    """Build everything, print it as JSON and exit."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    rssm: RSSMConfig = field(default_factory=RSSMConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    harmony: HarmonyConfig = field(default_factory=HarmonyConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    behavior: BehaviorConfig = field(default_factory=BehaviorConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def updates_per_step(self) -> float:
+        """Updates owed for each agent step."""
+        return self.train.ratio / (self.replay.batch * self.replay.length)
+
+    @property
+    def total_agent_steps(self) -> int:
+        """Agent steps at which a run ends: `agent_steps`, rounded up because all environments step together."""
+        return -(-self.agent_steps // self.env.num_envs) * self.env.num_envs
+
+    @property
+    def replay_rows(self) -> int:
+        """Rows that replay is to hold: its capacity, or all of the run where that is less."""
+        return min(self.replay.capacity, self.total_agent_steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as stored in ``config.json``."""
+        return _plain(dataclasses.asdict(self))
+
+
+# deter, units, depth, layers (HarmonyDream's Atari-100k model is `small`; DreamerV3, table B.1 for the larger ones).
+_WIDTHS: dict[str, tuple[int, int, int, int]] = {
+    "small": (512, 512, 32, 2),
+    "medium": (1024, 640, 48, 3),
+    "large": (2048, 768, 64, 4),
+    "xlarge": (4096, 1024, 96, 5),
+}
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "rssm": {"deter": 64, "units": 64, "stoch": 8, "classes": 8},
+        "network": {"units": 64, "layers": 1, "depth": 16, "mlp_layers": 2, "mlp_units": 64, "bins": 63},
+    },
+    **{
+        name: {
+            "rssm": {"deter": deter, "units": units},
+            "network": {"units": units, "layers": layers, "depth": depth},
+        }
+        for name, (deter, units, depth, layers) in _WIDTHS.items()
+    },
+}
+
+
+def apply_overrides(config: Any, overrides: dict[str, Any], where: str = "config") -> Any:
+    """Returns `config` with a nested dict of fields replaced; an unknown field is a ConfigError."""
+    names = [f.name for f in dataclasses.fields(config)]
+    changes = {}
+    for key, value in overrides.items():
+        if key not in names:
+            raise ConfigError(f"{where} has no field {key!r}{suggest(key, names)}")
+        current = getattr(config, key)
+        nested = dataclasses.is_dataclass(current) and isinstance(value, dict)
+        changes[key] = apply_overrides(current, value, f"{where}.{key}") if nested else value
+    return dataclasses.replace(config, **changes)
+
+
+def default_config(suite: str = "atari100k", size: str | None = None) -> Config:
+    """The configuration a suite starts from.
+
+    Args:
+        suite: name of a suite in `hdfast.suites`.
+        size: model preset; None takes the suite's own.
+
+    Raises:
+        ConfigError: no such suite or size; the message names the nearest.
+    """
+    found = suites.get(suite)
+    own = found.defaults.get("size", "small")
+    if size is not None and size not in SIZES:
+        raise ConfigError(f"--size: no size {size!r}{suggest(size, SIZES)}")
+    widths = SIZES[size or own]
+    # What a suite says of widths is about its own size: a size that is asked for wins over it.
+    layers = (widths, found.defaults) if size is None else (found.defaults, widths)
+    config = apply_overrides(apply_overrides(Config(), layers[0]), layers[1])
+    return dataclasses.replace(config, suite=found.name, size=size or own)
+
+
+def parse(argv: Sequence[str] | None = None, prog: str = "python -m hdfast.train") -> Config:
+    """Parses the command line of a training run.
+
+    Raises:
+        ConfigError: a flag or value that cannot be; the message says which and what would be right.
+        SystemExit: ``--help``.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    default = default_config(_peek(argv, "--suite") or "atari100k", _peek(argv, "--size"))
+    return validate(_parse_flags(argv, default, prog))
+
+
+def validate(config: Config) -> Config:
+    """Checks every value that types alone cannot, resolves the task's name, and returns the configuration.
+
+    Raises:
+        ConfigError: naming the flag, its value and the bound it breaks.
+    """
+    suite = suites.get(config.suite)
+    config = dataclasses.replace(config, suite=suite.name)
+    if config.task is not None:
+        config = dataclasses.replace(config, task=suite.task(config.task).name)
+    bounds: dict[str, tuple[float, float]] = {
+        "seeds": (1, 10_000),
+        "agent_steps": (1, 2**40),
+        "env.num_envs": (1, 4096),
+        "env.threads": (0, 4096),
+        "replay.batch": (1, 2**20),
+        "replay.length": (2, 2**16),
+        "train.ratio": (0, 2**20),
+        "train.prefill": (1, 2**40),
+        "train.nonfinite_limit": (1, 2**31),
+        "rssm.deter": (1, 2**16),
+        "rssm.units": (1, 2**16),
+        "rssm.stoch": (1, 1024),
+        "rssm.classes": (2, 1024),
+        "rssm.unimix": (0, 0.5),
+        "network.units": (1, 2**16),
+        "network.layers": (1, 64),
+        "network.depth": (1, 4096),
+        "network.mlp_layers": (1, 64),
+        "network.mlp_units": (1, 2**16),
+        "network.bins": (3, 4096),
+        "behavior.horizon": (1, 1024),
+        "behavior.discount_horizon": (1, 1e9),
+        "behavior.lam": (0, 1),
+        "behavior.entropy": (0, 1e9),
+        "behavior.slow_rate": (0, 1),
+        "behavior.return_decay": (0, 1),
+        **{f"harmony.{name}": (0, 1e9) for name in ("reward", "image", "kl")},
+        **{f"loss.{f.name}": (0, 1e9) for f in dataclasses.fields(LossConfig)},
+        **{f"optimizer.{f.name}": (0, 1e9) for f in dataclasses.fields(OptimizerConfig)},
+        "eval.every": (0, 2**40),
+        "eval.episodes": (1, 1_000_000),
+        "eval.num_envs": (1, 4096),
+        "checkpoint.seconds": (0, 1e9),
+        "checkpoint.keep": (1, 1000),
+        "log.every": (1, 2**40),
+        "log.video_every": (0, 2**40),
+        "seed": (0, 2**31 - 1),
+    }
+    for name, (low, high) in bounds.items():
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        if not low <= value <= high:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} {value} is out of range: right is {low:,} to {high:,}")
+    rows = config.replay.length * config.env.num_envs
+    if config.replay.capacity < 2 * rows:
+        raise ConfigError(
+            f"--replay.capacity {config.replay.capacity} is too small: {config.env.num_envs} environment(s) with "
+            f"windows of {config.replay.length} rows need at least {2 * rows}"
+        )
+    return config
+
+
+def _parse_flags(argv: Sequence[str], default: Config, prog: str) -> Config:
+    """tyro's parser, with its errors as one line."""
+    import tyro
+
+    flags = [f"--{name.replace('_', '-')}" for name in field_names(default)]
+    negated = [re.sub(r"([^.-][^.]*)$", r"no-\1", flag) for flag in flags]  # --log.no-tensorboard
+    for arg in argv:
+        name = arg.partition("=")[0].replace("_", "-")
+        if name.startswith("--") and name not in (*flags, *negated, "--help"):
+            raise ConfigError(f"there is no option {name}{suggest(name, flags)}")
+    if {"-h", "--help"} & set(argv):
+        sys.stdout.write(usage(default, prog) + "\n")
+        raise SystemExit(0)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(Config, default=default, args=argv, prog=prog)
+    except SystemExit:
+        # The first paragraph of the box that tyro draws, without its frame.
+        lines = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()]
+        text = " ".join(itertools.takewhile(bool, lines[1:])) or "the command line cannot be parsed"
+        raise ConfigError(text) from None
+
+
+def field_names(config: Any, prefix: str = "") -> list[str]:
+    """Dotted names of all fields, nested ones included."""
+    names: list[str] = []
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        nested = dataclasses.is_dataclass(value)
+        names += field_names(value, f"{prefix}{item.name}.") if nested else [prefix + item.name]
+    return names
+
+
+def _peek(argv: Sequence[str], flag: str) -> str | None:
+    """The value given to `flag`, before the full parser knows its defaults."""
+    for i, arg in enumerate(argv):
+        if arg == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if arg.startswith(flag + "="):
+            return arg.partition("=")[2]
+    return None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return str(value) if isinstance(value, Path) else value

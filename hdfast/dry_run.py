@@ -1,0 +1,97 @@
+"""`--dry-run`: builds everything a run needs and says, as JSON, what it is and what it will take."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import hdfast
+from hdfast.agent.learner import Learner
+from hdfast.agent.world_model import WorldModel
+from hdfast.config import Config
+from hdfast.envs.base import BatchEnv, DiscreteActions
+from hdfast.loop import make_envs, replay_specs
+from hdfast.replay import Replay
+from hdfast.runtime.device import describe_device, resolve_device, resolve_precision
+from hdfast.suites import Task
+
+
+def describe(config: Config, tasks: Sequence[Task]) -> str:
+    """JSON: version, tasks, device, resolved config, and for the first task its environment, parameters and memory."""
+    device = resolve_device(config.device)
+    dtype = resolve_precision(config.precision, device)
+    with make_envs(config, tasks[0], num_envs=config.env.num_envs, stream="train") as env:
+        learner = Learner(env.obs_specs, env.actions, config, device=device, dtype=dtype, seed=config.seed)
+        replay = Replay(replay_specs(env), num_envs=env.num_envs, capacity=config.replay_rows, device=device)
+        about = {
+            "version": hdfast.__version__,
+            "tasks": [task.name for task in tasks],
+            "seeds": list(range(config.seed, config.seed + config.seeds)),
+            "device": {**describe_device(device), "precision": str(dtype).removeprefix("torch.")},
+            "environment": _environment(env),
+            "parameters": {**learner.parameter_counts(), "modules": _modules(learner)},
+            "memory_bytes": _memory(learner, replay, env),
+            "config": config.to_dict(),
+        }
+    return json.dumps(about, indent=2)
+
+
+def _environment(env: BatchEnv) -> dict[str, Any]:
+    discrete = isinstance(env.actions, DiscreteActions)
+    return {
+        "name": env.name,
+        "num_envs": env.num_envs,
+        "action_repeat": env.action_repeat,
+        "observations": {k: {"shape": v.shape, "dtype": str(v.dtype)} for k, v in env.obs_specs.items()},
+        "actions": {"discrete": env.actions.count} if discrete else {"continuous": env.actions.size},
+    }
+
+
+def _modules(learner: Learner) -> dict[str, int]:
+    """Parameters of each module, two levels deep."""
+    counts: dict[str, int] = {}
+    parts = {"world_model": learner.model, **learner.behavior.parts()}
+    for part, module in parts.items():
+        for name, parameter in module.named_parameters():
+            owner = f"{part}.{name.partition('.')[0]}" if part == "world_model" else part
+            counts[owner] = counts.get(owner, 0) + parameter.numel()
+    return counts
+
+
+def _memory(learner: Learner, replay: Replay, env: BatchEnv) -> dict[str, int]:
+    """What the run holds: the ring when full, parameters with Adam's moments and gradients, saved activations."""
+    parameters = [*learner.model.parameters(), *learner.behavior.parameters()]
+    trained = sum(p.nbytes for p in parameters if p.requires_grad)
+    held = {
+        "replay": replay.nbytes,
+        "parameters": sum(p.nbytes for p in parameters),
+        "gradients": trained,
+        "optimizer": 2 * trained,
+        "activations": _activations(learner.config, env, learner.dtype),
+    }
+    return {**held, "total": sum(held.values())}
+
+
+def _activations(config: Config, env: BatchEnv, dtype: torch.dtype) -> int:
+    """Bytes that one world-model loss keeps for its backward pass, counted by running it on shapes alone."""
+    with torch.device("meta"):
+        model = WorldModel(env.obs_specs, env.actions, config)
+        lead = (config.replay.length, config.replay.batch)
+        batch = {
+            name: torch.empty(*lead, *spec.shape, dtype=torch.from_numpy(np.empty(0, spec.dtype)).dtype)
+            for name, spec in replay_specs(env).items()
+        }
+        uniform = torch.empty(*lead, config.rssm.stoch)
+        parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+        kept: dict[int, Tensor] = {}  # by storage; holding the tensors keeps the keys from being used again
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.loss(batch, uniform, dtype)
+    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in parameters)

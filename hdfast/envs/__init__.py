@@ -1,0 +1,93 @@
+"""Where data comes from: one batched interface (`base`), one file per source.
+
+Importing this imports no source: envpool, ale-py and MuJoCo are loaded where `make` needs them.
+"""
+
+from hdfast import suites
+from hdfast.envs.base import ArraySpec, BatchEnv, ContinuousActions, DiscreteActions, EnvStep, installed
+from hdfast.runtime.errors import MissingLibraryError, suggest
+
+__all__ = ["ArraySpec", "BatchEnv", "ContinuousActions", "DiscreteActions", "EnvStep", "make"]
+
+# What the suites of each kind can be asked for.
+_MUJOCO = {"source": ("auto", "envpool"), "obs": ("image", "state", "both"), "render": ("full", "fast")}
+_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
+    "atari": {"source": ("auto", "envpool", "ale"), "obs": ("image",), "render": ("full",)},
+    "catch": {"source": ("auto", "envpool"), "obs": ("image",), "render": ("full",)},
+    "dmc": _MUJOCO,
+    "metaworld": _MUJOCO,
+}
+
+
+def make(
+    suite: str,
+    task: str,
+    *,
+    num_envs: int,
+    seed: int,
+    source: str = "auto",
+    obs: str = "image",
+    render: str = "full",
+    threads: int = 0,
+) -> BatchEnv:
+    """The environments of one task, by the names of `hdfast.suites`.
+
+    num_envs: how many step together.
+    seed: 0 or more, decides all that is random in them. Training and evaluation need different ones.
+    source: for Atari `envpool`, `ale`, or `auto`: envpool where it is installed, else ale.
+    obs: for robotic tasks `image`, `state` or `both`.
+    render: for robotic tasks `full`, or `fast`: no shadows, no antialiasing.
+    threads: of the source; 0 lets it choose.
+
+    Raises UnknownName (a ValueError) for a suite, a task or a setting that does not exist, listing the
+    nearest; MissingLibraryError, with the command that mends it, where a package or system library is
+    missing.
+    """
+    benchmark = suites.get(suite)
+    found = benchmark.task(task)
+    for setting, value in (("source", source), ("obs", obs), ("render", render)):
+        choices = _CHOICES[benchmark.source][setting]
+        if value not in choices:
+            raise suites.UnknownName(
+                f"--env.{setting} cannot be {value!r} in suite {benchmark.name}{suggest(value, choices)}"
+            )
+    if num_envs < 1 or threads < 0:
+        raise ValueError(f"num_envs is {num_envs} and threads {threads}; right are 1 or more and 0 or more")
+    shared = {
+        "num_envs": num_envs,
+        "seed": seed,
+        "action_repeat": benchmark.action_repeat,
+        "threads": threads,
+    }
+
+    match benchmark.source:
+        case "atari":
+            return _atari(source)(found, **shared)
+        case "catch":
+            from hdfast.envs.catch import Catch
+
+            return Catch(found, **shared)
+        case "dmc":
+            from hdfast.envs.dmc import ControlSuite
+
+            return ControlSuite(found, **shared, obs=obs, render=render)
+        case "metaworld":
+            from hdfast.envs.metaworld import MetaWorld
+
+            return MetaWorld(found, **shared, obs=obs, render=render)
+
+
+def _atari(source: str) -> type[BatchEnv]:
+    from hdfast.envs.ale import AtariALE
+    from hdfast.envs.atari import AtariPool
+
+    if source == "auto":
+        sources = [
+            name for name, package in (("envpool", "envpool"), ("ale", "ale_py")) if installed(package)
+        ]
+        if not sources:
+            raise MissingLibraryError(
+                "Atari needs envpool or ale-py", hint="pip install envpool, or the smaller ale-py"
+            )
+        source = sources[0]
+    return AtariPool if source == "envpool" else AtariALE

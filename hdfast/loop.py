@@ -1,0 +1,419 @@
+"""One run: act, store, learn, evaluate, log and save, from wherever the last session of it ended.
+
+Axes: N environments, B batch, T window length.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from hdfast import envs, evaluation
+from hdfast.agent.learner import Learner
+from hdfast.agent.open_loop import open_loop
+from hdfast.agent.policy import Policy
+from hdfast.config import Config
+from hdfast.envs.base import ArraySpec, BatchEnv
+from hdfast.replay import Replay, ReplayError
+from hdfast.runtime import checkpoint
+from hdfast.runtime.device import describe_device, resolve_device, resolve_precision
+from hdfast.runtime.errors import (
+    NO_ROOM,
+    ConfigError,
+    DiskFullError,
+    Interrupted,
+    NonFiniteError,
+    RunError,
+)
+from hdfast.runtime.graphs import CapturedStep
+from hdfast.runtime.logger import Logger
+from hdfast.runtime.profiling import annotate
+from hdfast.runtime.progress import Progress
+from hdfast.runtime.rundir import RunDir
+from hdfast.runtime.signals import StopRequest
+from hdfast.runtime.video import open_loop_grid
+from hdfast.suites import Suite, Task, get
+
+# What may differ between the sessions of one run: where it runs and how it reports, not what it computes.
+RESUMABLE_CHANGES = (
+    "suite",
+    "task",
+    "seeds",
+    "logdir",
+    "dry_run",
+    "device",
+    "precision",
+    "env.threads",
+    "train.nonfinite_limit",
+    "checkpoint",
+    "log",
+)
+
+VIDEO_EXAMPLES = 6
+VIDEO_CONTEXT = 5
+
+
+def stream_seed(seed: int, stream: str, *numbers: int) -> int:
+    """A seed for one use of randomness, so that no two uses share a sequence."""
+    words = [seed, *stream.encode(), *numbers]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextlib.contextmanager
+def replay_errors() -> Iterator[None]:
+    """Turns what replay raises into the one-line errors of the doors."""
+    try:
+        yield
+    except ReplayError as error:
+        if error.errno in NO_ROOM:
+            raise DiskFullError(str(error), hint="make room and run it again") from error
+        raise RunError(str(error)) from error
+
+
+def make_envs(config: Config, task: Task, *, num_envs: int, stream: str, agent_steps: int = 0) -> BatchEnv:
+    """The environments of `task`, seeded for `stream` ("train", "eval") and for the agent step at which they begin.
+
+    A run that goes on would otherwise meet its first episodes again.
+    """
+    return envs.make(
+        config.suite,
+        task.name,
+        num_envs=num_envs,
+        seed=stream_seed(config.seed, stream, agent_steps) % 2**31,
+        source=config.env.source,
+        obs=config.env.obs,
+        render=config.env.render,
+        threads=config.env.threads,
+    )
+
+
+def replay_specs(env: BatchEnv) -> dict[str, ArraySpec]:
+    """What one row of replay holds."""
+    flag = ArraySpec((), np.dtype(bool))
+    return {
+        **env.obs_specs,
+        "action": env.actions.spec,
+        "reward": ArraySpec((), np.dtype(np.float32)),
+        "is_first": flag,
+        "is_last": flag,
+        "is_terminal": flag,
+    }
+
+
+def captured_update(learner: Learner, replay: Replay) -> CapturedStep:
+    """The learner's step on batches of `replay`, sampling included, as one CUDA graph.
+
+    Raises:
+        ConfigError: learner or replay are not on a CUDA device.
+    """
+    if learner.device.type != "cuda":
+        raise ConfigError(
+            "a CUDA graph needs a CUDA device", where="--train.graph", hint="leave it out on the CPU"
+        )
+    generators = [learner.generator] + ([replay.generator] if replay.place == "device" else [])
+    return CapturedStep(lambda: learner.step(replay.sample), generators=generators)
+
+
+def run(config: Config, task: Task) -> dict[str, Any]:
+    """Trains one task with one seed to its end, or goes on with it, and returns its last evaluation.
+
+    A finished run is not touched: its summary is returned as it was written.
+
+    Raises:
+        HdfastError: see `hdfast.runtime.errors`; what was learnt until then is saved.
+    """
+    device = resolve_device(config.device)
+    with (
+        replay_errors(),
+        RunDir.open(
+            config.logdir,
+            config.suite,
+            task.name,
+            config.seed,
+            config.to_dict(),
+            ignore=RESUMABLE_CHANGES,
+            device=describe_device(device),
+        ) as rundir,
+    ):
+        if rundir.summary is not None:
+            return dict(rundir.summary)
+        with StopRequest() as stop, Session(config, get(config.suite), task, rundir, device, stop) as session:
+            return session.run()
+
+
+class Session:
+    """One process's share of a run; a context manager.
+
+    Args:
+        config, suite, task: what to train.
+        rundir: the run's directory, locked.
+        device: where learning happens.
+        stop: asked at every step.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        suite: Suite,
+        task: Task,
+        rundir: RunDir,
+        device: torch.device,
+        stop: StopRequest,
+    ):
+        self.config, self.task, self.rundir, self.stop = config, task, rundir, stop
+        saved = checkpoint.load_latest(rundir.checkpoints)
+        begin = 0 if saved is None else saved.meta["agent_steps"]
+        self.env = make_envs(config, task, num_envs=config.env.num_envs, stream="train", agent_steps=begin)
+        self.eval_env: BatchEnv | None = None
+        self.learner = Learner(
+            self.env.obs_specs,
+            self.env.actions,
+            config,
+            device=device,
+            dtype=resolve_precision(config.precision, device),
+            seed=stream_seed(config.seed, "learner"),
+        )
+        self.policy = Policy(self.learner, self.env.num_envs, stream_seed(config.seed, "policy"))
+        self.replay = Replay(
+            replay_specs(self.env),
+            num_envs=self.env.num_envs,
+            capacity=config.replay_rows,
+            device=device,
+            directory=rundir.replay,
+            seed=stream_seed(config.seed, "replay"),
+            checkpoints=config.checkpoint.keep,
+        )
+        self._update: Callable[[], None] = lambda: self.learner.step(self.replay.sample)
+        if config.train.graph:
+            self._update = captured_update(self.learner, self.replay)
+        self.agent_steps = 0
+        self.learning_from: int | None = None  # agent steps at which the prefill was complete
+        self.evaluated_at = 0
+        self.evaluation: dict[str, Any] | None = None
+        seconds = 0.0 if saved is None else self._restore(saved.tensors, saved.meta)
+        self.skipped_before = int(self.learner.skipped)
+        self.saved_at = time.monotonic()
+        self.logger = Logger(
+            rundir.path,
+            action_repeat=suite.action_repeat,
+            resumed_at=None if saved is None else self.agent_steps,
+            seconds=seconds,
+            tensorboard=config.log.tensorboard,
+        )
+        self.progress = Progress(
+            config.total_agent_steps,
+            action_repeat=suite.action_repeat,
+            title=f"{task.name} seed {config.seed}",
+        )
+
+    def __enter__(self) -> "Session":
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.progress.__exit__(*error)
+        self.env.close()
+        if self.eval_env is not None:
+            self.eval_env.close()
+        self.logger.close()
+        try:
+            self.replay.close()
+        except ReplayError:
+            if error[0] is None:  # otherwise what went wrong first is what to tell
+                raise
+
+    def run(self) -> dict[str, Any]:
+        """Steps until the run is complete, evaluates at the end, and marks the run finished.
+
+        Raises:
+            Interrupted: a signal came; the run is saved.
+            NonFiniteError: too many updates were skipped; the run and the offending batch are saved.
+        """
+        total = self.config.total_agent_steps
+        if self.agent_steps:
+            self.progress.message(f"{self.rundir.path}: going on at agent step {self.agent_steps:,}")
+        else:
+            self.progress.message(f"{self.rundir.path}: new run; {self.replay.describe()}")
+        self.progress.update(agent_steps=self.agent_steps, updates=self.learner.updates)
+        try:
+            if self.agent_steps < total:
+                self._train(total)
+            if self.evaluation is None or self.evaluated_at != self.agent_steps:
+                self._evaluate()
+        except (Interrupted, NonFiniteError):
+            self._save()
+            raise
+        self._save()
+        summary = {**self.evaluation, "updates": self.learner.updates, "seconds": self.logger.seconds}
+        self.rundir.mark_finished(summary)
+        return summary
+
+    def _train(self, total: int) -> None:
+        config, meter = self.config, evaluation.EpisodeMeter(self.env.num_envs)
+        step = self.env.reset()
+        while self.agent_steps < total:
+            self.stop.check()
+            finished = meter.add(step)
+            with annotate("act"):
+                action = self._act(step.obs, step.is_first)
+            self.env.send(action)  # the environment works while the learner does
+            with annotate("replay"):
+                self.replay.add(
+                    {
+                        **step.obs,
+                        "action": action,
+                        "reward": step.reward,
+                        "is_first": step.is_first,
+                        "is_last": step.is_last,
+                        "is_terminal": step.is_terminal,
+                    }
+                )
+            before, self.agent_steps = self.agent_steps, self.agent_steps + self.env.num_envs
+            for episode in finished:
+                self._score(episode)
+            with annotate("learn"):
+                self._learn()
+            with annotate("receive"):
+                step = self.env.recv()
+            self.progress.update(agent_steps=self.agent_steps, updates=self.learner.updates)
+            if self._crossed(config.log.every, before):
+                self._log()
+            if config.log.video_every and self._crossed(config.log.video_every, before):
+                self._video()
+            if self._evaluation_due() and self.agent_steps < total:
+                self._evaluate()
+            if time.monotonic() - self.saved_at >= config.checkpoint.seconds:
+                self._save()
+        if not self._crossed(config.log.every, before):
+            self._log()
+
+    def _act(self, obs: Mapping[str, np.ndarray], is_first: np.ndarray) -> np.ndarray:
+        """A random action while replay is being filled, the policy's afterwards."""
+        if self.learning_from is not None:
+            return self.policy(obs, is_first)
+        rng = np.random.default_rng(stream_seed(self.config.seed, "prefill", self.agent_steps))
+        return self.env.actions.sample(rng, self.env.num_envs)
+
+    def _learn(self) -> None:
+        """The updates owed up to this agent step."""
+        config = self.config
+        batch, length = config.replay.batch, config.replay.length
+        if self.learning_from is None:
+            windows = (self.replay.rows_added - length + 1) * self.env.num_envs
+            if windows < config.train.prefill:
+                return
+            self.learning_from = self.agent_steps
+            return
+        owed = int((self.agent_steps - self.learning_from) * config.updates_per_step)
+        while self.learner.updates < owed:
+            self.stop.check()
+            self.replay.stage(batch, length)
+            self._update()
+            self.learner.updates += 1
+            if self.learner.device.type == "cpu":
+                self._check_finite()
+
+    def _check_finite(self) -> None:
+        skipped = int(self.learner.skipped) - self.skipped_before
+        if skipped < self.config.train.nonfinite_limit:
+            return
+        path = self.rundir.path / "nonfinite_batch"
+        batch = self.replay.gather(self.learner.bad_starts, self.config.replay.length)
+        checkpoint.save(path, batch, {"agent_steps": self.agent_steps}, number=self.learner.updates, keep=1)
+        raise NonFiniteError(
+            f"{skipped} updates had a loss or gradient that is not finite, the last at update "
+            f"{self.learner.updates}; its batch is in {path}",
+            where=self.rundir.path,
+            hint="go on with --precision float32, or with a higher --train.nonfinite-limit",
+        )
+
+    def _score(self, episode: evaluation.Episode) -> None:
+        more = {} if episode.success is None else {"success": episode.success}
+        self.logger.score(
+            "episode", agent_steps=self.agent_steps, score=episode.score, length=episode.length, **more
+        )
+        self.progress.update(score=episode.score)
+
+    def _log(self) -> None:
+        self._check_finite()
+        metrics = self.learner.metrics()
+        metrics["skipped_updates"] = float(self.learner.skipped)
+        metrics["replay_rows"] = min(self.replay.rows_added, self.replay.ring) * self.env.num_envs
+        for name in ("steps_per_second", "updates_per_second"):
+            metrics[name] = getattr(self.progress, name)
+        values = self.logger.log(self.agent_steps, self.learner.updates, metrics)
+        prefix = "harmony/weight_"
+        weights = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+        self.progress.update(harmony=weights or None)
+
+    def _video(self) -> None:
+        length = self.config.replay.length
+        if self.learning_from is None or length <= VIDEO_CONTEXT:
+            return
+        examples = min(VIDEO_EXAMPLES, self.config.replay.batch)
+        starts = self.learner.last_starts[:examples]
+        batch = self.replay.gather(starts, length)
+        for key, model in open_loop(self.learner, batch, context=VIDEO_CONTEXT).items():
+            if batch[key].shape[-1] in (1, 3):
+                truth, guess = batch[key].cpu().numpy(), model.cpu().numpy()
+                frames = open_loop_grid(truth, guess, context=VIDEO_CONTEXT)
+                self.logger.video(f"open_loop_{key}", agent_steps=self.agent_steps, frames=frames)
+
+    def _evaluate(self) -> None:
+        config = self.config.eval
+        if self.eval_env is None:
+            num_envs = min(config.num_envs, config.episodes)
+            self.eval_env = make_envs(
+                self.config, self.task, num_envs=num_envs, stream="eval", agent_steps=self.agent_steps
+            )
+        seed = stream_seed(self.config.seed, "evaluation", self.agent_steps)
+        policy = Policy(self.learner, self.eval_env.num_envs, seed)
+        self.progress.update(phase="evaluate")
+        with annotate("evaluate"):
+            episodes = evaluation.play(self.eval_env, policy, config.episodes, self.stop.check)
+        self.evaluation = evaluation.summarize(episodes)
+        self.evaluated_at = self.agent_steps
+        self.logger.score("evaluation", agent_steps=self.agent_steps, **self.evaluation)
+        self.progress.update(phase="", evaluation=self.evaluation["score"])
+
+    def _save(self) -> None:
+        """Logs, then replay, then the checkpoint that relies on both."""
+        with annotate("checkpoint"):
+            self.logger.sync()
+            self.replay.flush()
+            tensors = {f"learner.{k}": v for k, v in self.learner.state_dict().items()}
+            tensors |= {f"replay.{k}": v for k, v in self.replay.state_dict().items()}
+            tensors["policy.generator"] = self.policy.generator.get_state()
+            meta = {
+                "agent_steps": self.agent_steps,
+                "learning_from": self.learning_from,
+                "evaluated_at": self.evaluated_at,
+                "evaluation": self.evaluation,
+                "seconds": self.logger.seconds,
+            }
+            keep = self.config.checkpoint.keep
+            checkpoint.save(self.rundir.checkpoints, tensors, meta, number=self.agent_steps, keep=keep)
+        self.saved_at = time.monotonic()
+
+    def _restore(self, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> float:
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.replay.load_state_dict(part("replay."))
+        self.learner.load_state_dict(part("learner."))
+        self.policy.generator.set_state(tensors["policy.generator"])
+        self.agent_steps, self.learning_from = meta["agent_steps"], meta["learning_from"]
+        self.evaluated_at, self.evaluation = meta["evaluated_at"], meta["evaluation"]
+        return float(meta["seconds"])
+
+    def _evaluation_due(self) -> bool:
+        """Whether a multiple of `eval.every` was passed since the last evaluation, in this session or before it."""
+        every = self.config.eval.every
+        return bool(every) and self.agent_steps // every > self.evaluated_at // every
+
+    def _crossed(self, every: int, before: int) -> bool:
+        """Whether a multiple of `every` agent steps lies between `before` and now."""
+        return self.agent_steps // every > before // every

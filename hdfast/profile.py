@@ -1,0 +1,236 @@
+"""Where the time of an update goes: runs updates on random replay data and prints the share of every phase and op.
+
+Every other flag is one of `hdfast.train`, so what is measured is the update of that run: suite, task, sizes, device,
+precision. The times of a quiet run without the profiler come first, because profiling costs time itself.
+"""
+
+import contextlib
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch.autograd.profiler_util import FunctionEventAvg
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from hdfast import config as configs
+from hdfast import suites
+from hdfast.agent.learner import Learner
+from hdfast.config import Config
+from hdfast.envs.base import BatchEnv
+from hdfast.loop import make_envs, replay_specs, stream_seed
+from hdfast.replay import Replay
+from hdfast.runtime import errors
+from hdfast.runtime.arguments import Arguments, natural, positive
+from hdfast.runtime.device import describe_device, resolve_device, resolve_precision
+from hdfast.runtime.errors import disk_errors
+from hdfast.runtime.profiling import annotate
+
+PHASES = ("sample", "world model", "imagination", "actor-critic", "optimizers")
+
+
+def build(config: Config) -> tuple[Learner, Callable[[], None]]:
+    """A learner, and its update on a replay of random rows.
+
+    Raises: HdfastError, as a run of this config would.
+    """
+    device = resolve_device(config.device)
+    task = suites.get(config.suite).task(config.task or suites.get(config.suite).tasks[0].name)
+    batch, length = config.replay.batch, config.replay.length
+    with make_envs(config, task, num_envs=config.env.num_envs, stream="profile") as env:
+        dtype = resolve_precision(config.precision, device)
+        learner = Learner(env.obs_specs, env.actions, config, device=device, dtype=dtype, seed=config.seed)
+        capacity = 2 * length * env.num_envs
+        replay = Replay(replay_specs(env), num_envs=env.num_envs, capacity=capacity, device=device)
+        rng = np.random.default_rng(stream_seed(config.seed, "profile"))
+        for _ in range(2 * length):
+            replay.add(random_row(env, rng))
+
+    def update() -> None:
+        replay.stage(batch, length)
+        learner.update(replay.sample)
+
+    mark(learner, replay)
+    return learner, update
+
+
+def random_row(env: BatchEnv, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """One row (N, ...) of every key: bytes and Normal numbers as observations, episodes of 50 rows on average."""
+    n = env.num_envs
+    row = {"action": env.actions.sample(rng, n), "reward": rng.standard_normal(n, np.float32)}
+    for key, spec in env.obs_specs.items():
+        shape = (n, *spec.shape)
+        noise = rng.integers(256, size=shape) if spec.dtype == np.uint8 else rng.standard_normal(shape)
+        row[key] = noise.astype(spec.dtype)
+    row["is_last"] = rng.random(n) < 0.02
+    return {**row, "is_first": np.roll(row["is_last"], 1), "is_terminal": row["is_last"].copy()}
+
+
+def mark(learner: Learner, replay: Replay) -> None:
+    """Makes every phase of an update a range, both for torch.profiler and for Nsight Systems."""
+
+    def ranged(owner: Any, method: str, phase: Callable[..., str]) -> None:
+        inner = getattr(owner, method)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            name = phase(*args)
+            with record_function(name), annotate(name):
+                return inner(*args, **kwargs)
+
+        setattr(owner, method, call)
+
+    def always(name: str) -> Callable[..., str]:
+        return lambda *args: name
+
+    behavior = learner.behavior
+    ranged(replay, "stage", always("sample"))
+    ranged(replay, "sample", always("sample"))
+    ranged(learner.model, "loss", always("world model"))
+    ranged(behavior, "imagine", always("imagination"))
+    for method in ("score", "actor_loss", "critic_loss", "update_slow_critic"):
+        ranged(behavior, method, always("actor-critic"))
+    ranged(learner, "_gradients", lambda part, *_: "world model" if part == "model" else "actor-critic")
+    for optimizer in learner.optimizers.values():
+        ranged(optimizer, "step", always("optimizers"))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `measure` found; all times in ms per update. On CUDA, phases and ops are in time of the device.
+
+    wall, cpu: of updates without the profiler; cpu adds up all threads.
+    phases: time of each of PHASES and of the rest. ops: (name, calls per update, time without those it calls).
+    """
+
+    wall: float
+    cpu: float
+    phases: dict[str, float]
+    ops: list[tuple[str, float, float]]
+
+
+def run_plain(learner: Learner, update: Callable[[], None], updates: int) -> tuple[float, float]:
+    """Wall and CPU time of one update in ms; between cudaProfilerStart and Stop, for Nsight."""
+    cuda = learner.device.type == "cuda"
+    synchronize = torch.cuda.synchronize if cuda else (lambda: None)
+    synchronize()
+    with torch.cuda.profiler.profile() if cuda else contextlib.nullcontext():
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(updates):
+            update()
+        synchronize()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return 1e3 * wall / updates, 1e3 * cpu / updates
+
+
+def measure(
+    learner: Learner, update: Callable[[], None], updates: int, *, trace: Path | None = None
+) -> Profile:
+    """Runs `updates` updates without and as many with the profiler.
+
+    trace: a file for Chrome's trace viewer or Perfetto, compressed if it ends in .gz.
+
+    Raises: DiskFullError, RunError if the trace cannot be written.
+    """
+    if trace is not None:
+        with disk_errors(trace, "write the trace"):
+            trace.touch()  # torch would say nothing
+    wall, cpu = run_plain(learner, update, updates)
+    cuda = learner.device.type == "cuda"
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above its highest: nothing on stderr
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities, acc_events=True) as profiler:
+        for _ in range(updates):
+            with record_function("update"):
+                update()
+    if trace is not None:
+        profiler.export_chrome_trace(str(trace))
+    kind = "device" if cuda else "cpu"
+
+    def ms(event: FunctionEventAvg, what: str) -> float:
+        return getattr(event, what.format(kind)) / 1e3 / updates
+
+    events = {event.key: event for event in profiler.key_averages()}
+    phases = {name: ms(events[name], "{}_time_total") for name in PHASES}
+    phases["the rest"] = ms(events.pop("update"), "{}_time_total") - sum(phases.values())
+    ops = [
+        (name, event.count / updates, ms(event, "self_{}_time_total"))
+        for name, event in events.items()
+        if name not in PHASES
+    ]
+    return Profile(wall, cpu, phases, sorted(ops, key=lambda op: -op[2]))
+
+
+def tables(found: Profile, top: int) -> list[Table]:
+    """Phases, and the `top` ops."""
+    total = sum(found.phases.values())
+    phases = Table("phase", box=box.SIMPLE_HEAD)
+    ops = Table("op", box=box.SIMPLE_HEAD)
+    for table, columns in ((phases, ("ms", "share")), (ops, ("calls", "self ms", "share"))):
+        for column in columns:
+            table.add_column(column, justify="right")
+    for name, ms in found.phases.items():
+        phases.add_row(name, f"{ms:.2f}", f"{ms / total:.0%}")
+    for name, calls, ms in found.ops[:top]:
+        ops.add_row(name, f"{calls:g}", f"{ms:.2f}", f"{ms / total:.0%}")
+    return [phases, ops]
+
+
+def main() -> None:
+    parser = Arguments("python -m hdfast.profile", __doc__)
+    parser.usage = "%(prog)s [options] [flags of hdfast.train]"
+    parser.add_argument("--updates", type=positive, default=10, help="updates that are measured")
+    parser.add_argument("--warmup", type=natural, default=3, help="updates before them")
+    parser.add_argument("--top", type=positive, default=15, help="ops that are listed")
+    parser.add_argument("--trace", type=Path, help="write a Chrome trace to this file")
+    parser.add_argument(
+        "--plain", action="store_true", help="no profiler of our own: to run under nsys or ncu"
+    )
+    args, flags = parser.parse_known_args()
+    learner, update = build(configs.parse(flags, prog="python -m hdfast.profile"))
+    for _ in range(args.warmup):
+        update()
+    if args.plain:
+        wall, cpu = run_plain(learner, update, args.updates)
+        sys.stdout.write(f"{summary(learner)}: {wall:.2f} ms wall, {cpu:.2f} ms CPU per update\n")
+        return
+    found = measure(learner, update, args.updates, trace=args.trace)
+    console = Console()
+    console.print(
+        f"{summary(learner)}: {found.wall:.2f} ms wall, {found.cpu:.2f} ms CPU per update", soft_wrap=True
+    )
+    for table in tables(found, args.top):
+        console.print(table, width=None if console.is_terminal else 110)
+    if learner.device.type == "cuda":
+        console.print(nsight(flags), markup=False, soft_wrap=True)
+
+
+def summary(learner: Learner) -> str:
+    """What was measured, in one line."""
+    config, device = learner.config, describe_device(learner.device)
+    million = learner.parameter_counts()["total"] / 1e6
+    threads = f", {device['threads']} threads" if "threads" in device else ""
+    precision = str(learner.dtype).removeprefix("torch.")
+    shape = f"B{config.replay.batch} T{config.replay.length} H{config.behavior.horizon}"
+    return f"{million:.2f} M parameters, {shape}, {precision} on {device['name']}{threads}"
+
+
+def nsight(flags: Sequence[str]) -> str:
+    """The command lines that look at the same updates with Nvidia's tools."""
+    ours = shlex.join(["python", "-m", "hdfast.profile", "--plain", *flags])
+    return (
+        "timeline: nsys profile --trace=cuda,nvtx --capture-range=cudaProfilerApi " + ours + "\n"
+        "kernels:  ncu --profile-from-start off --set basic --launch-count 200 " + ours
+    )
+
+
+if __name__ == "__main__":
+    errors.main(main)

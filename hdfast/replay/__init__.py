@@ -1,0 +1,6 @@
+"""Where data rests: the ring of rows (`ring`) and its append-only log on disk (`log`)."""
+
+from hdfast.replay.chunk import ReplayError
+from hdfast.replay.ring import Replay
+
+__all__ = ["Replay", "ReplayError"]

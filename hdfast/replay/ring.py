@@ -1,0 +1,249 @@
+"""The ring of rows: what the agent has lived through, at hand for training, and safe on disk.
+
+Axes: N environments, R ring slots per environment, T window length, B windows. The row that environment n
+returned at its agent step k lies in row `n * R + k % R` of the storage; all environments advance together.
+
+`add` belongs to the host, once per agent step. `sample` is device operations only: static shapes, no
+synchronisation, no Python branch on data, so that a CUDA graph can hold it. The number of rows is a device
+tensor, and the uniform numbers come from a device generator (`Replay.generator`), which the owner of a graph
+registers with it. Both run in the order of the current stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hdfast.replay.chunk import ReplayError
+from hdfast.replay.log import ReplayLog
+from hdfast.replay.rows import RowLayout
+from hdfast.replay.transfer import RowTransfer, WindowPrefetch, host_view
+from hdfast_kernels import gather_windows
+
+if TYPE_CHECKING:
+    from hdfast.envs.base import ArraySpec
+
+DEVICE_SHARE = 0.5  # of the free device memory: the most that a ring placed by "auto" takes from the learner
+
+
+class Replay:
+    """The newest `capacity` rows, sampled in windows; with a `directory`, every row is also logged there.
+
+    specs: observation keys and "action", "reward", "is_first", "is_last", "is_terminal", of one environment.
+    capacity: rows of all environments together, rounded down to a multiple of num_envs.
+    device: where windows are wanted.
+    place: "device" keeps the ring there; "host" keeps it in host memory and brings each batch over while the
+        device is busy with the one before (see `stage`); "auto" is "host" only for a CUDA device on which the
+        ring would take more than half of what is free.
+    checkpoints: how many of the newest states must stay loadable while the next one is being saved; rows that
+        none of them needs are deleted from the log.
+
+    The ring is allocated at once; in host memory its pages cost nothing until they are written.
+    Raises ValueError or TypeError for impossible specs or sizes, ReplayError if the directory cannot be made.
+    """
+
+    def __init__(
+        self,
+        specs: Mapping[str, ArraySpec],
+        *,
+        num_envs: int,
+        capacity: int,
+        device: torch.device | str = "cpu",
+        directory: Path | None = None,
+        seed: int = 0,
+        place: Literal["auto", "device", "host"] = "auto",
+        checkpoints: int = 2,
+    ) -> None:
+        if not 1 <= num_envs <= capacity:
+            raise ValueError(f"replay: capacity {capacity} is no row for each of {num_envs} environments")
+        self.num_envs = num_envs
+        self.ring = capacity // num_envs
+        self.device = torch.device(device)
+        self.rows_added = 0  # per environment
+        self._layout = RowLayout(specs, num_envs)
+        nbytes = self.ring * self._layout.packed_nbytes
+        self.place = place if place != "auto" else _place(self.device, nbytes)
+        home = self.device if self.place == "device" else torch.device("cpu")
+        self.generator = torch.Generator(home).manual_seed(seed)
+        self._storage = {
+            key: torch.empty(
+                num_envs * self.ring, *spec.shape, dtype=self._layout.torch_dtypes[key], device=home
+            )
+            for key, spec in self._layout.specs.items()
+        }
+        self._by_env = {
+            key: host_view(rows.unflatten(0, (num_envs, self.ring))) for key, rows in self._storage.items()
+        }
+        self._rows_added = torch.zeros((), dtype=torch.int64, device=home)
+        self._transfer = RowTransfer(self._layout, home)
+        self._prefetch: dict[tuple[int, int], WindowPrefetch] = {}
+        self._log: ReplayLog | None = None
+        if directory is not None:  # one position more is being saved, and one is to spare
+            self._log = ReplayLog(directory, self._layout, self.ring, positions=checkpoints + 2)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole ring, whether written yet or not."""
+        return sum(rows.nbytes for rows in self._storage.values())
+
+    def describe(self) -> str:
+        """One line for the start of a run: rows, bytes, place."""
+        rows, where = self.num_envs * self.ring, self._rows_added.device
+        batches = f", batches prefetched to {self.device}" if self.place == "host" else ""
+        return f"replay: {rows:,} rows, {self.nbytes / 1e9:.2f} GB on {where}{batches}"
+
+    def ready(self, length: int) -> bool:
+        """Whether there is a window of `length` rows to sample."""
+        return 1 <= length <= min(self.rows_added, self.ring)
+
+    def add(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Append one row of every environment: numpy arrays (N, ...) of exactly the specs' shapes and dtypes.
+
+        Raises ValueError or TypeError and adds nothing if the rows are wrong. Raises ReplayError if the disk
+        fails; the row is then in the ring, and the log writes it when the disk can again.
+        """
+        self._layout.check(rows)
+        if self._log is not None and self.rows_added == 0:
+            self._log.start()
+        for prefetch in self._prefetch.values():
+            prefetch.wait()
+        packed, views = self._transfer.put(rows)
+        slot = self.rows_added % self.ring
+        for key, view in views.items():
+            self._by_env[key][:, slot] = view
+        self._count(self.rows_added + 1)
+        if self._log is not None:
+            self._log.append(packed)
+
+    def stage(self, batch: int, length: int) -> None:
+        """Make ready what the next `sample(batch, length)` returns, and begin to fetch the batch after it.
+
+        To be called outside of a graph before every sample, or replay of a graph that holds one. Does nothing
+        unless place is "host", where a batch is drawn one call ahead, without the rows added in between.
+        """
+        if self.place == "device":
+            return
+        self._require(length)
+        prefetch = self._prefetch.get((batch, length))
+        if prefetch is None:
+            prefetch = WindowPrefetch(lambda starts: self._gather(starts, length), self.device)
+            self._prefetch[batch, length] = prefetch
+        if not prefetch.pending:
+            prefetch.begin(self._draw(batch, length))
+        prefetch.finish()
+        prefetch.begin(self._draw(batch, length))
+
+    def sample(self, batch: int, length: int) -> dict[str, Tensor]:
+        """Windows (T, B, ...) of every key, and the storage rows "starts" (B,) int64 at which they begin.
+
+        Uniform over all windows of all environments that do not cross the write head; they may cross
+        episodes. In the first row of every window `is_first` is set, because what came before it is not in
+        the batch.
+
+        The tensors are new ones, or, where place is "host", those of the last `stage`, which the next one
+        overwrites. Raises ValueError if no window is ready, RuntimeError if place is "host" and nothing is
+        staged.
+        """
+        self._require(length)
+        if self.place == "device":
+            return self._gather(self._draw(batch, length), length)
+        if (batch, length) not in self._prefetch:
+            raise RuntimeError(f"replay on the host: call stage({batch}, {length}) before sample")
+        return dict(self._prefetch[batch, length].windows)
+
+    def gather(self, starts: Tensor, length: int) -> dict[str, Tensor]:
+        """The windows that start at storage rows `starts` (B,), as `sample` gives them, in new tensors.
+
+        They are the same until `add` overwrites a row of theirs.
+        """
+        windows = self._gather(starts.to(self._rows_added.device), length)
+        return {key: rows.to(self.device) for key, rows in windows.items()}
+
+    def flush(self) -> None:
+        """Make all rows added so far durable on disk; to be called before a checkpoint is written."""
+        if self._log is not None:
+            self._log.flush()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Counters, checksum of the log and generator state; the rows themselves stay in the log, flushed."""
+        rows, crc = self._log.position() if self._log is not None else (self.rows_added, 0)
+        state = {"rows_added": rows, "ring": self.ring, "log_crc": crc}
+        tensors = {key: torch.tensor(value) for key, value in state.items()}
+        return tensors | {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Become what `state_dict` was called on: read its rows from the log, and cut off those added later.
+
+        Raises ReplayError if the log does not hold these rows, or the state is of another kind of replay.
+        """
+        rows, ring, crc = (int(state[key]) for key in ("rows_added", "ring", "log_crc"))
+        if ring != self.ring:
+            raise ReplayError(f"replay: the checkpoint has {ring} rows per environment, this run {self.ring}")
+        if state["generator"].shape != self.generator.get_state().shape:
+            raise ReplayError(f"replay: the checkpoint is from another kind of device than {self.device}")
+        if self._log is None and rows:
+            raise ReplayError(
+                f"replay: the checkpoint has {rows} rows, and there is no log to read them from"
+            )
+        for prefetch in self._prefetch.values():
+            prefetch.drop()
+        self._count(0)
+        if self._log is not None:
+            self._log.load(rows, crc, self._restore)
+        self._count(rows)
+        self.generator.set_state(state["generator"].cpu())
+
+    def close(self) -> None:
+        """Flush and let go of the log and of the threads."""
+        for prefetch in self._prefetch.values():
+            prefetch.close()
+        if self._log is not None:
+            self._log.close()
+
+    def _count(self, rows_added: int) -> None:
+        self.rows_added = rows_added
+        self._rows_added.fill_(rows_added)
+
+    def _require(self, length: int) -> None:
+        if not self.ready(length):
+            stored = min(self.rows_added, self.ring)
+            raise ValueError(f"replay: no window of {length} rows, there are {stored} per environment")
+
+    def _draw(self, batch: int, length: int) -> Tensor:
+        """Storage rows (B,) int64 of uniformly drawn windows."""
+        count = self._rows_added.clamp(max=self.ring)
+        oldest = self._rows_added - count
+        valid = count - (length - 1)  # windows per environment
+        uniform = torch.rand(batch, dtype=torch.float64, device=valid.device, generator=self.generator)
+        window = (uniform * (valid * self.num_envs)).long()  # in float64 the product stays below N * valid
+        env = window.div(valid, rounding_mode="floor")
+        return env * self.ring + (oldest + window - env * valid) % self.ring
+
+    def _gather(self, starts: Tensor, length: int) -> dict[str, Tensor]:
+        ring = self.ring
+        windows = {key: gather_windows(rows, starts, length, ring) for key, rows in self._storage.items()}
+        windows["is_first"][0].fill_(True)
+        return windows | {"starts": starts}
+
+    def _restore(self, first_row: int, packed: np.ndarray) -> None:
+        """Put logged rows, uint8 (K, P), where they were."""
+        slot = first_row % self.ring
+        to_end = self.ring - slot
+        if len(packed) > to_end:
+            self._restore(first_row + to_end, packed[to_end:])
+        rows = torch.from_numpy(packed[:to_end]).to(self._rows_added.device)
+        for key, view in self._layout.unpack(rows).items():
+            view = host_view(view.transpose(0, 1))  # (K, N, ...) -> (N, K, ...)
+            self._by_env[key][:, slot : slot + len(rows)] = view
+
+
+def _place(device: torch.device, nbytes: int) -> Literal["device", "host"]:
+    if device.type != "cuda":
+        return "device"
+    free, _ = torch.cuda.mem_get_info(device)
+    return "device" if nbytes <= DEVICE_SHARE * free else "host"

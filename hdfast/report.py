@@ -1,0 +1,125 @@
+"""`python -m hdfast.report`: the table of a suite, from the runs on disk, beside the published scores."""
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from hdfast import suites
+from hdfast.runtime import errors, rundir
+from hdfast.runtime.arguments import Arguments
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """The finished runs of one task: seed -> final score."""
+
+    task: suites.Task
+    scores: Mapping[int, float]
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds; NaN if no run is finished."""
+        return sum(self.scores.values()) / len(self.scores) if self.scores else math.nan
+
+
+def collect(
+    logdir: Path, suite: suites.Suite, tasks: Sequence[suites.Task] | None = None
+) -> list[TaskScores]:
+    """Reads the final evaluation of every finished run of `tasks` (all of the suite's by default) below `logdir`."""
+    found = []
+    for task in suite.tasks if tasks is None else tasks:
+        scores = {}
+        for path in sorted((logdir / suite.name / task.name).glob("seed*")):
+            seed = path.name.removeprefix("seed")
+            if not seed.isdecimal() or not (path / "config.json").exists():
+                continue
+            if (summary := rundir.read(path).summary) is not None:
+                scores[int(seed)] = float(summary["score"])
+        found.append(TaskScores(task, scores))
+    return found
+
+
+def table(suite: suites.Suite, rows: Sequence[TaskScores]) -> Table:
+    """Score, human-normalised score and published scores per task, then mean, median and IQM of the normalised ones.
+
+    The aggregates of the published methods are over the tasks that are finished here, so that columns compare.
+    """
+    human = any(row.task.human is not None for row in rows)
+    view = Table(box=box.SIMPLE_HEAD)
+    view.add_column("task")
+    for name in ("seeds", "score", *(["human-norm."] if human else []), *suite.methods):
+        view.add_column(name, justify="right")
+    for row in rows:
+        cells = [row.task.name, str(len(row.scores)), _number(row.mean)]
+        if human:
+            known = row.task.human is not None and row.scores
+            cells.append(f"{suites.human_normalized(row.task, row.mean):.3f}" if known else "-")
+        for method in suite.methods:
+            seeds = row.task.published.get(method)
+            cells.append(_number(sum(seeds) / len(seeds)) if seeds else "-")
+        view.add_row(*cells)
+    done = {row.task.name: list(row.scores.values()) for row in rows if row.scores}
+    ours = suite.aggregate(done) if done else None
+    if ours is None:
+        return view
+    published = [
+        suite.aggregate({k: v for k, v in suite.published(method).items() if k in done})
+        for method in suite.methods
+    ]
+    view.add_section()
+    for name in ("mean", "median", "iqm"):
+        others = [f"{getattr(p, name):.3f}" if p else "-" for p in published]
+        view.add_row(f"human-norm. {name}", str(len(done)), "", f"{getattr(ours, name):.3f}", *others)
+    return view
+
+
+def as_json(suite: suites.Suite, rows: Sequence[TaskScores]) -> str:
+    """The same as JSON: per task the scores by seed, and the aggregates."""
+    done = {row.task.name: list(row.scores.values()) for row in rows if row.scores}
+    aggregate = suite.aggregate(done) if done else None
+    return json.dumps(
+        {
+            "suite": suite.name,
+            "tasks": {row.task.name: {str(k): v for k, v in row.scores.items()} for row in rows},
+            "human_normalized": None if aggregate is None else vars(aggregate),
+        },
+        indent=2,
+    )
+
+
+def show(suite: suites.Suite, rows: Sequence[TaskScores]) -> None:
+    """Prints the table; as wide as its content when the output is not a terminal."""
+    console = Console()
+    console.print(f"{suite.name}: score of the final evaluation, mean over seeds", highlight=False)
+    console.print(table(suite, rows), width=None if console.is_terminal else 120)
+
+
+def main() -> None:
+    parser = Arguments("python -m hdfast.report", __doc__)
+    parser.add_argument("--suite", default="atari100k", help="which suite")
+    parser.add_argument("--logdir", type=Path, default=Path("runs"), help="folder that holds all runs")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args()
+    suite = suites.get(args.suite)
+    rows = collect(args.logdir, suite)
+    if args.json:
+        sys.stdout.write(as_json(suite, rows) + "\n")
+    else:
+        show(suite, rows)
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    errors.main(main)

@@ -1,0 +1,53 @@
+"""The flags of the small doors: argparse whose errors are one line, with the nearest right name."""
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from hdfast.runtime.errors import ConfigError, suggest
+
+
+class Arguments(argparse.ArgumentParser):
+    """An ArgumentParser that raises ConfigError where argparse would print its usage and exit."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        """The flags in `args`, by default those of the command line. Raises: ConfigError."""
+        parsed, unknown = self.parse_known_args(args)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            what = "option" if name.startswith("-") else "argument"
+            raise ConfigError(f"there is no {what} {name}{suggest(name, known) if what == 'option' else ''}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigError."""
+        raise ConfigError(message)
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, as the `type` of a flag."""
+    return _at_least(1, text)
+
+
+def natural(text: str) -> int:
+    """An integer of at least 0, as the `type` of a flag."""
+    return _at_least(0, text)
+
+
+def _at_least(low: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < low:
+        raise argparse.ArgumentTypeError(f"{value} is out of range: right is {low} or more")
+    return value

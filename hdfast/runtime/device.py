@@ -1,0 +1,97 @@
+"""From `--device` and `--precision` to a torch device and dtype, and what to write down about the machine."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hdfast.runtime.errors import ConfigError, suggest
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_CPUINFO = Path("/proc/cpuinfo")
+_CPU_BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # x86 flags of bfloat16 matrix work in hardware
+_CUDA_BFLOAT16 = (8, 0)  # compute capability from which tensor cores take bfloat16
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device meant by "auto", "cpu", "cuda" or "cuda:N"; auto is the current CUDA device if there is one.
+
+    Raises: ConfigError when there is no such name or device here.
+    """
+    if name == "auto":
+        return resolve_device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, colon, index = name.partition(":")
+    if name == "cpu":
+        return torch.device("cpu")
+    if kind != "cuda" or (colon and not index.isdecimal()):
+        raise ConfigError(
+            f"no device {name!r}{suggest(name, ['auto', 'cpu', 'cuda', 'cuda:0'])}", where="--device"
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"{name!r} cannot be used: {_why_no_cuda()}", where="--device", hint="--device cpu works"
+        )
+    count = torch.cuda.device_count()
+    if colon and int(index) >= count:
+        there = ", ".join(f"'cuda:{i}'" for i in range(count))
+        raise ConfigError(f"no device {name!r}", where="--device", hint=f"CUDA devices here: {there}")
+    return torch.device("cuda", int(index) if colon else torch.cuda.current_device())
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix work: "float32", "bfloat16", or "auto": bfloat16 where hardware multiplies it.
+
+    Raises: ConfigError on another name.
+    """
+    if name == "auto":
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
+    if name not in PRECISIONS:
+        raise ConfigError(f"no precision {name!r}{suggest(name, ['auto', *PRECISIONS])}", where="--precision")
+    return PRECISIONS[name]
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products run in hardware: CUDA 8.0 and up, x86 with AVX512-BF16 or AMX-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= _CUDA_BFLOAT16
+    return bool(_CPU_BFLOAT16 & set(_cpuinfo().get("flags", "").split()))
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """What a reader of results wants to know: name, memory, cores or multiprocessors, in JSON's types."""
+    about: dict[str, Any] = {"device": str(device), "bfloat16": has_bfloat16(device)}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        about |= {
+            "name": card.name,
+            "memory_bytes": card.total_memory,
+            "multiprocessors": card.multi_processor_count,
+            "capability": f"{card.major}.{card.minor}",
+            "cuda": torch.version.cuda,
+        }
+    else:
+        about |= {
+            "name": _cpuinfo().get("model name") or platform.processor() or platform.machine(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "cores": len(os.sched_getaffinity(0)),
+            "threads": torch.get_num_threads(),
+        }
+    return about
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's entries of /proc/cpuinfo; empty where there is no such file."""
+    if not _CPUINFO.exists():
+        return {}
+    first, _, _ = _CPUINFO.read_text().partition("\n\n")
+    return {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())
+    }
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) is built without CUDA"
+    return f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU or driver"

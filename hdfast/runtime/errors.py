@@ -1,0 +1,169 @@
+"""Errors a user can mend, each one clear line and one exit code; `main` is the wrapper every door runs in.
+
+Exit codes: 0 done, 1 the run cannot go on, 2 the request is wrong, 3 no usable checkpoint, 4 no room on disk,
+5 losses are not finite, 6 a library is missing, 128 + n stopped by signal n (130 SIGINT, 143 SIGTERM).
+"""
+
+import contextlib
+import difflib
+import errno
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class HdfastError(Exception):
+    """Something the user can mend. `str(error)` is one line: "<where>: <what>; <hint>".
+
+    what: what is wrong, with the value that was got.
+    where: the file, field or environment it is about.
+    hint: the nearest right value, or the command that mends it.
+    details: further lines, printed indented below the first (the fields in which two configs differ).
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: object = "", hint: str = "", details: Sequence[str] = ()) -> None:
+        super().__init__(what)
+        self.what, self.where, self.details = what, str(where), tuple(details)
+        self.hint = hint.removeprefix("; ")
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        text = f"{text}; {self.hint}" if self.hint else text
+        return " ".join(text.split())
+
+
+class ConfigError(HdfastError):
+    """The request itself is wrong: a name, a value, a device that is not there."""
+
+    exit_code = 2
+
+
+class RunError(HdfastError):
+    """The run cannot start or go on: its directory is unusable or in use by another process."""
+
+
+class CheckpointError(HdfastError):
+    """There are checkpoints, and none of them can be loaded."""
+
+    exit_code = 3
+
+
+class DiskFullError(HdfastError):
+    """No room to write; what was on disk before is intact."""
+
+    exit_code = 4
+
+
+class NonFiniteError(HdfastError):
+    """Losses stayed NaN or infinite beyond the limit."""
+
+    exit_code = 5
+
+
+class MissingLibraryError(HdfastError):
+    """A Python package or system library is missing; the hint names the command that installs it."""
+
+    exit_code = 6
+
+
+class Interrupted(HdfastError):
+    """The run was asked to stop by a signal and saved itself. Exit code 128 + signal number."""
+
+    def __init__(self, signum: int, *, hint: str = "the same command resumes it") -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}", hint=hint)
+        self.args = (signum,)  # what pickle calls the class with
+        self.exit_code = 128 + signum
+
+
+def suggest(name: str, choices: Iterable[str], *, limit: int = 3) -> str:
+    """The end of a message on a wrong name: "; did you mean 'a' or 'b'?", or all choices when none is near.
+
+    It goes straight behind the message, `f"no task {name!r}{suggest(name, tasks)}"`, or into `hint=`.
+    Case is ignored when comparing. Returns "" when there are no choices.
+    """
+    choices = list(dict.fromkeys(choices))
+    folded = {choice.casefold(): choice for choice in reversed(choices)}
+    near = [folded[key] for key in difflib.get_close_matches(name.casefold(), folded, n=limit, cutoff=0.6)]
+    if near:
+        return f"; did you mean {' or '.join(map(repr, near))}?"
+    if not choices:
+        return ""
+    shown = ", ".join(map(repr, choices[:12]))
+    return f"; choose from {shown}" + (f" and {len(choices) - 12} more" if len(choices) > 12 else "")
+
+
+def warn(text: str) -> None:
+    """Print one warning line to stderr."""
+    sys.stderr.write(f"warning: {' '.join(text.split())}\n")
+    sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | Path, doing: str, *, hint: str = "") -> Iterator[None]:
+    """Turn an OSError in the block into one clear line about `path`; `doing` reads like "write the log".
+
+    Raises: DiskFullError when there is no room (device, quota or file size limit), else RunError.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in NO_ROOM:
+            raise DiskFullError(
+                f"cannot {doing}: {reason}", where=path, hint="make room and run it again"
+            ) from error
+        raise RunError(f"cannot {doing}: {reason}", where=path, hint=hint) from error
+
+
+def main(door: Callable[[], int | None]) -> NoReturn:
+    """Run a door and exit with its return value (None is 0), or after one line with its HdfastError's code.
+
+    A full disk is answered with one line wherever it was met, Ctrl-C with 130, a closed output pipe
+    (`... | head`) silently with 141. Every other exception keeps its traceback.
+    """
+    try:
+        code = _code_of(door)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _stdout_is_broken():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit works
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
+
+
+def _code_of(door: Callable[[], int | None]) -> int:
+    try:
+        return door() or 0
+    except HdfastError as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        return _report(Interrupted(signal.SIGINT, hint=""))
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        where = error.filename or ""
+        return _report(DiskFullError(f"{error.strerror}", where=where, hint="make room and run it again"))
+
+
+def _report(error: HdfastError) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()  # so that what came before the error is read before it
+    sys.stderr.write("".join([f"error: {error}\n", *(f"  {line}\n" for line in error.details)]))
+    sys.stderr.flush()
+    return error.exit_code
+
+
+def _stdout_is_broken() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -1,0 +1,175 @@
+"""What a run tells: metrics.jsonl, scores.jsonl, tensorboard/, videos/; one history however often it resumes.
+
+metrics.jsonl has a line per log step: agent_steps, frames, seconds, updates and every metric by its name.
+scores.jsonl has a line per finished episode and evaluation: kind, score, length, agent_steps, and so on.
+NaN and infinities are the strings "NaN", "Infinity", "-Infinity": every line is JSON, `float()` reads them.
+
+In one agent step: log and score first, then `sync`, then the checkpoint. Resuming keeps the lines up to it.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from hdfast.runtime.errors import disk_errors
+from hdfast.runtime.files import plain, replacing, write_all
+from hdfast.runtime.tensorboard import TensorBoard
+from hdfast.runtime.video import encode_gif, save_gif
+
+Metric = float | int | torch.Tensor
+
+
+class Logger:
+    """The logs of one run, open for appending; a context manager.
+
+    directory: the run's directory.
+    action_repeat: frames per agent step.
+    resumed_at: agent steps of the checkpoint the run goes on from; lines beyond it are cut. None: there is no
+        checkpoint, the logs begin anew.
+    seconds: wall time the run had taken up to that checkpoint.
+    tensorboard: also write TensorBoard files.
+
+    Raises, here and in every method that writes: DiskFullError, RunError.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        action_repeat: int,
+        resumed_at: int | None = None,
+        seconds: float = 0.0,
+        tensorboard: bool = True,
+    ) -> None:
+        self._directory, self._action_repeat = directory, action_repeat
+        self._began = time.monotonic() - seconds
+        self._files = {}
+        for name in ("metrics", "scores"):
+            path = directory / f"{name}.jsonl"
+            with disk_errors(path, "write the log"):
+                cut(path, resumed_at)
+                self._files[name] = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        folder = directory / "tensorboard"
+        self._tensorboard = TensorBoard(folder, resumed_at=resumed_at) if tensorboard else None
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run so far, over all its sessions; store it in the checkpoint's meta."""
+        return time.monotonic() - self._began
+
+    def log(self, agent_steps: int, updates: int, metrics: Mapping[str, Metric]) -> dict[str, float]:
+        """Write one line of metrics; all tensors (one element each) come to the host in one copy.
+
+        Returns the metrics as Python numbers. Raises: ValueError on a metric named like a column of the line.
+        """
+        values = to_host(metrics)
+        line = {**self._when(agent_steps), "updates": updates}
+        if taken := line.keys() & values.keys():
+            raise ValueError(f"metrics cannot be named {sorted(taken)}: these are columns of every line")
+        self._append("metrics", {**line, **values})
+        if self._tensorboard:
+            self._tensorboard.scalars(agent_steps, {"updates": updates, **values})
+        return values
+
+    def score(self, kind: str, *, agent_steps: int, score: float, length: float, **more: Any) -> None:
+        """Write one line of scores.
+
+        kind: "episode" or "evaluation".
+        score: undiscounted return. length: agent steps. Of an evaluation, both are means.
+        more: further JSON-able columns, such as an evaluation's single scores.
+        """
+        line = {"kind": kind, **self._when(agent_steps), "score": score, "length": length, **more}
+        self._append("scores", line)
+        if self._tensorboard:
+            self._tensorboard.scalars(agent_steps, {f"score/{kind}": score, f"length/{kind}": length})
+
+    def video(self, name: str, *, agent_steps: int, frames: np.ndarray) -> Path:
+        """Save frames (T, H, W, C) uint8 as videos/<name>_<agent_steps>.gif and show them in TensorBoard."""
+        path = self._directory / "videos" / f"{name}_{agent_steps:010d}.gif"
+        gif = encode_gif(frames)
+        save_gif(path, gif)
+        if self._tensorboard:
+            self._tensorboard.gif(agent_steps, name, gif)
+        return path
+
+    def sync(self) -> None:
+        """Make every line durable: call it before a checkpoint that relies on them."""
+        for file in self._files.values():
+            with disk_errors(file.name, "write the log"):
+                os.fsync(file.fileno())
+        if self._tensorboard:
+            self._tensorboard.sync()
+
+    def close(self) -> None:
+        """Close all files. Closing twice is allowed."""
+        for file in self._files.values():
+            file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _when(self, agent_steps: int) -> dict[str, Any]:
+        frames = agent_steps * self._action_repeat
+        return {"agent_steps": agent_steps, "frames": frames, "seconds": round(self.seconds, 3)}
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        file = self._files[name]
+        text = json.dumps(plain(line, name), allow_nan=False)
+        with disk_errors(file.name, "write the log"):
+            write_all(file, text.encode() + b"\n")
+
+
+def to_host(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """Metrics as Python numbers, in the order given; tensors of one element are copied to the host together.
+
+    A float32 becomes the shortest decimal that reads back as it: 0.1, not 0.10000000149011612.
+    """
+    values = dict(metrics)
+    tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    if tensors:
+        copied = torch.stack([tensor.detach().reshape(()).double() for tensor in tensors.values()]).tolist()
+        for (name, tensor), value in zip(tensors.items(), copied, strict=True):
+            if not tensor.is_floating_point():
+                values[name] = int(value)
+            else:
+                values[name] = value if tensor.dtype == torch.float64 else float(str(np.float32(value)))
+    return values
+
+
+def cut(path: Path, agent_steps: int | None) -> None:
+    """Keep the whole lines of a log up to and including `agent_steps`, or no line when that is None.
+
+    Atomic. A file that needs no cut, or is not there, is left as it is.
+    """
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _belongs(line, agent_steps)]
+    if len(kept) < len(lines):
+        with replacing(path) as file:
+            file.writelines(kept)
+
+
+def _belongs(line: bytes, agent_steps: int | None) -> bool:
+    try:
+        return (
+            agent_steps is not None
+            and line.endswith(b"\n")
+            and json.loads(line)["agent_steps"] <= agent_steps
+        )
+    except (ValueError, LookupError, TypeError):
+        return False

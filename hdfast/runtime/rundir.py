@@ -1,0 +1,250 @@
+"""The directory of one run, `<logdir>/<suite>/<task>/seed<k>/`: its lock, its config, whether it is finished.
+
+config.json: {"config": as first resolved, "created": provenance, "resumed": [provenance + "changed", ...]}.
+finished.json: {"summary": ..., "time": ...}, written once, when the run is done.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+
+import hdfast
+from hdfast.runtime import errors
+from hdfast.runtime.errors import ConfigError, RunError, disk_errors
+from hdfast.runtime.files import plain, write_json
+
+FOLDERS = ("checkpoints", "replay", "tensorboard", "videos")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_ABSENT = "(absent)"
+
+State = Literal["new", "resumable", "finished"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run's directory says about the run."""
+
+    path: Path
+    config: dict[str, Any]
+    created: dict[str, Any]
+    resumed: list[dict[str, Any]]
+    summary: dict[str, Any] | None  # None until the run is finished
+
+
+class RunDir:
+    """A run's directory, held by this process until `close`; a context manager.
+
+    path: the directory. checkpoints, replay, tensorboard, videos: its folders.
+    state: "new", "resumable" or "finished" when it was opened.
+    summary: what `mark_finished` was given, None before that.
+    """
+
+    def __init__(self, path: Path, state: State, summary: dict[str, Any] | None, lock: int) -> None:
+        self.path, self.state, self.summary, self._lock = path, state, summary, lock
+        self.checkpoints, self.replay, self.tensorboard, self.videos = (path / name for name in FOLDERS)
+
+    @classmethod
+    def open(
+        cls,
+        logdir: Path,
+        suite: str,
+        task: str,
+        seed: int,
+        config: Mapping[str, Any],
+        *,
+        ignore: Collection[str] = (),
+        device: Mapping[str, Any] | None = None,
+        warn: Callable[[str], None] = errors.warn,
+    ) -> Self:
+        """Create the run's directory, or open the one that is there, and lock it.
+
+        config: the resolved configuration, nested and JSON-able.
+        ignore: dotted fields that may differ on resuming ("device", "log.every"); "log" covers all below it.
+        device: `describe_device(...)`, kept with the provenance.
+
+        Raises: ConfigError when the run has checkpoints of another config, one detail line per field; RunError
+        when the directory cannot be used or another process holds it; DiskFullError.
+        """
+        for what, name in (("suite", suite), ("task", task)):
+            if not _NAME.fullmatch(name):
+                raise ConfigError(
+                    f"{what} {name!r} cannot name a folder", hint="use letters, digits, '.', '_', '-'"
+                )
+        path = Path(logdir) / suite / task / f"seed{seed}"
+        requested = plain(dict(config), "config")
+        with disk_errors(path, "use the run's directory", hint="choose another --logdir"):
+            _check_is_directory(path)
+            path.mkdir(parents=True, exist_ok=True)
+            lock = _lock(path, warn)
+            try:
+                return cls._open_locked(path, requested, ignore, dict(device or {}), lock)
+            except BaseException:
+                os.close(lock)
+                raise
+
+    @classmethod
+    def _open_locked(
+        cls, path: Path, requested: dict[str, Any], ignore: Collection[str], device: dict[str, Any], lock: int
+    ) -> Self:
+        for name in FOLDERS:
+            (path / name).mkdir(exist_ok=True)
+        origin = {**provenance(), "device": plain(device, "device")}
+        record = read(path) if (path / "config.json").exists() else None
+        begun = any((path / "checkpoints").iterdir())
+        if record is None and begun:
+            hint = "restore config.json or remove the directory"
+            raise RunError("there are checkpoints but no config.json", where=path, hint=hint)
+        lines = difference(record.config, requested, ignore) if record is not None else []
+        # Until its first checkpoint a run has learnt nothing, and its config may still change.
+        if record is None or (lines and not begun):
+            write_json(path / "config.json", {"config": requested, "created": origin, "resumed": []})
+            return cls(path, "new", None, lock)
+        if lines:
+            hint = "give the saved values, or another --logdir or --seed for a new run"
+            raise ConfigError("this run has another config", where=path, hint=hint, details=lines)
+        if record.summary is not None:
+            return cls(path, "finished", record.summary, lock)
+        resumed = [*record.resumed, {**origin, "changed": difference(record.config, requested)}]
+        written = {"config": record.config, "created": record.created, "resumed": resumed}
+        write_json(path / "config.json", written)
+        return cls(path, "resumable", None, lock)
+
+    def mark_finished(self, summary: Mapping[str, Any]) -> None:
+        """Write finished.json: from now on this run is skipped. summary: JSON-able."""
+        self.summary = plain(dict(summary), "summary")
+        with disk_errors(self.path, "mark the run finished"):
+            write_json(self.path / "finished.json", {"summary": self.summary, "time": _now()})
+
+    def close(self) -> None:
+        """Release the lock. Closing twice is allowed."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read(path: Path) -> Record:
+    """What a run's directory says, without locking it: for reports and evaluation, also beside the trainer.
+
+    Raises: RunError when there is no run, or its JSON is damaged.
+    """
+    with disk_errors(path, "read the run"):
+        if not (path / "config.json").exists():
+            raise RunError("there is no run here (no config.json)", where=path)
+        about = _read_json(path / "config.json", "config", "created", "resumed")
+        finished = path / "finished.json"
+        summary = _read_json(finished, "summary")["summary"] if finished.exists() else None
+    return Record(path, about["config"], about["created"], about["resumed"], summary)
+
+
+def difference(
+    saved: Mapping[str, Any], requested: Mapping[str, Any], ignore: Collection[str] = ()
+) -> list[str]:
+    """One line per field in which two nested configs differ, "rssm.deter: 512 -> 1024", saved value first.
+
+    ignore: dotted fields left out, each with all that is below it.
+    """
+    before, after = dict(_flat(saved)), dict(_flat(requested))
+    lines = []
+    for field in dict.fromkeys([*before, *after]):
+        parts = field.split(".")
+        if any(".".join(parts[:i]) in ignore for i in range(1, len(parts) + 1)):
+            continue
+        old, new = (json.dumps(side[field]) if field in side else _ABSENT for side in (before, after))
+        if old != new:
+            lines.append(f"{field}: {old} -> {new}")
+    return lines
+
+
+def provenance() -> dict[str, Any]:
+    """Where and with what a run is made: versions, commit, host, command line and UTC time."""
+    return {
+        "hdfast": hdfast.__version__,
+        "commit": _commit(Path(hdfast.__file__).parent),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "command": sys.argv,
+        "time": _now(),
+    }
+
+
+def _commit(package: Path) -> str | None:
+    """The commit of `package`, "-dirty" appended when edited since; None when git does not track it."""
+    track = ["ls-files", "--error-unmatch", "__init__.py"]
+    name = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        for arguments in (track, name):
+            git = ["git", "-C", str(package), *arguments]
+            answer = subprocess.run(
+                git, capture_output=True, text=True, timeout=10, check=True
+            ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer
+
+
+def _check_is_directory(path: Path) -> None:
+    for part in (*reversed(path.parents), path):
+        if part.exists() and not part.is_dir():
+            raise RunError("this is a file, not a directory", where=part, hint="choose another --logdir")
+
+
+def _lock(path: Path, warn: Callable[[str], None]) -> int:
+    """A descriptor that holds the lock on `path` until it is closed or the process ends, however it ends."""
+    descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 4096).decode(errors="replace").strip() or "another process"
+        os.close(descriptor)
+        hint = "wait for it, stop it, or choose another --logdir"
+        raise RunError(f"this run is in use by {holder}", where=path, hint=hint) from None
+    except OSError as error:
+        warn(f"{path}: cannot lock ({error.strerror}); make sure that no other process uses this run")
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode(), 0)
+    return descriptor
+
+
+def _read_json(path: Path, *fields: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+        return {field: content[field] for field in fields}
+    except (ValueError, KeyError, TypeError) as error:
+        hint = "restore it or remove the run's directory"
+        raise RunError(f"the file is damaged ({error!r})", where=path, hint=hint) from None
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    fields = []
+    for name, value in config.items():
+        nested = isinstance(value, Mapping) and value
+        fields += _flat(value, f"{prefix}{name}.") if nested else [(prefix + name, value)]
+    return fields
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,256 @@
+"""Trains every task of a suite with several seeds, each run as a process of its own, and prints the suite's table.
+
+What follows `--` goes to `hdfast.train` as it is. The output of a run is in train.log of its directory. The same
+command again goes on with what is not finished. Ctrl-C stops all runs with a checkpoint each.
+"""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from hdfast import config, report, suites
+from hdfast.runtime import errors
+from hdfast.runtime.arguments import Arguments, natural, positive
+from hdfast.runtime.errors import ConfigError, MissingLibraryError, RunError
+from hdfast.runtime.signals import StopRequest
+
+OWN_FLAGS = ("--suite", "--task", "--seed", "--seeds", "--dry-run", "--help", "-h")
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its name, the command that trains it, and the file that takes its output."""
+
+    name: str
+    command: tuple[str, ...]
+    log: Path
+
+
+class Pool(Protocol):
+    """Where jobs run."""
+
+    def start(self, job: Job, slot: int) -> Any:
+        """Begins a job and returns its handle. slot: 0 to jobs - 1, not used by any other that is running."""
+
+    def poll(self, handle: Any) -> int | None:
+        """The exit code of a job, None while it runs."""
+
+    def stop(self, handle: Any) -> None:
+        """Asks a job to save itself and end."""
+
+
+class LocalPool:
+    """Processes on this machine.
+
+    jobs: how many at a time; on CPUs each gets its share of the cores.
+    devices: what `--device` the slots take in turn; none leaves it to the train flags.
+    """
+
+    def __init__(self, jobs: int, devices: Sequence[str] = ()) -> None:
+        self._devices = devices
+        threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+        self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+
+    def start(self, job: Job, slot: int) -> subprocess.Popen[bytes]:
+        device = ("--device", self._devices[slot % len(self._devices)]) if self._devices else ()
+        with errors.disk_errors(job.log, "write the log"):
+            return _launch((*job.command, *device), job.log, self._environment)
+
+    def poll(self, handle: subprocess.Popen[bytes]) -> int | None:
+        return handle.poll()
+
+    def stop(self, handle: subprocess.Popen[bytes]) -> None:
+        handle.terminate()
+
+
+class RayPool:
+    """Tasks of a ray cluster whose machines share the run directories; each takes a GPU if the cluster has any.
+
+    address: of the cluster, as `ray.init` takes it; "auto" for the one this machine belongs to.
+
+    Raises: MissingLibraryError without ray, RunError if there is no cluster at `address`.
+    """
+
+    def __init__(self, address: str) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise MissingLibraryError("--ray needs ray", hint="pip install 'hdfast[cluster]'") from None
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise RunError(f"no ray cluster: {error}", where=f"--ray {address}") from error
+        self._ray = ray
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        self._task = ray.remote(num_gpus=gpus, max_retries=0)(_run_remotely)
+
+    def start(self, job: Job, slot: int) -> Any:
+        return self._task.remote(job.command, str(job.log.absolute()), os.getcwd())
+
+    def poll(self, handle: Any) -> int | None:
+        if not self._ray.wait([handle], timeout=0)[0]:
+            return None
+        try:
+            return self._ray.get(handle)
+        except self._ray.exceptions.TaskCancelledError:
+            return 128 + signal.SIGTERM
+        except self._ray.exceptions.RayError:
+            return 1
+
+    def stop(self, handle: Any) -> None:
+        self._ray.cancel(handle)  # KeyboardInterrupt in the task
+
+
+def jobs_of(
+    suite: suites.Suite,
+    tasks: Sequence[suites.Task],
+    seeds: Sequence[int],
+    flags: Sequence[str],
+    logdir: Path,
+) -> list[Job]:
+    """Every task with every seed; all tasks with one seed come before the next seed, so that the table fills evenly.
+
+    flags: of `hdfast.train`. logdir: the one that they name.
+    """
+    return [
+        Job(
+            name=f"{task.name} seed {seed}",
+            command=(
+                *(sys.executable, "-m", "hdfast.train", "--suite", suite.name),
+                *("--task", task.name, "--seed", str(seed), *flags),
+            ),
+            log=logdir / suite.name / task.name / f"seed{seed}" / "train.log",
+        )
+        for seed in seeds
+        for task in tasks
+    ]
+
+
+def run(
+    pool: Pool, jobs: Sequence[Job], at_a_time: int, stop: StopRequest, say: Callable[[str], None]
+) -> dict[str, int]:
+    """Runs all jobs and returns the exit codes of those that failed, by name.
+
+    stop: once it is asked for, no job is begun and those that run are asked to end; then it raises Interrupted.
+    say: gets one line for each job that begins or ends.
+    """
+    waiting, running, slots = deque(enumerate(jobs, 1)), {}, list(range(at_a_time))
+    failed: dict[str, int] = {}
+
+    def begin() -> None:
+        number, job = waiting.popleft()
+        running[slots[0]] = number, job, pool.start(job, slots[0]), time.monotonic()
+        del slots[0]
+        say(f"[{number}/{len(jobs)}] {job.name}: started, output in {job.log}")
+
+    def reap() -> None:
+        for slot, (number, job, handle, began) in list(running.items()):
+            if (code := pool.poll(handle)) is None:
+                continue
+            del running[slot]
+            slots.append(slot)
+            if code:
+                failed[job.name] = code
+            took = f"{'exit code ' + str(code) if code else 'done'} after {time.monotonic() - began:.0f} s"
+            say(f"[{number}/{len(jobs)}] {job.name}: {took}")
+
+    try:
+        while (running or waiting) and not stop:
+            while waiting and slots and not stop:
+                begin()
+            time.sleep(POLL_SECONDS)
+            reap()
+    finally:
+        if running:  # a signal, or a job that could not be started
+            say(f"stopping {len(running)} runs, each with a checkpoint")
+            for _, _, handle, _ in running.values():
+                pool.stop(handle)
+        while running:
+            time.sleep(POLL_SECONDS)
+            reap()
+    stop.check()
+    return failed
+
+
+def _launch(command: Sequence[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A process in a group of its own: Ctrl-C reaches it once, from the sweep, not a second time from the terminal."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as output:
+        output.write(f"$ {shlex.join(command)}\n".encode())
+        output.flush()
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, process_group=0
+        )
+
+
+def _run_remotely(command: Sequence[str], log: str, folder: str) -> int:
+    """Body of a ray task: the exit code of the command. Cancelling it stops the command with a checkpoint."""
+    os.chdir(folder)
+    process = _launch((sys.executable, *command[1:]), Path(log), dict(os.environ))
+    try:
+        while process.poll() is None:  # cancelling interrupts Python code, not a system call
+            time.sleep(POLL_SECONDS)
+        return process.returncode
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+
+
+def _last_line(log: Path) -> str:
+    """What a failed run said at its end."""
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands before and behind `--`."""
+    argv = list(argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    return argv[:cut], argv[cut + 1 :]
+
+
+def main() -> None:
+    parser = Arguments("python -m hdfast.sweep", __doc__)
+    parser.usage = "%(prog)s [options] [-- flags of hdfast.train]"
+    parser.add_argument("--suite", default="atari100k", help="which suite")
+    parser.add_argument("--tasks", nargs="+", help="some of its tasks, all if left out")
+    parser.add_argument("--seed", type=natural, default=0, help="first seed")
+    parser.add_argument("--seeds", type=positive, default=5, help="seeds of each task, counting up")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time")
+    parser.add_argument("--devices", nargs="+", default=(), help="devices that the runs take in turn")
+    parser.add_argument("--ray", metavar="ADDRESS", help="run as tasks of this ray cluster")
+    own, flags = _split(sys.argv[1:])
+    args = parser.parse_args(own)
+    if given := [flag for flag in flags if flag.partition("=")[0] in OWN_FLAGS]:
+        raise ConfigError(f"{given[0]} cannot stand behind --", hint="see python -m hdfast.sweep --help")
+    suite = suites.get(args.suite)
+    tasks = [suite.task(name) for name in args.tasks] if args.tasks else list(suite.tasks)
+    logdir = config.parse(["--suite", suite.name, *flags]).logdir
+    jobs = jobs_of(suite, tasks, range(args.seed, args.seed + args.seeds), flags, logdir)
+    pool = RayPool(args.ray) if args.ray else LocalPool(args.jobs, args.devices)
+    with StopRequest() as stop:
+        failed = run(pool, jobs, args.jobs, stop, _say)
+    report.show(suite, report.collect(logdir, suite, tasks))
+    if failed:
+        logs = {job.name: job.log for job in jobs}
+        details = [f"{name}: exit code {code}: {_last_line(logs[name])}" for name, code in failed.items()]
+        raise RunError(f"{len(failed)} of {len(jobs)} runs failed", details=details)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    errors.main(main)

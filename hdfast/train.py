@@ -1,0 +1,27 @@
+"""`python -m hdfast.train --suite atari100k`: trains every task of a suite in turn and prints the suite's table."""
+
+import dataclasses
+import sys
+
+from hdfast import report, suites
+from hdfast.config import parse
+from hdfast.dry_run import describe
+from hdfast.loop import run
+from hdfast.runtime import errors
+
+
+def main() -> None:
+    config = parse()
+    suite = suites.get(config.suite)
+    tasks = [suite.task(config.task)] if config.task else list(suite.tasks)
+    if config.dry_run:
+        sys.stdout.write(describe(config, tasks) + "\n")
+        return
+    for seed in range(config.seed, config.seed + config.seeds):
+        for task in tasks:
+            run(dataclasses.replace(config, task=task.name, seed=seed), task)
+    report.show(suite, report.collect(config.logdir, suite, tasks))
+
+
+if __name__ == "__main__":
+    errors.main(main)
