@@ -1,0 +1,60 @@
+"""Grid barriers in Triton's interpreter, which runs programs one after another and would wait for ever.
+
+Every program becomes a greenlet; at a barrier it hands over to the next, and all go on when all have come.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from types import ModuleType
+
+import greenlet
+from triton.runtime import interpreter
+
+
+class _Grid(interpreter.GridExecutor):
+    """Runs the programs of a launch side by side, from barrier to barrier."""
+
+    barriers = 0  # met in the last launch
+
+    def __call__(self, *args, **kwargs):
+        known = inspect.getfullargspec(self.fn).args
+        scope = interpreter._patch_lang(self.fn)
+        builder = interpreter.interpreter_builder
+        try:
+            arguments = inspect.getcallargs(
+                self.fn, *args, **{name: value for name, value in kwargs.items() if name in known}
+            )
+            arguments = {
+                name: value if name in self.constexprs else interpreter._implicit_cvt(value)
+                for name, value in arguments.items()
+            }
+            grid = (*self.grid, 1, 1)[:3]
+            builder.set_grid_dim(*grid)
+            places = [(x, y, z) for x in range(grid[0]) for y in range(grid[1]) for z in range(grid[2])]
+            programs = [greenlet.greenlet(lambda: self.fn(**arguments)) for _ in places]
+            _Grid.barriers = -1
+            order = list(zip(places, programs, strict=True))
+            while not all(program.dead for program in programs):
+                if any(program.dead for program in programs):
+                    raise AssertionError("some programs ended before a barrier that others wait at")
+                for place, program in order:
+                    builder.set_grid_idx(*place)
+                    program.switch()
+                _Grid.barriers += 1
+                order.reverse()  # so that a missing barrier shows, whichever program it would have held back
+        finally:
+            if scope is not None:
+                scope.restore()
+
+
+@contextlib.contextmanager
+def cooperative(module: ModuleType) -> Iterator[type[_Grid]]:
+    """Inside the block the kernels of `module` run side by side, and its `grid_barrier` is a hand-over."""
+    executor, barrier = interpreter.GridExecutor, module.grid_barrier
+    interpreter.GridExecutor = _Grid
+    module.grid_barrier = lambda counter, target: greenlet.getcurrent().parent.switch()
+    try:
+        yield _Grid
+    finally:
+        interpreter.GridExecutor, module.grid_barrier = executor, barrier

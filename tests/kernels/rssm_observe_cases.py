@@ -1,0 +1,121 @@
+"""Inputs for rssm_observe, and its mathematics once more, written independently of the op and in float64.
+
+Axes: T time, B batch, D deter, U units, S groups, K classes.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WEIGHTS = (
+    *("in_stoch", "in_norm_weight", "in_norm_bias", "gru", "gru_norm_weight", "gru_norm_bias"),
+    *("post_deter", "post_norm_weight", "post_norm_bias", "logit_weight", "logit_bias"),
+)
+MATRICES = ("in_stoch", "gru", "post_deter", "logit_weight")
+DIFFERENTIABLE = ("embed", "action", "initial_deter", *WEIGHTS)
+
+
+class Sizes(NamedTuple):
+    T: int
+    B: int
+    D: int
+    U: int
+    S: int
+    K: int
+
+
+def make_case(sizes: Sizes, seed: int = 0, likely: bool = False) -> dict[str, Tensor]:
+    """Float64 arguments of rssm_observe whose samples do not hang on rounding.
+
+    Each uniform number lies in the middle of its class's interval of the distribution function in float64;
+    `likely` takes the most probable class, whose interval is wide enough for bfloat16.
+    """
+    T, B, D, U, S, K = sizes
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        # what bfloat16 can represent, so that every dtype starts from the same numbers
+        return (torch.randn(*shape, generator=generator) * scale).bfloat16().double()
+
+    case = {
+        "embed": normal(T, B, U),
+        "action": normal(T, B, U),
+        "is_first": torch.rand(T, B, generator=generator) < 0.2,
+        "uniform": torch.rand(T, B, S, generator=generator),
+        "initial_deter": normal(D, scale=0.5).tanh().bfloat16().double(),
+        "initial_index": torch.randint(0, K, (S,), generator=generator),
+        "in_stoch": normal(S * K, U, scale=S**-0.5),
+        "in_norm_weight": 1 + normal(U, scale=0.125),
+        "in_norm_bias": normal(U, scale=0.125),
+        "gru": normal(3 * D, D + U, scale=(D + U) ** -0.5),
+        "gru_norm_weight": 1 + normal(3 * D, scale=0.125),
+        "gru_norm_bias": normal(3 * D, scale=0.125),
+        "post_deter": normal(U, D, scale=D**-0.5),
+        "post_norm_weight": 1 + normal(U, scale=0.125),
+        "post_norm_bias": normal(U, scale=0.125),
+        "logit_weight": normal(S * K, U, scale=2 * U**-0.5),
+        "logit_bias": normal(S * K, scale=0.25),
+    }
+    case["is_first"][:1] = True
+    case["action"] *= ~case["is_first"][..., None]
+    case["uniform"] = expected(case, likely=likely, recentre=True)["uniform"].float()
+    return case
+
+
+def cast(case: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The case as an agent passes it: matrices, embed, action in `dtype`, the rest at least float32."""
+    wide = torch.promote_types(dtype, torch.float32)
+    out = {}
+    for name, value in case.items():
+        if value.is_floating_point() and name != "uniform":
+            value = value.to(dtype if name in (*MATRICES, "embed", "action") else wide)
+        out[name] = value
+    return out
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight + bias
+
+
+def expected(case: dict[str, Tensor], likely: bool = False, recentre: bool = False) -> dict[str, Tensor]:
+    """deter, stoch, index, logp of the case, dense one-hot by dense one-hot, sequence by sequence.
+
+    With `recentre` samples are drawn anew (by case["uniform"], or the most likely); `uniform` is returned too.
+    """
+    c = case
+    T, B, S = c["uniform"].shape
+    K = c["in_stoch"].shape[0] // S
+    sequences = []
+    for b in range(B):
+        rows = []
+        for t in range(T):
+            if t == 0 or c["is_first"][t, b]:
+                deter = c["initial_deter"]
+                stoch = torch.eye(K, dtype=torch.float64)[c["initial_index"]]
+            x = stoch.reshape(S * K) @ c["in_stoch"] + c["action"][t, b]
+            x = layer_norm(x, c["in_norm_weight"], c["in_norm_bias"])
+            x = x / (1 + (-x).exp())
+            gates = layer_norm(c["gru"] @ torch.cat([deter, x]), c["gru_norm_weight"], c["gru_norm_bias"])
+            reset, candidate, update = gates.split(len(deter))
+            candidate = torch.tanh(candidate / (1 + (-reset).exp()))
+            update = 1 / (1 + (1 - update).exp())
+            deter = update * candidate + (1 - update) * deter
+            y = c["post_deter"] @ deter + c["embed"][t, b]
+            y = layer_norm(y, c["post_norm_weight"], c["post_norm_bias"])
+            y = y / (1 + (-y).exp())
+            e = (c["logit_weight"] @ y + c["logit_bias"]).reshape(S, K).exp()
+            p = 0.99 * e / e.sum(-1, keepdim=True) + 0.01 / K
+            high = p.detach().cumsum(-1)
+            uniform = c["uniform"][t, b]
+            if likely:
+                index = p.argmax(-1)
+            else:
+                index = torch.searchsorted(high, uniform[:, None].double(), right=True)[:, 0].clamp(max=K - 1)
+            if recentre:
+                uniform = (high - p.detach() / 2).gather(-1, index[:, None])[:, 0]
+            stoch = torch.eye(K, dtype=torch.float64)[index] + p - p.detach()
+            rows.append({"deter": deter, "stoch": stoch, "index": index, "logp": p.log(), "uniform": uniform})
+        sequences.append({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+    return {name: torch.stack([sequence[name] for sequence in sequences], 1) for name in sequences[0]}

@@ -1,0 +1,106 @@
+"""The Triton kernels compile for real GPUs, within their chips' limits and without spilling registers."""
+
+import json
+
+import pytest
+
+from hdfast_kernels import dispatch, report
+
+pytestmark = [
+    pytest.mark.skipif(not dispatch.triton_installed(), reason="needs triton; `pip install triton`"),
+    pytest.mark.skipif(dispatch.triton_interpreted(), reason="TRITON_INTERPRET=1 compiles nothing"),
+]
+QUICK = [case for case in report.cases() if case.quick]
+REST = [(case, sm) for case in report.cases() for sm in report.SHARED_LIMIT if not (case.quick and sm == 90)]
+
+
+def gate(kernels: list[report.Kernel]) -> None:
+    names = [kernel.name for kernel in kernels]
+    assert any(name.endswith("forward") for name in names), names
+    assert any(name.endswith("backward") for name in names), names
+    for kernel in kernels:
+        assert not kernel.faults(), (kernel.name, kernel.role, kernel.sm, kernel.faults())
+        assert kernel.instructions["atom"] == 0, f"{kernel.name}: atomics make a run not repeat"
+
+
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.op)
+def test_training_shapes_on_sm_90(case):
+    kernels = report.compile_case(case, 90)
+    gate(kernels)
+    for kernel in kernels:
+        if kernel.name.startswith(
+            ("layer_norm_silu", "image_loss")
+        ):  # the most bytes of all: none in small pieces
+            assert kernel.instructions["ldg128"] >= kernel.instructions["ldg"] - 1, kernel.instructions
+        if kernel.name == "onehot_linear_backward":
+            assert kernel.instructions["mma"] > 0, kernel.instructions
+
+
+def test_every_op_with_triton_kernels_is_in_the_report():
+    with_triton = {op for op in dispatch.ops() if "triton" in dispatch._ops[op].implementations}
+    assert with_triton <= {case.op for case in QUICK}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "sm"), REST, ids=lambda value: getattr(value, "role", value))
+def test_all_shapes_on_all_chips(case, sm):
+    gate(report.compile_case(case, sm))
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"stack_bytes": 8, "local": 3}, "spills: 3 accesses to 8 bytes of stack"),
+        ({"shared_bytes": 200 * 1024}, "204800 bytes of shared memory, the chip has 166912"),
+        ({"registers": 300}, "300 registers a thread"),
+        ({}, None),
+    ],
+)
+def test_the_gate_shuts(change, fault):
+    numbers = {"registers": 64, "stack_bytes": 0, "shared_bytes": 1024, "warps": 4, "local": 0} | change
+    instructions = dict.fromkeys(report.INSTRUCTIONS, 0) | {"local": numbers.pop("local")}
+    kernel = report.Kernel("op", "role", "op_forward", 80, **numbers, instructions=instructions)
+    assert fault in kernel.faults()[0] if fault else kernel.faults() == []
+
+
+def test_occupancy_of_literal_numbers():
+    instructions = dict.fromkeys(report.INSTRUCTIONS, 0)
+
+    def programs(registers, shared, warps):
+        kernel = report.Kernel("op", "role", "op_forward", 90, registers, 0, shared, warps, instructions)
+        return kernel.programs_per_multiprocessor
+
+    assert programs(128, 0, 4) == 4  # 65,536 / (128 * 128)
+    assert programs(121, 0, 4) == 4  # registers come in eights
+    assert programs(32, 100 * 1024, 4) == 2  # 227 KiB / 100 KiB
+    assert programs(16, 0, 8) == 8  # 64 warps
+    assert programs(16, 0, 1) == 32
+
+
+def test_a_spill_is_seen():
+    """Rows of 4,096 spill in the GRU's backward pass: what the report must not overlook."""
+
+    def call(op):
+        gates, affine = report.meta(1024, 3 * 4096, grad=True), report.meta(3 * 4096, grad=True)
+        report.backward(op(gates, report.meta(1024, 4096, grad=True), affine, affine, 1e-3))
+
+    kernels = report.compile_case(report.Case("layer_norm_gru", "xlarge", call), 90)
+    assert [bool(kernel.faults()) for kernel in kernels] == [False, True]
+
+
+def test_command_line(capsys, monkeypatch):
+    command = ["--quick", "--op", "lambda_return", "--sm", "90"]
+    assert report.main([*command, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert {kernel["name"] for kernel in json.loads(out)} == {
+        "lambda_return_forward",
+        "lambda_return_backward",
+    }
+    assert "2 kernels without fault" in err
+    assert report.main(command) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["kernel", "shape", "sm", "regs"]
+    assert len(lines) == 2
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert report.main(command) == 2
+    assert "unset it" in capsys.readouterr().err

@@ -1,0 +1,172 @@
+"""Which backend runs, who decides, and what the errors say."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hdfast_kernels
+from hdfast_kernels import BackendError, backends_available, dispatch, layer_norm_silu
+
+CPU = torch.empty(0)
+
+
+@pytest.fixture(autouse=True)
+def no_forced_backend(monkeypatch):
+    monkeypatch.delenv("HDFAST_BACKEND", raising=False)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """An op of three backends that give their names, and a clean table."""
+    monkeypatch.setattr(dispatch, "_ops", {})
+    monkeypatch.setattr(dispatch, "CPU_DEFAULT", {"toy": "native"})
+    monkeypatch.setattr(dispatch, "CUDA_DEFAULT", {})
+    monkeypatch.setattr(dispatch, "native_built", lambda: True)
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
+    monkeypatch.setattr(dispatch, "triton_interpreted", lambda: False)
+    dispatch.register("toy", reference=lambda: "reference", triton=lambda: "triton")
+    dispatch.register("toy", native=lambda: "native")
+    return "toy"
+
+
+def test_the_table_decides_where_nobody_else_does(toy):
+    assert dispatch.resolve(toy, None, CPU)() == "native"
+    assert dispatch.resolve(toy, None, torch.empty(0, device="meta"))() == "reference"
+    assert dispatch.resolve(toy, None, CPU.double())() == "reference"  # only the definition covers float64
+
+
+def test_an_op_that_the_table_does_not_name_runs_its_reference(toy, monkeypatch):
+    monkeypatch.setattr(dispatch, "CPU_DEFAULT", {})
+    assert dispatch.resolve_name(toy, None, CPU) == "reference"
+
+
+def test_the_environment_goes_before_the_table_and_the_caller_before_both(toy, monkeypatch):
+    monkeypatch.setenv("HDFAST_BACKEND", "reference")
+    assert dispatch.resolve_name(toy, None, CPU) == "reference"
+    assert dispatch.resolve_name(toy, "native", CPU) == "native"
+    monkeypatch.setenv("HDFAST_BACKEND", "")
+    assert dispatch.resolve_name(toy, None, CPU) == "native"
+
+
+def test_a_wish_that_cannot_be_met_is_an_error_and_not_another_backend(toy, monkeypatch):
+    cases = [
+        ("numpy", CPU, "toy: backend=numpy cannot run: there is no such backend; choose one of reference"),
+        ("triton", CPU, "move it to a GPU or set TRITON_INTERPRET=1"),
+        ("native", torch.empty(0, device="meta"), "the tensor is on meta, native runs on the CPU"),
+        ("native", CPU.double(), r'takes float32, bfloat16, got float64; .*backend="reference"'),
+    ]
+    for wish, tensor, message in cases:
+        with pytest.raises(BackendError, match=message):
+            dispatch.resolve(toy, wish, tensor)
+    monkeypatch.setenv("HDFAST_BACKEND", "triton")
+    with pytest.raises(BackendError, match="toy: HDFAST_BACKEND=triton cannot run"):
+        dispatch.resolve(toy, None, CPU)
+
+
+def test_what_is_missing_is_named_with_the_command_that_mends_it(toy, monkeypatch):
+    monkeypatch.setattr(dispatch, "native_built", lambda: False)
+    with pytest.raises(BackendError, match=r"the default backend native cannot run: .*`pip install -e \.`"):
+        dispatch.resolve(toy, None, CPU)
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: False)
+    with pytest.raises(BackendError, match=r"triton is not installed; .*`pip install triton`"):
+        dispatch.resolve(toy, "triton", CPU)
+
+
+def test_triton_takes_cpu_tensors_under_its_interpreter(toy, monkeypatch):
+    monkeypatch.setattr(dispatch, "triton_interpreted", lambda: True)
+    assert dispatch.resolve(toy, "triton", CPU)() == "triton"
+    assert backends_available(toy, CPU) == ("reference", "triton", "native")
+    assert backends_available(toy, CPU.double()) == ("reference",)
+
+
+def test_an_op_without_that_backend_or_without_a_name(toy):
+    dispatch.register("plain", reference=lambda: "reference")
+    with pytest.raises(BackendError, match="plain has no native implementation; it has reference"):
+        dispatch.resolve("plain", "native", CPU)
+    with pytest.raises(BackendError, match="there is no such op; the ops are plain, toy"):
+        dispatch.resolve("palin", None, CPU)
+
+
+def test_dtypes_none_takes_all(toy):
+    dispatch.register("bytes", native=lambda: "native", dtypes=None)
+    assert dispatch.resolve_name("bytes", "native", torch.empty(0, dtype=torch.uint8)) == "native"
+
+
+def test_every_default_is_an_implementation_that_exists():
+    for table in (dispatch.CPU_DEFAULT, dispatch.CUDA_DEFAULT):
+        for op, name in table.items():
+            assert name in dispatch._ops[op].implementations, op
+
+
+def test_every_op_has_a_reference_and_is_public():
+    assert set(dispatch.ops()) <= set(hdfast_kernels.__all__)
+    assert all("reference" in entry.implementations for entry in dispatch._ops.values())
+
+
+def test_public_names_are_functions_whatever_was_imported_first():
+    assert callable(hdfast_kernels.layer_norm_silu)
+    assert hdfast_kernels.layer_norm_silu is layer_norm_silu
+
+
+def run(code: str) -> None:
+    kernels = Path(hdfast_kernels.__file__).parents[1]
+    path = os.pathsep.join([str(kernels), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_without_triton_the_other_backends_work():
+    run("""
+import sys
+sys.modules["triton"] = None  # what the import system says of a package that is not there
+import importlib.util, torch
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else real(name, *rest)
+import hdfast_kernels as k
+x, w, b = torch.randn(3, 8, requires_grad=True), torch.ones(8), torch.zeros(8)
+for backend in ("reference", "native"):
+    k.layer_norm_silu(x, w, b, backend=backend).sum().backward()
+try:
+    k.layer_norm_silu(x, w, b, backend="triton")
+except k.BackendError as error:
+    assert "triton is not installed" in str(error)
+else:
+    raise AssertionError("no error")
+from hdfast_kernels._triton import triton
+@triton.jit
+def kernel(x): ...
+try:
+    kernel[(1,)](x)
+except ModuleNotFoundError as error:
+    assert error.name == "triton"
+else:
+    raise AssertionError("a kernel that does not exist was launched")
+""")
+
+
+def test_without_the_cpp_module_the_reference_works_and_the_default_says_what_to_do():
+    run("""
+import sys
+sys.modules["hdfast_kernels._native"] = None
+import importlib.util, os, torch
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.endswith("._native") else real(name, *rest)
+import hdfast_kernels as k
+x, w, b = torch.randn(3, 8), torch.ones(8), torch.zeros(8)
+os.environ.pop("HDFAST_BACKEND", None)
+k.layer_norm_silu(x, w, b, backend="reference")
+for attempt in (lambda: k.layer_norm_silu(x, w, b), lambda: k.native.module()):
+    try:
+        attempt()
+    except k.BackendError as error:
+        assert "`pip install -e .`" in str(error), error
+    else:
+        raise AssertionError("no error")
+""")

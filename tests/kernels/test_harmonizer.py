@@ -1,0 +1,153 @@
+"""Harmonizer: the paper's fixed point and its three-term total, the modes, and that no loss is ever lost."""
+
+import copy
+import doctest
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hdfast_kernels import Harmonizer, harmonizer
+
+GROUPS = {"reward": {"reward": 1.0}, "image": {"image": 1.0}, "kl": {"dyn": 5 / 6, "rep": 1 / 6}}
+REGULARIZER = {"kl": 5 / 6}
+
+
+def losses(shape=(4, 8), extra=()):
+    generator = torch.Generator().manual_seed(0)
+    names = ("reward", "image", "dyn", "rep", "cont", *extra)
+    return {name: torch.rand(shape, generator=generator, requires_grad=True) for name in names}
+
+
+def test_docstring_example():
+    assert doctest.testmod(harmonizer).failed == 0
+    assert doctest.testmod(harmonizer).attempted >= 5
+
+
+def test_learned_total_is_the_paper_s():
+    module, given = Harmonizer(GROUPS, regularizer=REGULARIZER), losses()
+    module.log_sigma.data = torch.tensor([0.3, -0.7, 1.1])
+    total, metrics = module(given)
+    s, mean = module.log_sigma, {name: loss.mean() for name, loss in given.items()}
+    expected = (
+        mean["reward"] * torch.exp(-s[0])
+        + F.softplus(s[0])
+        + mean["image"] * torch.exp(-s[1])
+        + F.softplus(s[1])
+        + 5 / 6 * (mean["dyn"] * torch.exp(-s[2]) + F.softplus(s[2]))
+        + 1 / 6 * mean["rep"] * torch.exp(-s[2])
+        + mean["cont"]
+    )
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    inputs = [*given.values(), module.log_sigma]
+    for mine, theirs in zip(
+        torch.autograd.grad(total, inputs), torch.autograd.grad(expected, inputs), strict=True
+    ):
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-8)
+    assert metrics["loss/dyn"].item() == pytest.approx(mean["dyn"].item())
+    assert metrics["weighted/dyn"].item() == pytest.approx(mean["dyn"].item() * 5 / 6 * math.exp(-1.1))
+    assert metrics["weighted/cont"].item() == pytest.approx(mean["cont"].item())
+    assert metrics["harmony/s_kl"].item() == pytest.approx(1.1)
+    assert metrics["harmony/weight_image"].item() == pytest.approx(math.exp(0.7))
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+@pytest.mark.parametrize(("loss", "weight"), [(0.05, 4.0), (1.0, 0.618), (50.0, 0.0196)])
+def test_descent_finds_the_fixed_point(loss, weight):
+    module = Harmonizer({"only": {"only": 1.0}})
+    for _ in range(40):  # Newton's method: the loss is convex in s
+        total, metrics = module({"only": torch.full((3,), loss)})
+        (slope,) = torch.autograd.grad(total, module.log_sigma)
+        s = module.log_sigma.data
+        curvature = loss * torch.exp(-s) + torch.sigmoid(s) * torch.sigmoid(-s)
+        module.log_sigma.data -= 0.5 * slope / curvature
+    assert metrics["harmony/weight_only"].item() == pytest.approx(weight, rel=5e-3)
+
+
+def test_metrics_do_not_change_when_the_parameter_does():
+    module = Harmonizer(GROUPS)
+    _, metrics = module(losses())
+    module.log_sigma.data.fill_(5.0)
+    assert metrics["harmony/s_reward"].item() == 0.0
+
+
+def test_fixed_weights_have_no_log_term_and_no_parameter():
+    module = Harmonizer(GROUPS, mode="fixed", fixed={"reward": 10.0, "image": 0.0}, scales={"cont": 3.0})
+    given = losses()
+    mean = {name: loss.mean().item() for name, loss in given.items()}
+    total, metrics = module(given)
+    expected = 10 * mean["reward"] + 5 / 6 * mean["dyn"] + 1 / 6 * mean["rep"] + 3 * mean["cont"]
+    assert total.item() == pytest.approx(expected, rel=1e-6)
+    assert metrics["harmony/weight_reward"].item() == 10.0
+    assert metrics["weighted/image"].item() == 0.0
+    assert not list(module.parameters())
+    assert not module.no_weight_decay()
+
+
+def test_off_is_the_plain_scaled_sum():
+    module = Harmonizer(GROUPS, mode="off", scales={"dyn": 0.5, "rep": 0.1})
+    given = losses(extra=("vector",))
+    mean = {name: loss.mean().item() for name, loss in given.items()}
+    expected = sum(mean.values()) - 0.5 * mean["dyn"] - 0.9 * mean["rep"]
+    total, metrics = module(given)
+    assert total.item() == pytest.approx(expected, rel=1e-6)
+    assert not any(name.startswith("harmony/") for name in metrics)
+    assert not list(module.parameters())
+
+
+@pytest.mark.parametrize("mode", harmonizer.MODES)
+def test_a_loss_in_no_group_is_added(mode):
+    given = losses(extra=("velocity",))
+    module = Harmonizer(GROUPS, mode=mode)
+    with_it, metrics = module(given)
+    without, _ = module({name: loss for name, loss in given.items() if name != "velocity"})
+    assert (with_it - without).item() == pytest.approx(given["velocity"].mean().item(), abs=1e-5)
+    assert "weighted/velocity" in metrics
+
+
+def test_shapes_may_differ_and_order_does_not_matter():
+    module, given = Harmonizer(GROUPS), losses()
+    total, _ = module(given)
+    reordered = dict(reversed(given.items()))
+    assert module(reordered)[0].item() == pytest.approx(total.item(), rel=1e-6)
+    reordered["image"] = given["image"].mean()
+    assert module(reordered)[0].item() == pytest.approx(total.item(), rel=1e-6)
+
+
+def test_a_copy_and_a_bfloat16_module_work():
+    module, given = Harmonizer(GROUPS), losses()
+    total = module(given)[0].item()
+    assert copy.deepcopy(module)(given)[0].item() == total
+    assert module.to(torch.bfloat16)(given)[0].dtype == torch.float32
+
+
+def test_called_under_inference_mode_first_it_still_trains():
+    module = Harmonizer(GROUPS)
+    with torch.inference_mode():
+        module(losses())
+    module(losses())[0].backward()
+    assert module.log_sigma.grad.abs().min() > 0
+    assert module.no_weight_decay() == {name for name, _ in module.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "message"),
+    [
+        ({"groups": GROUPS, "mode": "learn"}, "", "mode is 'learn', expected one of learned, fixed, off"),
+        ({"groups": GROUPS, "regularizer": {"lk": 1.0}}, "", "'lk'; did you mean 'kl'"),
+        ({"groups": GROUPS, "fixed": {"rewards": 1.0}}, "", "did you mean 'reward'"),
+        ({"groups": {"a": {"x": 1.0}, "b": {"x": 1.0}}}, "", "more than one group: x"),
+        ({"groups": GROUPS}, "reward image dyn cont", "'rep'"),
+        (
+            {"groups": GROUPS, "scales": {"vektor": 1.0}},
+            "reward image dyn rep vector",
+            "did you mean 'vector'",
+        ),
+        ({"groups": GROUPS, "mode": "off", "scales": {"image": 1.0}}, "reward", "'image'"),
+        ({"groups": {}}, "", "no losses"),
+    ],
+)
+def test_mistakes_are_answered(arguments, given, message):
+    with pytest.raises(ValueError, match=message):
+        Harmonizer(**arguments)({name: torch.ones(2) for name in given.split()})

@@ -1,0 +1,78 @@
+"""kl_balance: both terms, their stop-gradients and the free bits, on every backend."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from checks import backends, check_against_fp64, random
+
+from hdfast_kernels import kl_balance
+from hdfast_kernels.kl_balance import kl_balance_reference
+
+# leading axes, S, K: one row; odd; the agent's 32 x 32; more than one block; no rows
+CASES = [((1,), 1, 3), ((2, 5), 5, 7), ((6,), 32, 32), ((3,), 40, 50), ((0,), 3, 4)]
+
+
+def inputs(rows, S, K, dtype, device, distance=0.5):
+    logits = random(*rows, S, K)
+    prior = logits + random(*rows, S, K, seed=1, scale=distance)
+    return {
+        "post_logp": logits.log_softmax(-1).to(device, dtype).requires_grad_(),
+        "prior_logp": prior.log_softmax(-1).to(device, dtype).requires_grad_(),
+    }
+
+
+@pytest.mark.parametrize("backend", backends("kl_balance", reference=False))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("rows", "S", "K"), CASES, ids=str)
+def test_errs_no_more_than_twice_plain_pytorch(rows, S, K, dtype, backend):
+    arguments = inputs(rows, S, K, dtype, backend.device) | {"free": 0.4}
+    check_against_fp64(partial(kl_balance, backend=backend.name), kl_balance_reference, arguments)
+
+
+@pytest.mark.parametrize("backend", backends("kl_balance", reference=False))
+def test_distant_distributions(backend):
+    """Posterior and prior nearly deterministic and apart: the bound of a 1% mixture, 32 times over."""
+    arguments = inputs((4,), 32, 32, torch.float32, backend.device)
+    for name, shift in (("post_logp", 0), ("prior_logp", 1)):
+        probs = torch.full((4, 32, 32), 0.01 / 32, device=backend.device)
+        probs[..., shift] += 0.99
+        arguments[name] = probs.log().requires_grad_()
+    check_against_fp64(partial(kl_balance, backend=backend.name), kl_balance_reference, arguments)
+
+
+@pytest.mark.parametrize("backend", backends("kl_balance"))
+def test_free_bits_and_stop_gradients(backend):
+    post = torch.log(torch.tensor([[[0.5, 0.5]], [[0.9, 0.1]]], device=backend.device)).requires_grad_()
+    prior = torch.log(torch.tensor([[[0.5, 0.5]], [[0.1, 0.9]]], device=backend.device)).requires_grad_()
+    dyn, rep = kl_balance(post, prior, free=1.0, backend=backend.name)
+    far = 0.8 * math.log(9)  # the second row's KL; the first row's is zero
+    assert dyn.tolist() == pytest.approx([1.0, far], rel=1e-6)
+    assert rep.tolist() == pytest.approx([1.0, far], rel=1e-6)
+    zero, dprior = torch.autograd.grad(dyn.sum(), (post, prior), retain_graph=True, materialize_grads=True)
+    assert zero.abs().max() == 0
+    assert dprior.flatten().tolist() == pytest.approx([0.0, 0.0, -0.9, -0.1], rel=1e-6)
+    dpost, zero = torch.autograd.grad(rep.sum(), (post, prior), materialize_grads=True)
+    assert zero.abs().max() == 0
+    expected = [0.0, 0.0, 0.9 * (math.log(9) + 1), 0.1 * (1 - math.log(9))]
+    assert dpost.flatten().tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", backends("kl_balance"))
+def test_nan_is_not_hidden_by_the_free_bits(backend):
+    post = torch.full((1, 2, 2), math.nan, device=backend.device)
+    dyn, rep = kl_balance(post, torch.zeros_like(post), backend=backend.name)
+    assert dyn.isnan().all()
+    assert rep.isnan().all()
+
+
+def test_gradients_of_the_reference():
+    post, prior = (random(3, 2, 4, seed=seed).log_softmax(-1).requires_grad_() for seed in (0, 1))
+    assert torch.autograd.gradcheck(lambda prior: kl_balance_reference(post.detach(), prior, 0.3)[0], prior)
+    assert torch.autograd.gradcheck(lambda post: kl_balance_reference(post, prior.detach(), 0.3)[1], post)
+
+
+def test_mistakes_are_answered():
+    with pytest.raises(ValueError, match=r"prior_logp has shape \(2, 3\), expected \(2, 3, 4\)"):
+        kl_balance(torch.zeros(2, 3, 4), torch.zeros(2, 3))

@@ -1,0 +1,203 @@
+"""The C++ backend below the ops: every instruction set against float64, its OpenMP threads, its memory, its errors.
+
+The files of the ops test the instruction set that is the fastest here; this one goes through all of them.
+"""
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from checks import check_against_fp64, random
+
+import hdfast_kernels as hk
+from hdfast_kernels import native
+
+if not hk.dispatch.native_built():
+    pytest.skip("the C++ module is not built", allow_module_level=True)
+
+
+def reference(name):
+    module = "two_hot" if name.startswith("two_hot") else name
+    return getattr(sys.modules[f"hdfast_kernels.{module}"], f"{name}_reference")
+
+
+def number(*shape, dtype=torch.float32, seed=0, scale=1.0):
+    return random(*shape, seed=seed, scale=scale).to(dtype).requires_grad_()
+
+
+def layer_norm_silu(dtype, width):
+    affine = {"weight": number(width, seed=1), "bias": number(width, seed=2)}
+    return {"x": number(37, width, dtype=dtype, scale=3.0), **affine}
+
+
+def layer_norm_gru(dtype, width):
+    affine = {"weight": number(3 * width, seed=1), "bias": number(3 * width, seed=2)}
+    return {
+        "gates": number(5, 3 * width, dtype=dtype),
+        "deter": number(5, width, dtype=dtype, seed=3),
+        **affine,
+    }
+
+
+def two_hot_loss(dtype, bins):
+    target = torch.tensor([0.0, -1.5, 1e6, -1e6, 3e9, 0.3, 17.0])
+    return {"logits": number(7, bins, dtype=dtype, scale=5.0), "target": target}
+
+
+def two_hot_mean(dtype, bins):
+    return {"logits": number(7, bins, dtype=dtype, scale=2.0)}
+
+
+def image_loss(dtype, side):
+    image = torch.randint(256, (3, side, 5, 3), generator=torch.Generator().manual_seed(0)).byte()
+    return {"pred": number(3, side, 5, 3, dtype=dtype), "image": image}
+
+
+def kl_balance(dtype, classes):
+    post, prior = (random(6, 3, classes, seed=seed, scale=2.0).log_softmax(-1) for seed in (0, 1))
+    return {"post_logp": post.to(dtype).requires_grad_(), "prior_logp": prior.to(dtype).requires_grad_()}
+
+
+def sample_onehot(dtype, classes):
+    logits = number(6, 3, classes, dtype=dtype, scale=2.0)
+    probs = 0.99 * logits.detach().double().softmax(-1) + 0.01 / classes
+    middle = (probs.cumsum(-1) - probs / 2).gather(-1, probs.argmax(-1, keepdim=True))
+    return {"logits": logits, "uniform": middle.squeeze(-1).float()}
+
+
+def onehot_linear(dtype, units):
+    index = torch.randint(3, (11, 4), generator=torch.Generator().manual_seed(0))
+    latent = torch.nn.functional.one_hot(index, 3).to(dtype).requires_grad_()
+    return {"index": index, "weight": number(12, units, dtype=dtype), "straight_through": latent}
+
+
+def lambda_return(dtype, columns):
+    cont = torch.rand(5, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return {
+        "reward": number(4, columns, dtype=dtype), "cont": cont, "value": number(5, columns, dtype=dtype, seed=1)
+    }  # fmt: skip
+
+
+CASES = [
+    layer_norm_silu, layer_norm_gru, two_hot_loss, two_hot_mean, image_loss, kl_balance, sample_onehot,
+    onehot_linear, lambda_return,
+]  # fmt: skip
+# One lane, some lanes, whole vectors of each instruction set (rows of 2 and 4 of them take a path of their own), more.
+WIDTHS = [2, 7, 8, 16, 32, 64, 130]
+
+
+@pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_every_instruction_set_errs_no_more_than_twice_plain_pytorch(case, dtype, isa):
+    name = case.__name__
+    with native.force_isa(isa):
+        assert native.isa() == isa
+        for width in WIDTHS:
+            op = partial(getattr(hk, name), backend="native")
+            check_against_fp64(op, reference(name), case(dtype, width))
+
+
+@pytest.mark.parametrize("isa", native.isas())
+def test_many_rows_on_many_threads(isa, monkeypatch):
+    """Enough rows for the threads to share them, and for every block of column sums to fill."""
+    monkeypatch.setattr(native, "threads", lambda: 3)
+    x = number(1700, 32)
+    affine = {"weight": number(32, seed=1), "bias": number(32, seed=2)}
+    with native.force_isa(isa):
+        op = partial(hk.layer_norm_silu, backend="native")
+        first, second = (
+            check_against_fp64(op, reference("layer_norm_silu"), {"x": x, **affine}) for _ in range(2)
+        )
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+        index = torch.randint(4, (5000, 6), generator=torch.Generator().manual_seed(0))
+        arguments = {"index": index, "weight": number(24, 130)}
+        check_against_fp64(partial(hk.onehot_linear, backend="native"), reference("onehot_linear"), arguments)
+
+
+@pytest.mark.parametrize("isa", native.isas())
+def test_a_nan_stays_one(isa):
+    x = torch.randn(3, 40)
+    x[1, 17] = torch.nan
+    with native.force_isa(isa):
+        for dtype in (torch.float32, torch.bfloat16):
+            y = hk.layer_norm_silu(x.to(dtype), torch.ones(40), torch.zeros(40), backend="native")
+            assert y.isnan().all(dim=1).tolist() == [False, True, False]
+            loss = hk.two_hot_loss(x.to(dtype), torch.zeros(3), backend="native")
+            assert loss.isnan().tolist() == [False, True, False]
+            kl, _ = hk.kl_balance(
+                x.to(dtype).view(3, 4, 10), -torch.ones(3, 4, 10).to(dtype), backend="native"
+            )
+            assert kl.isnan().tolist() == [False, True, False]
+
+
+def test_an_instruction_set_that_is_not_here():
+    before = native.isa()
+    with (
+        pytest.raises(ValueError, match="'altivec' is not compiled in or not supported here"),
+        native.force_isa("altivec"),
+    ):
+        pass
+    with pytest.raises(KeyError), native.force_isa("generic"):
+        raise KeyError
+    assert native.isa() == before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_one_openmp_runtime_serves_torch_and_the_ops():
+    native.module()
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    runtimes = {
+        line.split()[-1] for line in mapped if "libgomp" in line or "libomp" in line or "libiomp" in line
+    }
+    assert len({Path(path).resolve() for path in runtimes}) == 1, runtimes
+
+
+def test_what_cpp_would_misread_is_refused():
+    with pytest.raises(ValueError, match=r"contiguous CPU tensors, got one on cpu with shape \(3, 2\)"):
+        native.ptr(torch.ones(2, 3).T)
+    with pytest.raises(ValueError, match="contiguous CPU tensors, got one on meta"):
+        native.ptr(torch.ones(2, device="meta"))
+    with pytest.raises(TypeError, match=r"float32 or bfloat16, got torch\.float16"):
+        native.is_bf16(torch.ones(2, dtype=torch.float16))
+
+
+def test_a_class_out_of_range_is_found_before_memory_is_read():
+    weight = torch.ones(6, 4)
+    for wrong in (3, -1):
+        with pytest.raises(IndexError, match=rf"index {wrong} of group 1 is not in \[0, 3\)"):
+            hk.onehot_linear(torch.tensor([[0, 2], [1, wrong]]), weight, backend="native")
+
+
+FAULTS = """
+import resource, sys
+import torch
+from hdfast_kernels import native
+
+torch.set_num_threads(1)
+if sys.argv[1] == "keep":
+    assert native.keep_freed_memory()
+def faults(times):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        torch.ones(40 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(12)  # until the allocator has a block that fits
+print(faults(5))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc's allocator")
+def test_memory_that_is_kept_is_not_faulted_in_again():
+    root = Path(hk.__file__).parents[1]
+    faults = {}
+    for mode in ("keep", "return"):
+        command = [sys.executable, "-c", FAULTS, mode]
+        result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+        faults[mode] = int(result.stdout)
+    assert faults["keep"] < faults["return"] / 10, faults

@@ -1,0 +1,142 @@
+"""adam_step: every backend against torch.optim in float64, the clip, and the steps that are left out."""
+
+import math
+
+import pytest
+import torch
+from checks import backends, random
+
+from hdfast_kernels import adam_step, native
+
+SHAPES = [(3, 5), (), (17000,), (2, 3, 4, 4)]
+BACKENDS = backends("adam_step")
+
+
+class State:
+    """Parameters, moments and step count of the shapes above."""
+
+    def __init__(self, device="cpu", dtype=torch.float32):
+        self.params = [random(*shape, seed=k).to(device, dtype) for k, shape in enumerate(SHAPES)]
+        self.exp_avg = [torch.zeros_like(param) for param in self.params]
+        self.exp_avg_sq = [torch.zeros_like(param) for param in self.params]
+        self.step = torch.zeros((), device=device)
+
+    def take(self, grads, lr=1e-2, **options):
+        return adam_step(self.params, grads, self.exp_avg, self.exp_avg_sq, self.step, lr, **options)
+
+    def tensors(self):
+        return [*self.params, *self.exp_avg, *self.exp_avg_sq, self.step]
+
+
+def gradients(seed, device="cpu", dtype=torch.float32):
+    return [random(*shape, seed=10 * seed + k).to(device, dtype) for k, shape in enumerate(SHAPES)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_equals_torch_in_float64(weight_decay, backend):
+    state, exact = State(backend.device), State(dtype=torch.float64)
+    params = [param.requires_grad_() for param in exact.params]
+    optimizer = torch.optim.Adam(params, lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=weight_decay)
+    for seed in range(5):
+        for param, grad in zip(params, gradients(seed, dtype=torch.float64), strict=True):
+            param.grad = grad
+        whole = torch.nn.utils.clip_grad_norm_(params, 100.0)  # adds 1e-6 to the norm
+        optimizer.step()
+        norm, applied = state.take(
+            gradients(seed, backend.device),
+            betas=(0.8, 0.95), eps=1e-6, weight_decay=weight_decay, max_norm=100.0, backend=backend.name,
+        )  # fmt: skip
+        assert whole > 100
+        assert norm.item() == pytest.approx(whole.item(), rel=1e-5)
+        assert applied.item() is True
+    assert state.step.item() == 5
+    for mine, theirs in zip(state.params, params, strict=True):
+        assert (mine.cpu() - theirs).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_literal_numbers(backend):
+    """The first step moves by the learning rate against the sign of the gradient, whatever its size."""
+    params = [torch.tensor([1.0, 2.0], device=backend.device)]
+    moments = [torch.zeros_like(params[0])], [torch.zeros_like(params[0])]
+    step, lr = torch.zeros((), device=backend.device), torch.tensor(0.5, device=backend.device)
+    grads = [torch.tensor([3.0, -4.0], device=backend.device)]
+    norm, _ = adam_step(params, grads, *moments, step, lr, max_norm=1.0, backend=backend.name)
+    assert norm.item() == 5.0
+    assert params[0].tolist() == pytest.approx([0.5, 2.5], rel=1e-4)  # 1 - 0.999 in float32
+    assert moments[0][0].tolist() == pytest.approx([0.06, -0.08], rel=1e-6)  # a tenth of the clipped gradient
+    assert moments[1][0].tolist() == pytest.approx([0.36e-3, 0.64e-3], rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, None])
+def test_a_step_that_is_left_out_changes_nothing(poison, backend):
+    state = State(backend.device)
+    state.take(gradients(0, backend.device), backend=backend.name)
+    before, grads = [tensor.clone() for tensor in state.tensors()], gradients(1, backend.device)
+    apply = torch.tensor(poison is not None, device=backend.device)
+    if poison is not None:
+        grads[2][-1] = poison
+    kept = [grad.clone() for grad in grads]
+    norm, applied = state.take(grads, weight_decay=0.1, max_norm=1.0, apply=apply, backend=backend.name)
+    assert applied.item() is False
+    assert norm.isfinite().item() is (poison is None)
+    assert all(map(torch.equal, before, state.tensors()))
+    assert all(torch.equal(old.nan_to_num(), new.nan_to_num()) for old, new in zip(kept, grads, strict=True))
+    # and the next one goes on as if nothing had been
+    state.take(gradients(2, backend.device), backend=backend.name)
+    assert state.step.item() == 2
+    assert all(tensor.isfinite().all() for tensor in state.tensors())
+
+
+@pytest.mark.parametrize("isa", native.isas())
+def test_any_number_of_threads_gives_the_same_bits(isa, monkeypatch):
+    results = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(native, "threads", lambda threads=threads: threads)
+        state = State()
+        with native.force_isa(isa):
+            for seed in range(2):
+                state.take(gradients(seed), max_norm=1.0, backend="native")
+        results.append(state.tensors())
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_the_norm_of_many_small_numbers():
+    """A float sum of squares would stop growing."""
+    count = 1 << 24
+    params = [torch.zeros(count)]
+    norm, _ = adam_step(
+        params, [torch.full((count,), 0.1)], [torch.zeros(count)], [torch.zeros(count)], torch.zeros(()), 0.0,
+        backend="native",
+    )  # fmt: skip
+    assert norm.item() == pytest.approx(0.1 * 4096, rel=1e-6)
+
+
+def test_gradients_of_any_layout():
+    state, other = State(), State()
+    grads = gradients(0)
+    strided = [*grads[:3], grads[3].to(memory_format=torch.channels_last)]
+    state.take(grads, backend="native")
+    other.take(strided, backend="native")
+    assert all(map(torch.equal, state.tensors(), other.tensors()))
+
+
+def test_mistakes_are_answered():
+    state = State()
+    with pytest.raises(ValueError, match="params are none, or grads are not as many, of the same shapes"):
+        state.take(gradients(0)[:-1])
+    with pytest.raises(ValueError, match="params are none"):
+        adam_step([], [], [], [], state.step, 0.1)
+    state.step = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"step is torch.float32 \(1,\), expected a float32 scalar"):
+        state.take(gradients(0))
+    state = State()
+    state.exp_avg[0] = state.exp_avg[0].T.contiguous().T
+    with pytest.raises(ValueError, match="contiguous"):
+        state.take(gradients(0), backend="native")
+    state = State()
+    state.exp_avg_sq[0] = state.exp_avg_sq[0].double()
+    with pytest.raises(TypeError, match=r"a tensor is torch.float64, expected float32"):
+        state.take(gradients(0), backend="native")

@@ -1,0 +1,93 @@
+"""onehot_linear: equal to a dense layer on one-hot latents, values and gradients, on every backend."""
+
+from functools import partial
+
+import pytest
+import torch
+from checks import backends, check_against_fp64, random
+
+from hdfast_kernels import onehot_linear
+
+# leading axes, S, K, U: one row; odd; the agent's 32 x 32; no rows; one group; more rows than a block
+CASES = [
+    ((1,), 3, 5, 7),
+    ((3, 3), 5, 7, 33),
+    ((6,), 32, 32, 48),
+    ((0,), 2, 4, 8),
+    ((9,), 1, 2, 1),
+    ((150,), 4, 40, 140),
+]
+
+
+def dense(index, weight, straight_through):
+    """The definition: straight-through one-hot latents times the weight, in float32 or float64."""
+    classes = weight.shape[0] // index.shape[-1]
+    one_hot = (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).to(straight_through.dtype)
+    latents = one_hot + (straight_through - straight_through.detach())
+    compute = torch.promote_types(weight.dtype, torch.float32)
+    return (latents.flatten(-2).to(compute) @ weight.to(compute)).to(weight.dtype)
+
+
+def inputs(rows, S, K, U, dtype, device, index_dtype=torch.int64):
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(0, K, (*rows, S), generator=generator)
+    return {
+        "index": index.to(device, index_dtype),
+        "weight": random(S * K, U, scale=0.3).to(device, dtype).requires_grad_(),
+        "straight_through": random(*rows, S, K, seed=1).to(device, dtype).requires_grad_(),
+    }
+
+
+@pytest.mark.parametrize("backend", backends("onehot_linear"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("rows", "S", "K", "U"), CASES, ids=str)
+def test_errs_no_more_than_twice_a_dense_layer(rows, S, K, U, dtype, backend):
+    arguments = inputs(rows, S, K, U, dtype, backend.device)
+    check_against_fp64(partial(onehot_linear, backend=backend.name), dense, arguments)
+
+
+@pytest.mark.parametrize("backend", backends("onehot_linear"))
+def test_without_straight_through_and_with_int32(backend):
+    arguments = inputs((5,), 4, 6, 12, torch.float32, backend.device, torch.int32)
+    latents = arguments.pop("straight_through").detach()
+    check_against_fp64(
+        partial(onehot_linear, backend=backend.name),
+        partial(dense, straight_through=latents.double()),
+        arguments,
+    )
+
+
+@pytest.mark.parametrize("backend", backends("onehot_linear"))
+def test_the_value_of_the_latents_is_not_read(backend):
+    arguments = inputs((5,), 4, 6, 12, torch.float32, backend.device)
+    latents = torch.full_like(arguments["straight_through"], float("nan"))
+    y = onehot_linear(arguments["index"], arguments["weight"], latents, backend=backend.name)
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", backends("onehot_linear"))
+def test_literal_numbers(backend):
+    weight = torch.tensor([[1.0, 2.0], [10.0, 20.0], [100.0, 200.0], [1000.0, 2000.0]], device=backend.device)
+    index = torch.tensor([[1, 0], [0, 1]], device=backend.device)  # rows 1 and 2; rows 0 and 3
+    assert onehot_linear(index, weight, backend=backend.name).tolist() == [[110.0, 220.0], [1001.0, 2002.0]]
+
+
+@pytest.mark.parametrize("backend", backends("onehot_linear"))
+def test_weight_gradient_repeats_bit_by_bit(backend):
+    arguments = inputs((300,), 3, 4, 20, torch.float32, backend.device)
+    slope = random(300, 20, seed=3).to(backend.device, torch.float32) / 3
+
+    def gradient():
+        y = onehot_linear(arguments["index"], arguments["weight"], backend=backend.name)
+        return torch.autograd.grad(y, arguments["weight"], slope)[0]
+
+    assert torch.equal(gradient(), gradient())
+
+
+def test_mistakes_are_answered():
+    with pytest.raises(TypeError, match=r"index has dtype torch\.float32"):
+        onehot_linear(torch.zeros(2, 3), torch.ones(12, 4))
+    with pytest.raises(ValueError, match=r"weight has shape \(10, 4\), expected \(3 groups \* K, U\)"):
+        onehot_linear(torch.zeros(2, 3, dtype=torch.int64), torch.ones(10, 4))
+    with pytest.raises(ValueError, match=r"straight_through has shape \(2, 3, 5\), expected \(2, 3, 4\)"):
+        onehot_linear(torch.zeros(2, 3, dtype=torch.int64), torch.ones(12, 4), torch.ones(2, 3, 5))

@@ -1,0 +1,133 @@
+"""rssm_observe in Triton: its arithmetic under the interpreter, in another process, and what it compiles to."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rssm_observe_cases import Sizes, cast, make_case
+from test_rssm_observe import errors, op, run
+
+from hdfast_kernels import dispatch, report
+
+needs_triton = pytest.mark.skipif(
+    not dispatch.triton_installed(), reason="needs triton; `pip install triton`"
+)
+compiled = pytest.mark.skipif(dispatch.triton_interpreted(), reason="TRITON_INTERPRET=1 compiles nothing")
+interpreted = pytest.mark.skipif(
+    not dispatch.triton_interpreted(), reason="runs in the process that test_under_the_interpreter starts"
+)
+SMALL = Sizes(T=2, B=3, D=16, U=16, S=2, K=4)
+ODD = Sizes(
+    T=2, B=17, D=12, U=20, S=4, K=9
+)  # two row programs, groups that share a program, masked everything
+
+
+def triton_op(persistent: bool):
+    def function(case: dict) -> dict:
+        from hdfast_kernels.rssm_observe_triton import rssm_observe_triton
+
+        outputs = rssm_observe_triton(*case.values(), 0.01, 1e-3, persistent=persistent)
+        return dict(zip(("deter", "stoch", "index", "logp"), outputs, strict=True))
+
+    return function
+
+
+@needs_triton
+@compiled
+def test_under_the_interpreter():
+    here = Path(__file__)
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment.pop("HDFAST_BACKEND", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=here.parents[2], check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 passed" in done.stdout, done.stdout
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("sizes", "dtype"), [(SMALL, torch.float32), (SMALL, torch.bfloat16), (ODD, torch.float32)]
+)
+def test_triton_errs_at_most_twice_as_much_as_pytorch(sizes, dtype):
+    import interpreter_bf16
+    from checks import poisoned_memory
+
+    interpreter_bf16.patch()
+    plain = errors(op("reference"), sizes, dtype, range(1))
+    with poisoned_memory():
+        fused = errors(op("triton"), sizes, dtype, range(1))
+    unit = torch.finfo(dtype).eps / 2  # where few numbers are, plain PyTorch may have luck
+    too_large = {n: (fused[n], plain[n]) for n in plain if not fused[n] <= 2 * plain[n] + unit}
+    assert not too_large
+
+
+@interpreted
+@pytest.mark.parametrize("sizes", [SMALL, ODD])
+def test_one_launch_does_what_a_launch_for_each_stage_does(sizes):
+    from interpreter_barriers import cooperative
+
+    from hdfast_kernels import rssm_observe_kernels
+
+    case = cast(make_case(sizes), torch.float32)
+    stages = run(triton_op(persistent=False), case)
+    with cooperative(rssm_observe_kernels) as launch:
+        together = run(triton_op(persistent=True), case)
+    assert launch.barriers == 5 * sizes.T
+    for name, value in stages.items():
+        assert torch.equal(value, together[name]), name
+
+
+def arguments(dtype: torch.dtype, T: int, B: int, D: int, U: int, S: int, K: int) -> list[torch.Tensor]:
+    case = cast(make_case(Sizes(1, 1, 4, 4, 1, 2)), dtype)
+    shapes = [(T, B, U), (T, B, U), (T, B), (T, B, S), (D,), (S,), (S * K, U), (U,), (U,), (3 * D, D + U)]
+    shapes += [(3 * D,), (3 * D,), (U, D), (U,), (U,), (S * K, U), (S * K,)]
+    return [
+        report.meta(*shape, dtype=value.dtype, grad=value.is_floating_point())
+        for shape, value in zip(shapes, case.values(), strict=True)
+    ]
+
+
+@needs_triton
+@compiled
+@pytest.mark.parametrize(
+    ("sm", "dtype"),
+    [(90, torch.bfloat16)]
+    + [pytest.param(sm, dtype, marks=pytest.mark.slow) for sm in (80, 90, 100)
+       for dtype in (torch.bfloat16, torch.float32) if (sm, dtype) != (90, torch.bfloat16)],
+)  # fmt: skip
+def test_one_launch_compiles_for_training_shapes(sm, dtype):
+    def call(function):
+        outputs = function(*arguments(dtype, 64, 16, 512, 512, 32, 32), 0.01, 1e-3, persistent=True)
+        report.backward(outputs[0], outputs[1], outputs[3])
+
+    kernels = report.compile_case(report.Case("rssm_observe", "persistent", call), sm)
+    assert [kernel.name for kernel in kernels] == ["observe_forward", "observe_backward"]
+    for kernel in kernels:
+        assert not kernel.faults(), kernel
+        assert kernel.programs_per_multiprocessor >= 1
+        assert kernel.instructions["atom"] > 0  # the barriers
+
+
+@needs_triton
+def test_programs_that_wait_for_each_other_all_run():
+    from hdfast_kernels.rssm_observe_triton import MULTIPROCESSORS, layout
+
+    for B, D, U in (
+        (1, 512, 512),
+        (16, 512, 512),
+        (17, 512, 640),
+        (64, 512, 512),
+        (16, 1024, 640),
+        (48, 1024, 640),
+    ):
+        split = layout(B, D, U, torch.bfloat16, True)
+        assert split.programs * split.row_programs <= MULTIPROCESSORS
+        assert split.programs * split.BLOCK >= max(D, U)
+    with pytest.raises(ValueError, match="1000 sequences with 512 columns do not fit one persistent launch"):
+        layout(1000, 512, 512, torch.bfloat16, True)
+    assert layout(1000, 512, 512, torch.bfloat16, False).BLOCK == 16

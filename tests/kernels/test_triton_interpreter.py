@@ -1,0 +1,75 @@
+"""The Triton kernels, run on the CPU by Triton's interpreter: every op's tests once more, in their own process.
+
+The interpreter is chosen when a kernel is decorated, hence at import: this process cannot have it. In the other
+one `backends` offers triton for CPU tensors, and the further tests of this file check the interpreter itself.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hdfast_kernels import dispatch
+
+OPS = (
+    *("harmony_loss", "image_loss", "kl_balance", "lambda_return", "layer_norm_gru", "layer_norm_silu"),
+    *("onehot_linear", "sample_onehot", "two_hot"),
+)
+interpreted = pytest.mark.skipif(
+    not dispatch.triton_interpreted(),
+    reason="runs in the process that test_every_op_under_the_interpreter starts",
+)
+
+
+@pytest.mark.skipif(not dispatch.triton_installed(), reason="needs triton; `pip install triton`")
+@pytest.mark.skipif(dispatch.triton_interpreted(), reason="this is that process")
+def test_every_op_under_the_interpreter():
+    here = Path(__file__).parent
+    files = [str(here / f"test_{name}.py") for name in (*OPS, "triton_interpreter")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "HDFAST_TEST_BACKENDS": "triton"}
+    environment.pop("HDFAST_BACKEND", None)
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", *files],
+        capture_output=True, text=True, env=environment, cwd=here.parent.parent, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    passed = int(re.search(r"(\d+) passed", run.stdout).group(1))
+    assert passed >= 100, run.stdout
+
+
+@interpreted
+def test_triton_rounds_bfloat16_as_pytorch_does():
+    from hdfast_kernels._triton import tl, triton
+
+    @triton.jit
+    def cast(x_ptr, y_ptr, N: tl.constexpr):
+        at = tl.arange(0, N)
+        tl.store(y_ptr + at, tl.load(x_ptr + at).to(tl.bfloat16))
+
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * torch.logspace(-38, 38, 4096)
+    x[:6] = torch.tensor([1.999, 3.999, -7.99, float("inf"), float("nan"), 3.4e38])
+    y = torch.empty(4096, dtype=torch.bfloat16)
+    cast[(1,)](x, y, 4096)
+    assert torch.equal(y.view(torch.int16)[5:], x.bfloat16().view(torch.int16)[5:])
+    assert torch.equal(y[:4], x[:4].bfloat16())
+    assert y[4].isnan()
+
+
+@interpreted
+def test_triton_multiplies_bfloat16():
+    from hdfast_kernels._triton import tl, triton
+
+    @triton.jit
+    def product(a_ptr, b_ptr, c_ptr, N: tl.constexpr):
+        i = tl.arange(0, N)
+        at = i[:, None] * N + i[None, :]
+        tl.store(c_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at)))
+
+    a, b = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    c = torch.empty(16, 16)
+    product[(1,)](a, b, c, 16)
+    assert torch.allclose(c, a.float() @ b.float(), rtol=1e-5, atol=1e-5)

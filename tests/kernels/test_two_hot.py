@@ -1,0 +1,148 @@
+"""two_hot_loss and two_hot_mean: literal numbers, the end bins, and every backend against float64."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from checks import backends, check_against_fp64, random
+
+from hdfast_kernels import two_hot_loss, two_hot_mean
+from hdfast_kernels.two_hot import symexp, symlog, two_hot_loss_reference, two_hot_mean_reference
+
+# leading axes and bins: one row of the fewest; odd; the agent's 255; no rows
+SHAPES = [(1, 2), (3, 5, 41), (40, 255), (0, 7), (300, 16)]
+
+
+def logits(shape, dtype, device, scale=2.0):
+    return random(*shape, scale=scale).to(device, dtype).requires_grad_()
+
+
+def targets(shape, device):
+    """Ordinary, tiny and huge ones; the last are beyond the end bins."""
+    scale = (
+        torch.tensor([1.0, 1e-3, 100.0, 1e6, 1e12, 0.0])
+        .repeat(math.prod(shape))[: math.prod(shape)]
+        .view(shape)
+    )
+    return (random(*shape, seed=1) * scale).to(device, torch.float32)
+
+
+@pytest.mark.parametrize("backend", backends("two_hot_loss", reference=False))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_loss_errs_no_more_than_twice_plain_pytorch(shape, dtype, backend):
+    arguments = {
+        "logits": logits(shape, dtype, backend.device),
+        "target": targets(shape[:-1], backend.device),
+    }
+    check_against_fp64(partial(two_hot_loss, backend=backend.name), two_hot_loss_reference, arguments)
+
+
+@pytest.mark.parametrize("backend", backends("two_hot_mean", reference=False))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_mean_errs_no_more_than_twice_plain_pytorch(shape, dtype, backend):
+    op = partial(two_hot_mean, backend=backend.name)
+    check_against_fp64(op, two_hot_mean_reference, {"logits": logits(shape, dtype, backend.device)})
+
+
+@pytest.mark.parametrize("backend", backends("two_hot_mean", reference=False))
+@pytest.mark.parametrize(("scale", "offset"), [(1e-3, 0.0), (1e3, 0.0), (2.0, 1e4), (300.0, -1e4)])
+def test_extreme_logits(scale, offset, backend):
+    given = (logits((12, 31), torch.float32, backend.device, scale).detach() + offset).requires_grad_()
+    bins = {"low": -3.0, "high": 3.0}
+    check_against_fp64(
+        partial(two_hot_loss, backend=backend.name),
+        two_hot_loss_reference,
+        {"logits": given, "target": targets((12,), backend.device), **bins},
+    )
+    check_against_fp64(
+        partial(two_hot_mean, backend=backend.name), two_hot_mean_reference, {"logits": given, **bins}
+    )
+
+
+def test_symlog_and_symexp_invert_each_other():
+    x = torch.tensor([-1e6, -1.0, -1e-6, 0.0, 1e-6, 1.0, 1e6], dtype=torch.float64)
+    assert torch.allclose(symexp(symlog(x)), x, rtol=1e-12, atol=0)
+    assert symlog(torch.tensor(math.e - 1)).item() == pytest.approx(1.0)
+
+
+def test_symexp_has_the_right_gradient_at_zero():
+    x = torch.tensor([-2.0, 0.0, 2.0], requires_grad=True)
+    symexp(x).sum().backward()
+    assert x.grad.tolist() == pytest.approx([math.exp(2), 1.0, math.exp(2)])
+
+
+@pytest.mark.parametrize("backend", backends("two_hot_loss"))
+def test_loss_of_literal_numbers(backend):
+    # Three bins at -1, 0, 1; symlog(target) = 0.25 lies a quarter of the way from bin 1 to bin 2.
+    logits = torch.tensor([[1.0, 2.0, 3.0]], device=backend.device)
+    target = torch.tensor([math.expm1(0.25)], device=backend.device)
+    log_total = math.log(math.exp(1) + math.exp(2) + math.exp(3))
+    expected = -(0.75 * (2 - log_total) + 0.25 * (3 - log_total))
+    loss = two_hot_loss(logits, target, low=-1, high=1, backend=backend.name)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_mean_of_literal_numbers():
+    logits = torch.tensor(
+        [[0.0, math.log(2.0), math.log(5.0)]]
+    )  # probabilities 1/8, 2/8, 5/8 of bins -1, 0, 1
+    assert two_hot_mean(logits, low=-1, high=1).item() == pytest.approx(math.expm1(0.5), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", backends("two_hot_mean"))
+def test_small_means_keep_their_digits(backend):
+    logits = torch.zeros(1, 2, device=backend.device)
+    mean = two_hot_mean(logits, low=0.0, high=1e-3, backend=backend.name)
+    assert mean.item() == pytest.approx(math.expm1(5e-4), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", backends("two_hot_mean"))
+def test_uniform_logits_mean_zero_with_a_gradient(backend):
+    logits = torch.zeros(4, 255, device=backend.device, requires_grad=True)
+    mean = two_hot_mean(logits, backend=backend.name)
+    assert mean.abs().max() < 1e-6
+    mean.sum().backward()
+    assert logits.grad[0].tolist() == pytest.approx([k * 20 / 127 / 255 for k in range(-127, 128)], abs=1e-6)
+
+
+@pytest.mark.parametrize("backend", backends("two_hot_loss"))
+@pytest.mark.parametrize(
+    ("target", "bin_"), [(1e30, 254), (math.inf, 254), (-1e30, 0), (-math.inf, 0), (0.0, 127)]
+)
+def test_targets_on_and_beyond_the_bins(target, bin_, backend):
+    logits = torch.randn(1, 255, generator=torch.Generator().manual_seed(0)).to(backend.device)
+    loss = two_hot_loss(logits, torch.tensor([target], device=backend.device), backend=backend.name)
+    assert loss.item() == pytest.approx(-logits.log_softmax(-1)[0, bin_].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", backends("two_hot_loss"))
+def test_nan_target_gives_nan_loss(backend):
+    target = torch.tensor([math.nan, 0.0], device=backend.device)
+    loss = two_hot_loss(torch.zeros(2, 255, device=backend.device), target, backend=backend.name)
+    assert loss.isnan().tolist() == [True, False]
+
+
+def test_gradients_of_the_references():
+    given, target = random(3, 5).requires_grad_(), torch.tensor([0.3, -2.0, 9.0], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda given: two_hot_loss_reference(given, target, -2, 2), given)
+    assert torch.autograd.gradcheck(lambda given: two_hot_mean_reference(given, -2, 2), given)
+
+
+def test_loss_is_the_cross_entropy_of_the_dense_code():
+    given, target = random(50, 255), random(50, seed=1, scale=300.0)
+    bins = torch.linspace(-20, 20, 255, dtype=torch.float64)
+    code = (1 - (symlog(target)[:, None] - bins).abs() / (bins[1] - bins[0])).clamp(
+        min=0
+    )  # a tent at each bin
+    expected = -(code * given.log_softmax(-1)).sum(-1)
+    assert torch.allclose(two_hot_loss(given, target), expected, rtol=1e-9)
+
+
+def test_mistakes_are_answered():
+    with pytest.raises(ValueError, match=r"target has shape \(3, 1\), expected \(3,\)"):
+        two_hot_loss(torch.zeros(3, 5), torch.zeros(3, 1))
+    with pytest.raises(ValueError, match="at least 2 bins and low < high, got 5 from 1 to 1"):
+        two_hot_mean(torch.zeros(3, 5), low=1, high=1)

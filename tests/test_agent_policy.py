@@ -1,0 +1,100 @@
+"""Acting: the posterior of training, one row at a time, with actions that an environment accepts."""
+
+import numpy as np
+import pytest
+import torch
+
+from hdfast.agent.policy import Policy
+from tests.agent_cases import make_batch, make_learner, one_thread  # noqa: F401
+
+F32 = torch.float32
+
+
+@pytest.fixture(params=[False, True], ids=["discrete", "continuous"])
+def learner(request):
+    return make_learner(continuous=request.param, replay={"batch": 5, "length": 6})
+
+
+def rows(learner, seed: int = 0) -> list[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Observations and is_first of 6 steps of 5 environments."""
+    batch = make_batch(learner, seed)
+    return [
+        ({k: batch[k][t].numpy() for k in ("image", "state")}, batch["is_first"][t].numpy()) for t in range(6)
+    ]
+
+
+def act(policy: Policy, steps) -> list[np.ndarray]:
+    return [policy(obs, is_first) for obs, is_first in steps]
+
+
+def test_actions_are_what_environments_accept(learner):
+    for action in act(Policy(learner, 5, seed=0), rows(learner)):
+        spec = learner.actions.spec
+        assert action.shape == (5, *spec.shape)
+        assert action.dtype == spec.dtype
+        assert learner.actions.error(action) is None
+
+
+def test_actions_follow_from_the_seed(learner):
+    one, same, other = (act(Policy(learner, 5, seed=k), rows(learner)) for k in (0, 0, 1))
+    assert all(np.array_equal(a, b) for a, b in zip(one, same, strict=True))
+    assert any(not np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_acting_sees_what_training_sees(learner):
+    """The states while acting are the posterior of the window that acting writes into replay."""
+    policy, steps = Policy(learner, 5, seed=0), rows(learner)
+    generator = torch.Generator()
+    generator.manual_seed(0)
+    uniform, states, actions = [], [], []
+    for obs, is_first in steps:
+        uniform.append(torch.rand(5, 4, generator=generator))
+        if learner.behavior.discrete:
+            torch.rand(5, generator=generator)
+        else:
+            torch.randn(5, 3, generator=generator)
+        actions.append(torch.from_numpy(policy(obs, is_first).copy()))
+        states.append(policy.latent)
+    batch = make_batch(learner) | {"action": torch.stack(actions)}
+    assert batch["is_first"][1:].any()
+    observed = learner.model.observe(batch, torch.stack(uniform), F32)
+    assert torch.allclose(torch.stack([s.deter for s in states]), observed.latent.deter, atol=1e-6)
+    assert torch.equal(torch.stack([s.index for s in states]), observed.latent.index)
+    assert not any(s.deter.requires_grad for s in states)
+
+
+def test_a_first_row_forgets(learner):
+    """With the same draws, whatever was seen before the episode makes no difference."""
+    steps, others = rows(learner, 0), rows(learner, 1)
+    first = (steps[2][0], np.ones(5, bool))
+    ends = []
+    for before in (steps[:2], others[:2]):
+        policy = Policy(learner, 5, seed=3)
+        act(policy, before)
+        ends.append(policy(*first))
+        ends.append(policy(*steps[3]))
+    assert np.array_equal(ends[0], ends[2])
+    assert np.array_equal(ends[1], ends[3])
+
+
+def test_reset_forgets_the_state_and_the_last_action(learner):
+    policy = Policy(learner, 5, seed=0)
+    act(policy, rows(learner))
+    policy.reset()
+    fresh = Policy(learner, 5, seed=0)
+    assert torch.equal(policy.latent.deter, fresh.latent.deter)
+    assert torch.equal(policy.latent.index, fresh.latent.index)
+    assert torch.equal(policy.action, fresh.action)
+
+
+def test_it_acts_with_the_learner_s_present_parameters(learner):
+    policy, steps = Policy(learner, 5, seed=0), rows(learner)
+    policy(*steps[0])
+    before = policy.latent.deter.clone()
+    learner.model.rssm.gru.data += 0.5
+    again = Policy(learner, 5, seed=0)
+    again(*steps[0])
+    assert not torch.equal(before, again.latent.deter)
+    policy.reset()
+    policy(*steps[0])
+    assert torch.equal(policy.latent.deter, again.latent.deter)

@@ -1,0 +1,174 @@
+"""The front door, `python -m hdfast.train`: dry runs, wrong names, a whole suite in turn, and the table at its end."""
+
+import dataclasses
+import json
+
+import pytest
+
+from hdfast import loop, suites, train
+from hdfast.agent.learner import Learner
+from tests.loop_cases import (
+    TINY,
+    differing,
+    door,
+    flags,
+    lines,
+    one_thread,  # noqa: F401
+    path_of,
+    saved,
+    start,
+    tiny,
+)
+
+
+@pytest.fixture
+def two_tasks(monkeypatch):
+    """The demo suite with a second task, and scores of humans and of a published method."""
+    catch = suites.get("demo").task("Catch")
+    suite = dataclasses.replace(
+        suites.get("demo"),
+        tasks=(
+            dataclasses.replace(catch, name="One", random=-1.0, human=1.0, published={"Paper": (0.5, 0.7)}),
+            dataclasses.replace(catch, name="Two", random=-1.0, human=3.0, published={"Paper": (1.0,)}),
+        ),
+    )
+    monkeypatch.setitem(suites.SUITES, "demo", suite)
+
+
+def test_a_dry_run_says_everything_as_json_and_leaves_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = door(train.main, [*flags(), "--dry-run", "--seeds", "2"], monkeypatch, capfd)
+    assert (code, err) == (0, "")
+    assert list(tmp_path.iterdir()) == []
+    about = json.loads(out)
+    assert about["tasks"] == ["Catch"]
+    assert about["seeds"] == [0, 1]
+    assert about["config"]["rssm"]["deter"] == TINY["rssm"]["deter"]
+    assert about["config"]["eval"]["episodes"] == 2
+    assert (about["device"]["device"], about["device"]["precision"]) == ("cpu", "float32")
+    assert about["environment"]["actions"] == {"discrete": 3}
+    image = about["environment"]["observations"]["image"]
+    assert (image["shape"], image["dtype"]) == ([16, 16, image["shape"][2]], "uint8")
+    parameters = about["parameters"]
+    modules = parameters["modules"]
+    assert parameters["total"] == sum(parameters[part] for part in ("world_model", "actor", "critic"))
+    world_model = sum(count for name, count in modules.items() if name.startswith("world_model."))
+    assert world_model == parameters["world_model"] + parameters["harmony"]
+    assert parameters["harmony"] == 3
+    assert (modules["actor"], modules["critic"]) == (parameters["actor"], parameters["critic"])
+    memory = about["memory_bytes"]
+    assert memory["total"] == sum(nbytes for name, nbytes in memory.items() if name != "total")
+    row = image["shape"][2] * 256 + 4 + 4 + 3  # image, action, reward, three flags
+    assert memory["replay"] == 40 * row  # the run has no more
+    slow_critic = parameters["critic"]
+    trained = parameters["total"] + parameters["harmony"]
+    assert memory["parameters"] == 4 * (trained + slow_critic)
+    assert memory["optimizer"] == 2 * memory["gradients"] == 8 * trained
+    assert memory["activations"] > 0
+
+
+def test_a_dry_run_of_the_main_job_has_the_parameters_of_the_authors(monkeypatch, capfd):
+    code, out, _ = door(train.main, ["--task", "Pong", "--dry-run", "--device", "cpu"], monkeypatch, capfd)
+    assert code == 0
+    about = json.loads(out)
+    counts = about["parameters"]
+    assert {k: v for k, v in counts.items() if k != "modules"} == {
+        "world_model": 15_687_811,
+        "actor": 1_053_702,
+        "critic": 1_181_439,
+        "total": 17_922_952,
+        "harmony": 3,
+    }
+    assert about["environment"]["observations"] == {"image": {"shape": [64, 64, 3], "dtype": "uint8"}}
+    assert about["environment"]["action_repeat"] == 4
+    assert about["memory_bytes"]["replay"] == 100_000 * (64 * 64 * 3 + 11)
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--suite", "atari10k"], "no suite 'atari10k'; did you mean 'atari100k'?"),
+        (["--task", "Pnog"], "no task 'Pnog' in suite atari100k; did you mean 'Pong'?"),
+        (["--rsm.deter", "3"], "there is no option --rsm.deter; did you mean '--rssm.deter'"),
+        (["--agent-steps", "many"], "Error parsing --agent-steps"),
+    ],
+)
+def test_a_wrong_name_is_one_line_and_code_2(tmp_path, monkeypatch, capfd, argv, text):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = door(train.main, argv, monkeypatch, capfd)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert text in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_as_a_process(tmp_path):
+    """Code, stdout and stderr of the real thing; the other tests call its main."""
+    process = start(["--suite", "demo", "--tsk", "Catch", "--logdir", str(tmp_path)])
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out, err) == (
+        2,
+        "",
+        "error: there is no option --tsk; did you mean '--task'?\n",
+    )
+
+
+def test_a_suite_alone_trains_its_tasks_in_turn_skips_and_resumes(tmp_path, monkeypatch, capfd, two_tasks):
+    argv = [*flags(), "--logdir", str(tmp_path), "--seed", "3", "--seeds", "2"]
+    one, two = (tiny(tmp_path, task=task, seed=3) for task in ("One", "Two"))
+    ran, run = [], train.run
+
+    def spied(config, task):
+        ran.append((task.name, config.seed, config.task))
+        return run(config, task)
+
+    monkeypatch.setattr(train, "run", spied)
+    step, updates = Learner.step, []
+
+    def interrupted(self, sample):
+        step(self, sample)
+        updates.append(self)
+        if len(updates) == 20:  # in the second task
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", interrupted)
+        code, _, err = door(train.main, argv, monkeypatch, capfd)
+    assert (code, err) == (130, "error: stopped by SIGINT\n")
+    assert ran == [("One", 3, "One"), ("Two", 3, "Two")]
+    first = saved(one)
+    assert not (path_of(two) / "finished.json").exists()
+    del ran[:]
+    code, out, err = door(train.main, argv, monkeypatch, capfd)
+    assert (code, err) == (0, "")
+    assert ran == [("One", 3, "One"), ("Two", 3, "Two"), ("One", 4, "One"), ("Two", 4, "Two")]
+    assert differing(saved(one), first) == set()  # skipped
+    text = out[out.index("final evaluation") :].split()
+    scores = {
+        task: [
+            lines(tiny(tmp_path, task=task, seed=seed), "scores", kind="evaluation")[-1]["score"]
+            for seed in (3, 4)
+        ]
+        for task in ("One", "Two")
+    }
+    for task in ("One", "Two"):
+        row = text[text.index(task) :]
+        assert row[1] == "2"
+        assert float(row[2]) == pytest.approx(sum(scores[task]) / 2, abs=0.006)
+    assert "Paper" in text
+    assert "iqm" in text
+    del ran[:]
+    before = out[out.index("final evaluation") :]
+    monkeypatch.setattr(loop, "Session", None)  # nothing is left to train
+    code, out, err = door(train.main, argv, monkeypatch, capfd)
+    assert (code, err) == (0, "")
+    assert out[out.index("final evaluation") :] == before
+
+
+def test_one_task_of_the_suite(tmp_path, monkeypatch, capfd, two_tasks):
+    argv = [*flags(agent_steps=12), "--logdir", str(tmp_path), "--task", "two"]
+    code, out, err = door(train.main, argv, monkeypatch, capfd)
+    assert (code, err) == (0, "")
+    assert [p.name for p in (tmp_path / "demo").iterdir()] == ["Two"]
+    assert "One" not in out

@@ -1,0 +1,214 @@
+"""Configuration: who wins over whom, what the sizes are, and one line for everything that cannot be."""
+
+import dataclasses
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import pytest
+
+from hdfast import suites
+from hdfast.config import (
+    SIZES,
+    Config,
+    apply_overrides,
+    default_config,
+    field_names,
+    parse,
+    validate,
+)
+from hdfast.runtime.errors import ConfigError
+
+
+def value_of(config, name):
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def test_defaults_give_way_to_the_suite_the_suite_to_the_size_and_all_to_flags(monkeypatch):
+    suite = suites.get("demo")
+    monkeypatch.setitem(
+        suites.SUITES,
+        "demo",
+        dataclasses.replace(suite, defaults={"size": "tiny", "rssm": {"units": 7}, "eval": {"every": 123}}),
+    )
+    assert Config().eval.every == 5_000
+    tiny = SIZES["tiny"]["rssm"]
+    plain = parse(["--suite", "demo"])
+    assert (plain.size, plain.eval.every, plain.rssm.units, plain.rssm.deter) == (
+        "tiny",
+        123,
+        7,
+        tiny["deter"],
+    )
+    sized = parse(["--suite", "demo", "--size", "medium"])
+    assert (sized.eval.every, sized.rssm.units, sized.rssm.deter) == (123, 640, 1024)
+    assert sized.rssm.stoch == Config().rssm.stoch != tiny["stoch"]  # nothing is left of the suite's own size
+    flagged = parse(["--rssm.units", "9", "--suite=demo", "--size=medium", "--eval.every=5"])
+    assert (flagged.eval.every, flagged.rssm.units, flagged.rssm.deter) == (5, 9, 1024)
+
+
+def test_atari100k_is_the_paper():
+    config = parse([])
+    assert (config.suite, config.size, config.agent_steps) == ("atari100k", "small", 100_000)
+    assert (config.replay.batch, config.replay.length, config.train.ratio) == (16, 64, 1024)
+    assert (config.updates_per_step, config.env.num_envs, config.behavior.horizon) == (1.0, 1, 15)
+    assert (config.eval.every, config.eval.episodes) == (5_000, 100)
+    assert (config.loss.dyn, config.loss.rep, config.harmony.mode) == (0.5, 0.1, "learned")
+
+
+@pytest.mark.parametrize(
+    ("size", "deter", "units", "depth", "layers"),
+    [
+        ("small", 512, 512, 32, 2),
+        ("medium", 1024, 640, 48, 3),
+        ("large", 2048, 768, 64, 4),
+        ("xlarge", 4096, 1024, 96, 5),
+    ],
+)
+def test_sizes(size, deter, units, depth, layers):
+    config = parse(["--size", size])
+    assert (config.rssm.deter, config.rssm.units) == (deter, units)
+    assert (config.network.units, config.network.depth, config.network.layers) == (units, depth, layers)
+    assert (config.rssm.stoch, config.rssm.classes) == (32, 32)
+    assert config.size == size
+
+
+def test_sizes_grow():
+    widths = [(s["rssm"]["deter"], s["rssm"]["units"], s["network"]["depth"]) for s in SIZES.values()]
+    assert list(SIZES) == ["tiny", "small", "medium", "large", "xlarge"]
+    assert all(
+        a < b for small, large in itertools.pairwise(widths) for a, b in zip(small, large, strict=True)
+    )
+
+
+def another(config, name):
+    """A flag's text and the value it stands for, other than the default."""
+    fields = {
+        f.name: f
+        for f in dataclasses.fields(value_of(config, name.rpartition(".")[0]) if "." in name else config)
+    }
+    kind, value = fields[name.rpartition(".")[2]].type, value_of(config, name)
+    if name in ("suite", "task"):
+        return {"suite": ("demo", "demo"), "task": ("pong", "Pong")}[name]
+    if get_origin(kind) is Literal:
+        choice = next(choice for choice in get_args(kind) if choice != value)
+        return choice, choice
+    if kind is float:
+        return "0.25", 0.25
+    if kind is int:
+        return str(value + 1), value + 1
+    return "other", kind("other")
+
+
+@pytest.mark.parametrize("name", field_names(Config()))
+def test_every_field_is_a_typed_flag(name):
+    default = parse([])
+    if isinstance(value_of(default, name), bool):
+        head, _, tail = name.replace("_", "-").rpartition(".")
+        for flag, right in ((tail, True), (f"no-{tail}", False)):
+            assert value_of(parse([f"--{head}.{flag}" if head else f"--{flag}"]), name) is right
+        return
+    if name == "behavior.discount_horizon":
+        text, right = "8.5", 8.5
+    else:
+        text, right = another(default, name)
+    for flag in (name, name.replace("_", "-")):
+        got = parse([f"--{flag}", text])
+        assert value_of(got, name) == right
+        assert type(value_of(got, name)) is type(right)
+    if name not in ("suite", "size"):  # these bring others with them
+        changed = {n for n in field_names(got) if value_of(got, n) != value_of(default, n)}
+        assert changed == {name}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--suite atari10k", "no suite 'atari10k'; did you mean 'atari100k'?"),
+        ("--task Pnog", "no task 'Pnog' in suite atari100k; did you mean 'Pong'?"),
+        ("--size smal", "--size: no size 'smal'; did you mean 'small'?"),
+        ("--siz small", "there is no option --siz; did you mean '--size'"),
+        ("--rssm.detr 4", "there is no option --rssm.detr; did you mean '--rssm.deter'"),
+        ("--rssm 4", "there is no option --rssm; did you mean '--rssm."),
+        ("--log.no-tensorbord", "did you mean '--log.tensorboard'?"),
+        (
+            "--harmony.mode learnt",
+            "invalid choice 'learnt' for argument '--harmony.mode'. Expected one of ('learned'",
+        ),
+        ("--agent-steps 1e5", "Error parsing --agent-steps: invalid literal"),
+        ("--rssm.deter", "Missing value for argument '--rssm.deter'"),
+        ("Pong", "Unrecognized options: Pong"),
+        ("--replay.batch 0", "--replay.batch 0 is out of range: right is 1 to 1,048,576"),
+        ("--train.ratio nan", "--train.ratio nan is out of range"),
+        ("--optimizer.model-lr -1", "--optimizer.model-lr -1.0 is out of range"),
+        ("--loss.kl 1", "there is no option --loss.kl"),
+        ("--loss.rep inf", "--loss.rep inf is out of range"),
+        ("--behavior.entropy nan", "--behavior.entropy nan is out of range"),
+        ("--seed -1", "--seed -1 is out of range: right is 0 to 2,147,483,647"),
+        (
+            "--replay.capacity 100",
+            "--replay.capacity 100 is too small: 1 environment(s) with windows of 64 rows need at least 128",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_line(argv, message):
+    with pytest.raises(ConfigError) as error:
+        parse(argv.split())
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert error.value.details == ()
+    assert error.value.exit_code == 2
+
+
+def test_names_are_found_in_any_spelling_and_stored_in_their_own():
+    config = parse(["--suite", "Atari-100K", "--task", "ms_pacman"])
+    assert (config.suite, config.task) == ("atari100k", "MsPacman")
+
+
+def test_help_is_complete_and_short(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--suite", "demo", "--rssm.deter", "5", "-h"])
+    assert not stop.value.code
+    out, err = capsys.readouterr()
+    assert err == ""
+    shown = dict(re.findall(r"^  --(\S+) (\S+)", out, flags=re.MULTILINE))
+    demo = default_config("demo")
+    for name in field_names(demo):
+        value = value_of(demo, name)
+        if isinstance(value, bool):
+            head, dot, tail = name.rpartition(".")
+            name, value = f"{head}{dot}[no-]{tail}", "yes" if value else "no"
+        assert shown.pop(name.replace("_", "-")) == ("-" if value is None else str(value))
+    assert shown == {}
+    assert "Width of the recurrent state (D)." in out
+    assert "One of learned, fixed, off." in out
+    assert len(out.splitlines()) < 120
+    assert max(map(len, out.splitlines())) <= 180
+
+
+def test_the_stored_form_is_json_and_reads_back(tmp_path):
+    config = parse(["--suite", "demo", "--logdir", str(tmp_path), "--rssm.deter", "64", "--seed", "3"])
+    stored = json.loads(json.dumps(config.to_dict()))
+    assert stored["logdir"] == str(tmp_path)
+    assert stored["rssm"]["deter"] == 64
+    again = apply_overrides(Config(), {**stored, "logdir": Path(stored["logdir"])})
+    assert again == config
+
+
+def test_overrides_know_their_fields():
+    assert apply_overrides(Config(), {"rssm": {"deter": 3}}).rssm.deter == 3
+    with pytest.raises(ConfigError, match=r"^config.rssm has no field 'detr'; did you mean 'deter'"):
+        apply_overrides(Config(), {"rssm": {"detr": 3}})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 3
+
+
+@pytest.mark.parametrize("name", suites.SUITES)
+def test_every_suite_has_a_config_that_can_be(name):
+    config = validate(default_config(name))
+    assert config.suite == name
+    assert config.updates_per_step > 0

@@ -1,0 +1,117 @@
+"""The table of a suite: from what is on disk to score, human-normalised score, published scores and aggregates."""
+
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from hdfast import report, suites
+from hdfast.runtime.rundir import RunDir
+from tests.loop_cases import door
+
+ATARI = suites.get("atari100k")
+
+
+def finish(logdir, task, seed, score, *, suite="atari100k", finished=True):
+    """A run's directory with that final score."""
+    with RunDir.open(logdir, suite, task, seed, {"seed": seed}) as run:
+        if finished:
+            run.mark_finished({"score": score, "episodes": 100})
+    return run.path
+
+
+def text_of(suite, rows, width=120):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(report.table(suite, rows))
+    return console.export_text()
+
+
+def cells(text, start):
+    return next(line for line in text.splitlines() if line.strip().startswith(start)).split()
+
+
+def test_scores_of_finished_runs_alone(tmp_path):
+    finish(tmp_path, "Pong", 0, 14.0)
+    finish(tmp_path, "Pong", 3, 18.0)
+    finish(tmp_path, "Pong", 4, 0.0, finished=False)
+    finish(tmp_path, "Boxing", 0, float("nan"))
+    (tmp_path / "atari100k" / "Alien" / "seed0").mkdir(parents=True)  # not a run yet
+    finish(tmp_path, "Pong", 5, 7.0).rename(tmp_path / "atari100k" / "Pong" / "seed5-old")
+    rows = {row.task.name: row for row in report.collect(tmp_path, ATARI)}
+    assert list(rows) == [task.name for task in ATARI.tasks]
+    assert rows["Pong"].scores == {0: 14.0, 3: 18.0}
+    assert rows["Pong"].mean == 16.0
+    assert math.isnan(rows["Boxing"].mean)
+    assert rows["Alien"].scores == rows["Qbert"].scores == {}
+    assert math.isnan(rows["Alien"].mean)
+    one = report.collect(tmp_path, ATARI, [ATARI.task("Pong")])
+    assert [row.task.name for row in one] == ["Pong"]
+
+
+def test_the_table_is_worked_out_by_hand(tmp_path):
+    """Pong: random -20.7, human 14.6. Boxing: 0.1, 12.1. Alien: 227.8, 7127.7 (Wang et al. 2016)."""
+    for seed, score in enumerate((-20.7, 14.6)):  # normalised 0 and 1
+        finish(tmp_path, "Pong", seed, score)
+    finish(tmp_path, "Boxing", 0, 24.1)  # 2
+    finish(tmp_path, "Alien", 0, 1607.78)  # 0.2
+    text = text_of(ATARI, report.collect(tmp_path, ATARI))
+    header = cells(text, "task")
+    assert header == ["task", "seeds", "score", "human-norm.", "HarmonyDream", "DreamerV3"]
+    # The published columns are means over five seeds: of 19.1 19.8 19.6 17.2 17.5, and of 11.4 19.6 14.3 15.1 20.
+    assert cells(text, "Pong") == ["Pong", "2", "-3.05", "0.500", "18.6", "16.1"]
+    assert cells(text, "Boxing") == ["Boxing", "1", "24.1", "2.000", "79.6", "78.3"]
+    assert cells(text, "Alien") == ["Alien", "1", "1,608", "0.200", "889.7", "785.7"]
+    assert cells(text, "Qbert") == ["Qbert", "0", "-", "-", "3,933", "2,872"]
+    # Ours: task means 0.5, 2, 0.2. Runs in order 0, 0.2, 1, 2: without the outer quarters 0.2 and 1.
+    mean, median, iqm = (cells(text, f"human-norm. {name}") for name in ("mean", "median", "iqm"))
+    assert mean[:4] == ["human-norm.", "mean", "3", "0.900"]
+    assert median[:4] == ["human-norm.", "median", "3", "0.500"]
+    assert iqm[:4] == ["human-norm.", "iqm", "3", "0.600"]
+    # The published aggregates are over the same three games: 1.1147, 6.6267 and 0.0959 for HarmonyDream's means.
+    harmony = [(18.64 + 20.7) / 35.3, (79.62 - 0.1) / 12, (889.7 - 227.8) / 6899.9]
+    assert float(mean[4]) == pytest.approx(sum(harmony) / 3, abs=6e-4)
+    assert float(median[4]) == pytest.approx(harmony[0], abs=6e-4)
+
+
+def test_nothing_trained_yet(tmp_path):
+    text = text_of(ATARI, report.collect(tmp_path, ATARI))
+    assert cells(text, "Pong") == ["Pong", "0", "-", "-", "18.6", "16.1"]
+    assert "human-norm. mean" not in text
+    assert json.loads(report.as_json(ATARI, report.collect(tmp_path, ATARI)))["human_normalized"] is None
+
+
+def test_a_suite_without_humans(tmp_path):
+    demo = suites.get("demo")
+    finish(tmp_path, "Catch", 0, 0.96, suite="demo")
+    text = text_of(demo, report.collect(tmp_path, demo))
+    assert cells(text, "task") == ["task", "seeds", "score"]
+    assert cells(text, "Catch") == ["Catch", "1", "0.96"]
+    assert "human" not in text
+
+
+def test_the_door(tmp_path, monkeypatch, capfd):
+    finish(tmp_path, "Pong", 1, 14.6)
+    code, out, err = door(report.main, ["--logdir", str(tmp_path)], monkeypatch, capfd)
+    assert (code, err) == (0, "")
+    assert out.startswith("atari100k: score of the final evaluation, mean over seeds\n")
+    assert cells(out, "Pong")[:4] == ["Pong", "1", "14.6", "1.000"]
+    code, out, _ = door(report.main, ["--logdir", str(tmp_path), "--json"], monkeypatch, capfd)
+    assert code == 0
+    about = json.loads(out)
+    assert about["tasks"]["Pong"] == {"1": 14.6}
+    assert about["human_normalized"] == {"mean": 1.0, "median": 1.0, "iqm": 1.0}
+    code, out, err = door(report.main, ["--suite", "atari"], monkeypatch, capfd)
+    assert (code, out) == (2, "")
+    assert err == "error: no suite 'atari'; did you mean 'atari100k'?\n"
+    code, out, err = door(report.main, ["--jsn"], monkeypatch, capfd)
+    assert (code, out, err) == (2, "", "error: there is no option --jsn; did you mean '--json'?\n")
+
+
+def test_a_damaged_run_is_told(tmp_path, monkeypatch, capfd):
+    path = finish(tmp_path, "Pong", 0, 1.0)
+    (path / "finished.json").write_text("{")
+    code, _, err = door(report.main, ["--logdir", str(tmp_path)], monkeypatch, capfd)
+    assert code == 1
+    assert err.startswith(f"error: {path / 'finished.json'}: the file is damaged")
+    assert err.count("\n") == 1

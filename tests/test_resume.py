@@ -1,0 +1,404 @@
+"""A run goes on from wherever it was stopped: killed, interrupted, with a damaged checkpoint, in another's place.
+
+A process that is killed leaves its directory as it is at that moment, so a copy of the directory taken in the
+midst of a run is a killed run; the last test kills real processes.
+"""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+from hdfast import loop, suites, train
+from hdfast.agent.learner import Learner
+from hdfast.replay import Replay
+from hdfast.runtime import checkpoint
+from hdfast.runtime.errors import CheckpointError, ConfigError, Interrupted, RunError
+from hdfast.runtime.logger import Logger
+from hdfast.runtime.rundir import RunDir
+from tests import loop_cases
+from tests.loop_cases import (
+    differing,
+    door,
+    flags,
+    lines,
+    one_thread,  # noqa: F401
+    path_of,
+    saved,
+    script,
+    tiny,
+)
+
+
+def open_session(config):
+    """The session of a run that is at rest, with its directory."""
+    task = suites.get(config.suite).task(config.task)
+    rundir = RunDir.open(config.logdir, config.suite, task.name, config.seed, config.to_dict())
+    return loop.Session(
+        config, suites.get(config.suite), task, rundir, torch.device("cpu"), loop.StopRequest()
+    ), rundir
+
+
+def contents(session):
+    """Everything a session has learnt and seen, as tensors; the rows of the replay included."""
+    replay = session.replay
+    state = {f"learner.{k}": v.clone() for k, v in session.learner.state_dict().items()}
+    state |= {f"replay.{k}": v.clone() for k, v in replay.state_dict().items()}
+    state["policy.generator"] = session.policy.generator.get_state()
+    rows = min(replay.rows_added, replay.ring)
+    starts = torch.arange(replay.num_envs) * replay.ring + (replay.rows_added - rows) % replay.ring
+    state |= {f"rows.{k}": v for k, v in replay.gather(starts, rows).items()} if rows else {}
+    counters = (session.agent_steps, session.learning_from, session.evaluated_at, session.evaluation)
+    return state, counters
+
+
+def assert_one_history(config, updates=15):
+    """The logs of a finished run read as if it had never been stopped."""
+    metrics, scores = lines(config, "metrics"), lines(config, "scores")
+    steps = [line["agent_steps"] for line in metrics]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 40
+    assert [line["updates"] for line in metrics] == sorted(line["updates"] for line in metrics)
+    told = [line["agent_steps"] for line in scores]
+    assert told == sorted(told)
+    seconds = [line["seconds"] for line in metrics]
+    assert seconds == sorted(seconds)
+    evaluations = [line["agent_steps"] for line in scores if line["kind"] == "evaluation"]
+    assert evaluations == sorted(set(evaluations))
+    assert evaluations[-1] == 40
+    for episode in (line for line in scores if line["kind"] == "episode"):
+        assert 0 < episode["length"] < 10
+    final = saved(config)
+    assert final.meta["agent_steps"] == 40
+    assert int(final.tensors["learner.updates"]) == updates
+    assert int(final.tensors["replay.rows_added"]) == 20
+    assert json.loads((path_of(config) / "finished.json").read_text())["summary"]["updates"] == updates
+
+
+def stop_in(monkeypatch, update, signum=signal.SIGTERM):
+    """Sends this process a signal in the midst of that update; returns a list with an entry for every update."""
+    step, seen = Learner.step, []
+
+    def interrupted(self, sample):
+        step(self, sample)
+        seen.append(signum)
+        if len(seen) == update:
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(Learner, "step", interrupted)
+    return seen
+
+
+def test_what_is_restored_is_what_was_saved(tmp_path, monkeypatch):
+    config = tiny(tmp_path, train={"ratio": 8.0}, replay={"capacity": 30})  # the ring has gone round
+    before = []
+    save = loop.Session._save
+
+    def spy(self):
+        save(self)
+        before.append(contents(self))
+
+    monkeypatch.setattr(loop.Session, "_save", spy)
+    stop_in(monkeypatch, 21)
+    with pytest.raises(Interrupted):
+        loop_cases.train(config)
+    state, counters = before[-1]
+    assert counters[:2] == (32, 10)  # in the first of the two updates after 32 agent steps
+    session, rundir = open_session(config)
+    with session, rundir:
+        again, counters_again = contents(session)
+        assert again.keys() == state.keys()
+        assert {k for k in state if not torch.equal(state[k], again[k])} == set()
+        assert counters_again == counters
+        assert int(again["learner.updates"]) == 21
+        assert again["rows.image"].shape[0] == 15
+        # and it draws what the other would have drawn
+        drawn = session.replay.sample(2, 4)["starts"], session.learner.uniform(3)
+    session, rundir = open_session(config)
+    with session, rundir:
+        for a, b in zip(
+            drawn, (session.replay.sample(2, 4)["starts"], session.learner.uniform(3)), strict=True
+        ):
+            assert torch.equal(a, b)
+
+
+def killed(monkeypatch, where, config, count):
+    """Copies of the run's directory, `count` of them, taken whenever `where` = (class, method) is called or left."""
+    copies = []
+    owner, name = where
+    inner = getattr(owner, name)
+
+    def spied(*args, **kwargs):
+        copy()
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            copy()
+
+    def copy():
+        if len(copies) < count and path_of(config).exists():
+            copies.append(config.logdir.with_name(f"{name}{len(copies)}"))
+            shutil.copytree(config.logdir, copies[-1])
+
+    monkeypatch.setattr(owner, name, spied)
+    return copies
+
+
+@pytest.mark.parametrize(
+    ("where", "count"),
+    [
+        ((loop.Session, "_evaluate"), 5),
+        ((Logger, "sync"), 6),
+        ((Replay, "flush"), 6),
+        ((checkpoint, "_numbered"), 6),  # the checkpoint is written, the oldest is not yet gone
+        ((RunDir, "mark_finished"), 2),
+    ],
+    ids=lambda value: value[1] if isinstance(value, tuple) else "",
+)
+def test_killed_at_any_moment_it_resumes_with_one_history(tmp_path, monkeypatch, where, count):
+    settings = {"eval": {"every": 15}, "checkpoint": {"seconds": 0.02}}
+    script(monkeypatch)
+    config = tiny(tmp_path / "runs", **settings)
+    with monkeypatch.context() as patch:
+        copies = killed(patch, where, config, count)
+        loop_cases.train(config)
+    assert len(copies) == count
+    assert_one_history(config)
+    for copy in copies:
+        again = tiny(copy, **settings)
+        loop_cases.train(again)
+        assert_one_history(again)
+
+
+def test_an_interrupted_run_has_the_rows_and_updates_of_one_that_was_not(tmp_path, monkeypatch):
+    """With a script for an environment, only the episodes that were cut off differ."""
+    env = script(monkeypatch)
+    config = tiny(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_in(patch, 6)
+        with pytest.raises(Interrupted):
+            loop_cases.train(config)
+    assert saved(config).meta["agent_steps"] == 22
+    assert [line["agent_steps"] for line in lines(config, "metrics")] == [20]
+    loop_cases.train(config)
+    assert_one_history(config)
+    assert [len(e.sent) for e in env["train"]] == [11, 9]
+    record = json.loads((path_of(config) / "config.json").read_text())
+    assert len(record["resumed"]) == 1
+
+
+def test_the_environments_of_a_run_that_goes_on_are_new_ones(tmp_path, monkeypatch):
+    seeds = []
+    make = loop.envs.make
+    monkeypatch.setattr(
+        loop.envs, "make", lambda *a, seed, **k: seeds.append(seed) or make(*a, seed=seed, **k)
+    )
+    config = tiny(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_in(patch, 6)
+        with pytest.raises(Interrupted):
+            loop_cases.train(config)
+    loop_cases.train(config)
+    assert len(set(seeds)) == len(seeds) == 3  # train, train again, eval
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "bit":
+        data[len(data) // 2] ^= 1
+    path.write_bytes(data[: len(data) // 2] if how == "cut" else b"" if how == "empty" else data)
+
+
+@pytest.mark.parametrize("how", ["bit", "cut", "empty"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, monkeypatch, capfd, how):
+    config = tiny(tmp_path, checkpoint={"seconds": 0})
+    with monkeypatch.context() as patch:
+        stop_in(patch, 6)
+        with pytest.raises(Interrupted):
+            loop_cases.train(config)
+    newest = saved(config).path
+    assert newest.name == "0000000022.safetensors"
+    damage(newest, how)
+    capfd.readouterr()
+    loop_cases.train(config)
+    out, err = capfd.readouterr()
+    assert err.startswith(f"warning: {newest}: checkpoint is damaged (")
+    assert len(err.splitlines()) == 1
+    assert "going on at agent step 20" in out
+    assert_one_history(config)
+
+
+def test_when_all_checkpoints_are_damaged_nothing_is_overwritten(tmp_path, monkeypatch, capfd):
+    config = tiny(tmp_path, checkpoint={"seconds": 0})
+    with monkeypatch.context() as patch:
+        stop_in(patch, 6)
+        with pytest.raises(Interrupted):
+            loop_cases.train(config)
+    files = sorted((path_of(config) / "checkpoints").iterdir())
+    assert len(files) == 2
+    for file in files:
+        damage(file, "bit")
+    replay = {p: p.read_bytes() for p in (path_of(config) / "replay").iterdir()}
+    code, _, err = door(
+        train.main, [*flags(checkpoint={"seconds": 0}), "--logdir", str(tmp_path)], monkeypatch, capfd
+    )
+    assert code == CheckpointError.exit_code == 3
+    assert "error: " in err
+    assert "no checkpoint can be loaded" in err
+    assert sorted((path_of(config) / "checkpoints").iterdir()) == files
+    assert {p: p.read_bytes() for p in (path_of(config) / "replay").iterdir()} == replay
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_at_the_next_step_with_a_checkpoint(tmp_path, monkeypatch, capfd, signum, code):
+    config = tiny(tmp_path, train={"ratio": 40.0})  # five updates an agent step
+    argv = [*flags(train={"ratio": 40.0}), "--logdir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        updates = stop_in(patch, 11, signum)
+        got, out, err = door(train.main, argv, monkeypatch, capfd)
+    assert (got, err) == (
+        code,
+        f"error: stopped by {signal.Signals(signum).name}; the same command resumes it\n",
+    )
+    assert len(updates) == 11  # it does not even finish the ten updates of its step
+    assert saved(config).meta["agent_steps"] == 14
+    assert int(saved(config).tensors["learner.updates"]) == 11
+    assert not (path_of(config) / "finished.json").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    got, out, err = door(train.main, argv, monkeypatch, capfd)
+    assert (got, err) == (0, "")
+    assert "going on at agent step 14" in out
+    assert_one_history(config, updates=150)
+
+
+def test_a_signal_before_the_first_step(tmp_path, monkeypatch):
+    whole, config = tiny(tmp_path / "whole"), tiny(tmp_path / "stopped")
+    make = loop.make_envs
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return make(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_envs", interrupted)
+        with pytest.raises(Interrupted):
+            loop_cases.train(config)
+    assert saved(config).meta["agent_steps"] == 0
+    for each in (whole, config):
+        loop_cases.train(each)
+    assert differing(saved(whole), saved(config)) == set()  # nothing was lost, nothing drawn twice
+
+
+def test_a_signal_during_evaluation(tmp_path, monkeypatch):
+    config = tiny(tmp_path, eval={"every": 15, "episodes": 50})
+    play = loop.evaluation.play
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return play(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.evaluation, "play", interrupted)
+        with pytest.raises(Interrupted):
+            loop_cases.train(config)
+    assert saved(config).meta["agent_steps"] == 16
+    assert lines(config, "scores", kind="evaluation") == []
+    loop_cases.train(config)
+    assert [x["agent_steps"] for x in lines(config, "scores", kind="evaluation")] == [
+        18,
+        30,
+        40,
+    ]  # made up for
+    assert_one_history(config)
+
+
+def test_another_config_is_refused_with_the_difference(tmp_path, monkeypatch, capfd):
+    config = tiny(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_in(patch, 6)
+        with pytest.raises(Interrupted):
+            loop_cases.train(config)
+    before = saved(config)
+    argv = [*flags(rssm={"deter": 8}, behavior={"horizon": 3}), "--logdir", str(tmp_path)]
+    code, out, err = door(train.main, argv, monkeypatch, capfd)
+    first, *details = err.splitlines()
+    assert (code, out) == (2, "")
+    assert first.startswith(f"error: {path_of(config)}: this run has another config; ")
+    assert details == ["  rssm.deter: 16 -> 8", "  behavior.horizon: 2 -> 3"]
+    assert differing(saved(config), before) == set()
+    # Where it runs and how it reports may differ, and is recorded.
+    free = {
+        "log": {"every": 5},
+        "precision": "auto",
+        "checkpoint": {"keep": 3},
+        "train": {"nonfinite_limit": 3},
+    }
+    loop_cases.train(tiny(tmp_path, **free))
+    record = json.loads((path_of(config) / "config.json").read_text())
+    assert "log.every: 20 -> 5" in record["resumed"][-1]["changed"]
+    assert_one_history(config)
+
+
+def test_a_finished_run_is_skipped_untouched(tmp_path, monkeypatch, capfd):
+    config = tiny(tmp_path)
+    summary = loop_cases.train(config)
+    files = {p: p.stat().st_mtime_ns for p in path_of(config).rglob("*") if p.is_file() and p.name != "lock"}
+    monkeypatch.setattr(loop, "Session", None)  # nothing is built
+    assert loop_cases.train(config) == json.loads(json.dumps(summary))
+    assert {p: p.stat().st_mtime_ns for p in files} == files
+    with pytest.raises(ConfigError, match="another config"):
+        loop_cases.train(tiny(tmp_path, agent_steps=80))
+
+
+def test_two_processes_cannot_train_one_run(tmp_path):
+    config = tiny(tmp_path)
+    with (
+        RunDir.open(tmp_path, "demo", "Catch", 0, config.to_dict()),
+        pytest.raises(RunError, match="in use by process"),
+    ):
+        loop_cases.train(config)
+
+
+def test_kill_9_at_random_moments(tmp_path):
+    settings = {
+        "agent_steps": 200,
+        "checkpoint": {"seconds": 0.2},
+        "log": {"every": 10},
+        "eval": {"every": 100},
+    }
+    config = tiny(tmp_path, **settings)
+    argv = [*flags(**settings), "--logdir", str(tmp_path)]
+    rng = random.Random()  # another moment every time
+    for _ in range(2):
+        if (path_of(config) / "finished.json").exists():
+            break  # on a very fast machine
+        process = loop_cases.start(argv)
+        assert process.stdout.readline().startswith(str(path_of(config)))  # it has begun, or gone on
+        delay = rng.uniform(0.0, 1.0)
+        print(f"killed after {delay} seconds")
+        time.sleep(delay)
+        process.kill()
+        out, err = process.communicate()
+        assert process.returncode in (-signal.SIGKILL, 0)
+        assert err == ""
+    process = loop_cases.start(argv)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    assert "Catch" in out
+    metrics, scores = lines(config, "metrics"), lines(config, "scores")
+    steps = [line["agent_steps"] for line in metrics]
+    assert steps == sorted(set(steps))
+    assert set(range(10, 201, 10)) == set(steps)  # none is missing, none twice
+    told = [line["agent_steps"] for line in scores if line["kind"] == "evaluation"]
+    assert told == sorted(set(told))
+    assert all(a <= b for a, b in itertools.pairwise(line["agent_steps"] for line in scores))
+    final = saved(config)
+    assert final.meta["agent_steps"] == 200
+    assert int(final.tensors["learner.updates"]) == (200 - 10) // 2
+    assert int(final.tensors["replay.rows_added"]) == 100

@@ -1,0 +1,170 @@
+import contextlib
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hdfast.runtime import device, profiling
+from hdfast.runtime.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_devices_by_name(two_gpus):
+    assert device.resolve_device("auto") == torch.device("cuda:1")
+    assert device.resolve_device("cuda") == torch.device("cuda:1")
+    assert device.resolve_device("cuda:0") == torch.device("cuda:0")
+    assert device.resolve_device("cpu") == CPU
+
+
+def test_auto_is_the_cpu_without_a_gpu(no_gpu):
+    assert device.resolve_device("auto") == CPU
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cuda:2", "--device: no device 'cuda:2'; CUDA devices here: 'cuda:0', 'cuda:1'"),
+        ("gpu", "--device: no device 'gpu'; "),
+        ("cuda:", "--device: no device 'cuda:'; did you mean 'cuda"),
+        ("cuda:-1", "--device: no device 'cuda:-1'; did you mean 'cuda"),
+        ("cpu:0", "--device: no device 'cpu:0'; did you mean 'cpu'"),
+    ],
+)
+def test_a_device_that_is_not_there(two_gpus, name, message):
+    with pytest.raises(ConfigError) as error:
+        device.resolve_device(name)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "reason"), [(None, "is built without CUDA"), ("13.0", r"\(CUDA 13.0\) finds no GPU or driver")]
+)
+def test_cuda_without_cuda_says_why(no_gpu, monkeypatch, cuda, reason):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(ConfigError, match=f"--device: 'cuda' cannot be used: .*{reason}; --device cpu works"):
+        device.resolve_device("cuda")
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_auto_precision_of_a_gpu_is_that_of_its_tensor_cores(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert device.resolve_precision("auto", torch.device("cuda:0")) == dtype
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ("fpu avx512f avx512_bf16 avx512vl", torch.bfloat16),
+        ("fpu amx_bf16", torch.bfloat16),
+        ("fpu avx512f avx512_bf16x amx_tile", torch.float32),
+        (None, torch.float32),
+    ],
+)
+def test_auto_precision_of_a_cpu_is_that_of_its_flags(monkeypatch, tmp_path, flags, dtype):
+    cpuinfo = tmp_path / "cpuinfo"
+    if flags:
+        cpuinfo.write_text(
+            f"processor\t: 0\nmodel name\t: A Chip\nflags\t\t: {flags}\n\nprocessor\t: 1\nflags\t: x\n"
+        )
+    monkeypatch.setattr(device, "_CPUINFO", cpuinfo)
+    assert device.resolve_precision("auto", CPU) == dtype
+    assert (device.describe_device(CPU)["name"] == "A Chip") == bool(flags)
+
+
+def test_a_precision_asked_for_is_given():
+    assert device.resolve_precision("float32", CPU) == torch.float32
+    assert device.resolve_precision("bfloat16", CPU) == torch.bfloat16
+    with pytest.raises(ConfigError, match=r"--precision: no precision 'bf16'; did you mean 'bfloat16'?"):
+        device.resolve_precision("bf16", CPU)
+
+
+def test_the_description_is_json_with_units(monkeypatch):
+    about = json.loads(json.dumps(device.describe_device(CPU)))
+    assert about["device"] == "cpu"
+    assert about["cores"] >= 1
+    assert about["threads"] == torch.get_num_threads()
+    assert 2**28 < about["memory_bytes"] < 2**50
+    card = SimpleNamespace(name="H100", total_memory=2**36, multi_processor_count=132, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert device.describe_device(torch.device("cuda:0")) == {
+        "device": "cuda:0",
+        "bfloat16": True,
+        "name": "H100",
+        "memory_bytes": 2**36,
+        "multiprocessors": 132,
+        "capability": "9.0",
+        "cuda": torch.version.cuda,
+    }
+
+
+class FakeDomain:
+    def __init__(self):
+        self.calls = []
+
+    def get_event_attributes(self, *, message):
+        return message
+
+    def push_range(self, attributes):
+        self.calls.append(attributes)
+
+    def pop_range(self):
+        self.calls.append("end")
+
+
+@pytest.fixture
+def fresh_ranges():
+    profiling.annotate.cache_clear()
+    yield
+    profiling.annotate.cache_clear()
+
+
+def test_ranges_nest_and_end_when_the_block_raises(monkeypatch, fresh_ranges):
+    domain = FakeDomain()
+    monkeypatch.setitem(sys.modules, "nvtx", SimpleNamespace(get_domain={"hdfast": domain}.__getitem__))
+    with contextlib.suppress(KeyError), profiling.annotate("update"), profiling.annotate("observe"):
+        with profiling.annotate("update"):
+            pass
+        raise KeyError
+    assert domain.calls == ["update", "observe", "update", "end", "end", "end"]
+
+
+def test_ranges_are_nothing_without_nvtx(monkeypatch, fresh_ranges):
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    with profiling.annotate("update"), profiling.annotate("update"):
+        pass
+
+
+def test_ranges_work_with_the_real_package(fresh_ranges):
+    pytest.importorskip("nvtx")
+    with profiling.annotate("update"), profiling.annotate("update"):
+        pass
+
+
+def test_importing_touches_no_device_starts_no_thread_and_leaves_what_is_heavy():
+    code = """
+import sys, threading
+import torch
+from hdfast.runtime import checkpoint, device, errors, files, logger, profiling, progress, rundir
+from hdfast.runtime import tensorboard, video
+assert threading.active_count() == 1, threading.enumerate()
+assert not torch.cuda.is_initialized()
+assert not {"tensorboard", "nvtx", "envpool"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)

@@ -1,0 +1,129 @@
+import errno
+import os
+import pickle
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from hdfast.runtime import errors
+
+
+def test_a_message_is_one_line_what_where_hint():
+    error = errors.ConfigError("no size 'smol'", where="--size", hint="did you\nmean 'small'?")
+    assert str(error) == "--size: no size 'smol'; did you mean 'small'?"
+    assert str(errors.RunError("plain")) == "plain"
+
+
+def test_suggest_ends_a_message_whether_appended_or_given_as_hint():
+    end = errors.suggest("smol", ["tiny", "small"])
+    assert end == "; did you mean 'small'?"
+    assert str(errors.ConfigError(f"no size 'smol'{end}")) == str(
+        errors.ConfigError("no size 'smol'", hint=end)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "end"),
+    [
+        ("pong", ["Pong", "Qbert"], "; did you mean 'Pong'?"),
+        ("walk", ["walker", "walker2", "hopper"], "; did you mean 'walker' or 'walker2'?"),
+        ("zzz", ["a", "b"], "; choose from 'a', 'b'"),
+        ("zzz", [f"a{i}" for i in range(20)], " and 8 more"),
+        ("zzz", [], ""),
+    ],
+)
+def test_suggest_names_the_nearest_or_lists(name, choices, end):
+    assert errors.suggest(name, choices).endswith(end)
+
+
+def test_every_error_survives_pickling():
+    for error in (
+        errors.ConfigError("what", where="there", hint="try", details=["a", "b"]),
+        errors.Interrupted(signal.SIGTERM),
+    ):
+        copy = pickle.loads(pickle.dumps(error))
+        assert (str(copy), copy.exit_code, copy.details) == (str(error), error.exit_code, error.details)
+
+
+def test_disk_errors_tell_a_full_disk_from_another_trouble():
+    full, denied = (OSError(number, os.strerror(number)) for number in (errno.ENOSPC, errno.EACCES))
+    with (
+        pytest.raises(
+            errors.DiskFullError, match=r"^/x: cannot write it: No space left on device; make room"
+        ),
+        errors.disk_errors("/x", "write it"),
+    ):
+        raise full
+    with (
+        pytest.raises(errors.RunError, match=r"^/x: cannot write it: Permission denied; elsewhere$"),
+        errors.disk_errors("/x", "write it", hint="elsewhere"),
+    ):
+        raise denied
+
+
+def run_door(body):
+    code = f"import errno, signal\nfrom hdfast.runtime.errors import *\ndef door():\n {body}\nmain(door)"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "stderr"),
+    [
+        ("pass", 0, ""),
+        ("return 7", 7, ""),
+        ("raise ConfigError('no', hint='yes', details=['a: 1 -> 2'])", 2, "error: no; yes\n  a: 1 -> 2\n"),
+        ("raise RunError('stop')", 1, "error: stop\n"),
+        ("raise CheckpointError('stop')", 3, "error: stop\n"),
+        ("raise NonFiniteError('nan')", 5, "error: nan\n"),
+        ("raise MissingLibraryError('gl')", 6, "error: gl\n"),
+        (
+            "raise Interrupted(signal.SIGTERM)",
+            143,
+            "error: stopped by SIGTERM; the same command resumes it\n",
+        ),
+        ("raise KeyboardInterrupt", 130, "error: stopped by SIGINT\n"),
+        (
+            "raise OSError(errno.ENOSPC, 'No space left on device', '/x')",
+            4,
+            "error: /x: No space left on device; make room and run it again\n",
+        ),
+    ],
+)
+def test_main_turns_errors_into_one_line_and_a_code(body, code, stderr):
+    result = run_door(body)
+    assert (result.returncode, result.stderr) == (code, stderr)
+
+
+def test_main_keeps_the_traceback_of_the_unexpected():
+    for body in (
+        "1 / 0",
+        "raise BrokenPipeError(32, 'of an environment')",
+        "raise OSError(errno.EIO, 'disk')",
+    ):
+        result = run_door(body)
+        assert result.returncode == 1
+        assert result.stderr.startswith("Traceback")
+
+
+def run_unread(body):
+    """Run a door whose stdout nobody reads; its exit code and stderr."""
+    code = f"from hdfast.runtime.errors import *\ndef door():\n {body}\nmain(door)"
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered
+    )
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    return process.wait(60), said
+
+
+@pytest.mark.parametrize("count", [1, 200_000])  # met when the buffer is flushed at the end, and on the way
+def test_main_ends_silently_when_its_reader_has_gone(count):
+    assert run_unread(f"print('x' * {count})") == (141, "")
+
+
+def test_an_error_is_told_even_when_the_reader_of_stdout_has_gone():
+    assert run_unread("print('x'); raise ConfigError('no')") == (141, "error: no\n")

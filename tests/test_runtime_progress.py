@@ -1,0 +1,192 @@
+import fcntl
+import io
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+
+from hdfast.runtime.progress import WINDOW_SECONDS, Progress
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def piped(total=100_000, **options):
+    clock, stream = Clock(), io.StringIO()
+    return Progress(total, stream=stream, clock=clock, **options), clock, stream
+
+
+def test_piped_lines_are_plain_and_come_at_intervals():
+    progress, clock, stream = piped(action_repeat=4, title="Pong seed 0", plain_seconds=30)
+    with progress:
+        for second in range(91):
+            clock.now = 1000.0 + second
+            progress.update(agent_steps=10 * second, updates=5 * second)
+            if second == 40:
+                progress.update(
+                    score=-20.0, evaluation=-18.75, harmony={"reward": 1.0, "image": 0.5, "kl": 1.337}
+                )
+    assert stream.getvalue().splitlines() == [
+        "[Pong seed 0] agent_steps=0/100000 done=0.0%",
+        "[Pong seed 0] agent_steps=300/100000 done=0.3% frames/s=40.0 updates/s=5.00 left=2:46:10",
+        "[Pong seed 0] agent_steps=600/100000 done=0.6% frames/s=40.0 updates/s=5.00 score=-20.0 eval=-18.8"
+        " harmony=reward:1.00,image:0.50,kl:1.34 left=2:45:40",
+        "[Pong seed 0] agent_steps=900/100000 done=0.9% frames/s=40.0 updates/s=5.00 score=-20.0 eval=-18.8"
+        " harmony=reward:1.00,image:0.50,kl:1.34 left=2:45:10",
+        "[Pong seed 0] agent_steps=900/100000 done=0.9% frames/s=40.0 updates/s=5.00 score=-20.0 eval=-18.8"
+        " harmony=reward:1.00,image:0.50,kl:1.34 left=2:45:10",
+    ]
+
+
+def test_a_new_phase_is_told_at_once():
+    progress, clock, stream = piped(plain_seconds=30)
+    progress.update(agent_steps=1, phase="fill")
+    clock.now += 1
+    progress.update(agent_steps=2, phase="fill")
+    progress.update(phase="train")
+    progress.update(phase="train")
+    assert re.findall(r"phase=(\w+)", stream.getvalue()) == ["fill", "train"]
+
+
+def test_rates_are_those_of_the_last_minute_and_do_not_count_what_a_resumed_run_had():
+    progress, clock, _ = piped(total=10_000)
+    steps = 5000
+    progress.update(phase="resume")
+    clock.now += 1
+    progress.update(agent_steps=steps, updates=4000)
+    for second in range(1, 200):
+        steps += 20 if second <= 100 else 2
+        clock.now = 1001.0 + second
+        progress.update(agent_steps=steps, updates=4000 + 3 * second)
+        if second == 10:
+            assert progress.steps_per_second == pytest.approx(20)
+    assert progress.steps_per_second == pytest.approx(2)
+    assert progress.updates_per_second == pytest.approx(3)
+    assert progress.seconds_left == pytest.approx((10_000 - steps) / 2)
+    assert WINDOW_SECONDS == 60
+
+
+def test_a_run_that_stands_still_has_no_known_end():
+    progress, clock, _ = piped()
+    progress.update(agent_steps=0)
+    for _ in range(100):
+        clock.now += 1
+        progress.update()
+    assert progress.fields() == {"frames/s": "0.00", "updates/s": "0.00", "left": "?"}
+
+
+def test_a_message_is_kept_as_it_is():
+    progress, _, stream = piped()
+    text = "[bold]not markup[/bold] " + "x" * 300
+    progress.message(text)
+    assert stream.getvalue() == text + "\n"
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120, 200])
+def test_the_live_line_fits_every_width_and_leaves_nothing_out(width):
+    progress, clock, _ = piped(title="Pong")
+    progress.update(agent_steps=0, updates=0)
+    clock.now += 10
+    progress.update(agent_steps=50_000, updates=10, score=1.0, evaluation=2.0, phase="train")
+    lines = [line.plain for line in progress.live_lines(width)]
+    text = "\n".join(lines)
+    assert all(len(line) <= width for line in lines)
+    for word in (
+        "Pong",
+        "50,000/100,000",
+        "frames/s 5000",
+        "updates/s 1.00",
+        "score 1.00",
+        "eval 2.00",
+        "left 0:00:10",
+    ):
+        assert word in text
+    if width == 200:
+        assert len(lines) == 1
+        bar = [span for span in progress.live_lines(width)[0].spans if "green" in str(span.style)]
+        assert bar[0].end - bar[0].start == text.count("━") // 2 == 20
+
+
+def test_telling_costs_microseconds():
+    progress, _, _ = piped()
+    progress.update(agent_steps=0)
+    began = time.process_time()
+    for agent_steps in range(10_000):
+        progress.update(agent_steps=agent_steps, updates=agent_steps)
+    assert (time.process_time() - began) / 10_000 < 50e-6
+
+
+SHOW = """
+import sys, time
+from hdfast.runtime import errors
+from hdfast.runtime.progress import Progress
+with Progress(1000, title="Pong", live_seconds=0) as progress:
+    progress.update(agent_steps=100)
+    progress.message("a message")
+    errors.warn("a warning")
+    time.sleep(0.6)
+    progress.update(agent_steps=1000, score=21.0)
+print("after")
+"""
+
+
+def in_a_terminal(term):
+    """What a process writes to an 80-column terminal of type `term`."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", SHOW], stdout=theirs, stderr=theirs, env={**environment, "TERM": term}
+    )
+    os.close(theirs)
+    written = b""
+    while select.select([ours], [], [], 60)[0]:
+        try:
+            chunk = os.read(ours, 4096)
+        except OSError:  # Linux says so when the last writer has gone
+            break
+        written += chunk
+    os.close(ours)
+    assert process.wait(60) == 0
+    return written.decode()
+
+
+def test_on_a_terminal_the_line_is_redrawn_below_the_messages():
+    written = in_a_terminal("xterm-256color")
+    assert "\x1b[?25l" in written  # the cursor is hidden
+    assert "\x1b[?25h" in written  # and comes back
+    assert written.index("a message") < written.index("warning: a warning") < written.index("1,000/1,000")
+    assert written.rstrip().endswith("after")
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
+    assert "Pong ━" in plain
+    assert "score 21.0" in plain
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines():
+    written = in_a_terminal("dumb")
+    assert "\x1b" not in written
+    assert "[Pong] agent_steps=100/1000 done=10.0%" in written
+
+
+def test_forced_colours_do_not_make_a_pipe_live():
+    environment = {**os.environ, "FORCE_COLOR": "1", "TTY_COMPATIBLE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", SHOW], capture_output=True, text=True, env=environment, check=True
+    )
+    assert "\x1b" not in result.stdout
+    assert result.stdout.splitlines()[0] == "[Pong] agent_steps=100/1000 done=10.0%"
+    assert result.stderr == "warning: a warning\n"

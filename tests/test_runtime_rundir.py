@@ -1,0 +1,240 @@
+import errno
+import fcntl
+import json
+import os
+import resource
+import signal
+import subprocess
+
+import pytest
+import torch
+
+import hdfast
+from hdfast.runtime import rundir
+from hdfast.runtime.errors import ConfigError, DiskFullError, RunError
+from hdfast.runtime.rundir import RunDir, difference
+
+CONFIG = {"seed": 3, "device": "cpu", "log": {"every": 500}, "rssm": {"deter": 512, "layers": (1, 2)}}
+
+
+def open_run(logdir, config=CONFIG, **options):
+    return RunDir.open(logdir, "atari100k", "Pong", 3, config, **options)
+
+
+def test_a_new_run_has_its_folders_and_its_config_with_where_it_comes_from(tmp_path):
+    with open_run(tmp_path, device={"name": "a chip"}) as run:
+        assert run.state == "new"
+        assert run.path == tmp_path / "atari100k" / "Pong" / "seed3"
+        for folder in (run.checkpoints, run.replay, run.tensorboard, run.videos):
+            assert folder.is_dir()
+        record = rundir.read(run.path)  # no lock needed
+    assert record.config == {**CONFIG, "rssm": {"deter": 512, "layers": [1, 2]}}
+    assert (record.summary, record.resumed) == (None, [])
+    assert record.created["hdfast"] == hdfast.__version__
+    assert record.created["torch"] == torch.__version__
+    assert record.created["device"] == {"name": "a chip"}
+    assert {"commit", "host", "python", "command", "time"} <= record.created.keys()
+
+
+def test_the_same_config_resumes_and_a_finished_run_stays_finished(tmp_path):
+    with open_run(tmp_path):
+        pass
+    with open_run(tmp_path) as run:
+        assert run.state == "resumable"
+        run.mark_finished({"score": float("nan"), "agent_steps": 7})
+    with open_run(tmp_path) as run:
+        assert (run.state, run.summary) == ("finished", {"score": "NaN", "agent_steps": 7})
+    assert len(rundir.read(run.path).resumed) == 1
+
+
+def test_another_config_is_refused_with_the_difference(tmp_path):
+    with open_run(tmp_path) as run:
+        before = (run.path / "config.json").read_bytes()
+        (run.checkpoints / "0000000001.safetensors").touch()
+    other = {"seed": 3, "device": "cuda", "log": {"every": 1}, "rssm": {"deter": 1024}, "new": None}
+    with pytest.raises(
+        ConfigError, match="seed3: this run has another config; give the saved values"
+    ) as error:
+        open_run(tmp_path, other, ignore={"log"})
+    assert error.value.details == (
+        'device: "cpu" -> "cuda"',
+        "rssm.deter: 512 -> 1024",
+        "rssm.layers: [1, 2] -> (absent)",
+        "new: (absent) -> null",
+    )
+    assert (run.path / "config.json").read_bytes() == before
+    with open_run(tmp_path) as run:  # the refused one did not keep the lock
+        assert run.state == "resumable"
+
+
+def test_before_its_first_checkpoint_a_run_takes_another_config(tmp_path):
+    with open_run(tmp_path, {"seed": 3, "env": "none"}):
+        pass  # it could not start
+    with open_run(tmp_path) as run:
+        assert run.state == "new"
+        record = rundir.read(run.path)
+    assert (record.config["device"], record.resumed) == ("cpu", [])
+    assert "env" not in record.config
+
+
+def test_fields_that_may_differ_are_recorded_when_they_do(tmp_path):
+    with open_run(tmp_path):
+        pass
+    moved = {**CONFIG, "device": "cuda", "log": {"every": 1}}
+    with open_run(tmp_path, moved, ignore={"device", "log.every"}) as run:
+        record = rundir.read(run.path)
+    assert record.config["device"] == "cpu"
+    assert record.resumed[0]["changed"] == ['device: "cpu" -> "cuda"', "log.every: 500 -> 1"]
+
+
+def test_difference_tells_types_apart_and_ignores_whole_branches():
+    assert difference({"a": 1, "b": {}}, {"a": 1, "b": {}}) == []
+    assert difference({"a": 1}, {"a": 1.0}) == ["a: 1 -> 1.0"]
+    assert difference({"a": {"b": 1}}, {"a": 1}) == ["a.b: 1 -> (absent)", "a: (absent) -> 1"]
+    assert difference({"log": {"x": {"y": 1}}, "logs": 1}, {"log": {"x": {"y": 2}}, "logs": 2}, {"log"}) == [
+        "logs: 1 -> 2"
+    ]
+
+
+def test_two_cannot_hold_one_run(tmp_path):
+    with (
+        open_run(tmp_path),
+        pytest.raises(
+            RunError, match=rf"seed3: this run is in use by process {os.getpid()} on \S+ since \S+; wait"
+        ),
+    ):
+        open_run(tmp_path)
+    with open_run(tmp_path), RunDir.open(tmp_path, "atari100k", "Pong", 4, CONFIG):
+        pass
+
+
+def test_a_killed_holder_frees_its_run(tmp_path):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            open_run(tmp_path)
+            os.write(writer, b"1")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.read(reader, 1)
+    try:
+        with pytest.raises(RunError, match=f"in use by process {child} "):
+            open_run(tmp_path)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reader)
+        os.close(writer)
+    with open_run(tmp_path) as run:
+        assert run.state == "resumable"
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+    def unable(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", unable)
+    with open_run(tmp_path) as run:
+        assert run.state == "new"
+    assert capsys.readouterr().err.startswith(
+        f"warning: {run.path}: cannot lock (No locks available); make sure"
+    )
+
+
+def test_a_logdir_that_is_a_file(tmp_path):
+    (tmp_path / "runs").touch()
+    with pytest.raises(
+        RunError, match=r"^.*/runs: this is a file, not a directory; choose another --logdir$"
+    ):
+        open_run(tmp_path / "runs")
+    (tmp_path / "good" / "atari100k").mkdir(parents=True)
+    (tmp_path / "good" / "atari100k" / "Pong").touch()
+    with pytest.raises(RunError, match=r"^.*/atari100k/Pong: this is a file"):
+        open_run(tmp_path / "good")
+
+
+@pytest.fixture
+def nobody():
+    """Act as a user without rights when the tests run as root."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+        yield
+        os.seteuid(0)
+    else:
+        yield
+
+
+def test_an_unwritable_logdir(tmp_path, nobody):
+    if os.geteuid() != 65534:
+        tmp_path.chmod(0o500)
+    with pytest.raises(
+        RunError, match="seed3: cannot use the run's directory: Permission denied; choose another"
+    ):
+        open_run(tmp_path / "runs")
+
+
+def test_a_full_disk_while_creating_or_finishing_a_run(tmp_path):
+    with open_run(tmp_path) as run:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (256, before[1]))
+        try:
+            with pytest.raises(DiskFullError, match="cannot use the run's directory"):
+                open_run(tmp_path / "other", {"long": "x" * 512})
+            with pytest.raises(DiskFullError, match="cannot mark the run finished"):
+                run.mark_finished({"long": "x" * 512})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (run.path / "finished.json").exists()
+    with open_run(tmp_path / "other") as run:
+        assert run.state == "new"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"config": {}}'])
+def test_a_damaged_config_is_told(tmp_path, text):
+    with open_run(tmp_path) as run:
+        (run.path / "config.json").write_text(text)
+    with pytest.raises(RunError, match=r"config.json: the file is damaged \(.*; restore it"):
+        open_run(tmp_path)
+
+
+def test_checkpoints_without_a_config_are_not_taken_for_a_new_run(tmp_path):
+    with open_run(tmp_path) as run:
+        (run.checkpoints / "0000000001.safetensors").touch()
+        (run.path / "config.json").unlink()
+    with pytest.raises(RunError, match=r"there are checkpoints but no config.json"):
+        open_run(tmp_path)
+    with pytest.raises(RunError, match="there is no run here"):
+        rundir.read(run.path)
+
+
+@pytest.mark.parametrize("name", ["../up", "", ".hidden", "a/b", "a b"])
+def test_names_that_cannot_be_folders(tmp_path, name):
+    with pytest.raises(ConfigError, match="cannot name a folder"):
+        RunDir.open(tmp_path, "demo", name, 0, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_commit_is_that_of_the_package_and_of_nothing_around_it(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=n", "-c", "user.email=e"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    package = tmp_path / "package"
+    package.mkdir()
+    assert rundir._commit(package) is None  # no repository
+    git("init", "-q")
+    (package / "__init__.py").write_text("1")
+    (tmp_path / "README").write_text("1")
+    git("add", "README")
+    git("commit", "-qm", "another project around an installed package")
+    assert rundir._commit(package) is None
+    git("add", ".")
+    git("commit", "-qm", "its own project")
+    assert rundir._commit(package) == git("rev-parse", "HEAD")
+    (package / "__init__.py").write_text("2")
+    assert rundir._commit(package) == git("rev-parse", "HEAD") + "-dirty"
+    (package / "__init__.py").write_text("1")
+    assert json.dumps(rundir.provenance())
