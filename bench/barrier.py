@@ -1,0 +1,30 @@
+"""What one grid barrier costs: a kernel that does nothing but meet, over and over."""
+
+import torch
+import triton
+import triton.language as tl
+
+from hdfast_kernels.rssm_observe_kernels import grid_barrier
+
+
+@triton.jit
+def barrier_loop(counter, BARRIERS: tl.constexpr):
+    """Every program of the grid meets all others BARRIERS times."""
+    programs = tl.num_programs(0)
+    for i in range(BARRIERS):
+        grid_barrier(counter, (i + 1) * programs)
+
+
+def barrier_us(programs: int = 64, barriers: int = 2_000, repeats: int = 5) -> float:
+    """Median µs of one barrier among `programs` co-resident programs of 8 warps, on the current CUDA device."""
+    counter = torch.zeros(1, dtype=torch.int32, device="cuda")
+    times = []
+    for _ in range(repeats + 1):  # the first compiles
+        counter.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        barrier_loop[(programs,)](counter, BARRIERS=barriers, num_warps=8, launch_cooperative_grid=True)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / barriers)
+    return sorted(times[1:])[repeats // 2]

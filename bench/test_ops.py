@@ -1,0 +1,307 @@
+"""Every op at the shapes of training, forward and backward, beside eager PyTorch in the same round.
+
+`eager` is what one would write without the op, in the dtype of the activations; `reference`, `native` and `triton`
+are the op's backends; `compile` is torch.compile of eager, for a few. Groups are op, role and dtype: `observe` is
+B16 x T64 rows, `imagine` 1,024 x 16, `conv` the activations of an encoder layer of 1,024 images.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE
+from torch import Tensor
+
+import hdfast_kernels as hk
+from hdfast_kernels import backends_available
+
+OBSERVE, IMAGINE = 16 * 64, 1024 * 16
+D = U = 512
+S = K = 32
+BINS = 255
+COMPILED = {"layer_norm_silu", "layer_norm_gru", "kl_balance", "two_hot_loss", "image_loss"}
+
+
+def number(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (scale * torch.randn(shape, device=DEVICE)).to(dtype).requires_grad_()
+
+
+def classes(rows: int) -> Tensor:
+    return torch.randint(K, (rows, S), device=DEVICE)
+
+
+def eager_layer_norm_silu(x, weight, bias):
+    return F.silu(F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), 1e-3))
+
+
+def eager_layer_norm_gru(gates, deter, weight, bias):
+    normed = F.layer_norm(gates, gates.shape[-1:], weight.to(gates.dtype), bias.to(gates.dtype), 1e-3)
+    reset, cand, update = normed.chunk(3, -1)
+    update = torch.sigmoid(update - 1)
+    return update * torch.tanh(torch.sigmoid(reset) * cand) + (1 - update) * deter
+
+
+def eager_two_hot_loss(logits, target):
+    """As in the PyTorch ports of DreamerV3: a dense two-hot code and its cross-entropy."""
+    bins = torch.linspace(-20, 20, BINS, device=logits.device)
+    x = (torch.sign(target) * torch.log1p(target.abs())).unsqueeze(-1)
+    below = ((bins <= x).sum(-1) - 1).clamp(0, BINS - 1)
+    above = (BINS - (bins > x).sum(-1)).clamp(0, BINS - 1)
+    equal, x = below == above, x.squeeze(-1)
+    to_below = torch.where(equal, 1, (bins[below] - x).abs())
+    to_above = torch.where(equal, 1, (bins[above] - x).abs())
+    total = to_below + to_above
+    code = F.one_hot(below, BINS) * (to_above / total).unsqueeze(-1)
+    code = code + F.one_hot(above, BINS) * (to_below / total).unsqueeze(-1)
+    return -(code * torch.log_softmax(logits.float(), -1)).sum(-1)
+
+
+def eager_two_hot_mean(logits):
+    bins = torch.linspace(-20, 20, BINS, device=logits.device)
+    mean = (torch.softmax(logits.float(), -1) * bins).sum(-1)
+    return torch.sign(mean) * torch.expm1(mean.abs())
+
+
+def eager_image_loss(pred, image):
+    return (pred.float() - image.float() / 255).square().sum((-3, -2, -1))
+
+
+def eager_kl_balance(post, prior):
+    def kl(p, q):
+        return (p.exp() * (p - q)).sum((-2, -1)).clamp(min=1.0)
+
+    return kl(post.detach(), prior), kl(post, prior.detach())
+
+
+def eager_sample_onehot(logits, uniform):
+    probs = 0.99 * torch.softmax(logits.float(), -1) + 0.01 / K
+    index = torch.multinomial(probs.detach().flatten(0, -2), 1).view(logits.shape[:-1])
+    stoch = F.one_hot(index, K) + probs - probs.detach()
+    return stoch.to(logits.dtype), index, probs.log()
+
+
+def eager_onehot_linear(index, weight):
+    return F.one_hot(index, K).flatten(-2).to(weight.dtype) @ weight
+
+
+def eager_harmony_loss(*inputs):
+    *losses, log_sigma = inputs
+    scale = torch.exp(-log_sigma)
+    means = torch.stack([loss.mean() for loss in losses])
+    reward, image, dyn, rep, cont = means
+    total = reward * scale[0] + image * scale[1] + (5 / 6 * dyn + 1 / 6 * rep) * scale[2] + cont
+    bound = torch.log(1 + torch.exp(log_sigma))
+    return total + bound[0] + bound[1] + 5 / 6 * bound[2], means.detach()
+
+
+def harmony_loss(*inputs, backend):
+    constants = (0, 1, 2, 2, -1), (1.0, 1.0, 5 / 6, 1 / 6, 1.0), (1.0, 1.0, 5 / 6)
+    return hk.harmony_loss(inputs[:-1], inputs[-1], *constants, backend=backend)
+
+
+def eager_lambda_return(reward, cont, value, discount=1 - 1 / 333, lam=0.95):
+    returns = [value[-1]]
+    for t in reversed(range(len(reward))):
+        mixed = (1 - lam) * value[t + 1] + lam * returns[-1]
+        returns.append(reward[t] + discount * cont[t + 1] * mixed)
+    return torch.stack(returns[:0:-1]), torch.cumprod(discount * cont, 0) / discount
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at one shape: its inputs, and what it would be without the op."""
+
+    op: str
+    role: str
+    eager: Callable[..., Any]
+    inputs: Callable[[torch.dtype], tuple[Tensor, ...]]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    call: Callable[..., Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return self.call or getattr(hk, self.op)
+
+
+def affine(width: int) -> tuple[Tensor, Tensor]:
+    return number(width), number(width)
+
+
+CASES = [
+    *(
+        Case("layer_norm_silu", role, eager_layer_norm_silu, lambda t, s=shape: (number(*s, dtype=t), *affine(s[-1])))
+        for role, shape in {
+            "observe": (OBSERVE, U),
+            "imagine": (IMAGINE, U),
+            "conv32": (1024, 32, 32, 32),
+            "conv64": (1024, 16, 16, 64),
+            "conv128": (1024, 8, 8, 128),
+            "conv256": (1024, 4, 4, 256),
+        }.items()
+    ),
+    Case(
+        "layer_norm_gru", "imagine", eager_layer_norm_gru,
+        lambda t: (number(OBSERVE, 3 * D, dtype=t), number(OBSERVE, D, dtype=t), *affine(3 * D)),
+    ),
+    *(
+        Case(
+            "two_hot_loss", role, eager_two_hot_loss,
+            lambda t, n=rows: (number(n, BINS, dtype=t), 10 * torch.randn(n, device=DEVICE)),
+        )
+        for role, rows in {"observe": OBSERVE, "imagine": IMAGINE}.items()
+    ),
+    Case("two_hot_mean", "imagine", eager_two_hot_mean, lambda t: (number(IMAGINE, BINS, dtype=t),)),
+    Case(
+        "image_loss", "observe", eager_image_loss,
+        lambda t: (number(1024, 64, 64, 3, dtype=t), torch.randint(256, (1024, 64, 64, 3), device=DEVICE).byte()),
+    ),
+    Case(
+        "kl_balance", "observe", eager_kl_balance,
+        lambda t: tuple(
+            torch.randn(OBSERVE, S, K, device=DEVICE).log_softmax(-1).to(t).requires_grad_() for _ in range(2)
+        ),
+    ),
+    *(
+        Case(
+            "sample_onehot", role, eager_sample_onehot,
+            lambda t, n=rows: (number(n, S, K, dtype=t), torch.rand(n, S, device=DEVICE)),
+        )
+        for role, rows in {"observe": OBSERVE, "imagine": IMAGINE}.items()
+    ),
+    *(
+        Case(
+            "onehot_linear", role, eager_onehot_linear,
+            lambda t, n=rows: (classes(n), number(S * K, U, scale=0.03, dtype=t)),
+        )
+        for role, rows in {"observe": OBSERVE, "imagine": IMAGINE}.items()
+    ),
+    Case(
+        "harmony_loss", "observe", eager_harmony_loss,
+        lambda t: (*(number(64, 16) for _ in range(5)), number(3)), (torch.float32,), harmony_loss,
+    ),
+    Case(
+        "lambda_return", "imagine", eager_lambda_return,
+        lambda t: (number(15, 1024), torch.rand(16, 1024, device=DEVICE), number(16, 1024)), (torch.float32,),
+    ),
+]  # fmt: skip
+
+
+def tensors(values: Any) -> list[Tensor]:
+    return [
+        value for value in (values if isinstance(values, tuple) else (values,)) if isinstance(value, Tensor)
+    ]
+
+
+def both_directions(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Callable[[], None]:
+    """Forward, and backward from fixed gradients of every differentiable output to every input that wants one."""
+    leaves = [x for x in inputs if x.requires_grad]
+    slopes = [torch.randn_like(y) for y in tensors(function(*inputs)) if y.requires_grad]
+
+    def run() -> None:
+        ends = [y for y in tensors(function(*inputs)) if y.requires_grad]
+        torch.autograd.grad(ends, leaves, slopes)
+
+    return run
+
+
+def least_bytes(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> int:
+    """Both directions read the inputs; forward writes the outputs; backward reads and writes gradients."""
+    outputs = tensors(function(*inputs))
+    moved = 2 * sum(x.nbytes for x in inputs) + sum(y.nbytes for y in outputs)
+    return moved + sum(x.nbytes for x in (*inputs, *outputs) if x.requires_grad)
+
+
+def implementations() -> list[Any]:
+    """op, role, dtype, implementation: all that runs on this machine, eager first."""
+    made = []
+    for case in CASES:
+        for dtype in case.dtypes:
+            names = ["eager", *backends_available(case.op, torch.empty(0, device=DEVICE, dtype=dtype))]
+            if case.op in COMPILED and case.role in ("observe", "imagine") and dtype == torch.float32:
+                names.append("compile")
+            short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+            group = f"{case.op} {case.role} {short}"
+            made += [
+                pytest.param(case, dtype, name, id=f"{case.op}-{case.role}-{short}-{name}",
+                             marks=pytest.mark.benchmark(group=group))
+                for name in names
+            ]  # fmt: skip
+    return made
+
+
+@pytest.mark.parametrize(("case", "dtype", "name"), implementations())
+def test_op(compare, case, dtype, name):
+    torch.manual_seed(0)
+    inputs = case.inputs(dtype)
+    eager = both_directions(case.eager, inputs)
+    if name == "eager":
+        run = eager
+    elif name == "compile":
+        run = both_directions(torch.compile(case.eager, dynamic=False), inputs)
+    else:
+        run = both_directions(partial(case.function, backend=name), inputs)
+    nbytes = least_bytes(partial(case.function, backend="reference"), inputs)
+    compare(run, None if name == "eager" else eager, nbytes, implementation=name, op=case.op, role=case.role)
+
+
+GATHER = ["eager", *backends_available("gather_windows", torch.empty(0, device=DEVICE))]
+
+
+@pytest.mark.parametrize("name", GATHER)
+@pytest.mark.benchmark(group="gather_windows sample uint8")
+def test_gather_windows(compare, name):
+    storage = torch.randint(256, (20_000, 64, 64, 3), dtype=torch.uint8, device=DEVICE)
+    starts = torch.randint(20_000, (16,), device=DEVICE)
+    steps = torch.arange(64, device=DEVICE).unsqueeze(1)
+
+    def eager():
+        return storage[(starts + steps) % len(storage)]
+
+    run = (
+        eager
+        if name == "eager"
+        else lambda: hk.gather_windows(storage, starts, 64, len(storage), backend=name)
+    )
+    compare(
+        run, None if name == "eager" else eager, 2 * eager().nbytes, implementation=name, op="gather_windows"
+    )
+
+
+ADAM = ["eager", "fused", *backends_available("adam_step", torch.empty(0, device=DEVICE))]
+
+
+@pytest.mark.parametrize("name", ADAM)
+@pytest.mark.benchmark(group="adam_step small fp32")
+def test_adam_step(compare, name):
+    """The parameters of the small model, with its clip; `eager` and `fused` are torch.optim.Adam's."""
+    shapes = [(3 * D, D + U), *[(1024, 512)] * 12, (4096, 1536), (256, 128, 4, 4), *[(512,)] * 40]
+    params = [number(*shape, scale=0.02) for shape in shapes]
+    grads = [torch.randn_like(param) for param in params]
+    zeros = [[torch.zeros_like(param) for param in params] for _ in range(2)]
+    step = torch.zeros((), device=DEVICE)
+
+    def optimizer(**options):
+        own = [param.detach().clone().requires_grad_() for param in params]
+        for param, grad in zip(own, grads, strict=True):
+            param.grad = grad
+        adam = torch.optim.Adam(own, lr=1e-4, **options)
+
+        def run():
+            torch.nn.utils.clip_grad_norm_(own, 1000.0)
+            adam.step()
+
+        return run
+
+    eager = optimizer(foreach=True)
+    if name in ("eager", "fused"):
+        run = eager if name == "eager" else optimizer(fused=True)
+    else:
+        values = [param.detach() for param in params]
+        run = partial(hk.adam_step, values, grads, *zeros, step, 1e-4, max_norm=1000.0, backend=name)
+    nbytes = 8 * sum(param.nbytes for param in params)  # gradients twice, three tensors read and written
+    compare(run, None if name == "eager" else eager, nbytes, implementation=name, op="adam_step")
