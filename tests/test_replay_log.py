@@ -1,20 +1,20 @@
 """The log: what comes back after a kill, a torn or damaged file, a disk that is full.
 
-`python tests/test_replay_log.py DIRECTORY ROUNDS` is the program that one of the tests kills.
+`python tests/test_replay_log.py DIRECTORY` is the program that one of the tests kills.
 """
 
 import errno
 import os
-import random
 import re
 import resource
 import signal
 import struct
 import subprocess
 import sys
-import time
 import zlib
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -490,46 +490,67 @@ def test_a_directory_without_permission(tmp_path):
         replay.flush()
 
 
-def test_kill_at_any_moment(tmp_path):
-    rounds = 8
-    command = [sys.executable, __file__, str(tmp_path), str(rounds)]
-    output = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def test_kill_before_any_change_of_the_disk(tmp_path):
+    command = [sys.executable, __file__, str(tmp_path)]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert output.returncode == 0, output.stdout + output.stderr
-    rows = [int(line) for line in output.stdout.split()]
-    assert len(rows) == rounds
-    assert rows == sorted(rows)
-    assert rows[-1] > 100
+    rows, nbytes_cut = zip(*(map(int, line.split()) for line in output.stdout.splitlines()), strict=True)
+    assert len(rows) > 50
+    assert list(rows) == sorted(rows)
+    assert rows[-1] > 200, "the runs that were killed did not go on"
+    assert sum(nbytes > 0 for nbytes in nbytes_cut) > 30, "hardly a kill left anything behind the position"
 
 
-def _add_until_killed(directory: Path) -> None:
+CHANGES = ("mkdir", "open", "pwrite", "fsync", "ftruncate", "truncate", "unlink", "replace")
+
+
+def _die_before_change(number: int) -> None:
+    """From now on this process counts its calls that may change the disk and dies by kill -9 before that one."""
+    changes = count(1)
+
+    def watch(frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and function.__name__ in CHANGES and next(changes) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(watch)
+
+
+def _add_rows(directory: Path) -> None:
     """Resume, then add rows and save a state every few of them, as a run does."""
-    checkpoint, rng = directory / "state.safetensors", random.Random(os.getpid())
+    checkpoint = directory / "state.safetensors"
     replay = new_replay(directory)
     if checkpoint.exists():
         replay.load_state_dict(load_file(checkpoint))
-    while True:
-        extend(replay, rng.randrange(1, 40))
+    for rows in (2, 13, 8):
+        extend(replay, rows)
         replay.flush()
         save_file(replay.state_dict(), directory / "new")
         os.replace(directory / "new", checkpoint)
 
 
-def _kill_and_check(directory: Path, rounds: int) -> None:
-    """Fork `_add_until_killed`, kill -9 it at a random moment and compare what comes back; repeat."""
+def _kill_and_check(directory: Path) -> None:
+    """Fork `_add_rows` on what the last one left, killed before its first, second, ... change, until one is through.
+
+    Prints what comes back after each: its rows, and the bytes behind them that were cut off.
+    """
     log.BLOCK_BYTES, log.CHUNK_BYTES = 4 * new_packed_nbytes(), 2500
-    rng = random.Random(0)
-    for _ in range(rounds):
+    pwrite = os.pwrite
+    os.pwrite = lambda file, data, offset: pwrite(file, data[:150], offset)  # a record takes several writes
+    for number in count(1):
         if (child := os.fork()) == 0:
-            _add_until_killed(directory)
-        time.sleep(rng.uniform(0.02, 0.25))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+            _die_before_change(number)
+            _add_rows(directory)
+            os._exit(0)
+        survived = os.WIFEXITED(os.waitpid(child, 0)[1])
         checkpoint = directory / "state.safetensors"
         state = load_file(checkpoint) if checkpoint.exists() else new_replay(directory).state_dict()
+        before = nbytes(directory)
         replay = loaded(directory, state)
         check_content(replay, int(state["rows_added"]))
-        print(replay.rows_added, flush=True)
+        print(replay.rows_added, before - nbytes(directory), flush=True)
+        if survived:
+            break
 
 
 if __name__ == "__main__":
-    _kill_and_check(Path(sys.argv[1]), int(sys.argv[2]))
+    _kill_and_check(Path(sys.argv[1]))
