@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +115,12 @@ def door(
     return stop.value.code, out, err
 
 
-def start(argv: list[str], **options: Any) -> subprocess.Popen[str]:
-    """`python -m hdfast.train` as a process of its own, on one thread."""
+def start(
+    argv: list[str], *, program: Sequence[str] = ("-m", "hdfast.train"), **options: Any
+) -> subprocess.Popen[str]:
+    """`python -m hdfast.train`, or another `program`, as a process of its own, on one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
-    command = [sys.executable, "-m", "hdfast.train", *argv]
+    command = [sys.executable, *program, *argv]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, **streams, **options)
 

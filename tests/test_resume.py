@@ -7,10 +7,9 @@ midst of a run is a killed run; the last test kills real processes.
 import itertools
 import json
 import os
-import random
 import shutil
 import signal
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,13 +127,15 @@ def test_what_is_restored_is_what_was_saved(tmp_path, monkeypatch):
             assert torch.equal(a, b)
 
 
-def killed(monkeypatch, where, config, count):
-    """Copies of the run's directory, `count` of them, taken whenever `where` = (class, method) is called or left."""
-    copies = []
+def killed(monkeypatch, where, config, calls):
+    """Copies of the run's directory, taken before and after these calls (from 0) of `where` = (owner, function)."""
+    copies, number = [], itertools.count()
     owner, name = where
     inner = getattr(owner, name)
 
     def spied(*args, **kwargs):
+        if next(number) not in calls:
+            return inner(*args, **kwargs)
         copy()
         try:
             return inner(*args, **kwargs)
@@ -142,33 +143,34 @@ def killed(monkeypatch, where, config, count):
             copy()
 
     def copy():
-        if len(copies) < count and path_of(config).exists():
-            copies.append(config.logdir.with_name(f"{name}{len(copies)}"))
-            shutil.copytree(config.logdir, copies[-1])
+        copies.append(config.logdir.with_name(f"{name}{len(copies)}"))
+        shutil.copytree(config.logdir, copies[-1])
 
     monkeypatch.setattr(owner, name, spied)
     return copies
 
 
 @pytest.mark.parametrize(
-    ("where", "count"),
+    ("where", "calls"),
     [
-        ((loop.Session, "_evaluate"), 5),
-        ((Logger, "sync"), 6),
-        ((Replay, "flush"), 6),
-        ((checkpoint, "_numbered"), 6),  # the checkpoint is written, the oldest is not yet gone
-        ((RunDir, "mark_finished"), 2),
+        ((loop.Session, "_evaluate"), (0, 1, 2)),
+        ((Logger, "sync"), (0, 2, 6)),
+        ((Replay, "flush"), (0, 3, 6)),
+        ((checkpoint, "_numbered"), (1, 3, 7)),  # the checkpoint is written, the oldest is not yet gone
+        ((RunDir, "mark_finished"), (0,)),
     ],
-    ids=lambda value: value[1] if isinstance(value, tuple) else "",
+    ids=["evaluate", "sync", "flush", "checkpoint", "finish"],
 )
-def test_killed_at_any_moment_it_resumes_with_one_history(tmp_path, monkeypatch, where, count):
-    settings = {"eval": {"every": 15}, "checkpoint": {"seconds": 0.02}}
+def test_killed_at_any_moment_it_resumes_with_one_history(tmp_path, monkeypatch, where, calls):
+    settings = {"eval": {"every": 15}, "checkpoint": {"seconds": 3}}
     script(monkeypatch)
+    # A step takes a second by this clock: there is a checkpoint at every third and one at the end, seven together.
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=itertools.count().__next__))
     config = tiny(tmp_path / "runs", **settings)
     with monkeypatch.context() as patch:
-        copies = killed(patch, where, config, count)
+        copies = killed(patch, where, config, calls)
         loop_cases.train(config)
-    assert len(copies) == count
+    assert len(copies) == 2 * len(calls)
     assert_one_history(config)
     for copy in copies:
         again = tiny(copy, **settings)
@@ -365,40 +367,52 @@ def test_two_processes_cannot_train_one_run(tmp_path):
         loop_cases.train(config)
 
 
-def test_kill_9_at_random_moments(tmp_path):
-    settings = {
-        "agent_steps": 200,
-        "checkpoint": {"seconds": 0.2},
-        "log": {"every": 10},
-        "eval": {"every": 100},
-    }
+DIE = """
+import os, signal, sys
+from hdfast import train
+from hdfast.agent.learner import Learner
+from hdfast.runtime import errors
+owner, name, number = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
+owner = {"os": os, "Learner": Learner}[owner]
+inner, calls = getattr(owner, name), []
+def dying(*args):
+    calls.append(args)
+    if len(calls) == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return inner(*args)
+setattr(owner, name, dying)
+errors.main(train.main)
+"""
+
+
+def test_kill_9(tmp_path):
+    """Real processes die before the given call of a function, each after going on from what the last one left."""
+    settings = {"agent_steps": 100, "checkpoint": {"seconds": 0}, "log": {"every": 10}, "eval": {"every": 50}}
     config = tiny(tmp_path, **settings)
     argv = [*flags(**settings), "--logdir", str(tmp_path)]
-    rng = random.Random()  # another moment every time
-    for _ in range(2):
-        if (path_of(config) / "finished.json").exists():
-            break  # on a very fast machine
-        process = loop_cases.start(argv)
-        assert process.stdout.readline().startswith(str(path_of(config)))  # it has begun, or gone on
-        delay = rng.uniform(0.0, 1.0)
-        print(f"killed after {delay} seconds")
-        time.sleep(delay)
-        process.kill()
-        out, err = process.communicate()
-        assert process.returncode in (-signal.SIGKILL, 0)
-        assert err == ""
+    lost = f"warning: {path_of(config) / 'replay'}: deleting rows that no checkpoint was loaded for\n"
+    for owner, name, number, said, begins in (
+        ("os", "pwrite", 2, "", "new run"),  # 1 is the lock, 2 the first rows of the replay
+        ("os", "replace", 12, lost, "new run"),  # a checkpoint that is complete but for its name
+        ("Learner", "step", 20, "", "going on at agent step 20"),
+    ):
+        process = loop_cases.start(argv, program=("-c", DIE, owner, name, str(number)))
+        out, err = process.communicate(timeout=300)
+        assert (process.returncode, err) == (-signal.SIGKILL, said)
+        assert out.startswith(f"{path_of(config)}: {begins}")
     process = loop_cases.start(argv)
     out, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, "")
+    assert out.startswith(f"{path_of(config)}: going on at agent step 58")
     assert "Catch" in out
     metrics, scores = lines(config, "metrics"), lines(config, "scores")
-    steps = [line["agent_steps"] for line in metrics]
-    assert steps == sorted(set(steps))
-    assert set(range(10, 201, 10)) == set(steps)  # none is missing, none twice
+    assert [line["agent_steps"] for line in metrics] == list(
+        range(10, 101, 10)
+    )  # none is missing, none twice
     told = [line["agent_steps"] for line in scores if line["kind"] == "evaluation"]
-    assert told == sorted(set(told))
+    assert told == [50, 100]
     assert all(a <= b for a, b in itertools.pairwise(line["agent_steps"] for line in scores))
     final = saved(config)
-    assert final.meta["agent_steps"] == 200
-    assert int(final.tensors["learner.updates"]) == (200 - 10) // 2
-    assert int(final.tensors["replay.rows_added"]) == 100
+    assert final.meta["agent_steps"] == 100
+    assert int(final.tensors["learner.updates"]) == (100 - 10) // 2
+    assert int(final.tensors["replay.rows_added"]) == 50

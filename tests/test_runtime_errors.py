@@ -96,6 +96,13 @@ def test_main_turns_errors_into_one_line_and_a_code(body, code, stderr):
     assert (result.returncode, result.stderr) == (code, stderr)
 
 
+def test_main_tells_what_is_logged_as_a_warning():
+    result = run_door("import logging; logging.getLogger('a.b').warning('%s\\nis odd', 'it')")
+    assert (result.returncode, result.stderr) == (0, "warning: it is odd\n")
+    result = run_door("import logging; logging.getLogger('a.b').info('it')")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_main_keeps_the_traceback_of_the_unexpected():
     for body in (
         "1 / 0",

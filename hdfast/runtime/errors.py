@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 the run cannot go on, 2 the request is wrong, 3 no usable 
 import contextlib
 import difflib
 import errno
+import logging
 import os
 import select
 import signal
@@ -123,12 +124,21 @@ def disk_errors(path: str | Path, doing: str, *, hint: str = "") -> Iterator[Non
         raise RunError(f"cannot {doing}: {reason}", where=path, hint=hint) from error
 
 
+class _Warnings(logging.Handler):
+    """Tells what is logged as every other warning is told."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warn(record.getMessage())
+
+
 def main(door: Callable[[], int | None]) -> NoReturn:
     """Run a door and exit with its return value (None is 0), or after one line with its HdfastError's code.
 
     A full disk is answered with one line wherever it was met, Ctrl-C with 130, a closed output pipe
-    (`... | head`) silently with 141. Every other exception keeps its traceback.
+    (`... | head`) silently with 141. Every other exception keeps its traceback. Log records of level WARNING
+    and above, of any package, become warnings.
     """
+    logging.basicConfig(handlers=[_Warnings()], level=logging.WARNING)
     try:
         code = _code_of(door)
         sys.stdout.flush()
