@@ -6,7 +6,7 @@ gradients of matrices, norms, embed and action follow from what the scan leaves,
 Axes: T time, B batch, D deter, U units, S groups, K classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -144,7 +144,9 @@ class _Observe(torch.autograd.Function):
             *(grad_deter.contiguous(), grad_stoch.contiguous(), grad_logp.contiguous()),
         )
         outputs = (of_logits, of_y, of_total, of_gates, of_before, of_x, empty(T, grid.programs, B, 2))
-        constants = constants | _chunks(grid, GATE=3 * D, LATENT=S * K)
+        if grid.BLOCK > 8:  # backward holds more operands than forward
+            grid = replace(grid, DEPTH=min(grid.DEPTH, 32))
+        constants = constants | _chunks(grid, D=D, U=U, GATE=3 * D, LATENT=S * K)
         steps = range(T - 1, -1, -1)
         _launch(observe_backward, inputs + outputs, (B,), grid, constants, 5, steps, persistent)
 

@@ -1,6 +1,13 @@
 """The Triton kernels compile for real GPUs, within their chips' limits and without spilling registers."""
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +52,34 @@ def test_every_op_with_triton_kernels_is_in_the_report():
 @pytest.mark.parametrize(("case", "sm"), REST, ids=lambda value: getattr(value, "role", value))
 def test_all_shapes_on_all_chips(case, sm):
     gate(report.compile_case(case, sm))
+
+
+def oldest_triton() -> str:
+    """The lower bound in pyproject.toml, such as 3.6."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    wanted = " ".join(project["optional-dependencies"]["dev"])
+    return re.search(r"triton>=([\d.]+)", wanted).group(1)
+
+
+def test_training_shapes_on_the_oldest_triton(tmp_path_factory):
+    """What the installed Triton compiles without fault, the oldest that is allowed does too."""
+    folder = tmp_path_factory.mktemp("triton", numbered=False)
+    install = ["-m", "pip", "install", "-q", "--no-deps", "--target", folder, f"triton=={oldest_triton()}.0"]
+    done = subprocess.run([sys.executable, *install], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"no older triton to be had: {done.stderr.strip().splitlines()[-1]}")
+    try:
+        version = "import triton; print(triton.__version__)"
+        for command, expected in (
+            (["-c", version], f"{oldest_triton()}.0"),
+            (["-m", "hdfast_kernels.report", "--quick", "--sm", "90"], "kernels without fault"),
+        ):
+            environment = {**os.environ, "PYTHONPATH": str(folder)}
+            done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert expected in done.stdout + done.stderr
+    finally:
+        shutil.rmtree(folder)  # 640 MB
 
 
 @pytest.mark.parametrize(
