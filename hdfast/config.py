@@ -58,7 +58,7 @@ class TrainConfig:
     prefill: int = 1024
     """Windows that a random policy collects before learning starts."""
     graph: bool = False
-    """Capture the update as one CUDA graph. Opt-in until a GPU has been seen to run it right and faster."""
+    """Capture update and act as CUDA graphs. Opt-in until a GPU has been seen to run them right and faster."""
     nonfinite_limit: int = 10
     """Updates skipped for a NaN or infinite loss before the run stops."""
 

@@ -22,7 +22,6 @@ from hdfast.runtime import checkpoint
 from hdfast.runtime.device import describe_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import (
     NO_ROOM,
-    ConfigError,
     DiskFullError,
     Interrupted,
     NonFiniteError,
@@ -107,14 +106,10 @@ def captured_update(learner: Learner, replay: Replay) -> CapturedStep:
     """The learner's step on batches of `replay`, sampling included, as one CUDA graph.
 
     Raises:
-        ConfigError: learner or replay are not on a CUDA device.
+        ConfigError: the learner is not on a CUDA device.
     """
-    if learner.device.type != "cuda":
-        raise ConfigError(
-            "a CUDA graph needs a CUDA device", where="--train.graph", hint="leave it out on the CPU"
-        )
     generators = [learner.generator] + ([replay.generator] if replay.place == "device" else [])
-    return CapturedStep(lambda: learner.step(replay.sample), generators=generators)
+    return CapturedStep(lambda: learner.step(replay.sample), device=learner.device, generators=generators)
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
@@ -176,7 +171,9 @@ class Session:
             dtype=resolve_precision(config.precision, device),
             seed=stream_seed(config.seed, "learner"),
         )
-        self.policy = Policy(self.learner, self.env.num_envs, stream_seed(config.seed, "policy"))
+        self.policy = Policy(
+            self.learner, self.env.num_envs, stream_seed(config.seed, "policy"), graph=config.train.graph
+        )
         self.replay = Replay(
             replay_specs(self.env),
             num_envs=self.env.num_envs,
@@ -370,7 +367,7 @@ class Session:
                 self.config, self.task, num_envs=num_envs, stream="eval", agent_steps=self.agent_steps
             )
         seed = stream_seed(self.config.seed, "evaluation", self.agent_steps)
-        policy = Policy(self.learner, self.eval_env.num_envs, seed)
+        policy = Policy(self.learner, self.eval_env.num_envs, seed, graph=self.config.train.graph)
         self.progress.update(phase="evaluate")
         with annotate("evaluate"):
             episodes = evaluation.play(self.eval_env, policy, config.episodes, self.stop.check)

@@ -1,14 +1,21 @@
 """A stand-in for CUDA-graph capture on the CPU: a step is recorded as aten calls on fixed storages, and replayed.
 
 What a CUDA graph would freeze, this freezes too: Python numbers, and tensors that were made outside of the
-step. What it cannot hold is refused: a look at a value from Python, or a tensor made from a Python constant.
+step. What it cannot hold is refused: a look at a value from Python, a tensor made from a Python constant, a draw
+from a generator that is not registered.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from hdfast import loop
+from hdfast.agent import policy
+from hdfast.runtime.graphs import WARMUP
 
 _SYNCHRONISING = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero"}
 _FROM_HOST = {"lift_fresh", "lift_fresh_copy"}
@@ -19,10 +26,14 @@ class CaptureError(RuntimeError):
 
 
 class Recording(TorchDispatchMode):
-    """Runs `step` once while recording it; `replay` runs the same calls on the same storages again."""
+    """Runs `step` once while recording it; `replay` runs the same calls on the same storages again.
 
-    def __init__(self, step: Callable[[], None]):
+    Drawing from a generator that is not among `generators`, where they are given, is refused.
+    """
+
+    def __init__(self, step: Callable[[], None], generators: Iterable[torch.Generator] | None = None):
         super().__init__()
+        self._registered = None if generators is None else {generator._cdata for generator in generators}
         self._calls: list[tuple] = []
         self._alive: list = []  # recorded tensors stay, so that storages keep their identity
         with self:
@@ -35,6 +46,9 @@ class Recording(TorchDispatchMode):
             raise CaptureError(f"aten::{name} looks at a value from the host")
         if name in _FROM_HOST:
             raise CaptureError(f"aten::{name} copies a Python constant to the device")
+        draws = self._registered is not None and torch.Tag.nondeterministic_seeded in func.tags
+        if draws and getattr(kwargs.get("generator"), "_cdata", None) not in self._registered:
+            raise CaptureError(f"aten::{name} draws from a generator that is not registered")
         # Aliases keep today's shape, whatever in-place views (unsqueeze_) make of the tensors later.
         alias = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
         out = func(*args, **kwargs)
@@ -58,6 +72,47 @@ class Recording(TorchDispatchMode):
                     for old, now in zip(outputs, new, strict=True):
                         if old.numel():
                             old.copy_(now)
+
+
+class RecordedStep:
+    """Stands in for `CapturedStep` on the CPU: eager calls first, then one that is recorded, then its replays."""
+
+    def __init__(
+        self,
+        step: Callable[[], None],
+        *,
+        device: torch.device,
+        generators: Iterable[torch.Generator],
+        warmup: int = WARMUP,
+    ):
+        self.step, self.device, self.generators, self.warmup = step, device, tuple(generators), warmup
+        self.recording: Recording | None = None
+
+    def __call__(self) -> None:
+        if self.recording is not None:
+            self.recording.replay()
+        elif self.warmup > 0:
+            self.warmup -= 1
+            self.step()
+        else:
+            self.recording = Recording(self.step, self.generators)
+
+
+def record_instead_of_capturing(monkeypatch: pytest.MonkeyPatch) -> list[RecordedStep]:
+    """Has everything that would be captured recorded, and returns what was.
+
+    Ops run on their definitions: a native op is a single call that a recording of aten calls does not see.
+    """
+    made: list[RecordedStep] = []
+
+    def capture(*args: Any, **options: Any) -> RecordedStep:
+        made.append(RecordedStep(*args, **options))
+        return made[-1]
+
+    monkeypatch.setenv("HDFAST_BACKEND", "reference")
+    for module in (loop, policy):
+        monkeypatch.setattr(module, "CapturedStep", capture)
+    return made
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from hdfast.agent.networks import Latent
 from hdfast.agent.policy import Policy
 from tests.agent_cases import make_batch, make_learner, one_thread  # noqa: F401
 
@@ -54,7 +55,7 @@ def test_acting_sees_what_training_sees(learner):
         else:
             torch.randn(5, 3, generator=generator)
         actions.append(torch.from_numpy(policy(obs, is_first).copy()))
-        states.append(policy.latent)
+        states.append(Latent(policy.latent.deter.clone(), policy.latent.index.clone()))
     batch = make_batch(learner) | {"action": torch.stack(actions)}
     assert batch["is_first"][1:].any()
     observed = learner.model.observe(batch, torch.stack(uniform), F32)
@@ -98,3 +99,33 @@ def test_it_acts_with_the_learner_s_present_parameters(learner):
     policy.reset()
     policy(*steps[0])
     assert torch.equal(policy.latent.deter, again.latent.deter)
+
+
+def test_what_it_remembers_stays_in_place(learner):
+    """A captured step reads and writes the memory it has seen: no call, reset or row may put another in its place."""
+    policy, steps = Policy(learner, 5, seed=0), rows(learner)
+
+    def addresses() -> list[int]:
+        tensors = [*policy._obs.values(), policy._first, *policy.latent[:2], policy.action]
+        return [tensor.data_ptr() for tensor in tensors]
+
+    before = addresses()
+    act(policy, steps)
+    policy.reset()
+    act(policy, steps[:1])
+    assert addresses() == before
+
+
+def test_actions_belong_to_the_caller(learner):
+    first, second, *_ = act(Policy(learner, 5, seed=0), rows(learner))
+    assert not np.shares_memory(first, second)
+
+
+def test_rows_of_another_number_of_environments_are_refused(learner):
+    (obs, is_first), policy = rows(learner)[0], Policy(learner, 5, seed=0)
+    with pytest.raises(ValueError, match=r"\(1, 8, 8, 3\), right is \(5, 8, 8, 3\)"):
+        policy(obs | {"image": obs["image"][:1]}, is_first)
+    with pytest.raises(ValueError, match=r"\(1,\), right is \(5,\)"):
+        policy(obs, is_first[:1])
+    with pytest.raises(KeyError, match="state"):
+        policy({"image": obs["image"]}, is_first)

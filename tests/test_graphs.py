@@ -1,12 +1,19 @@
-"""The update can be captured: recorded once on the CPU and replayed, it is bit-identical to running it."""
+"""Update and act can be captured: recorded once on the CPU and replayed, they are bit-identical to running them.
+
+tests/test_cuda.py compares real graphs with the same eager calls.
+"""
 
 import pytest
 import torch
 
-from hdfast.loop import captured_update
+from hdfast.agent.policy import Policy
+from hdfast.loop import captured_update, replay_specs
+from hdfast.replay import Replay
 from hdfast.runtime.errors import ConfigError
-from tests.agent_cases import differing, make_batch, make_learner, snapshot
-from tests.recorder import CaptureError, Recording
+from tests.agent_cases import differing, make_batch, make_learner, one_thread, snapshot  # noqa: F401
+from tests.loop_cases import Scripted, saved, script, tiny, train
+from tests.loop_cases import differing as run_differing
+from tests.recorder import CaptureError, Recording, record_instead_of_capturing
 
 UPDATES = 10
 
@@ -129,7 +136,147 @@ def test_an_input_that_is_not_copied_into_static_buffers_shows():
     assert differing(after, run_eagerly(eager, data))
 
 
+def test_learning_and_loading_change_the_learner_in_place():
+    """Graphs read the parameters where they were when they were captured."""
+    learner = make_learner()
+    learner.step(lambda b, t: make_batch(learner))
+
+    def addresses():
+        return {k: v.data_ptr() for k, v in learner.state_dict().items() if k not in ("generator", "updates")}
+
+    before, state = addresses(), snapshot(make_learner(seed=1))
+    learner.step(lambda b, t: make_batch(learner, seed=1))
+    assert addresses() == before
+    learner.load_state_dict(state)
+    assert addresses() == before
+    assert differing(snapshot(learner), state) == set()
+
+
+def rows(learner, count):
+    """Observations and is_first of `count` steps of as many environments as a batch has windows."""
+    made = []
+    for seed in range(count):
+        batch = make_batch(learner, seed)
+        obs = {k: batch[k][1].numpy() for k in learner.obs_specs}
+        made.append((obs, batch["is_first"][1].numpy()))
+    return made
+
+
+def play(policy, steps, *, between=lambda k: None):
+    """Actions and latents of every step, and the generator's state at the end."""
+    seen = []
+    for k, (obs, is_first) in enumerate(steps):
+        between(k)
+        action = torch.from_numpy(policy(obs, is_first))
+        seen += [action, policy.latent.deter.clone(), policy.latent.index.clone()]
+    return [*seen, policy.generator.get_state()]
+
+
+def identical(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_replayed_acts_are_bit_identical_to_eager_ones(continuous, monkeypatch):
+    """While the learner learns, and with a reset when acting has long been a recording."""
+    made, seen = record_instead_of_capturing(monkeypatch), []
+    for graph in (False, True):
+        learner = make_learner(continuous)
+        policy = Policy(learner, learner.config.replay.batch, seed=3, graph=graph)
+
+        def between(k, learner=learner, policy=policy):
+            learner.step(lambda b, t: make_batch(learner, seed=k))
+            if k == 8:
+                policy.reset()
+
+        seen.append(play(policy, rows(learner, 12), between=between))
+    assert made[0].recording is not None
+    assert identical(*seen)
+
+
+class Peeking(Policy):
+    """Looks at a value in the step."""
+
+    def step(self):
+        super().step()
+        self.action[0].item()
+
+
+class Replacing(Policy):
+    """Takes new observations for old ones instead of copying them."""
+
+    def _send(self, array, host, device):
+        for key, tensor in self._obs.items():
+            if tensor is device:
+                self._obs[key] = torch.from_numpy(array.copy())
+        if device is self._first:
+            super()._send(array, host, device)
+
+
+class Unregistered(Policy):
+    """Draws from a generator that the graph does not know of."""
+
+    def step(self):
+        super().step()
+        torch.rand((), generator=self.learner.generator)
+
+
+@pytest.mark.parametrize(("kind", "message"), [(Peeking, "from the host"), (Unregistered, "not registered")])
+def test_an_act_that_cannot_be_captured_is_refused(kind, message, monkeypatch):
+    record_instead_of_capturing(monkeypatch)
+    learner = make_learner()
+    with pytest.raises(CaptureError, match=message):
+        play(kind(learner, learner.config.replay.batch, seed=3, graph=True), rows(learner, 5))
+
+
+def test_an_act_that_replaces_its_inputs_shows(monkeypatch):
+    record_instead_of_capturing(monkeypatch)
+    learner, seen = make_learner(), []
+    for kind, graph in ((Replacing, False), (Policy, False), (Replacing, True)):
+        policy = kind(learner, learner.config.replay.batch, seed=3, graph=graph)
+        seen.append(play(policy, rows(learner, 8)))
+    assert identical(seen[0], seen[1])  # run eagerly, nothing of it is wrong
+    assert not identical(seen[1], seen[2])
+
+
+def test_an_act_that_branches_in_python_shows(monkeypatch):
+    class Branching(Policy):
+        """Does not act while `waiting`, a Python value that a recording freezes."""
+
+        waiting = True
+
+        def step(self):
+            super().step()
+            if self.waiting:
+                self.action.zero_()
+
+    record_instead_of_capturing(monkeypatch)
+    learner, seen = make_learner(), []
+    for graph in (False, True):
+        policy = Branching(learner, learner.config.replay.batch, seed=3, graph=graph)
+        seen.append(play(policy, rows(learner, 8), between=lambda k, p=policy: setattr(p, "waiting", k < 6)))
+    assert not identical(*seen)
+
+
+def test_a_run_is_the_same_with_graphs(monkeypatch, tmp_path):
+    """The whole loop: acting, storing, sampling, learning and evaluating."""
+    made = record_instead_of_capturing(monkeypatch)
+    script(monkeypatch)
+    options = {"eval": {"every": 20, "episodes": 8}, "agent_steps": 40}
+    eager = tiny(tmp_path / "eager", **options)
+    graphs = tiny(tmp_path / "graphs", train={"graph": True}, **options)
+    train(eager)
+    assert not made
+    train(graphs)
+    assert len(made) == 4, "act, update and the policies of two evaluations"
+    assert all(step.recording is not None for step in made)
+    assert run_differing(saved(eager), saved(graphs)) == set()
+
+
 def test_a_graph_needs_cuda():
     learner = make_learner()
+    replay = Replay(replay_specs(Scripted(1)), num_envs=1, capacity=10)
     with pytest.raises(ConfigError, match="CUDA"):
-        captured_update(learner, None)
+        captured_update(learner, replay)
+    with pytest.raises(ConfigError, match="CUDA"):
+        Policy(learner, 1, seed=0, graph=True)

@@ -40,6 +40,7 @@ class Learner:
         seed: int = 0,
     ):
         self.config, self.actions, self.dtype = config, actions, dtype
+        self.obs_specs = dict(obs_specs)
         self.device = torch.device(device)
         with torch.random.fork_rng(devices=[]):  # parameters are drawn on the host: the same on every device
             torch.manual_seed(seed)

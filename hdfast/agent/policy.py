@@ -1,4 +1,7 @@
-"""Acting: the same RSSM step as in learning, one row at a time, for a batch of environments."""
+"""Acting: the same RSSM step as in learning, one row at a time, for a batch of environments.
+
+Axes: N environments, A action width.
+"""
 
 from collections.abc import Mapping
 
@@ -9,62 +12,101 @@ from torch import Tensor
 from hdfast.agent.distributions import clip_action
 from hdfast.agent.learner import Learner
 from hdfast.agent.networks import Latent
-from hdfast.envs.base import DiscreteActions
+from hdfast.envs.base import ArraySpec, DiscreteActions
+from hdfast.runtime.graphs import CapturedStep
 
 
 class Policy:
     """Chooses actions for N environments and remembers what each has seen.
 
+    An action is one call of `step`, from static tensors to static tensors, between a copy to the device and one
+    back, which is all the host ever waits for.
+
     Args:
         learner: whose world model and actor act; always their present parameters.
         num_envs: N.
         seed: of the draws of latents and actions.
+        graph: capture `step` as a CUDA graph.
+
+    Raises:
+        ConfigError: a graph is wanted on another device than a CUDA device.
     """
 
-    def __init__(self, learner: Learner, num_envs: int, seed: int):
+    def __init__(self, learner: Learner, num_envs: int, seed: int, *, graph: bool = False):
         self.learner, self.num_envs = learner, num_envs
+        device, rssm = learner.device, learner.config.rssm
         # A few rows on the CPU take longer to cast the weights for than to multiply by them.
-        self.dtype = torch.float32 if learner.device.type == "cpu" else learner.dtype
-        self.generator = torch.Generator(learner.device)
+        self.dtype = torch.float32 if device.type == "cpu" else learner.dtype
+        self.generator = torch.Generator(device)
         self.generator.manual_seed(seed)
+        self._cuda = device.type == "cuda"
+        self._host_obs = {key: self._on_host(spec) for key, spec in learner.obs_specs.items()}
+        self._host_first = self._on_host(ArraySpec((), np.dtype(bool)))
+        self._host_action = self._on_host(learner.actions.spec)
+        self._obs = {
+            key: host.to(device) for key, host in self._host_obs.items()
+        }  # on the CPU the same memory
+        self._first = self._host_first.to(device)
+        self.latent = Latent(
+            torch.zeros(num_envs, rssm.deter, device=device),
+            torch.zeros(num_envs, rssm.stoch, dtype=torch.int64, device=device),
+        )
+        self.action = torch.zeros_like(self._host_action, device=device)
+        self._fetched = torch.cuda.Event() if self._cuda else None
+        self._act = self.step
+        if graph:
+            self._act = CapturedStep(self.step, device=device, generators=[self.generator])
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything seen: the next rows are taken as the first of an episode."""
         self.fresh = True
-        rssm, device = self.learner.config.rssm, self.learner.device
-        self.latent = Latent(
-            torch.zeros(self.num_envs, rssm.deter, device=device),
-            torch.zeros(self.num_envs, rssm.stoch, dtype=torch.int64, device=device),
-        )
-        spec = self.learner.actions.spec
-        self.action = torch.from_numpy(np.zeros((self.num_envs, *spec.shape), spec.dtype)).to(device)
+        for tensor in (self.latent.deter, self.latent.index, self.action):
+            tensor.zero_()
+
+    def __call__(self, obs: Mapping[str, np.ndarray], is_first: np.ndarray) -> np.ndarray:
+        """Sampled actions (N,) int32 or (N, A) float32 in [-1, 1], for observations (N, ...) and is_first (N,) bool.
+
+        Raises:
+            KeyError, ValueError: an observation is missing or has another shape.
+        """
+        for key, host in self._host_obs.items():
+            self._send(obs[key], host, self._obs[key])
+        self._send(is_first | self.fresh, self._host_first, self._first)
+        self.fresh = False
+        self._act()
+        self._host_action.copy_(self.action, non_blocking=True)
+        if self._fetched is not None:  # the pinned buffers are then free for the next row, too
+            self._fetched.record(torch.cuda.current_stream(self.learner.device))
+            self._fetched.synchronize()
+        return self._host_action.numpy().copy()
 
     @torch.no_grad()
-    def __call__(self, obs: Mapping[str, np.ndarray], is_first: np.ndarray) -> np.ndarray:
-        """Sampled actions (N,) int32 or (N, A) float32 in [-1, 1], for observations (N, ...) and is_first (N,) bool."""
-        device = self.learner.device
-        tensors = {k: torch.from_numpy(np.ascontiguousarray(v)).to(device) for k, v in obs.items()}
-        first = torch.from_numpy(is_first | self.fresh).to(device)
-        self.fresh = False
-        self.latent, self.action = self._step(tensors, first)
-        return self.action.cpu().numpy()
-
-    def _step(self, obs: Mapping[str, Tensor], is_first: Tensor) -> tuple[Latent, Tensor]:
-        learner, dtype = self.learner, self.dtype
-        model = learner.model
-        draw = torch.rand(
-            self.num_envs, learner.config.rssm.stoch, generator=self.generator, device=learner.device
-        )
-        embed = model.encode(obs, dtype)
-        weights = model.rssm.cast(dtype)
-        latent = model.rssm.observe_step(self.latent, self.action, embed, is_first, draw, weights).detach()
-        if isinstance(learner.actions, DiscreteActions):
-            noise = torch.rand(self.num_envs, generator=self.generator, device=learner.device)
+    def step(self) -> None:
+        """Latent and action of the rows that are on the device, from those before: device operations only."""
+        learner, model, dtype = self.learner, self.learner.model, self.dtype
+        device, discrete = learner.device, isinstance(learner.actions, DiscreteActions)
+        draw = torch.rand(self.num_envs, model.rssm.stoch, generator=self.generator, device=device)
+        if discrete:
+            noise = torch.rand(self.num_envs, generator=self.generator, device=device)
         else:
-            shape = (self.num_envs, learner.actions.size)
-            noise = torch.randn(shape, generator=self.generator, device=learner.device)
+            noise = torch.randn(self.action.shape, generator=self.generator, device=device)
+        embed = model.encode(self._obs, dtype)
+        weights = model.rssm.cast(dtype)
+        latent = model.rssm.observe_step(self.latent, self.action, embed, self._first, draw, weights).detach()
         action = learner.behavior.actor(latent, noise, dtype).action
-        if isinstance(learner.actions, DiscreteActions):
-            return latent, action.to(torch.int32)
-        return latent, clip_action(action)
+        self.latent.deter.copy_(latent.deter)
+        self.latent.index.copy_(latent.index)
+        self.action.copy_(action if discrete else clip_action(action))
+
+    def _on_host(self, spec: ArraySpec) -> Tensor:
+        """A buffer (N, ...), pinned where a device copies from it without waiting."""
+        array = torch.from_numpy(np.zeros((self.num_envs, *spec.shape), spec.dtype))
+        return array.pin_memory() if self._cuda else array
+
+    def _send(self, array: np.ndarray, host: Tensor, device: Tensor) -> None:
+        if array.shape != host.shape:  # numpy would broadcast it
+            raise ValueError(f"an array of shape {array.shape}, right is {tuple(host.shape)}")
+        host.numpy()[...] = array
+        if self._cuda:
+            device.copy_(host, non_blocking=True)

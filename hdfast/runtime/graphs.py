@@ -4,44 +4,67 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from hdfast.runtime.errors import ConfigError
+
+WARMUP = 3  # eager calls before the capture: kernels compile, libraries choose, buffers that are made late are made
+
 
 class CapturedStep:
     """Calls `step()` eagerly a few times, then captures it as one CUDA graph and replays that.
 
     `step` takes nothing and returns nothing: it reads and writes tensors that live as long as this object, has static
-    shapes, no host synchronisation and no Python branch on data. The eager calls are real steps; they also let
-    lazily made buffers and library handles come into being outside of the capture.
+    shapes, no host synchronisation and no Python branch on data. What it reads is copied there before the call, in
+    the order of the current stream. The eager calls are real steps.
 
     Args:
         step: the function.
+        device: on which it runs.
         generators: every generator it draws from; their states advance with each replay as they would eagerly.
         warmup: eager calls before the capture.
 
     Raises:
+        ConfigError: the device is no CUDA device.
         RuntimeError: at the capturing call, if `step` does something a graph cannot hold.
     """
 
-    def __init__(self, step: Callable[[], None], *, generators: Iterable[torch.Generator], warmup: int = 3):
-        self.step, self.generators, self.warmup = step, tuple(generators), warmup
+    def __init__(
+        self,
+        step: Callable[[], None],
+        *,
+        device: torch.device,
+        generators: Iterable[torch.Generator],
+        warmup: int = WARMUP,
+    ):
+        if device.type != "cuda":
+            raise ConfigError(
+                "a CUDA graph needs a CUDA device", where="--train.graph", hint="leave it out on the CPU"
+            )
+        self.step, self.device, self.generators, self.warmup = step, device, tuple(generators), warmup
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.stream = torch.cuda.Stream()
+        self.stream = torch.cuda.Stream(device)  # of the eager calls too: cuBLAS keeps a workspace for each
 
     def __call__(self) -> None:
-        """One step."""
-        if self.graph is not None:
-            self.graph.replay()
-            return
-        if self.warmup > 0:
-            self.warmup -= 1
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self.step()
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return
+        """One step, in the order of the current stream."""
+        if self.graph is None:
+            if self.warmup > 0:
+                self.warmup -= 1
+                self._eager()
+                return
+            self.graph = self._capture()  # which computes nothing
+        self.graph.replay()
+
+    def _eager(self) -> None:
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            self.step()
+        current.wait_stream(self.stream)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, stream=self.stream):
+        # Other threads go on meanwhile: replay may be bringing a batch over, from pinned memory that it allocates.
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             self.step()
-        self.graph = graph
-        self.graph.replay()  # the capture itself computed nothing
+        return graph
