@@ -123,6 +123,8 @@ class LossConfig:
     vector: float = 1.0
     free_nats: float = 1.0
     """KL below this many nats is not pushed further down."""
+    cont_gradient: bool = True
+    """Whether the continuation loss shapes the latents too, not its head alone."""
 
 
 @dataclass(frozen=True)

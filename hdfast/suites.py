@@ -286,6 +286,7 @@ SUITES: dict[str, Suite] = {
                 "env": {"num_envs": 5},
                 "replay": {"batch": 50, "length": 50},
                 "train": {"ratio": 500, "prefill": 5_000},
+                "loss": {"cont_gradient": False},  # `grad_heads` of the authors' configs.yaml
                 "eval": {"every": 10_000, "episodes": 10},
             },
         ),

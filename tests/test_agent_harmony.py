@@ -183,6 +183,19 @@ def test_a_vector_hit_within_the_tolerance_costs_nothing(miss, counts):
     assert (gradient != 0).all().item() is counts
 
 
+@pytest.mark.parametrize("shapes", [True, False])
+def test_the_continuation_loss_shapes_latents_where_it_is_told_to(shapes):
+    """HarmonyDream's `grad_heads` of Meta-World leave `cont` out: it trains its head alone (configs.yaml)."""
+    learner = make_learner(loss={"cont_gradient": shapes})
+    batch = make_batch(learner)
+    uniform = learner.uniform(*batch["reward"].shape, learner.config.rssm.stoch)
+    loss = learner.model.loss(batch, uniform, torch.float32).losses["cont"].sum()
+    names, parameters = zip(*learner.model.named_parameters(), strict=True)
+    gradients = dict(zip(names, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True))
+    reached = {name.partition(".")[0] for name, gradient in gradients.items() if gradient is not None}
+    assert reached == ({"cont", "rssm", "encoder"} if shapes else {"cont"})
+
+
 def test_without_images_there_are_two_scalars():
     model, output = world_model(state=VECTOR)
     assert set(model.harmonizer.groups) == {"reward", "kl"}

@@ -58,6 +58,18 @@ def test_atari100k_is_the_paper():
     assert (config.updates_per_step, config.env.num_envs, config.behavior.horizon) == (1.0, 1, 15)
     assert (config.eval.every, config.eval.episodes) == (5_000, 100)
     assert (config.loss.dyn, config.loss.rep, config.harmony.mode) == (0.5, 0.1, "learned")
+    assert config.loss.cont_gradient
+
+
+def test_metaworld_is_the_authors_configuration():
+    """`metaworld` of dreamerv3-jax/dreamerv3/configs.yaml."""
+    config = parse(["--suite", "metaworld"])
+    assert (config.rssm.deter, config.rssm.units, config.network.depth) == (1024, 640, 48)
+    assert (config.network.units, config.network.layers) == (640, 3)
+    assert (config.env.num_envs, config.replay.batch, config.replay.length) == (5, 50, 50)
+    assert (config.train.ratio, config.train.prefill, config.agent_steps) == (500, 5_000, 255_000)
+    assert (config.eval.every, config.eval.episodes) == (10_000, 10)
+    assert not config.loss.cont_gradient
 
 
 @pytest.mark.parametrize(

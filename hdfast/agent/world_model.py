@@ -64,7 +64,7 @@ class WorldModel(nn.Module):
             raise ValueError(f"images must have one size, got {self.images}")
         rssm, net = config.rssm, config.network
         self.discrete = isinstance(actions, DiscreteActions)
-        self.free_nats = config.loss.free_nats
+        self.free_nats, self.cont_gradient = config.loss.free_nats, config.loss.cont_gradient
         deter, stoch = rssm.deter, rssm.stoch * rssm.classes
         self.encoder, self.decoder = nn.ModuleDict(), nn.ModuleDict()
         embed = 0
@@ -148,7 +148,8 @@ class WorldModel(nn.Module):
             losses["image"] = sum(per_key[1:], per_key[0]).unflatten(0, lead)
         losses["dyn"], losses["rep"] = kl_balance(observed.post_logp, observed.prior_logp, self.free_nats)
         cont = 1 - batch["is_terminal"].flatten(0, 1).to(torch.float32)
-        cont_loss = F.binary_cross_entropy_with_logits(self.cont_logit(latent, dtype), cont, reduction="none")
+        logit = self.cont_logit(latent if self.cont_gradient else latent.detach(), dtype)
+        cont_loss = F.binary_cross_entropy_with_logits(logit, cont, reduction="none")
         losses["cont"] = cont_loss.unflatten(0, lead)
         for key, width in self.vectors.items():
             target = symlog(batch[key].to(torch.float32).reshape(-1, width))
