@@ -23,9 +23,11 @@ from .numerics import check_eps, check_shape, compute_dtype
 from .tiles import PARTIALS, as_rows, row_tile, tanh
 
 # Numbers of one gate in a tile and for each thread. Backward holds 6 accumulators and some 15 operands: 8 a
-# thread take 255 registers (2 programs a multiprocessor at D = 512), 4 a thread 128 (4 programs). D = 4,096
-# needs 8 a thread and spills 200 bytes in backward.
+# thread take 255 registers (2 programs a multiprocessor at D = 512), 4 a thread 128 (4 programs).
 TILE, THREAD = 512, 4
+# A wider row would take 8 a thread and spill: its backward pass goes over it in chunks. What 132 programs (one a
+# multiprocessor of an H100) add up, 13 MB at D = 4,096, stays in the L2 cache.
+WIDEST, CHUNK, WIDE_PARTIALS = 2048, 2048, 132
 
 
 def layer_norm_gru_reference(
@@ -90,6 +92,18 @@ def layer_norm_gru_forward(
 
 
 @triton.jit
+def _slopes(r, c, u, deter, dnext):
+    """The gradients of the gates after the norm and its affine part, and of the state before."""
+    reset = tl.sigmoid(r)
+    cand = tanh(reset * c)
+    update = tl.sigmoid(u - 1.0)
+    dinner = dnext * update * (1.0 - cand * cand)
+    dr = dinner * c * reset * (1.0 - reset)
+    du = dnext * (cand - deter) * update * (1.0 - update)
+    return dr, dinner * reset, du, dnext * (1.0 - update)
+
+
+@triton.jit
 def layer_norm_gru_backward(
     gates_ptr,
     deter_ptr,
@@ -123,17 +137,9 @@ def layer_norm_gru_backward(
         # loaded for each tile (from the L1 cache): held in registers, they would make a wide row spill
         wr, wc, wu = _load_affine(weight_ptr, column, D)
         br, bc, bu = _load_affine(bias_ptr, column, D)
-        reset = tl.sigmoid(r * wr + br)
-        zc = c * wc + bc
-        cand = tanh(reset * zc)
-        update = tl.sigmoid(u * wu + bu - 1.0)
-        ddeter = dnext * (1.0 - update)
-        tl.store(ddeter_ptr + row * D + column, ddeter.to(ddeter_ptr.dtype.element_ty), mask=inside)
         # through the nonlinearities to the normed gates ...
-        dinner = dnext * update * (1.0 - cand * cand)
-        dr = dinner * zc * reset * (1.0 - reset)
-        dc = dinner * reset
-        du = dnext * (cand - deter) * update * (1.0 - update)
+        dr, dc, du, ddeter = _slopes(r * wr + br, c * wc + bc, u * wu + bu, deter, dnext)
+        tl.store(ddeter_ptr + row * D + column, ddeter.to(ddeter_ptr.dtype.element_ty), mask=inside)
         dwr += dr * r
         dwc += dc * c
         dwu += du * u
@@ -162,6 +168,92 @@ def layer_norm_gru_backward(
     tl.store(dbias_ptr + 2 * D, tl.sum(dbu, axis=0), mask=slot < D)
 
 
+@triton.jit
+def _chunk_slopes(
+    gates_ptr, deter_ptr, weight_ptr, bias_ptr, dnext_ptr, row, column, mean, rstd, D: tl.constexpr
+):
+    """A chunk's normed gates, the gradients after the affine part, that of the state before, and the weight."""
+    inside = column < D
+    deter = tl.load(deter_ptr + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    dnext = tl.load(dnext_ptr + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    r, c, u = _load_affine(gates_ptr + row * (3 * D), column, D)
+    r, c, u = (r - mean) * rstd, (c - mean) * rstd, (u - mean) * rstd
+    wr, wc, wu = _load_affine(weight_ptr, column, D)
+    br, bc, bu = _load_affine(bias_ptr, column, D)
+    dr, dc, du, ddeter = _slopes(r * wr + br, c * wc + bc, u * wu + bu, deter, dnext)
+    return r, c, u, dr, dc, du, ddeter, wr, wc, wu
+
+
+@triton.jit
+def _add_affine(ptr, column, r, c, u, D: tl.constexpr):
+    """Adds to memory that no other program touches; the sums over a row keep this program's threads in step."""
+    inside = column < D
+    tl.store(ptr + column, tl.load(ptr + column, mask=inside, other=0.0) + r, mask=inside)
+    tl.store(ptr + D + column, tl.load(ptr + D + column, mask=inside, other=0.0) + c, mask=inside)
+    tl.store(ptr + 2 * D + column, tl.load(ptr + 2 * D + column, mask=inside, other=0.0) + u, mask=inside)
+
+
+@triton.jit
+def layer_norm_gru_wide_backward(
+    gates_ptr,
+    deter_ptr,
+    weight_ptr,
+    bias_ptr,
+    dnext_ptr,
+    dgates_ptr,
+    ddeter_ptr,
+    partial_ptr,  # (2, programs, 3D) float32 zeros: each program's share of dweight and dbias
+    rows,
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,  # columns of a chunk
+):
+    """A row at a time, in four passes over its chunks, which after the first come from the L1 cache."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    slot = tl.arange(0, BLOCK)
+    dweight_ptr = partial_ptr + program.to(tl.int64) * (3 * D)
+    dbias_ptr = dweight_ptr + programs.to(tl.int64) * (3 * D)
+    element = dgates_ptr.dtype.element_ty
+    for at in range(program, rows, programs):
+        row = tl.cast(at, tl.int64)
+        total = 0.0
+        for start in range(0, D, BLOCK):
+            r, c, u = _load_affine(gates_ptr + row * (3 * D), start + slot, D)
+            total += tl.sum(r + c + u, axis=0)
+        mean = total / (3 * D)
+        squares = 0.0
+        for start in range(0, D, BLOCK):
+            column = start + slot
+            r, c, u = _load_affine(gates_ptr + row * (3 * D), column, D)
+            r, c, u = r - mean, c - mean, u - mean
+            squares += tl.sum(tl.where(column < D, r * r + c * c + u * u, 0.0), axis=0)
+        rstd = 1.0 / tl.sqrt(squares / (3 * D) + eps)
+        plain, along = 0.0, 0.0
+        for start in range(0, D, BLOCK):
+            column = start + slot
+            r, c, u, dr, dc, du, ddeter, wr, wc, wu = _chunk_slopes(
+                gates_ptr, deter_ptr, weight_ptr, bias_ptr, dnext_ptr, row, column, mean, rstd, D
+            )
+            out = ddeter.to(ddeter_ptr.dtype.element_ty)
+            tl.store(ddeter_ptr + row * D + column, out, mask=column < D)
+            _add_affine(dweight_ptr, column, dr * r, dc * c, du * u, D)
+            _add_affine(dbias_ptr, column, dr, dc, du, D)
+            plain += tl.sum(dr * wr + dc * wc + du * wu, axis=0)
+            along += tl.sum(dr * wr * r + dc * wc * c + du * wu * u, axis=0)
+        plain /= 3 * D
+        along /= 3 * D
+        for start in range(0, D, BLOCK):
+            column = start + slot
+            r, c, u, dr, dc, du, ddeter, wr, wc, wu = _chunk_slopes(
+                gates_ptr, deter_ptr, weight_ptr, bias_ptr, dnext_ptr, row, column, mean, rstd, D
+            )
+            place = dgates_ptr + row * (3 * D) + column
+            inside = column < D
+            tl.store(place, (rstd * (dr * wr - plain - r * along)).to(element), mask=inside)
+            tl.store(place + D, (rstd * (dc * wc - plain - c * along)).to(element), mask=inside)
+            tl.store(place + 2 * D, (rstd * (du * wu - plain - u * along)).to(element), mask=inside)
+
+
 class _LayerNormGRU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gates: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -181,13 +273,21 @@ class _LayerNormGRU(torch.autograd.Function):
     def backward(ctx, dnext: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         gates, deter, weight, bias = ctx.saved_tensors
         (rows, D), tile = deter.shape, row_tile(deter.shape[1], TILE, THREAD)
-        programs = min(PARTIALS, tile.programs(rows))
+        wide = tile.block > WIDEST
+        programs = min(WIDE_PARTIALS if wide else PARTIALS, tile.programs(rows))
         dgates, ddeter = torch.empty_like(gates), torch.empty_like(deter)
-        partial = gates.new_empty((2, programs, 3 * D), dtype=torch.float32)
-        layer_norm_gru_backward[(programs,)](
-            gates, deter, weight, bias, as_rows(dnext, D), dgates, ddeter, partial, rows, ctx.eps,
-            -(-tile.programs(rows) // programs), D, tile.rows, tile.block, num_warps=tile.warps,
-        )  # fmt: skip
+        tensors = gates, deter, weight, bias, as_rows(dnext, D), dgates, ddeter
+        if wide:
+            partial = gates.new_zeros((2, programs, 3 * D), dtype=torch.float32)
+            layer_norm_gru_wide_backward[(programs,)](
+                *tensors, partial, rows, ctx.eps, D, CHUNK, num_warps=max(1, CHUNK // (32 * THREAD))
+            )
+        else:
+            partial = gates.new_empty((2, programs, 3 * D), dtype=torch.float32)
+            iterations = -(-tile.programs(rows) // programs)
+            layer_norm_gru_backward[(programs,)](
+                *tensors, partial, rows, ctx.eps, iterations, D, tile.rows, tile.block, num_warps=tile.warps
+            )
         dweight, dbias = partial.sum(dim=1).to(weight.dtype)
         return dgates.view(*dnext.shape[:-1], 3 * D), ddeter.view(dnext.shape), dweight, dbias, None
 

@@ -184,7 +184,7 @@ def cases() -> list[Case]:
     """Every op at its training shapes: B*T = 1,024 rows of the world model, 16 x 1,024 of imagination.
 
     bfloat16 activations with float32 parameters, as mixed precision has them, and float32. Sizes: small (D = U = 512,
-    depth 32), medium (D = 1,024, U = 640, depth 48), large (D = 2,048, U = 768).
+    depth 32), medium (D = 1,024, U = 640, depth 48), large (D = 2,048, U = 768), xlarge (D = 4,096).
     """
     low, full = torch.bfloat16, torch.float32
 
@@ -278,6 +278,8 @@ def cases() -> list[Case]:
         Case("layer_norm_gru", "imagine 1024x512 fp32", layer_norm_gru(1024, 512, full)),
         Case("layer_norm_gru", "medium 1024x1024 bf16", layer_norm_gru(1024, 1024, low)),
         Case("layer_norm_gru", "large 1024x2048 bf16", layer_norm_gru(1024, 2048, low)),
+        Case("layer_norm_gru", "xlarge 1024x4096 bf16", layer_norm_gru(1024, 4096, low)),
+        Case("layer_norm_gru", "xlarge 1024x4096 fp32", layer_norm_gru(1024, 4096, full)),
         Case("onehot_linear", "observe 16x32 to 512 bf16", onehot_linear(16, 512, low)),
         Case("onehot_linear", "imagine 1024x32 to 512 bf16", onehot_linear(1024, 512, low), quick=True),
         Case("onehot_linear", "imagine 1024x32 to 512 fp32", onehot_linear(1024, 512, full)),

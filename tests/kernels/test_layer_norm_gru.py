@@ -11,8 +11,8 @@ from checks import backends, check_against_fp64, random
 from hdfast_kernels import layer_norm_gru
 from hdfast_kernels.layer_norm_gru import layer_norm_gru_reference
 
-# rows and deter: one row; odd; an observe step, narrow; leading axes; none; many rows
-SHAPES = [((1,), 5), ((7,), 33), ((16,), 64), ((2, 3), 200), ((0,), 8), ((300,), 8)]
+# rows and deter: one row; odd; an observe step, narrow; leading axes; none; many rows; wide
+SHAPES = [((1,), 5), ((7,), 33), ((16,), 64), ((2, 3), 200), ((0,), 8), ((300,), 8), ((3,), 2100)]
 
 
 def inputs(rows, deter, dtype, device, scale=1.0):
@@ -51,11 +51,17 @@ def test_bfloat16_state_stays_bfloat16(backend):
 
 
 @pytest.mark.parametrize("backend", [b for b in backends("layer_norm_gru") if "triton" in b.id])
-def test_few_programs_take_many_tiles_and_repeat_bit_by_bit(backend, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("hdfast_kernels.layer_norm_gru"), "PARTIALS", 2)
+@pytest.mark.parametrize(
+    ("deter", "settings"),
+    [(8, {"PARTIALS": 2}), (40, {"WIDEST": 32, "CHUNK": 16, "WIDE_PARTIALS": 2})],
+    ids=["whole rows", "chunks"],
+)
+def test_few_programs_take_many_tiles_and_repeat_bit_by_bit(backend, deter, settings, monkeypatch):
+    for name, value in settings.items():
+        monkeypatch.setattr(importlib.import_module("hdfast_kernels.layer_norm_gru"), name, value)
     op = partial(layer_norm_gru, backend=backend.name)
     first, second = (
-        check_against_fp64(op, layer_norm_gru_reference, inputs((300,), 8, torch.float32, backend.device))
+        check_against_fp64(op, layer_norm_gru_reference, inputs((300,), deter, torch.float32, backend.device))
         for _ in range(2)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
