@@ -121,6 +121,8 @@ def run(config: Config, task: Task) -> dict[str, Any]:
         HdfastError: see `hdfast.runtime.errors`; what was learnt until then is saved.
     """
     device = resolve_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current one
     with (
         replay_errors(),
         RunDir.open(
@@ -237,7 +239,7 @@ class Session:
         self.progress.update(agent_steps=self.agent_steps, updates=self.learner.updates)
         try:
             if self.agent_steps < total:
-                self._train(total)
+                self.train(total)
             if self.evaluation is None or self.evaluated_at != self.agent_steps:
                 self._evaluate()
         except (Interrupted, NonFiniteError):
@@ -248,7 +250,8 @@ class Session:
         self.rundir.mark_finished(summary)
         return summary
 
-    def _train(self, total: int) -> None:
+    def train(self, total: int) -> None:
+        """Steps, and learns what is owed, until there are `total` agent steps. Raises: as `run`."""
         config, meter = self.config, evaluation.EpisodeMeter(self.env.num_envs)
         step = self.env.reset()
         while self.agent_steps < total:

@@ -46,14 +46,17 @@ def make_actions(continuous: bool, width: int = 3) -> ContinuousActions | Discre
 def make_learner(
     continuous: bool = False, specs=SPECS, seed: int = 0, spread: bool = True, **overrides
 ) -> Learner:
-    """A small learner. `spread` moves every parameter off its initial value, so that none is zero or one."""
-    dtype = overrides.pop("dtype", torch.float32)
-    learner = Learner(specs, make_actions(continuous), small_config(**overrides), dtype=dtype, seed=seed)
+    """A small learner, on the CPU in float32, or as `device` and `dtype` say.
+
+    `spread` moves every parameter off its initial value, so that none is zero or one.
+    """
+    where = {"dtype": overrides.pop("dtype", torch.float32), "device": overrides.pop("device", "cpu")}
+    learner = Learner(specs, make_actions(continuous), small_config(**overrides), **where, seed=seed)
     if spread:
         generator = torch.Generator().manual_seed(seed + 1)
         for module in (learner.model, learner.behavior):
             for parameter in module.parameters():
-                parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+                parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator).to(learner.device)
     return learner
 
 
@@ -83,7 +86,7 @@ def make_batch(learner: Learner, seed: int = 0) -> dict[str, Tensor]:
             batch[key] = rng.integers(256, size=(*lead, *shape), dtype=np.uint8)
         else:
             batch[key] = rng.standard_normal((*lead, *shape)).astype(np.float32)
-    return {k: torch.from_numpy(v) for k, v in batch.items()}
+    return {k: torch.from_numpy(v).to(learner.device) for k, v in batch.items()}
 
 
 def snapshot(learner: Learner) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from hdfast import loop
 from hdfast.agent import policy
 from hdfast.runtime.graphs import WARMUP
 
-_SYNCHRONISING = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero"}
+SYNCHRONISING = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero"}
 _FROM_HOST = {"lift_fresh", "lift_fresh_copy"}
 
 
@@ -42,7 +42,7 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
-        if name in _SYNCHRONISING:
+        if name in SYNCHRONISING:
             raise CaptureError(f"aten::{name} looks at a value from the host")
         if name in _FROM_HOST:
             raise CaptureError(f"aten::{name} copies a Python constant to the device")

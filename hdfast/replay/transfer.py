@@ -50,7 +50,7 @@ class RowTransfer:
             array[...] = rows[key]
         if self._cuda:
             self._device.copy_(self._host[buffer], non_blocking=True)
-            self._sent[buffer].record()
+            self._sent[buffer].record(torch.cuda.current_stream(self._device.device))
         return self._packed[buffer], self._views
 
 

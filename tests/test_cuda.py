@@ -1,0 +1,255 @@
+"""What is captured on a GPU does what runs eagerly, and the loop waits for nothing but its actions.
+
+Every test has one body for two devices: on CUDA it holds real graphs against eager calls, on the CPU the recordings
+of tests/recorder.py, so that a test is known to work before a GPU is at hand. tests/test_graphs.py plants the
+mistakes that must show; tests/kernels and tests/test_replay_ring.py test ops and sampling on both devices.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hdfast import loop
+from hdfast.agent.learner import Learner
+from hdfast.agent.policy import Policy
+from hdfast.loop import captured_update, replay_specs
+from hdfast.profile import random_row
+from hdfast.replay import Replay
+from hdfast.runtime.graphs import WARMUP
+from hdfast_kernels import dispatch
+from tests.agent_cases import make_learner, one_thread, snapshot  # noqa: F401
+from tests.loop_cases import Scripted, saved, script, tiny, train
+from tests.recorder import SYNCHRONISING, record_instead_of_capturing
+
+UPDATES = 10  # compared, after those before the capture
+# CUDA adds up some gradients in an order of its own, so that two eager runs already differ in their last bits. What
+# graphs may add to the distance of two eager runs: one stale key of the batch makes it 0.9 and more.
+TOLERANCE = 0.01
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+BACKENDS = ["reference", "triton"]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    if request.param == "cpu":
+        record_instead_of_capturing(monkeypatch)
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> str:
+    """Of every op."""
+    if request.param == "triton" and device.type == "cpu":
+        pytest.skip("Triton runs on CUDA")
+    monkeypatch.setenv("HDFAST_BACKEND", request.param)
+    return request.param
+
+
+def busy_row(env: Scripted, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A random row of environments whose episodes take five rows on average."""
+    flags = {key: rng.random(env.num_envs) < 0.2 for key in ("is_first", "is_last", "is_terminal")}
+    return random_row(env, rng) | flags
+
+
+def learn(device: torch.device, graph: bool, place: str, **options: Any) -> dict[str, Tensor]:
+    """A learner's state and metrics, on the host, after updates between which rows are added."""
+    learner = make_learner(device=device, replay={"batch": 4, "length": 8}, **options)
+    env, rng = Scripted(2), np.random.default_rng(0)
+    env.obs_specs, env.actions = learner.obs_specs, learner.actions
+    replay = Replay(replay_specs(env), num_envs=2, capacity=60, device=device, seed=1, place=place)
+    for _ in range(8):
+        replay.add(busy_row(env, rng))
+    step = captured_update(learner, replay) if graph else lambda: learner.step(replay.sample)
+    for _ in range(WARMUP + UPDATES):
+        replay.add(busy_row(env, rng))
+        replay.stage(4, 8)
+        step()
+        learner.updates += 1
+    metrics = {f"metric {k}": torch.tensor(v) for k, v in learner.metrics().items()}
+    after = {k: v.cpu() for k, v in snapshot(learner).items()}
+    after["replay.generator"] = replay.generator.get_state()
+    replay.close()
+    return after | metrics
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """How far the mean gradients of a parameter are apart, of that where it is most, as a share of themselves.
+
+    The parameters tell less: Adam goes about as far whatever the gradient.
+    """
+    means = [k for k in a if k.startswith("optimizer.") and ".mean." in k and a[k].any()]
+    return max(float((a[k] - b[k]).double().norm() / a[k].double().norm()) for k in means)
+
+
+def exact(state: dict[str, Tensor]) -> dict[str, list[int]]:
+    """What no order of summation excuses: the states of generators and every count."""
+    names = [k for k in state if not state[k].is_floating_point() or k.endswith("steps")]
+    return {k: state[k].long().flatten().tolist() for k in names}
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+@pytest.mark.parametrize(
+    "options", [{}, {"continuous": True}, {"dtype": torch.bfloat16}], ids=["discrete", "continuous", "bf16"]
+)
+def test_captured_updates_are_eager_updates(device, backend, options, place):
+    eager, again, graph = (learn(device, graph, place, **options) for graph in (False, False, True))
+    assert exact(graph) == exact(eager)
+    assert distance(eager, graph) <= 4 * distance(eager, again) + TOLERANCE
+    if device.type == "cpu":
+        assert {k for k in eager if not torch.equal(eager[k], graph[k])} == set()
+
+
+def act(device: torch.device, graph: bool, **options: Any) -> list[Tensor]:
+    """Actions, deter and generator's states of a policy whose parameters change and which is reset in between."""
+    learner = make_learner(device=device, **options)
+    policy = Policy(learner, 5, seed=3, graph=graph)
+    env, rng = Scripted(5), np.random.default_rng(0)
+    env.obs_specs, env.actions = learner.obs_specs, learner.actions
+    seen = []
+    for k in range(WARMUP + UPDATES):
+        if k == WARMUP + 4:
+            policy.reset()
+        row = busy_row(env, rng)
+        seen.append(torch.from_numpy(policy(row, row["is_first"])))
+        seen += [policy.latent.deter.cpu().clone(), policy.generator.get_state()]
+        with torch.no_grad():
+            for parameter in learner.model.parameters():
+                parameter *= 0.99
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"continuous": True}, {"dtype": torch.bfloat16}], ids=["discrete", "continuous", "bf16"]
+)
+def test_captured_acts_are_eager_acts(device, backend, options):
+    """Forward, no sum has an order of its own: bit-identical."""
+    for eager, graph in zip(act(device, False, **options), act(device, True, **options), strict=True):
+        assert torch.equal(eager, graph)
+
+
+def test_runs_with_graphs_learn_what_runs_without_learn(device, backend, monkeypatch, tmp_path):
+    """The door's own loop, on scripted environments: the same number of everything, the same draws."""
+    script(monkeypatch)
+    configs = [
+        tiny(tmp_path / name, device=str(device), train={"graph": graph}, eval={"every": 20})
+        for name, graph in (("eager", False), ("graphs", True))
+    ]
+    for config in configs:
+        train(config)
+    eager, graphs = (saved(config) for config in configs)
+    assert int(graphs.tensors["learner.updates"]) == int(eager.tensors["learner.updates"]) > 10
+    assert int(graphs.tensors["learner.skipped"]) == 0
+    for name in ("learner.generator", "replay.generator", "policy.generator"):
+        assert torch.equal(eager.tensors[name], graphs.tensors[name]), name
+    for name, tensor in graphs.tensors.items():
+        if tensor.is_floating_point():
+            assert tensor.isfinite().all(), name
+
+
+class NoLooking(TorchDispatchMode):
+    """Refuses what would make the host wait for a device, if there were one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in SYNCHRONISING, f"aten::{name} makes the host wait"
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def no_waiting(device: torch.device) -> Iterator[None]:
+    """Inside, an error is raised where the host would wait for the device, except by waiting for an event."""
+    if device.type == "cpu":
+        with NoLooking():
+            yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_a_step_of_the_loop_does_not_wait_for_the_device(device, backend, graph, monkeypatch, tmp_path):
+    """Acting, storing and learning enqueue; after the first updates, in which buffers are made and graphs captured."""
+    script(monkeypatch)
+    watched: dict[str, int] = {}
+    updates = []
+
+    def watch(owner: type, method: str) -> None:
+        inner: Callable[..., Any] = getattr(owner, method)
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if len(updates) <= WARMUP + 1:
+                return inner(self, *args, **kwargs)
+            watched[method] = watched.get(method, 0) + 1
+            with no_waiting(device):
+                return inner(self, *args, **kwargs)
+
+        monkeypatch.setattr(owner, method, call)
+
+    stage, evaluate = Replay.stage, loop.Session._evaluate
+
+    def counted(self: Replay, *shape: int) -> None:
+        updates.append(shape)
+        stage(self, *shape)
+
+    def unwatched(self: loop.Session) -> None:  # its policy is a new one, which is captured anew
+        updates.clear()
+        evaluate(self)
+
+    monkeypatch.setattr(Replay, "stage", counted)
+    # On the CPU every update is checked, which costs nothing there.
+    monkeypatch.setattr(loop.Session, "_check_finite", lambda self: None)
+    monkeypatch.setattr(loop.Session, "_evaluate", unwatched)
+    watch(Policy, "__call__")
+    watch(Replay, "add")
+    watch(loop.Session, "_learn")
+    train(tiny(tmp_path, device=str(device), train={"graph": graph}, log={"every": 1000}))
+    assert watched.keys() == {"__call__", "add", "_learn"}
+    assert min(watched.values()) > 5
+
+
+def test_a_wait_would_be_seen(device):
+    with pytest.raises((AssertionError, RuntimeError)), no_waiting(device):
+        torch.zeros(3, device=device).sum().item()
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_a_batch_that_is_not_finite_changes_nothing(device, backend, graph):
+    learner = make_learner(device=device, specs=Scripted(1).obs_specs, replay={"batch": 4, "length": 8})
+    env, rng = Scripted(1), np.random.default_rng(0)
+    replay = Replay(replay_specs(env), num_envs=1, capacity=30, device=device)
+    for _ in range(30):
+        replay.add(random_row(env, rng))
+    step = captured_update(learner, replay) if graph else lambda: learner.step(replay.sample)
+    for _ in range(WARMUP + 2):
+        step()
+    assert int(learner.skipped) == 0
+    before = snapshot(learner)
+    for _ in range(30):
+        replay.add(random_row(env, rng) | {"reward": np.full(1, np.nan, np.float32)})
+    step()
+    after = snapshot(learner)
+    assert int(after.pop("skipped")) == 1
+    assert {k for k in after if not torch.equal(after[k], before[k])} == {"generator"}
+
+
+@pytest.mark.parametrize("name", dispatch.ops())
+@pytest.mark.gpu
+def test_every_default_of_cuda_can_run(name):
+    default = dispatch.CUDA_DEFAULT.get(name, "reference")
+    assert default in dispatch.backends_available(name, torch.empty(0, device="cuda"))
+
+
+def test_the_learner_follows_its_device(device):
+    """Every tensor that an update reads or writes is on it."""
+    learner: Learner = make_learner(device=device)
+    on = {k: v.device.type for k, v in learner.state_dict().items() if k not in ("generator", "updates")}
+    assert set(on.values()) == {device.type}
