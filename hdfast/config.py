@@ -352,14 +352,17 @@ def validate(config: Config) -> Config:
         "network.mlp_units": (1, 2**16),
         "network.bins": (3, 4096),
         "behavior.horizon": (1, 1024),
-        "behavior.discount_horizon": (1, 1e9),
+        "behavior.discount_horizon": (1.001, 1e9),  # at 1 the discount would be 0
         "behavior.lam": (0, 1),
         "behavior.entropy": (0, 1e9),
         "behavior.slow_rate": (0, 1),
         "behavior.return_decay": (0, 1),
         **{f"harmony.{name}": (0, 1e9) for name in ("reward", "image", "kl")},
         **{f"loss.{f.name}": (0, 1e9) for f in dataclasses.fields(LossConfig)},
-        **{f"optimizer.{f.name}": (0, 1e9) for f in dataclasses.fields(OptimizerConfig)},
+        **{  # an eps of 0 divides by the zeros of parameters without gradient, a clip of 0 learns nothing
+            f"optimizer.{f.name}": (0 if f.name.endswith("lr") else 1e-30, 1e9)
+            for f in dataclasses.fields(OptimizerConfig)
+        },
         "eval.every": (0, 2**40),
         "eval.episodes": (1, 1_000_000),
         "eval.num_envs": (1, 4096),
@@ -376,6 +379,8 @@ def validate(config: Config) -> Config:
         if not low <= value <= high:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} {value} is out of range: right is {low:,} to {high:,}")
+    if config.harmony.mode != "off" and not config.loss.dyn + config.loss.rep:
+        raise ConfigError("--loss.dyn and --loss.rep are both 0, and harmony splits the KL by them")
     rows = config.replay.length * config.env.num_envs
     if config.replay.capacity < 2 * rows:
         raise ConfigError(
@@ -406,7 +411,24 @@ def _parse_flags(argv: Sequence[str], default: Config, prog: str) -> Config:
         # The first paragraph of the box that tyro draws, without its frame.
         lines = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()]
         text = " ".join(itertools.takewhile(bool, lines[1:])) or "the command line cannot be parsed"
-        raise ConfigError(text) from None
+        raise ConfigError(_in_our_words(text)) from None
+
+
+def _in_our_words(text: str) -> str:
+    """What tyro's parser says, as every other error is said; what it does not know stays as it is."""
+    if found := re.match(r"invalid choice '(.*)' for argument '(--\S+)'. Expected one of \((.*)\)", text):
+        value, flag, choices = found.groups()
+        named = re.findall(r"'(.*?)'", choices)
+        return f"{flag} cannot be {value!r}{suggest(value, named)}"
+    if found := re.match(r"Error parsing (--\S+): (invalid literal|could not convert).*: '(.*)'", text):
+        flag, problem, value = found.groups()
+        return f"{flag}: {value!r} is not a {'whole ' if problem == 'invalid literal' else ''}number"
+    if found := re.match(r"Missing value for argument '(--\S+)'", text):
+        return f"{found[1]} needs a value"
+    if found := re.match(r"Unrecognized options: ([^,]+)", text):
+        hint = "a value stands behind its --flag, and a switch has none: --dry-run, --no-dry-run"
+        return f"there is no argument {found[1].split()[0]!r}; {hint}"
+    return text
 
 
 def field_names(config: Any, prefix: str = "") -> list[str]:

@@ -90,7 +90,7 @@ def test_a_dry_run_of_the_main_job_has_the_parameters_of_the_authors(monkeypatch
         (["--suite", "atari10k"], "no suite 'atari10k'; did you mean 'atari100k'?"),
         (["--task", "Pnog"], "no task 'Pnog' in suite atari100k; did you mean 'Pong'?"),
         (["--rsm.deter", "3"], "there is no option --rsm.deter; did you mean '--rssm.deter'"),
-        (["--agent-steps", "many"], "Error parsing --agent-steps"),
+        (["--agent-steps", "many"], "--agent-steps: 'many' is not a whole number"),
     ],
 )
 def test_a_wrong_name_is_one_line_and_code_2(tmp_path, monkeypatch, capfd, argv, text):

@@ -149,11 +149,25 @@ def test_every_field_is_a_typed_flag(name):
         ("--log.no-tensorbord", "did you mean '--log.tensorboard'?"),
         (
             "--harmony.mode learnt",
-            "invalid choice 'learnt' for argument '--harmony.mode'. Expected one of ('learned'",
+            "--harmony.mode cannot be 'learnt'; did you mean 'learned'?",
         ),
-        ("--agent-steps 1e5", "Error parsing --agent-steps: invalid literal"),
-        ("--rssm.deter", "Missing value for argument '--rssm.deter'"),
-        ("Pong", "Unrecognized options: Pong"),
+        ("--precision fp16", "--precision cannot be 'fp16'; choose from 'auto', 'float32', 'bfloat16'"),
+        ("--agent-steps 1e5", "--agent-steps: '1e5' is not a whole number"),
+        ("--train.ratio much", "--train.ratio: 'much' is not a number"),
+        ("--rssm.deter", "--rssm.deter needs a value"),
+        ("--seed --dry-run", "--seed needs a value"),
+        (
+            "Pong",
+            "there is no argument 'Pong'; a value stands behind its --flag, and a switch has none: --dry",
+        ),
+        (
+            "--task Pong Breakout",
+            "there is no argument 'Breakout'; a value stands behind its --flag",
+        ),
+        (
+            "--dry-run=false",
+            "there is no argument 'false'; a value stands behind its --flag",
+        ),
         ("--replay.batch 0", "--replay.batch 0 is out of range: right is 1 to 1,048,576"),
         ("--train.ratio nan", "--train.ratio nan is out of range"),
         ("--optimizer.model-lr -1", "--optimizer.model-lr -1.0 is out of range"),
@@ -161,6 +175,16 @@ def test_every_field_is_a_typed_flag(name):
         ("--loss.rep inf", "--loss.rep inf is out of range"),
         ("--behavior.entropy nan", "--behavior.entropy nan is out of range"),
         ("--seed -1", "--seed -1 is out of range: right is 0 to 2,147,483,647"),
+        (
+            "--loss.dyn 0 --loss.rep 0",
+            "--loss.dyn and --loss.rep are both 0, and harmony splits the KL by them",
+        ),
+        (
+            "--behavior.discount-horizon 1",
+            "--behavior.discount-horizon 1.0 is out of range: right is 1.001 to",
+        ),
+        ("--optimizer.actor-eps 0", "--optimizer.actor-eps 0.0 is out of range: right is 1e-30 to"),
+        ("--optimizer.model-clip 0", "--optimizer.model-clip 0.0 is out of range: right is 1e-30 to"),
         (
             "--replay.capacity 100",
             "--replay.capacity 100 is too small: 1 environment(s) with windows of 64 rows need at least 128",
