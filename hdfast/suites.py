@@ -66,13 +66,18 @@ class Suite:
     def task(self, name: str) -> Task:
         """The task of that name; case, punctuation, a version behind it and a family before it do not matter.
 
-        Raises UnknownName, listing the nearest.
+        Raises UnknownName, naming the suite that has it or listing the nearest.
         """
-        known = {_key(task.name): task for task in (*self.tasks, *self.others)}
-        if (task := known.get(_key(name))) is None:
-            hint = suggest(_bare(name), (task.name for task in known.values()))
+        if (task := self._known().get(_key(name))) is None:
+            hint = suggest(_bare(name), (task.name for task in self._known().values()))
+            for suite in SUITES.values():
+                if _key(name) in suite._known():
+                    hint = f"; suite {suite.name} has it"
             raise UnknownName(f"no task {name!r} in suite {self.name}{hint}")
         return task
+
+    def _known(self) -> dict[str, Task]:
+        return {_key(task.name): task for task in (*self.tasks, *self.others)}
 
     @property
     def methods(self) -> tuple[str, ...]:

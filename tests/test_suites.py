@@ -128,6 +128,15 @@ def test_a_wrong_task_is_answered_with_the_nearest(suite, wrong, nearest):
     assert raised.value.exit_code == 2
 
 
+def test_a_task_of_another_suite_is_answered_with_that_suite():
+    with pytest.raises(
+        suites.UnknownName, match=r"^no task 'WalkerWalk' in suite atari100k; suite dmc has it$"
+    ):
+        suites.get("atari100k").task("WalkerWalk")
+    with pytest.raises(suites.UnknownName, match=r"in suite demo; suite atari100k has it$"):
+        suites.get("demo").task("pong")
+
+
 def test_a_wrong_suite_is_answered_with_the_nearest():
     with pytest.raises(suites.UnknownName, match=r"no suite 'atari'; did you mean 'atari100k'\?"):
         suites.get("atari")
