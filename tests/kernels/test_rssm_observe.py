@@ -25,7 +25,7 @@ def run(function, case: dict, seed: int = 1) -> dict[str, torch.Tensor]:
         k: torch.randn(out[k].shape, generator=generator, dtype=torch.float64)
         for k in ("deter", "stoch", "logp")
     }
-    loss = sum((out[name] * slope.to(out[name].dtype)).sum() for name, slope in slopes.items())
+    loss = sum((out[name] * slope.to(out[name])).sum() for name, slope in slopes.items())
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     return out | {f"grad {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
