@@ -242,6 +242,11 @@ class Config:
         return -(-self.agent_steps // self.env.num_envs) * self.env.num_envs
 
     @property
+    def width(self) -> int:
+        """The widest layer of the recurrent model and the heads."""
+        return max(self.rssm.deter, self.rssm.units, self.network.units)
+
+    @property
     def replay_rows(self) -> int:
         """Rows that replay is to hold: its capacity, or all of the run where that is less."""
         return min(self.replay.capacity, self.total_agent_steps)

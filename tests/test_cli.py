@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from hdfast import loop, suites, train
 from hdfast.agent.learner import Learner
@@ -82,6 +83,23 @@ def test_a_dry_run_of_the_main_job_has_the_parameters_of_the_authors(monkeypatch
     assert about["environment"]["observations"] == {"image": {"shape": [64, 64, 3], "dtype": "uint8"}}
     assert about["environment"]["action_repeat"] == 4
     assert about["memory_bytes"]["replay"] == 100_000 * (64 * 64 * 3 + 11)
+
+
+@pytest.mark.parametrize("asked", [None, "2"])
+def test_the_demo_computes_on_one_thread_unless_told_otherwise(monkeypatch, capfd, asked):
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    torch.set_num_threads(2)
+    try:
+        code, out, err = door(
+            train.main, ["--suite", "demo", "--device", "cpu", "--dry-run"], monkeypatch, capfd
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert (code, err) == (0, "")
+    assert json.loads(out)["device"]["threads"] == (2 if asked else 1)
 
 
 @pytest.mark.parametrize(

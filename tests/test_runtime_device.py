@@ -94,6 +94,26 @@ def test_a_precision_asked_for_is_given():
         device.resolve_precision("bf16", CPU)
 
 
+@pytest.mark.parametrize(
+    ("kind", "width", "asked", "threads"),
+    [
+        ("cpu", 64, None, 1),
+        ("cpu", 128, None, 1),
+        ("cpu", 129, None, 7),
+        ("cpu", 64, "7", 7),
+        ("cuda", 64, None, 7),
+    ],
+)
+def test_narrow_networks_compute_on_one_thread(monkeypatch, kind, width, asked, threads):
+    now = [7]
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: now.append(count))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    device.limit_threads(torch.device(kind), width)
+    assert now[-1] == threads
+
+
 def test_the_description_is_json_with_units(monkeypatch):
     about = json.loads(json.dumps(device.describe_device(CPU)))
     assert about["device"] == "cpu"
