@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hdfast import envs, evaluation
-from hdfast.agent.learner import Learner
+from hdfast.agent.learner import Learner, captured_update
 from hdfast.agent.open_loop import open_loop
 from hdfast.agent.policy import Policy
 from hdfast.config import Config
@@ -27,7 +27,6 @@ from hdfast.runtime.errors import (
     NonFiniteError,
     RunError,
 )
-from hdfast.runtime.graphs import CapturedStep
 from hdfast.runtime.logger import Logger
 from hdfast.runtime.profiling import annotate
 from hdfast.runtime.progress import Progress
@@ -100,16 +99,6 @@ def replay_specs(env: BatchEnv) -> dict[str, ArraySpec]:
         "is_last": flag,
         "is_terminal": flag,
     }
-
-
-def captured_update(learner: Learner, replay: Replay) -> CapturedStep:
-    """The learner's step on batches of `replay`, sampling included, as one CUDA graph.
-
-    Raises:
-        ConfigError: the learner is not on a CUDA device.
-    """
-    generators = [learner.generator] + ([replay.generator] if replay.place == "device" else [])
-    return CapturedStep(lambda: learner.step(replay.sample), device=learner.device, generators=generators)
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
@@ -187,7 +176,7 @@ class Session:
         )
         self._update: Callable[[], None] = lambda: self.learner.step(self.replay.sample)
         if config.train.graph:
-            self._update = captured_update(self.learner, self.replay)
+            self._update = captured_update(self.learner, self.replay.sample, self.replay.generators)
         self.agent_steps = 0
         self.learning_from: int | None = None  # agent steps at which the prefill was complete
         self.evaluated_at = 0

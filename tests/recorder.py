@@ -13,8 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hdfast import loop
-from hdfast.agent import policy
+from hdfast.agent import learner, policy
 from hdfast.runtime.graphs import WARMUP
 
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero"}
@@ -110,7 +109,7 @@ def record_instead_of_capturing(monkeypatch: pytest.MonkeyPatch) -> list[Recorde
         return made[-1]
 
     monkeypatch.setenv("HDFAST_BACKEND", "reference")
-    for module in (loop, policy):
+    for module in (learner, policy):
         monkeypatch.setattr(module, "CapturedStep", capture)
     return made
 

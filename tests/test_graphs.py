@@ -6,8 +6,9 @@ tests/test_cuda.py compares real graphs with the same eager calls.
 import pytest
 import torch
 
+from hdfast.agent.learner import captured_update
 from hdfast.agent.policy import Policy
-from hdfast.loop import captured_update, replay_specs
+from hdfast.loop import replay_specs
 from hdfast.replay import Replay
 from hdfast.runtime.errors import ConfigError
 from tests.agent_cases import differing, make_batch, make_learner, one_thread, snapshot  # noqa: F401
@@ -277,6 +278,6 @@ def test_a_graph_needs_cuda():
     learner = make_learner()
     replay = Replay(replay_specs(Scripted(1)), num_envs=1, capacity=10)
     with pytest.raises(ConfigError, match="CUDA"):
-        captured_update(learner, replay)
+        captured_update(learner, replay.sample, replay.generators)
     with pytest.raises(ConfigError, match="CUDA"):
         Policy(learner, 1, seed=0, graph=True)

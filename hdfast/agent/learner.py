@@ -3,7 +3,7 @@
 Axes: T time, B batch, H horizon, N = T*B starting states, S groups, A action width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from hdfast.agent.optimizer import Adam
 from hdfast.agent.world_model import ModelOutput, WorldModel
 from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
+from hdfast.runtime.graphs import CapturedStep
 
 Sampler = Callable[[int, int], dict[str, Tensor]]
 
@@ -201,3 +202,18 @@ class Learner:
         values = torch.stack([metrics[name].float() for name in self._metric_names])
         self._metric_sum += torch.where(applied, values, 0.0)
         self._metric_count += applied
+
+
+def captured_update(learner: Learner, sample: Sampler, generators: Iterable[torch.Generator]) -> CapturedStep:
+    """The learner's step on batches of `sample`, sampling included, as one CUDA graph.
+
+    Args:
+        learner: whose step.
+        sample: see `Learner.step`.
+        generators: those that `sample` draws from.
+
+    Raises:
+        ConfigError: the learner is not on a CUDA device.
+    """
+    generators = [learner.generator, *generators]
+    return CapturedStep(lambda: learner.step(sample), device=learner.device, generators=generators)

@@ -91,6 +91,11 @@ class Replay:
         """Bytes of the whole ring, whether written yet or not."""
         return sum(rows.nbytes for rows in self._storage.values())
 
+    @property
+    def generators(self) -> tuple[torch.Generator, ...]:
+        """What `sample` draws from, for a CUDA graph that holds it: none where `stage` draws, outside of the graph."""
+        return (self.generator,) if self.place == "device" else ()
+
     def describe(self) -> str:
         """One line for the start of a run: rows, bytes, place."""
         rows, where = self.num_envs * self.ring, self._rows_added.device
