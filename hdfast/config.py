@@ -287,8 +287,10 @@ def apply_overrides(config: Any, overrides: dict[str, Any], where: str = "config
         if key not in names:
             raise ConfigError(f"{where} has no field {key!r}{suggest(key, names)}")
         current = getattr(config, key)
-        nested = dataclasses.is_dataclass(current) and isinstance(value, dict)
-        changes[key] = apply_overrides(current, value, f"{where}.{key}") if nested else value
+        if dataclasses.is_dataclass(current) and isinstance(value, dict):
+            value = apply_overrides(current, value, f"{where}.{key}")
+        # 64 where a float belongs is what the flag makes of it, 64.0: config.json tells them apart
+        changes[key] = float(value) if isinstance(current, float) else value
     return dataclasses.replace(config, **changes)
 
 

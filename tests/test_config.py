@@ -248,3 +248,13 @@ def test_every_suite_has_a_config_that_can_be(name):
     config = validate(default_config(name))
     assert config.suite == name
     assert config.updates_per_step > 0
+
+
+@pytest.mark.parametrize("name", suites.SUITES)
+def test_a_suite_s_values_are_those_of_their_flags(name):
+    """A run that is resumed with one of its defaults as a flag has the same config.json, 64.0 for 64 included."""
+    config = default_config(name)
+    for field in field_names(Config()):
+        assert type(value_of(config, field)) is type(value_of(Config(), field)) or field == "task", field
+    flag = ["--suite", name, "--train.ratio", str(config.train.ratio)]
+    assert json.dumps(parse(flag).to_dict()) == json.dumps(parse(flag[:2]).to_dict())
