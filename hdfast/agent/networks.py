@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdfast_kernels import layer_norm_silu, onehot_linear
+from hdfast_kernels import image_deconv, layer_norm_silu, onehot_linear
 
 EPS = 1e-3
 _TRUNCATION_STD = 0.87962566103423978  # standard deviation of a unit normal truncated at two
@@ -203,9 +203,7 @@ class ImageDecoder(nn.Module):
             weight = kernel.to(dtype, memory_format=torch.channels_last)
             x = F.conv_transpose2d(x, weight, stride=2, padding=1)
             x = norm.silu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        weight = self.kernels[-1].to(dtype, memory_format=torch.channels_last)
-        x = F.conv_transpose2d(x, weight, (self.bias + 0.5).to(dtype), stride=2, padding=1)
-        return x.permute(0, 2, 3, 1)
+        return image_deconv(x.permute(0, 2, 3, 1), self.kernels[-1], self.bias + 0.5)
 
 
 class VectorEncoder(nn.Module):

@@ -51,6 +51,11 @@ void image_loss_forward(const void* pred, const uint8_t* image, float* loss, int
 void image_loss_backward(const float* grad, const void* pred, const uint8_t* image, void* grad_pred, int64_t rows,
                          int64_t width, bool is_bf16, int threads);
 
+// Transposed convolution, kernel 4, stride 2, padding 1: x (images, height, width, inputs), weight (inputs, channels, 4, 4)
+// -> y (images, 2 * height, 2 * width, channels), at most 4 channels.
+void image_deconv_forward(const void* x, const float* weight, const float* bias, void* y, int64_t images,
+                          int64_t height, int64_t width, int64_t inputs, int64_t channels, bool is_bf16, int threads);
+
 // KL of each row from log-probabilities (rows, width), not clipped; rows whose KL is below `free` get no gradient.
 void kl_balance_forward(const void* post, const void* prior, float* kl, int64_t rows, int64_t width, bool is_bf16,
                         int threads);
@@ -111,6 +116,7 @@ void rssm_observe_backward(const RssmObserve& p, int threads);
   X(two_hot_mean_backward) \
   X(image_loss_forward) \
   X(image_loss_backward) \
+  X(image_deconv_forward) \
   X(kl_balance_forward) \
   X(kl_balance_backward) \
   X(sample_onehot_forward) \

@@ -15,6 +15,7 @@ _HOME = {
     "adam_step": "adam",
     "gather_windows": "gather_windows",
     "harmony_loss": "harmony_loss",
+    "image_deconv": "image_deconv",
     "image_loss": "image_loss",
     "kl_balance": "kl_balance",
     "lambda_return": "lambda_return",

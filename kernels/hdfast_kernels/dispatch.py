@@ -24,6 +24,7 @@ CPU_DEFAULT: dict[str, str] = {
     "adam_step": "native",
     "gather_windows": "native",
     "harmony_loss": "native",
+    "image_deconv": "native",
     "image_loss": "native",
     "kl_balance": "native",
     "lambda_return": "native",

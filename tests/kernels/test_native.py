@@ -56,6 +56,11 @@ def image_loss(dtype, side):
     return {"pred": number(3, side, 5, 3, dtype=dtype), "image": image}
 
 
+def image_deconv(dtype, side):
+    affine = {"weight": number(9, 3, 4, 4, seed=1, scale=0.1), "bias": number(3, seed=2)}
+    return {"x": number(2, 3, side, 9, dtype=dtype), **affine}
+
+
 def kl_balance(dtype, classes):
     post, prior = (random(6, 3, classes, seed=seed, scale=2.0).log_softmax(-1) for seed in (0, 1))
     return {"post_logp": post.to(dtype).requires_grad_(), "prior_logp": prior.to(dtype).requires_grad_()}
@@ -82,8 +87,8 @@ def lambda_return(dtype, columns):
 
 
 CASES = [
-    layer_norm_silu, layer_norm_gru, two_hot_loss, two_hot_mean, image_loss, kl_balance, sample_onehot,
-    onehot_linear, lambda_return,
+    layer_norm_silu, layer_norm_gru, two_hot_loss, two_hot_mean, image_loss, image_deconv, kl_balance,
+    sample_onehot, onehot_linear, lambda_return,
 ]  # fmt: skip
 # One lane, some lanes, whole vectors of each instruction set (rows of 2 and 4 of them take a path of their own), more.
 WIDTHS = [2, 7, 8, 16, 32, 64, 130]

@@ -1,0 +1,53 @@
+"""The decoder's last layer: a transposed convolution, kernel 4, stride 2, padding 1, from many channels to few.
+
+    out[n, 2r - 1 + i, 2s - 1 + j, c] += x[n, r, s, k] * weight[k, c, i, j],  starting from bias[c]
+
+Axes: N images, H x W pixels, K channels, C channels of an image.
+
+Source: HarmonyDream's decoder (ALGORITHM §3). Convolution libraries work on blocks of 16 channels or more, of which
+an image has 3.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import dispatch
+from .image_deconv_native import CHANNELS, image_deconv_native
+from .numerics import check_shape
+
+
+def image_deconv_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The definition, in plain PyTorch; see `image_deconv`."""
+    kernel = weight.to(x.dtype, memory_format=torch.channels_last)
+    out = F.conv_transpose2d(x.permute(0, 3, 1, 2), kernel, bias.to(x.dtype), stride=2, padding=1)
+    return out.permute(0, 2, 3, 1)
+
+
+def image_deconv(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
+    """Images of twice the size, from channels-last activations.
+
+    Args:
+        x: (N, H, W, K) float32 or bfloat16.
+        weight: (K, C, 4, 4) float32.
+        bias: (C,) float32.
+        backend: "reference" or "native" (C at most 4); None lets `dispatch` choose, and takes the reference for
+            more channels.
+
+    Returns (N, 2H, 2W, C) in x's dtype, sums in float32. Differentiable in all three.
+
+    Raises ValueError on shapes that do not fit; `dispatch.BackendError` if the backend cannot run here.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"image_deconv: x has shape {tuple(x.shape)}, expected (N, H, W, K)")
+    check_shape("image_deconv", "weight", weight, (x.shape[-1], *weight.shape[1:2], 4, 4))
+    check_shape("image_deconv", "bias", bias, weight.shape[1:2])
+    if backend is None and weight.shape[1] > CHANNELS:
+        backend = "reference"
+    elif backend == "native" and weight.shape[1] > CHANNELS:
+        limit = f"native makes images of at most {CHANNELS} channels, not {weight.shape[1]}"
+        raise dispatch.BackendError(f'image_deconv: {limit}; use backend="reference"')
+    return dispatch.resolve("image_deconv", backend, x)(x, weight, bias)
+
+
+dispatch.register("image_deconv", reference=image_deconv_reference, native=image_deconv_native)

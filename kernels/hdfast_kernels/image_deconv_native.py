@@ -1,0 +1,44 @@
+"""image_deconv on the CPU (csrc/ops/image_deconv.cpp): forward; its gradients are what PyTorch is fast at."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import native
+
+CHANNELS = 4  # at most: a row of the kernel is then one or a few vectors
+
+
+class _ImageDeconv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        (images, height, width, inputs), channels = x.shape, weight.shape[1]
+        x = x.contiguous()
+        out = x.new_empty((images, 2 * height, 2 * width, channels))
+        weights, biases = native.as_float(weight), native.as_float(bias)
+        native.module().image_deconv_forward(
+            native.ptr(x), native.ptr(weights), native.ptr(biases), native.ptr(out), images, height, width,
+            inputs, channels, native.is_bf16(x), native.threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = bias.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        x, weight = ctx.saved_tensors
+        low = weight.to(x.dtype, memory_format=torch.channels_last)
+        wanted = [*ctx.needs_input_grad[:2], False]
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), low, [weight.shape[1]], [2, 2], [1, 1], [1, 1], True,
+            [0, 0], 1, wanted,
+        )  # fmt: skip
+        if grad_x is not None:
+            grad_x = grad_x.permute(0, 2, 3, 1)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_x, grad_weight, grad.sum((0, 1, 2), dtype=torch.float32).to(ctx.bias_dtype)
+
+
+image_deconv_native = _ImageDeconv.apply

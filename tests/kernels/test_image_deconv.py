@@ -1,0 +1,95 @@
+"""image_deconv: the decoder's last transposed convolution, on every backend."""
+
+from functools import partial
+
+import pytest
+import torch
+from checks import backends, check_against_fp64, random
+
+from hdfast_kernels import image_deconv
+from hdfast_kernels.dispatch import BackendError
+from hdfast_kernels.image_deconv import image_deconv_reference
+
+# images, H, W, inputs and channels: one pixel; odd; one row; one column; gray; a game's frame; wide; two; none
+SHAPES = [
+    (1, 1, 1, 3, 3),
+    (3, 5, 7, 5, 3),
+    (2, 1, 9, 8, 2),
+    (2, 6, 1, 4, 3),
+    (2, 8, 8, 16, 1),
+    (4, 32, 32, 32, 3),
+    (1, 4, 19, 33, 4),
+    (0, 8, 8, 4, 3),
+]
+
+
+def inputs(shape, dtype, device):
+    images, height, width, deep, channels = shape
+    return {
+        "x": random(images, height, width, deep).to(device, dtype).requires_grad_(),
+        "weight": random(deep, channels, 4, 4, seed=1, scale=0.1).to(device, torch.float32).requires_grad_(),
+        "bias": random(channels, seed=2).to(device, torch.float32).requires_grad_(),
+    }
+
+
+@pytest.mark.parametrize("backend", backends("image_deconv", reference=False))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_errs_no_more_than_twice_plain_pytorch(shape, dtype, backend):
+    op = partial(image_deconv, backend=backend.name)
+    check_against_fp64(op, image_deconv_reference, inputs(shape, dtype, backend.device))
+
+
+@pytest.mark.parametrize("backend", backends("image_deconv"))
+def test_literal_numbers(backend):
+    x = torch.tensor([[[[2.0], [3.0]]]], device=backend.device)  # one row of two pixels
+    weight = torch.arange(16.0, device=backend.device).reshape(1, 1, 4, 4)
+    out = image_deconv(x, weight, torch.tensor([100.0], device=x.device), backend=backend.name)
+    # Output rows 0 and 1 are rows 1 and 2 of the kernel, columns 2s - 1 + j.
+    assert out.squeeze().tolist() == [
+        [100 + 2 * 5, 100 + 2 * 6 + 3 * 4, 100 + 2 * 7 + 3 * 5, 100 + 3 * 6],
+        [100 + 2 * 9, 100 + 2 * 10 + 3 * 8, 100 + 2 * 11 + 3 * 9, 100 + 3 * 10],
+    ]
+
+
+@pytest.mark.parametrize("backend", backends("image_deconv"))
+def test_only_the_gradients_that_are_wanted(backend):
+    x, weight, bias = inputs((2, 4, 4, 8, 3), torch.float32, backend.device).values()
+    out = image_deconv(x.detach(), weight, bias.detach(), backend=backend.name)
+    out.sum().backward()
+    assert (x.grad, bias.grad) == (None, None)
+    assert weight.grad.shape == weight.shape
+
+
+@pytest.mark.parametrize("backend", backends("image_deconv", reference=False))
+def test_channels_first_activations(backend):
+    arguments = inputs((2, 5, 4, 6, 3), torch.float32, backend.device)
+    arguments["x"] = (
+        arguments["x"].detach().permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1).requires_grad_()
+    )
+    check_against_fp64(partial(image_deconv, backend=backend.name), image_deconv_reference, arguments)
+
+
+def test_gradients_of_the_reference():
+    arguments = (
+        value.detach().double().requires_grad_()
+        for value in inputs((1, 2, 3, 2, 2), torch.float32, "cpu").values()
+    )
+    assert torch.autograd.gradcheck(image_deconv_reference, tuple(arguments))
+
+
+def test_many_channels_are_left_to_pytorch():
+    x, weight, bias = inputs((1, 2, 2, 4, 5), torch.float32, "cpu").values()
+    assert torch.equal(image_deconv(x, weight, bias), image_deconv_reference(x, weight, bias))
+    with pytest.raises(BackendError, match="at most 4 channels, not 5"):
+        image_deconv(x, weight, bias, backend="native")
+
+
+def test_mistakes_are_answered():
+    x, weight, bias = inputs((1, 2, 2, 4, 3), torch.float32, "cpu").values()
+    with pytest.raises(ValueError, match=r"x has shape \(2, 2, 4\), expected \(N, H, W, K\)"):
+        image_deconv(x[0], weight, bias)
+    with pytest.raises(ValueError, match=r"weight has shape \(4, 3, 4, 4\), expected \(3, 3, 4, 4\)"):
+        image_deconv(x[..., :3], weight, bias)
+    with pytest.raises(ValueError, match=r"bias has shape \(2,\), expected \(3,\)"):
+        image_deconv(x, weight, bias[:2])
