@@ -1,8 +1,8 @@
 """Which implementation of an op runs.
 
 Every op has up to three backends: `reference` (plain PyTorch, the definition), `triton` (CUDA) and `native`
-(C++ on the CPU). A call may name one (`backend="native"`), the environment may force one
-(`HDFAST_BACKEND=reference`), and otherwise the table below decides. A backend that is asked for and cannot
+(C++ on the CPU). A call may name one (`backend="native"`), the environment may force one on every op that has
+it (`HDFAST_BACKEND=reference`), and otherwise the table below decides. A backend that is asked for and cannot
 run is an error that says how to mend it; nothing falls back silently.
 """
 
@@ -84,9 +84,12 @@ def resolve(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[...,
 
 def resolve_name(op: str, backend: str | None, tensor: torch.Tensor) -> str:
     """The name of the backend that `resolve` returns, with the same errors."""
-    wish = backend or os.environ.get("HDFAST_BACKEND") or None
     if op not in _ops:
         raise BackendError(f"{op}: there is no such op; the ops are {', '.join(ops())}")
+    forced = os.environ.get("HDFAST_BACKEND") or None
+    if forced in BACKENDS and forced not in _ops[op].implementations:
+        forced = None
+    wish = backend or forced
     if wish is None:
         wish = _default(op, tensor)
         origin = "the default backend "

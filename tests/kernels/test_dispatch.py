@@ -52,6 +52,20 @@ def test_the_environment_goes_before_the_table_and_the_caller_before_both(toy, m
     assert dispatch.resolve_name(toy, None, CPU) == "native"
 
 
+def test_the_environment_leaves_an_op_that_has_no_such_backend_to_the_table(toy, monkeypatch):
+    """HDFAST_BACKEND=triton is for whole runs, and some of their ops need no kernel of their own."""
+    dispatch.register("plain", reference=lambda: "reference", native=lambda: "native")
+    monkeypatch.setattr(dispatch, "triton_interpreted", lambda: True)
+    monkeypatch.setenv("HDFAST_BACKEND", "triton")
+    assert dispatch.resolve_name("toy", None, CPU) == "triton"
+    assert dispatch.resolve_name("plain", None, CPU) == "reference"
+    with pytest.raises(BackendError, match="plain has no triton implementation; it has reference, native"):
+        dispatch.resolve_name("plain", "triton", CPU)
+    monkeypatch.setenv("HDFAST_BACKEND", "tritn")
+    with pytest.raises(BackendError, match="HDFAST_BACKEND=tritn cannot run: there is no such backend"):
+        dispatch.resolve_name("plain", None, CPU)
+
+
 def test_a_wish_that_cannot_be_met_is_an_error_and_not_another_backend(toy, monkeypatch):
     cases = [
         ("numpy", CPU, "toy: backend=numpy cannot run: there is no such backend; choose one of reference"),
