@@ -1,101 +1,160 @@
-"""What benchmarks share: the machine's own peak, a comparison that interleaves, and a table of ratios at the end."""
+"""What benchmarks share: a comparison whose rounds interleave, and the tables of what was compared at the end."""
 
 import statistics
-import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from hdfast_kernels import dispatch, native
+from bench import table
+from bench.machine import copy_gb_per_second, gemm_gflop_per_second, keep_memory, seconds, synchronised
+from hdfast.runtime.device import resolve_device
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SECONDS = 0.25  # about as long as one implementation of one case is timed
-
-
-def synchronised(function: Callable[[], Any]) -> Callable[[], None]:
-    """`function`, to the end of what it starts on the device."""
-
-    def run() -> None:
-        function()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    return run
-
-
-def seconds(function: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+DEVICE = resolve_device("auto")
+SECONDS = 0.25  # about as long as one implementation of one case is timed, where no number of rounds is given
+NOISE = 1.1  # a difference below this is not told
+HEAD = [
+    "group",
+    "",
+    "implementation",
+    "median ms",
+    "beside ms",
+    "x",
+    "GFLOP",
+    "GFLOP/s",
+    "GB/s",
+    "of peak",
+    "per s",
+]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def memory_as_in_training() -> None:
     """A run makes the same tensors over and over: no implementation is to pay for new pages in every round."""
-    if DEVICE.type == "cpu" and dispatch.native_built():
-        native.keep_freed_memory()
-
-
-@pytest.fixture(scope="session")
-def peak_gb_per_second(memory_as_in_training) -> float:
-    """What a copy reaches here, reads and writes, of more than the caches hold."""
-    source = torch.ones(256 << 20, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    copy = synchronised(lambda: target.copy_(source))
-    copy()
-    return 2 * source.nbytes / min(seconds(copy) for _ in range(10)) / 1e9
+    keep_memory(DEVICE)
 
 
 @pytest.fixture
-def compare(benchmark, peak_gb_per_second) -> Callable[..., None]:
-    """compare(run, eager, nbytes, **info): times `run`, and `eager` between its rounds, so that both see one machine.
+def compare(benchmark) -> Callable[..., None]:
+    """Times a function between rounds of what it is compared with, so that both see one machine; see `timed`."""
 
-    `nbytes` is what has to move at the least; the achieved rate and its share of the peak are told from it.
-    """
+    def timed(
+        run: Callable[[], Any],
+        beside: Callable[[], Any] | None = None,
+        *,
+        implementation: str,
+        against: str = "",
+        default: bool = False,
+        nbytes: int | None = None,
+        gflop: float | None = None,
+        dtype: torch.dtype = torch.float32,
+        count: int | None = None,
+        rounds: int | None = None,
+        warmups: int = 1,
+        **info: Any,
+    ) -> None:
+        """Times `run`, and before each of its rounds `beside`, to the end of what they start on the device.
 
-    def timed(run: Callable[[], Any], eager: Callable[[], Any] | None, nbytes: int, **info: Any) -> None:
-        run = synchronised(run)
-        run()
-        rounds = min(100, max(7, int(SECONDS / seconds(run))))
-        beside: list[float] = []
-        if eager is not None:
-            eager = synchronised(eager)
-            eager()
+        implementation, against: what `run` and `beside` are called.
+        default: `run` is what runs where nothing is asked for.
+        nbytes: what has to move at the least; its rate is told, and the rate's share of that of a large copy.
+        gflop, dtype: GFLOP of the matrix work; its rate is told, and the rate's share of that of a large product.
+        count: what `run` gets done, told per second.
+        rounds: by default as many as take about SECONDS, between 7 and 100.
+        """
+        run = synchronised(run, DEVICE)
+        beside = beside and synchronised(beside, DEVICE)
+        for _ in range(warmups):
+            run()
+            if beside:
+                beside()
+        besides: list[float] = []
 
         def before() -> None:
-            if eager is not None:
-                beside.append(seconds(eager))
+            if beside:
+                besides.append(seconds(beside))
 
+        rounds = rounds or min(100, max(7, int(SECONDS / seconds(run))))
         benchmark.pedantic(run, setup=before, rounds=rounds, iterations=1)
         median = benchmark.stats.stats.median
-        rate = nbytes / median / 1e9
-        benchmark.extra_info |= {
-            **info,
+        info |= {
+            "implementation": implementation,
+            "default": default,
+            "against": against,
             "device": str(DEVICE),
             "threads": torch.get_num_threads(),
-            "bytes": nbytes,
-            "gb_per_second": rate,
-            "share_of_peak": rate / peak_gb_per_second,
-            "times_eager": statistics.median(beside) / median if beside else 1.0,
         }
+        if beside:
+            info["beside_ms"] = statistics.median(besides) * 1e3
+            info["times_beside"] = statistics.median(besides) / median
+        if nbytes:
+            rate = nbytes / median / 1e9
+            share = rate / copy_gb_per_second(DEVICE)
+            info |= {"bytes": nbytes, "gb_per_second": rate, "share_of_peak": share}
+        if gflop:
+            rate = gflop / median
+            share = rate / gemm_gflop_per_second(DEVICE, dtype)
+            info |= {"gflop": gflop, "gflop_per_second": rate, "share_of_peak": share}
+        if count:
+            info["per_second"] = count / median
+        benchmark.extra_info |= info
 
     return timed
 
 
+def row(bench: Any) -> list[str]:
+    info = bench.extra_info
+    share = info.get("share_of_peak")
+    times = info.get("times_beside")
+    return [
+        bench.group,
+        "*" if info["default"] else "",
+        info["implementation"],
+        table.number(bench.stats.median * 1e3, 4),
+        table.number(info.get("beside_ms"), 4),
+        "" if times is None else f"{times:.2f}",
+        *(table.number(info.get(key)) for key in ("gflop", "gflop_per_second", "gb_per_second")),
+        "" if share is None else f"{share:.0%}",
+        table.number(info.get("per_second")),
+    ]
+
+
+def not_the_fastest(rows: list[Any]) -> list[str]:
+    """A line for every op at which something else that dispatch could choose, or eager PyTorch, is faster here."""
+    groups = defaultdict(list)
+    for bench in rows:
+        if bench.extra_info["implementation"] != "compile":
+            groups[bench.group].append(bench.extra_info)
+    lines = []
+    for group, infos in groups.items():
+        best = max(infos, key=lambda info: info.get("times_beside", 1.0))
+        for info in infos:
+            times, most = (one.get("times_beside", 1.0) for one in (info, best))
+            if info["default"] and most > NOISE * times:
+                lines.append(
+                    f"{group}: {info['implementation']} runs, {best['implementation']} is {most / times:.2f} x it"
+                )
+    return lines
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """One line per benchmark that compares: the median, how many times faster than eager, and the rate."""
+    """For everything that was compared with one thing a table: times, how many times faster, rates, shares of peaks."""
     session = getattr(config, "_benchmarksession", None)
-    rows = [bench for bench in session.benchmarks if "times_eager" in bench.extra_info] if session else []
-    if not rows:
-        return
-    terminalreporter.section("beside eager PyTorch, interleaved")
-    head = f"{'group':40s} {'implementation':14s} {'median ms':>10s} {'x eager':>8s} {'GB/s':>8s} {'of peak':>8s}"
-    terminalreporter.write_line(head)
-    for bench in sorted(rows, key=lambda bench: (bench.group, bench.extra_info["times_eager"])):
-        info = bench.extra_info
-        terminalreporter.write_line(
-            f"{bench.group:40s} {info['implementation']:14s} {bench.stats.median * 1e3:10.3f} "
-            f"{info['times_eager']:8.2f} {info['gb_per_second']:8.1f} {info['share_of_peak']:8.0%}"
-        )
+    sections = defaultdict(list)
+    for bench in session.benchmarks if session else []:
+        if "against" in bench.extra_info:
+            sections[bench.extra_info["against"]].append(bench)
+    for against, rows in sections.items():
+        title = f"beside {against}, interleaved; * runs by default" if against else "alone"
+        terminalreporter.section(title)
+        rows.sort(key=lambda bench: (bench.group, bench.extra_info.get("times_beside", 1.0)))
+        for line in table.aligned(*table.filled(HEAD, [row(bench) for bench in rows]), texts=3):
+            terminalreporter.write_line(line)
+        if against == "eager":
+            lines = not_the_fastest(rows)
+            terminalreporter.write_line("")
+            terminalreporter.write_line(
+                "what runs by default is the fastest everywhere" if not lines else "\n".join(lines)
+            )

@@ -1,4 +1,4 @@
-"""Every op at the shapes of training, forward and backward, beside eager PyTorch in the same round.
+"""Every op at the shapes of training, forward and backward, beside eager PyTorch in the same rounds.
 
 `eager` is what one would write without the op, in the dtype of the activations; `reference`, `native` and `triton`
 are the op's backends; `compile` is torch.compile of eager, for a few. Groups are op, role and dtype: `observe` is
@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE
 from torch import Tensor
 
 import hdfast_kernels as hk
-from hdfast_kernels import backends_available
+from bench.agent import backend
+from bench.conftest import DEVICE
+from hdfast_kernels import backends_available, dispatch
 
 OBSERVE, IMAGINE = 16 * 64, 1024 * 16
 D = U = 512
@@ -216,6 +217,25 @@ def least_bytes(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> int
     return moved + sum(x.nbytes for x in (*inputs, *outputs) if x.requires_grad)
 
 
+def by_default(op: str, dtype: torch.dtype) -> str:
+    """The backend that runs where none is asked for."""
+    with backend(None):
+        return dispatch.resolve_name(op, None, torch.empty(0, device=DEVICE, dtype=dtype))
+
+
+def beside_eager(compare, run, eager, nbytes, *, name: str, op: str, dtype: torch.dtype, **info) -> None:
+    compare(
+        run,
+        None if name == "eager" else eager,
+        implementation=name,
+        against="eager",
+        default=name == by_default(op, dtype),
+        nbytes=nbytes,
+        op=op,
+        **info,
+    )
+
+
 def implementations() -> list[Any]:
     """op, role, dtype, implementation: all that runs on this machine, eager first."""
     made = []
@@ -246,7 +266,7 @@ def test_op(compare, case, dtype, name):
     else:
         run = both_directions(partial(case.function, backend=name), inputs)
     nbytes = least_bytes(partial(case.function, backend="reference"), inputs)
-    compare(run, None if name == "eager" else eager, nbytes, implementation=name, op=case.op, role=case.role)
+    beside_eager(compare, run, eager, nbytes, name=name, op=case.op, dtype=dtype, role=case.role)
 
 
 GATHER = ["eager", *backends_available("gather_windows", torch.empty(0, device=DEVICE))]
@@ -267,9 +287,8 @@ def test_gather_windows(compare, name):
         if name == "eager"
         else lambda: hk.gather_windows(storage, starts, 64, len(storage), backend=name)
     )
-    compare(
-        run, None if name == "eager" else eager, 2 * eager().nbytes, implementation=name, op="gather_windows"
-    )
+    nbytes = 2 * eager().nbytes
+    beside_eager(compare, run, eager, nbytes, name=name, op="gather_windows", dtype=torch.uint8)
 
 
 ADAM = ["eager", "fused", *backends_available("adam_step", torch.empty(0, device=DEVICE))]
@@ -304,4 +323,4 @@ def test_adam_step(compare, name):
         values = [param.detach() for param in params]
         run = partial(hk.adam_step, values, grads, *zeros, step, 1e-4, max_norm=1000.0, backend=name)
     nbytes = 8 * sum(param.nbytes for param in params)  # gradients twice, three tensors read and written
-    compare(run, None if name == "eager" else eager, nbytes, implementation=name, op="adam_step")
+    beside_eager(compare, run, eager, nbytes, name=name, op="adam_step", dtype=torch.float32)

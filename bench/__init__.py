@@ -1,0 +1,1 @@
+"""How fast hdfast is: `pytest bench/ --benchmark-only`, `python -m bench.costs`, `python -m bench.peers`."""

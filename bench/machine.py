@@ -1,0 +1,82 @@
+"""What this machine reaches at its best, measured: the rates that benchmarks are a share of."""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from hdfast_kernels import dispatch, native
+
+TRIES = 10  # the best of them counts
+THREADS = torch.get_num_threads()  # before a narrow model limits them: peaks are those of the machine
+
+
+def synchronised(function: Callable[[], Any], device: torch.device) -> Callable[[], None]:
+    """`function`, to the end of what it starts on the device."""
+
+    def run() -> None:
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return run
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def keep_memory(device: torch.device) -> None:
+    """Makes the same tensors over and over without new pages in every round, as CUDA's allocator does."""
+    if device.type == "cpu" and dispatch.native_built():
+        native.keep_freed_memory()
+
+
+@contextlib.contextmanager
+def all_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@functools.cache
+@all_threads()
+def copy_gb_per_second(device: torch.device) -> float:
+    """What a copy of more than the caches hold moves, reads and writes together; measured once in a process."""
+    source = torch.ones(256 << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = synchronised(lambda: target.copy_(source), device)
+    copy()
+    return 2 * source.nbytes / min(seconds(copy) for _ in range(TRIES)) / 1e9
+
+
+@functools.cache
+@all_threads()
+def gemm_gflop_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """What a product of two large square matrices reaches; a multiplication and an addition count as two.
+
+    The better of a matrix product and a 1x1 convolution of the same size: on a CPU they go to different libraries.
+    Measured once in a process.
+    """
+    n = 2048 if device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    image = a.T.reshape(1, n, n // 32, 32).contiguous(
+        memory_format=torch.channels_last
+    )  # n pixels of n channels
+    kernel = b.T.reshape(n, n, 1, 1).contiguous()
+    best = float("inf")
+    for product in (lambda: a @ b, lambda: F.conv2d(image, kernel)):
+        run = synchronised(product, device)
+        run()
+        best = min(best, *(seconds(run) for _ in range(TRIES)))
+    return 2 * n**3 / best / 1e9

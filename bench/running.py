@@ -1,0 +1,53 @@
+"""A run of the real loop that goes on by as many agent steps as one asks for: act, store, learn, log."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from bench.agent import backend
+from hdfast import suites
+from hdfast.config import Config, apply_overrides, default_config, validate
+from hdfast.loop import Session
+from hdfast.runtime.device import resolve_device
+from hdfast.runtime.rundir import RunDir
+from hdfast.runtime.signals import StopRequest
+
+# Left out, because a run spends its time on them seldom: evaluation, videos, checkpoints.
+SELDOM = {
+    "eval": {"every": 0},
+    "log": {"video_every": 0, "tensorboard": False},
+    "checkpoint": {"seconds": 1e9},
+}
+
+
+def config_of(suite: str, task: str, logdir: Path, prefill: int) -> Config:
+    """The suite's own configuration, but for what a run does seldom and for how much is collected before learning."""
+    config = apply_overrides(default_config(suite), {**SELDOM, "train": {"prefill": prefill}})
+    return validate(apply_overrides(config, {"task": task, "logdir": logdir}))
+
+
+@contextlib.contextmanager
+def sessions(configs: Sequence[tuple[Config, str | None]]) -> Iterator[list[Callable[[int], None]]]:
+    """For every configuration and backend (None: what runs by default) a new run, as a function of agent steps.
+
+    Raises: HdfastError, as a run of the configuration would.
+    """
+
+    def going(session: Session, name: str | None) -> Callable[[int], None]:
+        def go(agent_steps: int) -> None:
+            with backend(name):
+                session.train(session.agent_steps + agent_steps)
+
+        return go
+
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        functions = []
+        for config, name in configs:
+            suite = suites.get(config.suite)
+            rundir = stack.enter_context(
+                RunDir.open(config.logdir, config.suite, config.task, config.seed, config.to_dict())
+            )
+            session = Session(config, suite, suite.task(config.task), rundir, resolve_device("auto"), stop)
+            functions.append(going(stack.enter_context(session), name))
+        yield functions

@@ -1,0 +1,158 @@
+"""What bench/ measures with: work that is counted, functions that are compared, tables, and what it needs to run."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import machine, table
+from bench.agent import PARTS, Bench, backend, config_of, gflop
+from hdfast.config import apply_overrides
+from hdfast.runtime.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+NARROW = {
+    "rssm": {"deter": 16, "units": 16, "stoch": 4, "classes": 4},
+    "network": {"units": 16, "layers": 1, "depth": 4, "bins": 15},
+}
+
+
+def narrow(batch: int = 2, length: int = 4, horizon: int = 3):
+    return apply_overrides(config_of("tiny", batch=batch, length=length, horizon=horizon), NARROW)
+
+
+def pytest_of_bench(*arguments: str, cwd: Path = ROOT, **environment: str) -> str:
+    command = [sys.executable, "-m", "pytest", str(ROOT / "bench"), "-p", "no:cacheprovider", *arguments]
+    path = os.pathsep.join([*environment.pop("first", "").split(), *filter(None, sys.path)])
+    result = subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_gflop_of_an_act_by_hand():
+    """Encoder, prior of the initial state, recurrent step, posterior, actor; one-hot latents are gathered rows."""
+    layers = [(64, 4 * 4 * 3, 4), (32, 4 * 4 * 4, 8), (16, 4 * 4 * 8, 16), (8, 4 * 4 * 16, 32)]
+    encoder = sum((side // 2) ** 2 * inputs * outputs for side, inputs, outputs in layers)
+    embed, units, deter, logits = 4 * 4 * 32, 16, 16, 4 * 4
+    initial = deter * units + units * logits
+    step = units * 3 * deter + deter * 3 * deter + (deter + embed) * units + units * logits
+    actor = deter * units + units * 6
+    assert gflop(narrow(), "act", CPU) * 1e9 == 2 * (encoder + initial + step + actor)
+
+
+@pytest.mark.parametrize("part", PARTS[:3])
+def test_gflop_grows_with_the_batch_alone(part):
+    """Counted at one window: the same as when all are counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = narrow(batch=3)
+    with backend("reference"):
+        run = getattr(Bench(config, CPU, torch.float32), part)()
+        with FlopCounterMode(display=False) as counter:
+            run()
+    assert gflop(config, part, CPU) == pytest.approx(counter.get_total_flops() / 1e9, rel=1e-3)
+
+
+def test_gflop_of_an_update_is_more_than_that_of_its_parts():
+    config = narrow()
+    update, observe, imagine, act = (gflop(config, part, CPU) for part in PARTS)
+    assert update > observe + imagine > observe > 0
+    assert imagine > 0 < act
+    with pytest.raises(ValueError, match="no part 'replay'"):
+        gflop(config, "replay", CPU)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_run_and_an_update_changes_the_parameters(part):
+    bench = Bench(narrow(), CPU, torch.float32)
+    before = [parameter.clone() for parameter in bench.learner.model.parameters()]
+    getattr(bench, part)()()
+    changed = any(
+        not torch.equal(a, b) for a, b in zip(before, bench.learner.model.parameters(), strict=True)
+    )
+    assert changed == (part == "update")
+    assert bench.learner.updates == (part == "update")
+
+
+def test_a_graph_needs_cuda():
+    with pytest.raises(ConfigError, match="CUDA graph"):
+        Bench(narrow(), CPU, torch.float32).graph()
+
+
+def test_backend_is_set_inside_and_restored(monkeypatch):
+    monkeypatch.setenv("HDFAST_BACKEND", "native")
+    with backend("reference"):
+        assert os.environ["HDFAST_BACKEND"] == "reference"
+    with backend(None):
+        assert "HDFAST_BACKEND" not in os.environ
+    assert os.environ["HDFAST_BACKEND"] == "native"
+
+
+def test_peaks_are_those_of_all_threads_and_measured_once(monkeypatch):
+    seen = []
+    monkeypatch.setattr(machine, "seconds", lambda function: seen.append(torch.get_num_threads()) or 1.0)
+    monkeypatch.setattr(machine, "THREADS", 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        machine.gemm_gflop_per_second.cache_clear()
+        assert machine.gemm_gflop_per_second(CPU, torch.float32) == pytest.approx(2 * 2048**3 / 1e9)
+        machine.gemm_gflop_per_second(CPU, torch.float32)
+        assert seen == [2] * (2 * machine.TRIES)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+        machine.gemm_gflop_per_second.cache_clear()
+
+
+def test_tables():
+    assert [table.number(x) for x in (0.012345, 1.2345, 123.45, 12345.6, None)] == [
+        "0.012", "1.23", "123", "12,346", ""
+    ]  # fmt: skip
+    head, rows = table.filled(["name", "empty", "ms"], [["a", "", "1.5"], ["long", "", ""]])
+    assert table.aligned(head, rows) == ["name   ms", "a     1.5", "long"]
+    assert table.markdown(head, rows).splitlines()[1:] == ["| --- | ---: |", "| a | 1.5 |", "| long |  |"]
+
+
+def test_a_selection_by_part_and_size_selects_just_that():
+    listed = pytest_of_bench("--benchmark-only", "--collect-only", "-q", "-k", "update and small")
+    names = re.findall(r"^bench/.*::(\S+)$", listed, re.MULTILINE)
+    assert len(names) >= 2
+    assert all(name.startswith("test_update[small-") for name in names)
+
+
+BARE = """
+from functools import partial
+from importlib.machinery import PathFinder
+
+GONE = {"envpool", "ale_py", "rich", "tyro", "safetensors", "tensorboard", "PIL", "ray"}
+
+def find_spec(find, name, *rest):
+    return None if name.partition(".")[0] in GONE else find(name, *rest)
+
+PathFinder.find_spec = partial(find_spec, PathFinder.find_spec)
+"""
+
+
+def test_what_needs_more_packages_is_skipped_with_the_reason(tmp_path):
+    """With torch, triton and pytest alone the rest runs."""
+    (tmp_path / "sitecustomize.py").write_text(BARE)
+    said = pytest_of_bench(
+        "--benchmark-only", "-q", "-k", "environments or loop or (append and 1-memory)", first=str(tmp_path)
+    )
+    assert re.search(r"1 passed, 7 skipped", said), said
+    assert re.search(r"SKIPPED.*envpool", said)
+    assert re.search(r"SKIPPED.*a run needs more packages", said)
+    assert re.search(r"replay append 1 +\* +memory", said)
