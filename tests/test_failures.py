@@ -15,6 +15,7 @@ from hdfast.agent.learner import Learner
 from hdfast.agent.world_model import WorldModel
 from hdfast.envs import base
 from hdfast.runtime import checkpoint
+from hdfast_kernels import dispatch
 from tests import loop_cases
 from tests.loop_cases import (
     differing,
@@ -266,6 +267,29 @@ def test_a_library_that_does_not_load(tmp_path, monkeypatch, capfd):
     assert code == 6
     assert "envpool does not load: libEGL.so.1: cannot open shared object file" in one_line(err)
     assert base.installed("envpool")
+
+
+@pytest.mark.parametrize(
+    ("forced", "built", "code", "text"),
+    [
+        ("triton", True, 2, "HDFAST_BACKEND=triton cannot run: the tensor is on cpu; move it to a GPU"),
+        ("trtion", True, 2, "HDFAST_BACKEND=trtion cannot run: there is no such backend"),
+        (
+            "",
+            False,
+            6,
+            "the default backend native cannot run: the C++ module hdfast_kernels._native is not built",
+        ),
+    ],
+)
+def test_a_backend_that_cannot_run_is_told_before_the_first_step(
+    tmp_path, monkeypatch, capfd, forced, built, code, text
+):
+    monkeypatch.setenv("HDFAST_BACKEND", forced)
+    monkeypatch.setattr(dispatch, "native_built", lambda: built)
+    got, out, err = door(train.main, [*flags(), "--logdir", str(tmp_path)], monkeypatch, capfd)
+    assert (got, out) == (code, "")
+    assert text in one_line(err)
 
 
 def test_what_is_not_there(tmp_path, monkeypatch, capfd):

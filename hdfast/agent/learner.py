@@ -3,6 +3,7 @@
 Axes: T time, B batch, H horizon, N = T*B starting states, S groups, A action width.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -14,9 +15,26 @@ from hdfast.agent.optimizer import Adam
 from hdfast.agent.world_model import ModelOutput, WorldModel
 from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
+from hdfast.runtime.errors import ConfigError, MissingLibraryError
 from hdfast.runtime.graphs import CapturedStep
+from hdfast_kernels import BackendError, dispatch
 
 Sampler = Callable[[int, int], dict[str, Tensor]]
+
+
+def check_backends(device: torch.device) -> None:
+    """Tells before the first step of a run, not at its first update, that an op cannot run on `device`.
+
+    Raises:
+        ConfigError: HDFAST_BACKEND names a backend that cannot.
+        MissingLibraryError: the default backend is not built or not installed.
+    """
+    for op in dispatch.ops():
+        try:
+            dispatch.resolve_name(op, None, torch.empty(0, device=device))
+        except BackendError as error:
+            kind = ConfigError if os.environ.get("HDFAST_BACKEND") else MissingLibraryError
+            raise kind(str(error)) from error
 
 
 class Learner:
@@ -28,6 +46,8 @@ class Learner:
         device: where everything lives.
         dtype: type of the matrix work, float32 or bfloat16; parameters and losses stay float32.
         seed: initial parameters and all draws of learning follow from it.
+
+    Raises: ConfigError, MissingLibraryError where an op cannot run on the device; see `check_backends`.
     """
 
     def __init__(
@@ -43,6 +63,7 @@ class Learner:
         self.config, self.actions, self.dtype = config, actions, dtype
         self.obs_specs = dict(obs_specs)
         self.device = torch.device(device)
+        check_backends(self.device)
         with torch.random.fork_rng(devices=[]):  # parameters are drawn on the host: the same on every device
             torch.manual_seed(seed)
             self.model = WorldModel(obs_specs, actions, config)
