@@ -44,8 +44,6 @@ def test_piped_lines_are_plain_and_come_at_intervals():
         " harmony=reward:1.00,image:0.50,kl:1.34 left=2:45:40",
         "[Pong seed 0] agent_steps=900/100000 done=0.9% frames/s=40.0 updates/s=5.00 score=-20.0 eval=-18.8"
         " harmony=reward:1.00,image:0.50,kl:1.34 left=2:45:10",
-        "[Pong seed 0] agent_steps=900/100000 done=0.9% frames/s=40.0 updates/s=5.00 score=-20.0 eval=-18.8"
-        " harmony=reward:1.00,image:0.50,kl:1.34 left=2:45:10",
     ]
 
 
@@ -75,6 +73,17 @@ def test_rates_are_those_of_the_last_minute_and_do_not_count_what_a_resumed_run_
     assert progress.updates_per_second == pytest.approx(3)
     assert progress.seconds_left == pytest.approx((10_000 - steps) / 2)
     assert WINDOW_SECONDS == 60
+
+
+def test_the_last_line_is_not_said_twice():
+    progress, _, stream = piped()
+    with progress:
+        progress.update(agent_steps=1, phase="evaluate")
+        progress.update(phase="")
+    assert len(stream.getvalue().splitlines()) == 2
+    with progress:
+        progress.update(score=1.0)  # too soon to be drawn, but what the run ends with
+    assert stream.getvalue().splitlines()[2].endswith("score=1.00")
 
 
 def test_a_run_that_stands_still_has_no_known_end():

@@ -51,6 +51,7 @@ class Progress:
         self._clock = clock
         self._every_seconds = live_seconds if self._live else plain_seconds
         self._next_seconds = -math.inf
+        self._said = ""  # the last plain line
         self._samples: deque[tuple[float, int, int]] = deque()  # (seconds, agent steps, updates)
 
     def update(
@@ -95,7 +96,8 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._draw(self._clock())
+        if self._live or self.plain_line() != self._said:
+            self._draw(self._clock())
         if self._live:
             self._live.stop()
 
@@ -163,7 +165,8 @@ class Progress:
         if self._live:
             self._live.refresh()
         else:
-            self.message(self.plain_line())
+            self._said = self.plain_line()
+            self.message(self._said)
             self._console.file.flush()
 
     def _sample(self, now: float) -> None:
