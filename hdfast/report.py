@@ -108,6 +108,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
     suite = suites.get(args.suite)
+    if not args.logdir.is_dir():
+        raise errors.ConfigError(f"there is no folder {args.logdir}", where="--logdir")
     rows = collect(args.logdir, suite)
     if args.json:
         sys.stdout.write(as_json(suite, rows) + "\n")

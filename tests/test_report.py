@@ -104,6 +104,9 @@ def test_the_door(tmp_path, monkeypatch, capfd):
     code, out, err = door(report.main, ["--suite", "atari"], monkeypatch, capfd)
     assert (code, out) == (2, "")
     assert err == "error: no suite 'atari'; did you mean 'atari100k'?\n"
+    missing = tmp_path / "rnus"
+    code, out, err = door(report.main, ["--logdir", str(missing)], monkeypatch, capfd)
+    assert (code, out, err) == (2, "", f"error: --logdir: there is no folder {missing}\n")
     code, out, err = door(report.main, ["--jsn"], monkeypatch, capfd)
     assert (code, out, err) == (2, "", "error: there is no option --jsn; did you mean '--json'?\n")
 
