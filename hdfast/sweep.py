@@ -207,9 +207,11 @@ def _run_remotely(command: Sequence[str], log: str, folder: str) -> int:
 
 
 def _last_line(log: Path) -> str:
-    """What a failed run said at its end."""
+    """What a failed run said at its end: its error without the details below it, else its last line."""
     lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    lines = lines[max((i for i, line in enumerate(lines) if line.startswith("$ ")), default=0) :]
+    said = [line.strip() for line in lines if line.strip()]
+    return next((line for line in reversed(said) if line.startswith("error: ")), said[-1] if said else "")
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -230,6 +232,10 @@ def main() -> None:
     parser.add_argument("--devices", nargs="+", default=(), help="devices that the runs take in turn")
     parser.add_argument("--ray", metavar="ADDRESS", help="run as tasks of this ray cluster")
     own, flags = _split(sys.argv[1:])
+    of_train = {f"--{name.replace('_', '-')}" for name in config.field_names(config.Config())}
+    for flag in (arg.partition("=")[0] for arg in own):
+        if flag not in OWN_FLAGS and flag.replace("_", "-").replace(".no-", ".") in of_train:
+            raise ConfigError(f"{flag} is a flag of hdfast.train", hint="put it behind --")
     args = parser.parse_args(own)
     if given := [flag for flag in flags if flag.partition("=")[0] in OWN_FLAGS]:
         raise ConfigError(f"{given[0]} cannot stand behind --", hint="see python -m hdfast.sweep --help")

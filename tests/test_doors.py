@@ -289,6 +289,10 @@ def test_the_door_of_sweep(tmp_path, monkeypatch, capfd):
     first, detail = err.splitlines()
     assert first == "error: 1 of 1 runs failed"
     assert detail.startswith("  Catch seed 0: exit code 2: error: --device: ")
+    argv = ["--suite", "demo", "--seed", "4", "--seeds", "1", "--", *train_flags, "--agent-steps", "20"]
+    code, out, err = door(sweep.main, argv, monkeypatch, capfd)
+    assert code == 1  # the line that says what is wrong, not the last of the differences below it
+    assert "seed4: this run has another config" in err.splitlines()[1]
 
 
 def test_sweep_tells_what_is_wrong_in_one_line(monkeypatch, capfd):
@@ -298,6 +302,8 @@ def test_sweep_tells_what_is_wrong_in_one_line(monkeypatch, capfd):
         (["--suite", "dmo"], 2, "no suite 'dmo'; did you mean 'demo'"),
         (["--suite", "demo", "--tasks", "Pong"], 2, "no task 'Pong' in suite demo"),
         (["--suite", "demo", "--jobs", "0"], 2, "argument --jobs: 0 is out of range"),
+        (["--agent-steps", "5"], 2, "--agent-steps is a flag of hdfast.train; put it behind --"),
+        (["--log.no-tensorboard"], 2, "--log.no-tensorboard is a flag of hdfast.train; put it behind --"),
         (["--", "--task", "Pong"], 2, "--task cannot stand behind --"),
         (["--", "--rssm.detr", "3"], 2, "there is no option --rssm.detr; did you mean '--rssm.deter'"),
         (["--ray", "auto"], 6, "--ray needs ray; pip install 'hdfast[cluster]'"),
