@@ -242,6 +242,12 @@ class Config:
         return -(-self.agent_steps // self.env.num_envs) * self.env.num_envs
 
     @property
+    def prefill_agent_steps(self) -> int:
+        """Agent steps after which replay holds `train.prefill` windows, and learning begins."""
+        rows = -(-self.train.prefill // self.env.num_envs) + self.replay.length - 1
+        return rows * self.env.num_envs
+
+    @property
     def width(self) -> int:
         """The widest layer of the recurrent model and the heads."""
         return max(self.rssm.deter, self.rssm.units, self.network.units)

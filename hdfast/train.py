@@ -19,6 +19,9 @@ def main() -> None:
     if config.dry_run:
         sys.stdout.write(describe(config, tasks) + "\n")
         return
+    if config.prefill_agent_steps >= config.total_agent_steps:
+        steps = f"ends before learning begins, at agent step {config.prefill_agent_steps:,}"
+        errors.warn(f"--agent-steps {config.agent_steps} {steps}")
     for seed in range(config.seed, config.seed + config.seeds):
         for task in tasks:
             run(dataclasses.replace(config, task=task.name, seed=seed), task)

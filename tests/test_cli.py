@@ -121,6 +121,17 @@ def test_a_wrong_name_is_one_line_and_code_2(tmp_path, monkeypatch, capfd, argv,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_that_ends_before_it_learns_is_warned_of(tmp_path, monkeypatch, capfd):
+    ran = []
+    monkeypatch.setattr(train, "run", lambda config, task: ran.append(config.agent_steps))
+    for agent_steps in ("632", "633"):  # (512 / 8 + 16 - 1) rows of 8 environments are 632 agent steps
+        argv = ["--suite", "demo", "--logdir", str(tmp_path), "--agent-steps", agent_steps]
+        code, _, err = door(train.main, argv, monkeypatch, capfd)
+        warning = "warning: --agent-steps 632 ends before learning begins, at agent step 632\n"
+        assert (code, err) == (0, warning if agent_steps == "632" else "")
+    assert ran == [632, 633]
+
+
 def test_as_a_process(tmp_path):
     """Code, stdout and stderr of the real thing; the other tests call its main."""
     process = start(["--suite", "demo", "--tsk", "Catch", "--logdir", str(tmp_path)])
