@@ -249,6 +249,9 @@ def test_a_missing_library(tmp_path, monkeypatch, capfd):
     code, _, err = door(train.main, ["--suite", "demo", *argv], monkeypatch, capfd)
     assert code == 6
     assert one_line(err) == "Catch-v0 needs envpool; pip install envpool"
+    code, _, err = door(train.main, ["--suite", "dmc", *argv], monkeypatch, capfd)  # and not that EGL is
+    assert code == 6
+    assert one_line(err) == "acrobot_swingup needs envpool; pip install envpool"
     monkeypatch.setitem(sys.modules, "ale_py", None)
     code, _, err = door(train.main, ["--task", "Pong", *argv], monkeypatch, capfd)
     assert code == 6

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from hdfast.envs.base import ArraySpec, ContinuousActions, EnvStep
+from hdfast.envs.base import ArraySpec, ContinuousActions, EnvStep, installed
 from hdfast.envs.pool import PoolEnv, library, make_pool, preload_egl
 from hdfast.runtime.errors import MissingLibraryError
 from hdfast.suites import Task
@@ -108,6 +108,8 @@ class MujocoEnv(PoolEnv):
         settings = {"max_episode_steps": task.time_limit * action_repeat, **pool_settings}
         self._folder = tempfile.TemporaryDirectory(prefix="hdfast-assets-")
         if self._image:
+            if not installed("envpool"):
+                raise MissingLibraryError(f"{task.name} needs envpool", hint="pip install envpool")
             require_egl()
             if not preload_egl():
                 raise MissingLibraryError(
@@ -121,8 +123,8 @@ class MujocoEnv(PoolEnv):
                 "render_camera_id": camera,
             }
             if render == "fast":
-                installed = library(task.name).make_spec(task.env_id).config.base_path
-                source = Path(installed, "mujoco", assets)
+                base_path = library(task.name).make_spec(task.env_id).config.base_path
+                source = Path(base_path, "mujoco", assets)
                 copy_without_shadows(source, Path(self._folder.name, "mujoco", assets))
                 settings["base_path"] = self._folder.name
         pool = make_pool(task.env_id, num_envs=num_envs, seed=seed, threads=threads, **settings)
