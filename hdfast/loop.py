@@ -4,6 +4,7 @@ Axes: N environments, B batch, T window length.
 """
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -125,6 +126,7 @@ def run(config: Config, task: Task) -> dict[str, Any]:
         ) as rundir,
     ):
         if rundir.summary is not None:
+            sys.stdout.write(f"{rundir.path}: finished already\n")
             return dict(rundir.summary)
         with StopRequest() as stop, Session(config, get(config.suite), task, rundir, device, stop) as session:
             return session.run()

@@ -352,7 +352,9 @@ def test_a_finished_run_is_skipped_untouched(tmp_path, monkeypatch, capfd):
     summary = loop_cases.train(config)
     files = {p: p.stat().st_mtime_ns for p in path_of(config).rglob("*") if p.is_file() and p.name != "lock"}
     monkeypatch.setattr(loop, "Session", None)  # nothing is built
+    capfd.readouterr()
     assert loop_cases.train(config) == json.loads(json.dumps(summary))
+    assert capfd.readouterr().out == f"{path_of(config)}: finished already\n"
     assert {p: p.stat().st_mtime_ns for p in files} == files
     with pytest.raises(ConfigError, match="another config"):
         loop_cases.train(tiny(tmp_path, agent_steps=80))
