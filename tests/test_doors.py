@@ -360,11 +360,14 @@ def test_profile_measures_the_phases_of_an_update(tmp_path, monkeypatch, capfd):
     phases = {name: table[name][0] for name in names}
     assert all(ms > 0 for name, ms in phases.items() if name != "the rest")
     assert abs(sum(int(table[name][1].rstrip("%")) for name in names) - 100) <= 4
-    assert phases["the rest"] < sum(phases.values()) / 2
     assert len(table) == len(names) + 5
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    spans = [event["name"] for event in events if event.get("ph") == "X"]
-    assert {name: spans.count(name) for name in ("update", "imagination")} == {"update": 3, "imagination": 3}
+    spans = [event for event in events if event.get("ph") == "X"]
+    names = [span["name"] for span in spans]
+    assert {name: names.count(name) for name in ("update", "imagination")} == {"update": 3, "imagination": 3}
+    ranges = [(span["ts"], span["ts"] + span["dur"]) for span in spans if span["name"] in profile.PHASES]
+    ops = [any(a <= span["ts"] <= b for a, b in ranges) for span in spans if span.get("cat") == "cpu_op"]
+    assert sum(ops) > 0.8 * len(ops) > 0  # by number: their time is the machine's
     assert "nsys" not in out  # it is a CPU
 
 
