@@ -3,6 +3,7 @@ import math
 import os
 import resource
 from collections import deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,15 +33,18 @@ def curve(directory, tag):
     return [(event.step, event.value) for event in events(directory).Scalars(tag)]
 
 
-def test_lines_and_curves(tmp_path):
+def test_lines_and_curves(tmp_path, monkeypatch):
+    now = [5.0]
+    monkeypatch.setattr("hdfast.runtime.logger.time", SimpleNamespace(monotonic=lambda: now[0]))
     with Logger(tmp_path, action_repeat=4, seconds=100.0) as logger:
+        now[0] += 1.25
         returned = logger.log(500, 20, {"loss/image": torch.tensor(0.1), "loss/kl": 2.5})
         logger.score("episode", agent_steps=510, score=-20.0, length=800, env=1)
         logger.score("evaluation", agent_steps=600, score=-19.5, length=810.5, scores=[-20.0, -19.0])
-        assert 100 < logger.seconds < 160
+        assert logger.seconds == 101.25
     assert returned == {"loss/image": 0.1, "loss/kl": 2.5}
     (metric,) = lines(tmp_path / "metrics.jsonl")
-    assert 100 < metric.pop("seconds") < 160
+    assert metric.pop("seconds") == 101.25
     assert metric == {"agent_steps": 500, "frames": 2000, "updates": 20, "loss/image": 0.1, "loss/kl": 2.5}
     episode, evaluation = lines(tmp_path / "scores.jsonl")
     assert {**episode, "seconds": 0} == {
