@@ -3,8 +3,8 @@
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich import box
@@ -18,15 +18,16 @@ from hdfast.runtime.arguments import Arguments
 
 @dataclass(frozen=True)
 class TaskScores:
-    """The finished runs of one task: seed -> final score."""
+    """The finished runs of one task: seed -> final score, and share of episodes solved where the task says so."""
 
     task: suites.Task
     scores: Mapping[int, float]
+    success: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
-        """Mean over seeds; NaN if no run is finished."""
-        return sum(self.scores.values()) / len(self.scores) if self.scores else math.nan
+        """Mean score over seeds; NaN if no run is finished."""
+        return _mean(self.scores.values())
 
 
 def collect(
@@ -35,29 +36,35 @@ def collect(
     """Reads the final evaluation of every finished run of `tasks` (all of the suite's by default) below `logdir`."""
     found = []
     for task in suite.tasks if tasks is None else tasks:
-        scores = {}
+        scores, success = {}, {}
         for path in sorted((logdir / suite.name / task.name).glob("seed*")):
             seed = path.name.removeprefix("seed")
             if not seed.isdecimal() or not (path / "config.json").exists():
                 continue
             if (summary := rundir.read(path).summary) is not None:
                 scores[int(seed)] = float(summary["score"])
-        found.append(TaskScores(task, scores))
+                if "success" in summary:
+                    success[int(seed)] = float(summary["success"])
+        found.append(TaskScores(task, scores, success))
     return found
 
 
 def table(suite: suites.Suite, rows: Sequence[TaskScores]) -> Table:
-    """Score, human-normalised score and published scores per task, then mean, median and IQM of the normalised ones.
+    """Score, success, human-normalised score and published ones per task, then mean, median and IQM of the normalised.
 
     The aggregates of the published methods are over the tasks that are finished here, so that columns compare.
     """
     human = any(row.task.human is not None for row in rows)
+    solved = any(row.success for row in rows)
     view = Table(box=box.SIMPLE_HEAD)
     view.add_column("task")
-    for name in ("seeds", "score", *(["human-norm."] if human else []), *suite.methods):
+    optional = [*(["success"] if solved else []), *(["human-norm."] if human else [])]
+    for name in ("seeds", "score", *optional, *suite.methods):
         view.add_column(name, justify="right")
     for row in rows:
         cells = [row.task.name, str(len(row.scores)), _number(row.mean)]
+        if solved:
+            cells.append(f"{_mean(row.success.values()):.0%}" if row.success else "-")
         if human:
             known = row.task.human is not None and row.scores
             cells.append(f"{suites.human_normalized(row.task, row.mean):.3f}" if known else "-")
@@ -81,13 +88,15 @@ def table(suite: suites.Suite, rows: Sequence[TaskScores]) -> Table:
 
 
 def as_json(suite: suites.Suite, rows: Sequence[TaskScores]) -> str:
-    """The same as JSON: per task the scores by seed, and the aggregates."""
+    """The same as JSON: per task the scores and success rates by seed, and the aggregates."""
     done = {row.task.name: list(row.scores.values()) for row in rows if row.scores}
     aggregate = suite.aggregate(done) if done else None
+    success = {row.task.name: {str(k): v for k, v in row.success.items()} for row in rows if row.success}
     return json.dumps(
         {
             "suite": suite.name,
             "tasks": {row.task.name: {str(k): v for k, v in row.scores.items()} for row in rows},
+            "success": success or None,
             "human_normalized": None if aggregate is None else vars(aggregate),
         },
         indent=2,
@@ -115,6 +124,10 @@ def main() -> None:
         sys.stdout.write(as_json(suite, rows) + "\n")
     else:
         show(suite, rows)
+
+
+def _mean(values: Collection[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 def _number(value: float) -> str:

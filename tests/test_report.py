@@ -13,11 +13,11 @@ from tests.loop_cases import door
 ATARI = suites.get("atari100k")
 
 
-def finish(logdir, task, seed, score, *, suite="atari100k", finished=True):
-    """A run's directory with that final score."""
+def finish(logdir, task, seed, score, *, suite="atari100k", finished=True, **more):
+    """A run's directory with that final score, and more in its summary."""
     with RunDir.open(logdir, suite, task, seed, {"seed": seed}) as run:
         if finished:
-            run.mark_finished({"score": score, "episodes": 100})
+            run.mark_finished({"score": score, "episodes": 100, **more})
     return run.path
 
 
@@ -88,6 +88,21 @@ def test_a_suite_without_humans(tmp_path):
     assert cells(text, "task") == ["task", "seeds", "score"]
     assert cells(text, "Catch") == ["Catch", "1", "0.96"]
     assert "human" not in text
+
+
+def test_success_rates_stand_beside_the_scores(tmp_path):
+    """What is published of Meta-World is the share of episodes that are solved."""
+    metaworld = suites.get("metaworld")
+    for seed, success in enumerate((0.5, 1.0)):
+        finish(tmp_path, "lever-pull", seed, 100.0 * seed, suite="metaworld", success=success)
+    rows = report.collect(tmp_path, metaworld)
+    text = text_of(metaworld, rows)
+    assert cells(text, "task") == ["task", "seeds", "score", "success"]
+    assert cells(text, "lever-pull") == ["lever-pull", "2", "50.0", "75%"]
+    assert cells(text, "reach") == ["reach", "0", "-", "-"]
+    about = json.loads(report.as_json(metaworld, rows))
+    assert about["success"] == {"lever-pull": {"0": 0.5, "1": 1.0}}
+    assert json.loads(report.as_json(ATARI, report.collect(tmp_path, ATARI)))["success"] is None
 
 
 def test_the_door(tmp_path, monkeypatch, capfd):
