@@ -334,13 +334,13 @@ def parse(argv: Sequence[str] | None = None, prog: str = "python -m hdfast.train
 
 
 def validate(config: Config) -> Config:
-    """Checks every value that types alone cannot, resolves the task's name, and returns the configuration.
+    """Checks every value that types alone cannot, resolves the task's name and `~`, and returns the configuration.
 
     Raises:
         ConfigError: naming the flag, its value and the bound it breaks.
     """
     suite = suites.get(config.suite)
-    config = dataclasses.replace(config, suite=suite.name)
+    config = dataclasses.replace(config, suite=suite.name, logdir=config.logdir.expanduser())
     if config.task is not None:
         config = dataclasses.replace(config, task=suite.task(config.task).name)
     bounds: dict[str, tuple[float, float]] = {

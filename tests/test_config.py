@@ -205,6 +205,11 @@ def test_names_are_found_in_any_spelling_and_stored_in_their_own():
     assert (config.suite, config.task) == ("atari100k", "MsPacman")
 
 
+def test_a_home_directory_is_found_where_the_shell_leaves_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse(["--logdir=~/runs"]).logdir == Path("/home/me/runs")
+
+
 def test_help_is_complete_and_short(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(["--suite", "demo", "--rssm.deter", "5", "-h"])
