@@ -1,0 +1,205 @@
+"""What a size, a batch, a window or a horizon costs: `python -m bench.costs` prints two tables in Markdown.
+
+One factor is varied at a time around size small, B16 x T64, H15; acting is varied over the number of environments.
+Every point is measured in a process of its own, so that its peak memory is its own: on a CPU all of the process's
+(about half a gigabyte of it libraries), on CUDA what the allocator handed out. Times are medians of `--rounds`
+after one warm-up; a share is of the matrix product that this machine reaches at its best.
+
+On two CPU cores with bfloat16 a point costs the start of a process (5 s) and its updates: small 3 s each, so the
+default points take about 4 minutes; a medium update costs 3 small ones, large 8, xlarge 30 (and 10 GB).
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import table
+from bench.agent import Bench, config_of, gflop
+from bench.machine import gemm_gflop_per_second, keep_memory, seconds, synchronised
+from hdfast.config import SIZES
+from hdfast.runtime import errors
+from hdfast.runtime.arguments import Arguments, positive
+from hdfast.runtime.device import describe_device, limit_threads, resolve_device, resolve_precision
+from hdfast.runtime.errors import RunError
+
+ACTS = 50  # rounds of acting, which takes milliseconds
+FACTORS = {"size": "size", "batch": "B", "length": "T", "horizon": "H", "num_envs": "environments"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is measured: the update, or with `num_envs` one action for each of so many environments."""
+
+    size: str = "small"
+    batch: int = 16
+    length: int = 64
+    horizon: int = 15
+    num_envs: int = 0
+
+    @property
+    def part(self) -> str:
+        return "act" if self.num_envs else "update"
+
+
+def points(
+    sizes: Sequence[str],
+    batches: Sequence[int],
+    lengths: Sequence[int],
+    horizons: Sequence[int],
+    envs: Sequence[int],
+) -> Iterator[tuple[str, Point]]:
+    """Factor and point, the centre once and first, every other differing from it in that factor alone."""
+    centre = Point()
+    yield "", centre
+    for factor, values in zip(FACTORS, (sizes, batches, lengths, horizons, envs), strict=True):
+        for value in values:
+            if (point := replace(centre, **{factor: value})) != centre:
+                yield factor, point
+
+
+def measure(point: Point, device: str, precision: str, rounds: int) -> dict[str, Any]:
+    """Seconds, peak bytes and GFLOP of a point, in this process."""
+    where = resolve_device(device)
+    dtype = resolve_precision(precision, where)
+    config = config_of(point.size, batch=point.batch, length=point.length, horizon=point.horizon)
+    keep_memory(where)
+    limit_threads(where, config.width)
+    bench = Bench(config, where, dtype)
+    run = synchronised(bench.act(point.num_envs) if point.num_envs else bench.update(), where)
+    run()
+    times = [seconds(run) for _ in range(ACTS if point.num_envs else rounds)]
+    if where.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(where)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before anything else is measured
+        dtype = torch.float32 if point.num_envs else dtype  # in which the policy acts there
+    work = gflop(config, point.part, where) * (point.num_envs or 1)
+    rate = work / statistics.median(times)
+    return {
+        **asdict(point),
+        "part": point.part,
+        "seconds": statistics.median(times),
+        "rounds": len(times),
+        "peak_bytes": peak,
+        "parameters": bench.learner.parameter_counts()["total"],
+        "gflop": work,
+        "gflop_per_second": rate,
+        "share_of_peak": rate / gemm_gflop_per_second(where, dtype),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def measure_alone(point: Point, device: str, precision: str, rounds: int) -> dict[str, Any]:
+    """`measure` in a process of its own. Raises: RunError with the last line that it said."""
+    call = json.dumps([asdict(point), device, precision, rounds])
+    command = [sys.executable, "-m", "bench.costs", "--point", call]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise RunError(said[-1], where=f"bench.costs {describe(point)}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def describe(point: Point) -> str:
+    centre = Point()
+    differing = [f.name for f in fields(point) if getattr(point, f.name) != getattr(centre, f.name)]
+    return (
+        ", ".join(f"{FACTORS[name]} {getattr(point, name)}" for name in differing) or "small, B16, T64, H15"
+    )
+
+
+def report(rows: Sequence[dict[str, Any]]) -> str:
+    """Two tables in Markdown: updates, and actions."""
+    head = ["update", "s", "x", "peak GB", "GFLOP", "GFLOP/s", "of peak", "M parameters"]
+    cells, centre = [], rows[0]["seconds"]
+    for row in rows:
+        if row["part"] == "update":
+            point = Point(**{f.name: row[f.name] for f in fields(Point)})
+            cells.append(
+                [
+                    describe(point),
+                    table.number(row["seconds"]),
+                    f"{row['seconds'] / centre:.2f}",
+                    table.number(row["peak_bytes"] / 1e9),
+                    table.number(row["gflop"]),
+                    table.number(row["gflop_per_second"]),
+                    f"{row['share_of_peak']:.0%}",
+                    table.number(row["parameters"] / 1e6),
+                ]
+            )
+    parts = [table.markdown(head, cells)]
+    acts = [row for row in rows if row["part"] == "act"]
+    if acts:
+        head = ["environments", "act ms", "actions/s", "peak GB", "GFLOP", "GFLOP/s", "of peak"]
+        cells = [
+            [
+                str(row["num_envs"]),
+                table.number(row["seconds"] * 1e3),
+                table.number(row["num_envs"] / row["seconds"]),
+                table.number(row["peak_bytes"] / 1e9),
+                table.number(row["gflop"]),
+                table.number(row["gflop_per_second"]),
+                f"{row['share_of_peak']:.0%}",
+            ]
+            for row in acts
+        ]
+        parts.append(table.markdown(head, cells))
+    return "\n\n".join(parts)
+
+
+def parser() -> Arguments:
+    flags = Arguments("python -m bench.costs", __doc__)
+    flags.formatter_class = argparse.RawDescriptionHelpFormatter
+    flags.add_argument(
+        "--sizes", nargs="*", default=["tiny", "small", "medium"], choices=list(SIZES), metavar="SIZE"
+    )
+    for name, values in (
+        ("batches", [4, 32]),
+        ("lengths", [16, 128]),
+        ("horizons", [5, 30]),
+        ("envs", [1, 8, 64]),
+    ):
+        flags.add_argument(
+            f"--{name}", nargs="*", type=positive, default=values, metavar="N", help=f"{values}"
+        )
+    flags.add_argument("--rounds", type=positive, default=3, help="timed updates at each point (3)")
+    flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    flags.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
+    flags.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    flags.add_argument("--point", help=argparse.SUPPRESS)
+    return flags
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    flags = parser().parse_args(None if arguments is None else list(arguments))
+    if flags.point:
+        point, *rest = json.loads(flags.point)
+        print(json.dumps(measure(Point(**point), *rest)))
+        return
+    where = resolve_device(flags.device)
+    how = (flags.device, str(resolve_precision(flags.precision, where)).removeprefix("torch."), flags.rounds)
+    rows = []
+    for factor, point in points(flags.sizes, flags.batches, flags.lengths, flags.horizons, flags.envs):
+        rows.append({"factor": factor, **measure_alone(point, *how)})
+        print(f"{describe(point)}: {rows[-1]['seconds']:.4g} s", file=sys.stderr, flush=True)
+    about = describe_device(where)
+    print(f"{about['name']}, {how[1]}, {torch.get_num_threads()} threads\n")
+    print(report(rows))
+    if flags.json:
+        flags.json.write_text(
+            json.dumps({"machine": about, "torch": torch.__version__, "points": rows}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    errors.main(main)

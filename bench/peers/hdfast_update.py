@@ -1,0 +1,34 @@
+"""An update of ours for `bench.peers`: sampling from replay, world model, actor, critic, slow critic, metrics."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench.agent import Bench, config_of, gflop
+from bench.machine import keep_memory, synchronised
+from bench.peers.turns import serve
+from hdfast import __version__
+from hdfast.runtime.device import resolve_device, resolve_precision
+
+
+def build(settings: dict[str, Any]) -> tuple[Callable[[], None], dict[str, Any]]:
+    device = resolve_device(settings["device"])
+    torch.set_num_threads(settings["threads"])
+    keep_memory(device)
+    config = config_of(
+        "small", batch=settings["batch"], length=settings["length"], horizon=settings["horizon"]
+    )
+    bench = Bench(config, device, resolve_precision(settings["precision"], device))
+    update = bench.graph() if settings["graph"] else bench.update()
+    return synchronised(update, device), {
+        "version": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "parameters": bench.learner.parameter_counts()["total"],
+        "gflop": gflop(config, "update", device),
+    }
+
+
+if __name__ == "__main__":
+    serve(build)
