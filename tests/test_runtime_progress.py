@@ -125,6 +125,9 @@ def test_the_live_line_fits_every_width_and_leaves_nothing_out(width):
         assert len(lines) == 1
         bar = [span for span in progress.live_lines(width)[0].spans if "green" in str(span.style)]
         assert bar[0].end - bar[0].start == text.count("━") // 2 == 20
+    (line, *_) = progress.live_lines(width)  # the title alone is bold, wherever the fields are wrapped
+    assert not str(line.style)
+    assert [line.plain[s.start : s.end] for s in line.spans if "bold" in str(s.style)] == ["Pong "]
 
 
 def test_telling_costs_a_few_calls_and_draws_nothing():

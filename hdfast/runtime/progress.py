@@ -144,15 +144,16 @@ class Progress:
     def live_lines(self, width: int) -> list[Text]:
         """The same for a terminal of `width` cells: title, bar, steps, fields; wrapped between fields."""
         steps = f"{self._agent_steps:,}/{self._total:,}"
-        head = Text(f"{self._title} " if self._title else "", style="bold")
+        head = Text()
+        head.append(f"{self._title} " if self._title else "", style="bold")
         parts = [Text.assemble((f"{name} ", "dim"), text) for name, text in self.fields().items()]
         rest = sum(2 + cell_len(part.plain) for part in parts)
         fixed = cell_len(head.plain) + 1 + len(steps)
         bar = min(max(width - fixed - rest, _BAR[0]), _BAR[1], max(width - fixed, 0))
         done = round(bar * min(self._agent_steps / self._total, 1.0))
-        head.append("━" * done, style="not bold green")
-        head.append("━" * (bar - done), style="not bold dim")
-        head.append(f" {steps}", style="not bold")
+        head.append("━" * done, style="green")
+        head.append("━" * (bar - done), style="dim")
+        head.append(f" {steps}")
         lines = [head]
         for part in parts:
             if cell_len(lines[-1].plain) + 2 + cell_len(part.plain) > width:
