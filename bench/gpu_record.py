@@ -1,163 +1,263 @@
 """Everything a GPU can tell about hdfast, in one run, as one record: `python bench/gpu_record.py`.
 
-Runs the tests marked `gpu`, a micro-benchmark of the grid barrier, the benchmarks of ops and of the update, ncu on
-the update if it is installed, and a short real training, and writes `record.json` and `record.md` to
-`bench/results/<device>/`. Needs no network, and trains on whatever environments are installed. Each step has a time
-limit, and a step that fails is recorded with what it said.
+Rates of the machine and of the grid barrier; update, scan, imagination, acting and replay on every backend, eager and
+as CUDA graphs; the tests marked `gpu`; every op beside eager PyTorch; what torch.profiler, ncu and compute-sanitizer
+see; a short training; predictions beside measurements; and which backends should run by default.
+
+Writes `record.json` after every step, and at the end `record.md`, to `bench/results/<device>/`. Needs no network.
+Every step has a time limit and a process of its own; one that fails, or whose tool or package is not there, is
+recorded with its reason, and what it had found by then is kept. On a CPU it runs to the end, too.
 """
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
-NCU_METRICS = (
-    "gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
-    "sm__throughput.avg.pct_of_peak_sustained_elapsed,launch__registers_per_thread,launch__occupancy_limit_registers"
-)
+if __name__ == "__main__":  # run by its path, from wherever, in a clone or where hdfast is not installed
+    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from bench import gpu_tools  # noqa: E402
+from bench.gpu_defaults import proposal  # noqa: E402
+from bench.gpu_predictions import compared  # noqa: E402
+from bench.gpu_report import markdown  # noqa: E402
+
+GRACE = 15  # seconds between a request to end, at which reports are written, and the end
+BACKENDS = ("reference", "triton", "triton-persistent")
 
 
-def run(name: str, command: list[str], seconds: float, **environment: str) -> dict[str, Any]:
-    """Runs a step and keeps its exit code, its wall time and the end of what it said."""
-    print(f"== {name}: {' '.join(command)}", flush=True)
-    path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    began = time.monotonic()
-    try:
-        done = subprocess.run(
+@dataclass
+class Record:
+    """What is known so far, and the steps by which it came: status, seconds, and the reason where it is not "ok".
+
+    A step whose time was over is "partial", one that something is missing for "skipped".
+    """
+
+    folder: Path
+    until: float
+    on_gpu: bool
+    found: dict[str, Any] = field(default_factory=lambda: {"steps": {}, "rows": []})
+
+    def step(self, name: str, weight: float, left: float, do: Callable[[float], str | None]) -> None:
+        """Does one step in its share of the time: `do` takes its limit in seconds and returns why it is not "ok".
+
+        weight, left: of this step, and of it and all that follow.
+        """
+        limit = max(5.0, (self.until - time.monotonic() - 5) * (weight / left if left else 1.0))
+        print(f"== {name}: at most {limit:.0f} s", flush=True)
+        began = time.monotonic()
+        try:
+            reason = do(limit)
+        except Exception as error:  # one step must not cost the others; its reason is in the record
+            reason = f"{type(error).__name__}: {error}"
+        status, colon, why = (reason or "ok").partition(": ")
+        if not colon or status not in ("skipped", "partial"):
+            status, why = "ok" if reason is None else "failed", reason
+        step = {"status": status, "seconds": round(time.monotonic() - began, 1)}
+        if reason is not None:
+            step["reason"] = why
+            print(f"   {status}: {step['reason']}", flush=True)
+        self.found["steps"][name] = step
+        self.write()
+
+    def write(self) -> None:
+        """The record as it is, whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draft = self.folder / "record.json.part"
+        draft.write_text(json.dumps(self.found, indent=1) + "\n")
+        draft.replace(self.folder / "record.json")
+
+
+def execute(command: list[str], seconds: float, **environment: str) -> tuple[str | None, str]:
+    """Why a command failed (None: it did not), and all that it said. Past its limit it is asked to end, then killed."""
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        process = subprocess.Popen(
             command,
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": path, **environment},
-            stdout=subprocess.PIPE,
+            stdout=said,
             stderr=subprocess.STDOUT,
-            text=True,
-            timeout=seconds,
+            start_new_session=True,
         )
-        code, said = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        output = error.stdout or b""
-        code, said = None, output.decode(errors="replace") if isinstance(output, bytes) else output
-    print(said[-2000:], flush=True)
-    return {
-        "command": " ".join(command),
-        "exit_code": code,  # None: it ran past its limit
-        "seconds": round(time.monotonic() - began, 1),
-        "said": said[-4000:],
-    }
+        grace, reason = min(GRACE, seconds / 3), None
+        try:
+            process.wait(seconds - grace)
+        except subprocess.TimeoutExpired:
+            reason = f"partial: ended at its limit of {seconds - grace:.0f} s"
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(grace)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        said.seek(0)
+        text = said.read()
+    if reason is None and process.returncode:
+        lines = [line for line in text.strip().splitlines() if line.strip()] or [""]
+        reason = f"exit code {process.returncode}: {lines[-1][:300]}"
+    return reason, text
+
+
+def missing(*packages: str) -> str | None:
+    """The reason to skip what needs these packages; None if they are there."""
+    absent = [package for package in packages if importlib.util.find_spec(package) is None]
+    return f"skipped: not installed: {', '.join(absent)}" if absent else None
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on."""
+    """What was measured on, and with what."""
+    import torch
+
     from hdfast.runtime.device import describe_device, resolve_device
 
-    try:
+    versions = {"torch": torch.__version__}
+    if importlib.util.find_spec("triton"):
         import triton
 
-        version = triton.__version__
-    except ImportError:
-        version = None
-    device = resolve_device("auto")
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+        versions["triton"] = triton.__version__
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    driver = subprocess.run(
+        [gpu_tools.find_tool("nvidia-smi") or "true", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     return {
-        **describe_device(device),
-        "torch": torch.__version__,
-        "triton": version,
-        "commit": commit or None,
+        **describe_device(resolve_device("auto")),
+        **versions,
+        "python": sys.version.split()[0],
+        "driver": driver.stdout.strip().splitlines()[0] if driver.stdout.strip() else None,
+        "commit": git.stdout.strip() or None,
     }
 
 
-def benchmarks(selection: str, seconds: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Runs `pytest bench/ --benchmark-only -k selection`; returns the step and a row per benchmark."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "bench.json"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "bench",
-            "--benchmark-only",
-            "-q",
-            f"--benchmark-json={report}",
+def work(record: Record, what: str, backend: str = "default") -> Callable[[float], str | None]:
+    """The step that has bench.gpu_work do something, and takes in its rows."""
+
+    def do(seconds: float) -> str | None:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = Path(folder) / "rows"
+            own = 0.7 * (seconds - min(GRACE, seconds / 3))  # no row is begun later
+            command = [
+                "-m",
+                "bench.gpu_work",
+                what,
+                "--backend",
+                backend,
+                "--out",
+                str(rows),
+                "--seconds",
+                f"{own:.0f}",
+            ]
+            reason, _ = execute([sys.executable, *command], seconds)
+            found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+        record.found["rows"] += found
+        wrong = [row["error"] for row in found if "error" in row]
+        if wrong and reason is None:
+            reason = f"{len(wrong)} of {len(found)} rows failed: {wrong[0]}"
+        return reason if found or reason else f"partial: no row was begun in {own:.0f} s"
+
+    return do
+
+
+def tests(record: Record) -> Callable[[float], str | None]:
+    """The step of the tests that need a GPU: the kernels' first."""
+
+    def do(seconds: float) -> str | None:
+        if absent := missing("pytest"):
+            return absent
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "junit.xml"
+            command = ["-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", "-p", "no:cacheprovider"]
+            command.append("--continue-on-collection-errors")
+            reason, _ = execute([sys.executable, *command, "tests/kernels", "tests"], seconds)
+            record.found["tests"] = found = gpu_tools.junit(report)
+        if found and all(test["outcome"] == "skipped" for test in found):
+            return f"skipped: all {len(found)} tests: {found[0]['reason']}"
+        return reason
+
+    return do
+
+
+def benchmarks(record: Record, select: str) -> Callable[[float], str | None]:
+    """The step of the benchmarks of ops, beside eager PyTorch."""
+
+    def do(seconds: float) -> str | None:
+        if absent := missing("pytest", "pytest_benchmark"):
+            return absent
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "bench.json"
+            command = [
+                "-m",
+                "pytest",
+                "bench/test_ops.py",
+                "--benchmark-only",
+                "-q",
+                f"--benchmark-json={report}",
+            ]
+            command += ["-k", select] if select else []
+            reason, _ = execute([sys.executable, *command], seconds)
+            record.found["benchmarks"] = gpu_tools.benchmark_rows(report)
+        return reason
+
+    return do
+
+
+def watched(
+    record: Record, tool: str, name: str, options: list[str], what: str
+) -> Callable[[float], str | None]:
+    """The step that runs work of bench.gpu_work under an Nvidia tool, and keeps what `name` makes of its output."""
+
+    def do(seconds: float) -> str | None:
+        if not record.on_gpu:
+            return "skipped: no CUDA device"
+        path = gpu_tools.find_tool(tool)
+        if path is None:
+            return f"skipped: {tool} is not installed"
+        # Memory that torch keeps for later is valid memory to the tool: only without its cache an overrun shows.
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "compute-sanitizer" else {}
+        command = [sys.executable, "-m", "bench.gpu_work", what, "--backend", "triton", "--out", os.devnull]
+        reason, text = execute([path, *options, *command], seconds, **environment)
+        record.found[name] = gpu_tools.ncu_rows(text) if tool == "ncu" else gpu_tools.sanitizer_row(text)
+        if obstacle := gpu_tools.tool_obstacle(text):
+            return obstacle
+        if tool == "ncu":
+            return reason if record.found[name] else reason or "no kernel was seen"
+        errors = record.found[name]["errors"]
+        return f"{errors} errors: {record.found[name]['kinds']}" if errors else reason
+
+    return do
+
+
+def training(record: Record) -> Callable[[float], str | None]:
+    """The step of a real run of the suite that learns soonest; its curve is kept where it ends, or is ended."""
+
+    def do(seconds: float) -> str | None:
+        if absent := missing("envpool", "tyro", "safetensors", "rich"):
+            return absent
+        with tempfile.TemporaryDirectory() as folder:
+            command = ["-m", "hdfast.train", "--suite", "demo", "--logdir", folder]
+            command += ["--train.graph"] if record.on_gpu else []
+            reason, _ = execute([sys.executable, *command], seconds)
+            scores = next(Path(folder).rglob("scores.jsonl"), None)
+            lines = [json.loads(line) for line in scores.read_text().splitlines()] if scores else []
+        record.found["training"] = [
+            {key: line[key] for key in ("kind", "agent_steps", "seconds", "score")} for line in lines
         ]
-        step = run(f"benchmarks {selection}", command + (["-k", selection] if selection else []), seconds)
-        rows = (
-            json.loads(report.read_text())["benchmarks"] if report.exists() and report.stat().st_size else []
-        )
-    return step, [
-        {
-            "name": row["name"],
-            "group": row["group"],
-            "median_us": row["stats"]["median"] * 1e6,
-            "min_us": row["stats"]["min"] * 1e6,
-            "rounds": row["stats"]["rounds"],
-            **row["extra_info"],
-        }
-        for row in rows
-    ]
+        return reason
 
-
-def profile_with_ncu(seconds: float) -> dict[str, Any]:
-    """ncu's counters of the kernels of one eager Triton update."""
-    ncu = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
-    if not Path(ncu).exists():
-        return {"exit_code": None, "said": "ncu is not installed"}
-    update = [sys.executable, "-m", "hdfast.profile", "--suite", "demo", "--updates", "1"]
-    command = [ncu, "--metrics", NCU_METRICS, "--csv", "--launch-count", "400", *update]
-    return run("ncu", command, seconds, HDFAST_BACKEND="triton")
-
-
-def train(seconds: float, graph: bool) -> dict[str, Any]:
-    """A short real training; the suite that is installed and learns soonest."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "hdfast.train", "--suite", "demo", "--logdir", folder]
-        step = run("train", command + (["--train.graph"] if graph else []), seconds)
-        scores = next(Path(folder).rglob("scores.jsonl"), None)
-        lines = [json.loads(line) for line in scores.read_text().splitlines()] if scores else []
-    curve = [
-        (row["agent_steps"], row["seconds"], row["score"]) for row in lines if row["kind"] == "evaluation"
-    ]
-    return {
-        **step,
-        "evaluations": [dict(zip(("agent_steps", "seconds", "score"), row, strict=True)) for row in curve],
-    }
-
-
-def markdown(record: dict[str, Any]) -> str:
-    """The record as tables."""
-    about = record["machine"]
-    lines = [f"# {about.get('name')}", "", "`python bench/gpu_record.py`", ""]
-    lines += [f"- {key}: {value}" for key, value in about.items()] + [""]
-    lines += ["| step | exit | seconds |", "|---|---|---|"]
-    steps = {k: v for k, v in record.items() if isinstance(v, dict) and "exit_code" in v}
-    lines += [f"| {name} | {step['exit_code']} | {step.get('seconds', '')} |" for name, step in steps.items()]
-    if record.get("barrier_us"):
-        lines += ["", f"Grid barrier among 64 programs: {record['barrier_us']:.2f} µs."]
-    lines += ["", "| benchmark | group | median µs | min µs | GB/s | GFLOP/s |", "|---|---|---|---|---|---|"]
-    for row in record["benchmarks"]:
-        bandwidth = row.get(
-            "gb_per_second", row.get("bytes", 0) / row["median_us"] / 1e3 if row.get("bytes") else ""
-        )
-        rate = row.get("gflop_per_second", "")
-        cells = [f"{x:.1f}" if isinstance(x, float) else str(x) for x in (bandwidth, rate)]
-        lines.append(
-            f"| {row['name']} | {row['group']} | {row['median_us']:.1f} | {row['min_us']:.1f} | {' | '.join(cells)} |"
-        )
-    lines += ["", "| agent steps | seconds | score |", "|---|---|---|"]
-    lines += [
-        f"| {r['agent_steps']} | {r['seconds']:.0f} | {r['score']} |" for r in record["train"]["evaluations"]
-    ]
-    return "\n".join(lines) + "\n"
+    return do
 
 
 def main() -> int:
@@ -165,31 +265,56 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of all records")
-    parser.add_argument("--select", default="", help="pytest -k expression for the benchmarks")
+    parser.add_argument(
+        "--select", default="not compile", help="pytest -k expression for the benchmarks of ops"
+    )
     parser.add_argument("--seconds", type=float, default=460, help="time limit of the whole record")
     args = parser.parse_args()
-    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-    on_gpu = torch.cuda.is_available()
-    record: dict[str, Any] = {"machine": machine()}
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--benchmark-skip"]
-    record["tests"] = run("tests", tests, 0.3 * args.seconds)
-    if on_gpu:
-        try:
-            from bench.barrier import barrier_us
+    began = time.monotonic()
+    about = machine()
+    on_gpu = about["device"].startswith("cuda")
+    folder = args.out / re.sub(r"[^a-z0-9]+", "-", str(about["name"]).lower()).strip("-")
+    record = Record(folder, began + args.seconds, on_gpu)
+    record.found["machine"] = about
+    gpu = 1 if on_gpu else 0  # what is only for a GPU takes no time from the rest
+    metrics = ",".join(gpu_tools.NCU_METRICS.values())
+    ncu = [
+        "--csv",
+        "--page",
+        "raw",
+        "--metrics",
+        metrics,
+        "--profile-from-start",
+        "off",
+        "--launch-count",
+        "2500",
+    ]
+    steps: list[tuple[str, float, Callable[[float], str | None]]] = [
+        ("rates", 2, work(record, "peaks")),
+        *((f"timings {name}", 4, work(record, "timings", name)) for name in (BACKENDS if on_gpu else ("default",))),
+        ("tests", 11, tests(record)),
+        ("ops", 8, benchmarks(record, args.select)),
+        *(
+            (f"profile {name}", 2, work(record, "profiles", name))
+            for name in (("reference", "triton") if on_gpu else ("default",))
+        ),
+        ("ncu", 5 * gpu, watched(record, "ncu", "ncu", ncu, "once")),
+        ("memcheck", 4 * gpu, watched(record, "compute-sanitizer", "memcheck", ["--tool", "memcheck"], "kernels")),
+        ("racecheck", 4 * gpu, watched(record, "compute-sanitizer", "racecheck", ["--tool", "racecheck"], "kernels")),
+        ("training", 6, training(record)),
+    ]  # fmt: skip
+    for at, (name, weight, do) in enumerate(steps):
+        record.step(name, weight, sum(step[1] for step in steps[at:]), do)
+    from hdfast_kernels import dispatch
 
-            record["barrier_us"] = barrier_us()
-        except Exception as error:  # recorded, so that one kernel does not cost the whole record
-            record["barrier_error"] = str(error)
-    record["benchmark_step"], record["benchmarks"] = benchmarks(args.select, 0.4 * args.seconds)
-    if on_gpu:
-        record["ncu"] = profile_with_ncu(0.1 * args.seconds)
-    record["train"] = train(0.2 * args.seconds, graph=on_gpu)
-    name = re.sub(r"[^a-z0-9]+", "-", str(record["machine"].get("name", "cpu")).lower()).strip("-")
-    folder = args.out / name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "record.md").write_text(markdown(record))
-    print(f"wrote {folder}/record.json and record.md")
+    found, ops = record.found, {op: tuple(dispatch._ops[op].implementations) for op in dispatch.ops()}
+    rows, benches = (found["rows"], found.get("benchmarks", [])) if on_gpu else ([], [])
+    found["predictions"] = compared(about["name"], rows, benches)
+    found["cuda_default"] = proposal(found, ops)
+    found["seconds"] = round(time.monotonic() - began, 1)
+    record.write()
+    (folder / "record.md").write_text(markdown(found))
+    print(f"wrote {folder}/record.json and record.md after {found['seconds']} s")
     return 0
 
 

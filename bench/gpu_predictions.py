@@ -1,0 +1,195 @@
+"""What the design expects of a GPU, worked out from its rates before any was at hand, beside what is measured.
+
+Axes: T time, B windows, H imagined steps.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+T, B, H = 64, 16, 15
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of a data sheet: memory in GB/s, dense tensor-core products of bfloat16 and float32's own in TFLOP/s."""
+
+    memory: float
+    bfloat16: float
+    float32: float
+
+
+RATES = {
+    "H100": Rates(3350, 990, 67),
+    "H200": Rates(4800, 990, 67),
+    "A100": Rates(2039, 312, 19.5),
+}
+ASSUMED = "H100"  # where the card is none of these
+
+# Assumptions, each of which the table puts to the test.
+COPY, PRODUCT = 0.90, 0.70  # of the data sheet, by a large copy and by a product of 8,192 x 8,192
+NARROW = 0.35  # of the data sheet, by the update's products: rows of 1,024, widths of 512
+STREAM = 0.80  # of the memory rate, by a kernel that reads and writes each number once
+GRAPH_US = 2.0  # from one kernel of a graph to the next
+LAUNCH_US = 6.0  # of the host for an eager launch, autograd and Python included
+CALL_US = (
+    60.0  # of the host for an op forward and backward: an autograd.Function (23 µs on a CPU) and launches
+)
+WAIT_US = 20.0  # two copies over PCIe and a wake-up
+BARRIER_US = 1.1
+
+# What the small model needs, counted on a CPU: calls of aten that compute anything, with every op on its reference,
+# in a step of the scan and of imagination (forward and backward), in the rest of the update, in an action and in a
+# whole rollout (forward);
+# GFLOP of matrix products, as bench.agent.gflop tells them; parameters.
+SCAN_LAUNCHES, IMAGINE_LAUNCHES, OTHER_LAUNCHES, ACT_LAUNCHES = 85, 90, 768, 98
+ROLLOUT_LAUNCHES = 911
+UPDATE_GFLOP, IMAGINE_GFLOP = 619.2, 127.3
+PARAMETER_BYTES = 4 * 17.9e6
+# µs a step of the scan at B16, D = U = 512, S = K = 32, forward and backward: fused, five launches a direction in a
+# graph; persistent, five barriers a direction and the weights from L2.
+SCAN_US = {"graph": 11.5 + 13.0, "persistent": 8.0 + 9.0}
+IMAGE_BYTES = T * B * 64 * 64 * 3
+# Encoder and decoder each hold 1,024 images of 32 x 32 x 32, 16 x 16 x 64, ... in bfloat16, which pass through memory
+# 11 times: written and read by product and norm (4), and backward by both with their gradients (7). Adam passes 8
+# times over the parameters, casts 1.5 times.
+LAYER_BYTES = 2 * T * B * sum(32**2 * 32 >> i for i in range(4))
+UPDATE_BYTES = 2 * 11 * LAYER_BYTES + 9.5 * PARAMETER_BYTES
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """`value` of `what` in `unit`, and how it comes about; `key` finds its measurement."""
+
+    what: str
+    unit: str
+    value: float
+    why: str
+    key: tuple[Any, ...]
+
+
+def rates_of(card: str) -> tuple[str, Rates]:
+    """The name and the data sheet of a card, or of ASSUMED."""
+    name = next((name for name in RATES if name in card), ASSUMED)
+    return name, RATES[name]
+
+
+def predictions(card: str) -> list[Prediction]:
+    """For the small model in bfloat16, B16 x T64, H15, on a card."""
+    _, rates = rates_of(card)
+
+    def stream(nbytes: float) -> float:
+        return nbytes / (STREAM * rates.memory * 1e3)
+
+    def products(gflop: float) -> float:
+        return gflop / (NARROW * rates.bfloat16 * 1e3) * 1e6
+
+    imagined = H * IMAGINE_LAUNCHES
+    rest = products(UPDATE_GFLOP) + stream(UPDATE_BYTES) + GRAPH_US * (imagined + OTHER_LAUNCHES)
+    scan = {name: T * step for name, step in SCAN_US.items()}
+    launches = T * SCAN_LAUNCHES + imagined + OTHER_LAUNCHES
+
+    def part(name: str, backend: str, graph: bool) -> tuple[Any, ...]:
+        return "timing", name, backend, graph
+
+    return [
+        Prediction(
+            "copy", "GB/s", COPY * rates.memory, f"{COPY:.0%} of {rates.memory:,.0f} GB/s", ("peak", "copy")
+        ),
+        Prediction(
+            "product bfloat16", "GFLOP/s", PRODUCT * rates.bfloat16 * 1e3,
+            f"{PRODUCT:.0%} of {rates.bfloat16:,.0f} TFLOP/s", ("peak", "product bfloat16"),
+        ),
+        Prediction(
+            "product float32", "GFLOP/s", PRODUCT * rates.float32 * 1e3,
+            f"{PRODUCT:.0%} of {rates.float32:,.0f} TFLOP/s, without TF32", ("peak", "product float32"),
+        ),
+        Prediction(
+            "grid barrier, 64 programs", "µs", BARRIER_US, "one atomic round trip through L2 and one poll",
+            ("peak", "grid barrier, 64 programs"),
+        ),
+        Prediction(
+            "scan, eager reference", "µs", LAUNCH_US * T * SCAN_LAUNCHES,
+            f"{T * SCAN_LAUNCHES:,} launches of {LAUNCH_US:g} µs",
+            part("scan", "reference", False),
+        ),
+        Prediction(
+            "scan, Triton in a graph", "µs", scan["graph"],
+            f"{T} steps of {SCAN_US['graph']} µs, ten launches each", part("scan", "triton", True),
+        ),
+        Prediction(
+            "scan, persistent in a graph", "µs", scan["persistent"],
+            f"{T} steps of {SCAN_US['persistent']} µs, ten barriers each", part("scan", "triton-persistent", True),
+        ),
+        Prediction(
+            "imagine, graph", "µs", GRAPH_US * ROLLOUT_LAUNCHES + products(IMAGINE_GFLOP),
+            f"{ROLLOUT_LAUNCHES} launches of {GRAPH_US:g} µs, and {IMAGINE_GFLOP:g} GFLOP at {NARROW:.0%}",
+            part("imagine", "triton", True),
+        ),
+        Prediction(
+            "update, eager reference", "µs", LAUNCH_US * launches,
+            f"{launches:,} launches of {LAUNCH_US:g} µs: the host is what it waits for",
+            part("update", "reference", False),
+        ),
+        Prediction(
+            "update, Triton in a graph", "µs", rest + scan["graph"],
+            f"{UPDATE_GFLOP:g} GFLOP at {NARROW:.0%}, {UPDATE_BYTES / 1e9:.1f} GB at {STREAM:.0%}, "
+            f"{imagined + OTHER_LAUNCHES:,} launches of {GRAPH_US:g} µs, and the scan",
+            part("update", "triton", True),
+        ),
+        Prediction(
+            "update, persistent scan in a graph", "µs", rest + scan["persistent"], "the same with the persistent scan",
+            part("update", "triton-persistent", True),
+        ),
+        Prediction(
+            "act 1, eager reference", "µs", LAUNCH_US * ACT_LAUNCHES + WAIT_US,
+            f"{ACT_LAUNCHES} launches of {LAUNCH_US:g} µs, {WAIT_US:g} µs for the copies",
+            part("act 1", "reference", False),
+        ),
+        Prediction(
+            "act 1, graph", "µs", GRAPH_US * ACT_LAUNCHES + stream(1.5 * PARAMETER_BYTES) + WAIT_US,
+            f"{ACT_LAUNCHES} launches of {GRAPH_US:g} µs, {PARAMETER_BYTES / 1e6:.0f} MB cast, the copies",
+            part("act 1", "reference", True),
+        ),
+        Prediction(
+            "sample, graph", "µs", stream(2 * IMAGE_BYTES) + GRAPH_US * 25,
+            f"{2 * IMAGE_BYTES / 1e6:.0f} MB at {STREAM:.0%} and 25 launches", part("sample", "reference", True),
+        ),
+    ]  # fmt: skip
+
+
+def op_prediction(row: dict[str, Any], card: str) -> float | None:
+    """µs of a Triton op, forward and backward, from the `bytes` it has to move: streaming, but no less than CALL_US."""
+    if not row.get("bytes"):
+        return None
+    return max(CALL_US, row["bytes"] / (STREAM * rates_of(card)[1].memory * 1e3))
+
+
+def measured(key: tuple[Any, ...], rows: Iterable[dict[str, Any]]) -> float | None:
+    """What belongs to a prediction among the rows of bench.gpu_work, of the small model in bfloat16."""
+    for row in rows:
+        if "error" in row or row["kind"] != key[0]:
+            continue
+        if row["kind"] == "peak" and row["what"] == key[1]:
+            return row["value"]
+        small = (row.get("size"), row.get("precision")) == ("small", "bfloat16")
+        if row["kind"] == "timing" and small and (row["part"], row["backend"], row["graph"]) == key[1:]:
+            return row["us"]
+    return None
+
+
+def compared(card: str, rows: list[dict[str, Any]], benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Predictions with what was measured (None where nothing was) and the ratio of the two."""
+    out = []
+    for one in predictions(card):
+        found = measured(one.key, rows)
+        out.append(
+            {"what": one.what, "unit": one.unit, "predicted": one.value, "measured": found, "why": one.why}
+        )
+    for row in benchmarks:
+        value = op_prediction(row, card) if row.get("implementation") == "triton" else None
+        if value is not None:
+            why = f"{row['bytes'] / 1e6:,.1f} MB at {STREAM:.0%}, no less than {CALL_US:g} µs of the host"
+            what = f"{row['group']}, Triton"
+            out.append({"what": what, "unit": "µs", "predicted": value, "measured": row["us"], "why": why})
+    return [one | {"ratio": one["measured"] and one["measured"] / one["predicted"]} for one in out]

@@ -1,0 +1,183 @@
+"""What other tools say, as rows: ncu's CSV, compute-sanitizer, pytest's reports, torch.profiler's spans."""
+
+import csv
+import io
+import json
+import re
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+NCU_METRICS = {
+    "us": "gpu__time_duration.sum",
+    "dram_percent": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm_percent": "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "occupancy_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "registers": "launch__registers_per_thread",
+}
+MICROSECONDS = {"n": 1e-3, "u": 1.0, "m": 1e3, "": 1e6}  # of ncu's units of time, "usecond" or "us"
+TOOLS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/nvidia/nsight-compute/*")
+
+
+def find_tool(name: str) -> str | None:
+    """Path of an Nvidia tool, from PATH or from where CUDA installs it."""
+    places = [
+        place for pattern in TOOLS for place in sorted(Path("/").glob(pattern.lstrip("/")), reverse=True)
+    ]
+    return shutil.which(name) or next((str(p / name) for p in places if (p / name).is_file()), None)
+
+
+def ncu_rows(text: str) -> list[dict[str, Any]]:
+    """Kernels by total time, from the output of `ncu --csv` with NCU_METRICS.
+
+    Both pages are understood: `raw`, a line per launch, and `details`, a line per launch and metric. Times are in µs,
+    the others means over a kernel's launches, weighted by their time.
+    """
+    # The program's own output and ncu's notes come before the table.
+    begin = re.search(r'^"ID",', text, re.MULTILINE)
+    if begin is None:
+        return []
+    launches: dict[str, dict[str, Any]] = {}
+    units: dict[str, str] = {}
+    for line in csv.DictReader(io.StringIO(text[begin.start() :])):
+        if line["ID"] == "":  # the second line of the raw page
+            units = line
+        elif not line["ID"].isdecimal():  # what is printed after the table
+            break
+        elif "Metric Name" in line:
+            launch = launches.setdefault(line["ID"], {"name": line["Kernel Name"]})
+            launch[line["Metric Name"]] = line["Metric Value"], line["Metric Unit"]
+        else:
+            given = [metric for metric in NCU_METRICS.values() if metric in line]
+            values = {metric: (line[metric], units.get(metric, "")) for metric in given}
+            launches[line["ID"]] = {"name": line["Kernel Name"], **values}
+    by_name = defaultdict(list)
+    for launch in launches.values():
+        values = {key: _number(*launch.get(metric, ("", ""))) for key, metric in NCU_METRICS.items()}
+        by_name[launch["name"]].append(values)
+    rows = []
+    for name, found in by_name.items():
+        total = sum(one["us"] or 0.0 for one in found)
+        row: dict[str, Any] = {"name": name, "launches": len(found), "us": total}
+        for key in list(NCU_METRICS)[1:]:
+            known = [one for one in found if one[key] is not None and one["us"]]
+            weight = sum(one["us"] for one in known)
+            row[key] = sum(one[key] * one["us"] for one in known) / weight if weight else None
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row["us"])
+
+
+def _number(value: str, unit: str | None) -> float | None:
+    try:
+        scale = re.fullmatch(r"([num]?)(s|second)", unit or "")
+        return float(value.replace(",", "")) * (MICROSECONDS[scale.group(1)] if scale else 1.0)
+    except ValueError:  # "n/a", or nothing
+        return None
+
+
+def tool_obstacle(text: str) -> str | None:
+    """Why ncu or compute-sanitizer could not look, where it says so."""
+    for line in text.splitlines():
+        if re.match(r"==ERROR==|========= (Internal|Target application|Error: (?!Race))", line):
+            return line.strip("= ").removeprefix("ERROR==").strip()
+    return None
+
+
+def sanitizer_row(text: str) -> dict[str, Any]:
+    """Errors that compute-sanitizer counted (None: it came to no end) and the kinds with their kernels, most first."""
+    found = re.search(r"^========= (?:ERROR|RACECHECK) SUMMARY: (\d+)", text, re.MULTILINE)
+    kinds: Counter[str] = Counter()
+    kind = None
+    for line in text.splitlines():
+        if match := re.match(
+            r"========= (Invalid|Misaligned|Uninitialized|Barrier error|(?:\w+: )?Race)(.*)", line
+        ):
+            kind = re.split(r" (?:between|at) ", match.group(1) + match.group(2))[0].strip()
+        # "at kernel(...)+0x170 in file.py:36", or of older versions "at 0x160 in file.py:36:kernel(...)"
+        if kind and (match := re.search(r"\bat (?:0x\w+ in \S+:\d+:)?([A-Za-z_]\w*)", line)):
+            kinds[f"{kind} in {match.group(1)}"] += 1
+            kind = None
+    return {"errors": int(found.group(1)) if found else None, "kinds": dict(kinds.most_common(10))}
+
+
+def junit(path: Path) -> list[dict[str, str]]:
+    """name, file, outcome (passed, failed, skipped) and reason of every test of a report; none if there is none."""
+    if not path.exists() or not path.stat().st_size:
+        return []
+    rows = []
+    for case in ElementTree.parse(path).iter("testcase"):
+        wrong = next(
+            (case.find(tag) for tag in ("failure", "error", "skipped") if case.find(tag) is not None), None
+        )
+        outcome = "passed" if wrong is None else "skipped" if wrong.tag == "skipped" else "failed"
+        reason = "" if wrong is None else (wrong.get("message") or "").strip().splitlines()[:1]
+        rows.append(
+            {
+                "name": case.get("name", ""),
+                "file": case.get("classname", "").rpartition(".")[2],
+                "outcome": outcome,
+                "reason": reason[0] if reason else "",
+            }
+        )
+    return rows
+
+
+def tests_of(op: str, tests: Iterable[dict[str, str]]) -> Counter[str]:
+    """Outcomes of the tests of an op's Triton kernels on a GPU, by file or by the name of the op in the test's."""
+    files = {f"test_{op}", f"test_{op}_triton", f"test_{op.removesuffix('_loss').removesuffix('_mean')}"}
+    mine = [
+        test
+        for test in tests
+        if "triton-cuda" in test["name"]
+        and (test["file"] in files or (test["file"] == "test_training_shapes" and op in test["name"]))
+    ]
+    return Counter(test["outcome"] for test in mine)
+
+
+def benchmark_rows(path: Path) -> list[dict[str, Any]]:
+    """A row per comparison of pytest-benchmark's report, times in µs; none if there is no report."""
+    if not path.exists() or not path.stat().st_size:
+        return []
+    return [
+        {
+            "name": row["name"],
+            "group": row["group"],
+            "us": row["stats"]["median"] * 1e6,
+            "least_us": row["stats"]["min"] * 1e6,
+            "rounds": row["stats"]["rounds"],
+            **row["extra_info"],
+        }
+        for row in json.loads(path.read_text())["benchmarks"]
+        if "implementation" in row["extra_info"]  # the one that was being timed when time was over has none
+    ]
+
+
+def occupied(spans: list[tuple[str, float, float]], updates: int, top: int = 15) -> dict[str, Any]:
+    """What kernels do in an update: how many run, how long any of them does, and how long none.
+
+    spans: name, begin and end in µs of everything that ran in `updates` updates. The idle share is of the time from
+    the first begin to the last end.
+    """
+    if not spans:
+        return {"kernels": 0}
+    spans = sorted(spans, key=lambda span: span[1])
+    busy, until = 0.0, spans[0][1]
+    times: dict[str, list[float]] = defaultdict(list)
+    for name, begin, end in spans:
+        busy += max(0.0, end - max(begin, until))
+        until = max(until, end)
+        times[name].append(end - begin)
+    wall = until - spans[0][1]
+    most = sorted(times.items(), key=lambda entry: -sum(entry[1]))[:top]
+    return {
+        "kernels": len(spans) / updates,
+        "busy_us": busy / updates,
+        "wall_us": wall / updates,
+        "idle_share": 1 - busy / wall if wall else 0.0,
+        "top": [
+            {"name": name, "launches": len(each) / updates, "us": sum(each) / updates} for name, each in most
+        ],
+    }

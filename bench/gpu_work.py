@@ -1,0 +1,271 @@
+"""What a GPU is given to do, in processes of their own: `python -m bench.gpu_work timings --backend triton --out rows`.
+
+A kernel that goes wrong takes its process along: `bench/gpu_record.py` starts one for each kind of work and reads the
+rows that it has written by then, one JSON object a line, those that failed with their `error`. On a CPU the same work
+is done at a smaller size, without graphs.
+
+Axes: T time, B windows, N environments.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.agent import ACTIONS, IMAGE, Bench, config_of, gflop, random_row
+from bench.gpu_tools import occupied
+from bench.machine import copy_gb_per_second, gemm_gflop_per_second
+from hdfast.agent.policy import Policy
+from hdfast.config import Config, apply_overrides
+from hdfast.runtime.device import resolve_device
+from hdfast.runtime.graphs import WARMUP, CapturedStep
+from hdfast_kernels import dispatch
+
+BACKENDS = ("default", "reference", "triton", "triton-persistent")
+# Size and precision, the most telling first: time may end before the list does.
+ON_CUDA = [
+    ("small", "bfloat16"),
+    ("small", "float32"),
+    ("tiny", "bfloat16"),
+    ("medium", "bfloat16"),
+    ("large", "bfloat16"),
+]
+ON_CPU = [("tiny", "float32")]
+PARTS = ("update", "scan", "observe", "imagine", "act 1", "act 8", "sample", "add")
+ROUNDS, ROUND_SECONDS = 5, 0.1
+# Every kernel runs in it, and compute-sanitizer takes some thousand times as long.
+SMALL = {
+    "replay": {"batch": 2, "length": 3},
+    "rssm": {"deter": 32, "units": 32, "stoch": 4, "classes": 8},
+    "network": {"units": 32, "layers": 1, "depth": 4, "bins": 41},
+    "behavior": {"horizon": 2},
+}
+Run = Callable[[], Any]
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Has every op that implements backend `name` run on it by default, and every other one on its reference.
+
+    HDFAST_BACKEND would refuse the ops that have no such backend. "default" changes nothing; "triton-persistent" is
+    "triton" with the observe scan in one launch a direction.
+
+    Raises: ValueError for another name.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"no backend {name!r}, right are {', '.join(BACKENDS)}")
+    before = dispatch.CPU_DEFAULT, dispatch.CUDA_DEFAULT
+    scan = dispatch._ops["rssm_observe"].implementations
+    triton_scan = scan["triton"]
+    try:
+        if name != "default":
+            wanted = name.removesuffix("-persistent")
+            chosen = {op: wanted for op in dispatch.ops() if wanted in dispatch._ops[op].implementations}
+            dispatch.CPU_DEFAULT = dispatch.CUDA_DEFAULT = chosen
+        if name == "triton-persistent":
+            scan["triton"] = functools.partial(triton_scan, persistent=True)
+        yield
+    finally:
+        dispatch.CPU_DEFAULT, dispatch.CUDA_DEFAULT = before
+        scan["triton"] = triton_scan
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for all that was enqueued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(run: Run, device: torch.device, warmup: int) -> dict[str, float]:
+    """Median and least time of a call in µs, calls enqueued back to back and awaited together, as in a run."""
+    for _ in range(warmup):
+        run()
+    synchronize(device)
+
+    def together(calls: int) -> float:
+        began = time.perf_counter()
+        for _ in range(calls):
+            run()
+        synchronize(device)
+        return (time.perf_counter() - began) / calls
+
+    calls = max(1, min(100, int(ROUND_SECONDS / together(1))))
+    each = [together(calls) * 1e6 for _ in range(ROUNDS)]
+    return {"us": statistics.median(each), "least_us": min(each), "calls": ROUNDS * calls}
+
+
+def scan(bench: Bench) -> Run:
+    """The observe scan, forward and backward, with the prior head that follows it."""
+    rssm, config = bench.learner.model.rssm, bench.config
+    T, B, device = config.replay.length, config.replay.batch, bench.device
+    embed = torch.randn(T, B, rssm.post_embed.shape[1], device=device)
+    action = torch.randint(ACTIONS.count, (T, B), device=device)
+    is_first = torch.zeros(T, B, dtype=torch.bool, device=device)
+    is_first[0] = True
+    uniform = torch.rand(T, B, rssm.stoch, device=device)
+    parameters = list(rssm.parameters())
+
+    def run() -> None:
+        seen = rssm.observe(embed, action, is_first, uniform, bench.dtype)
+        loss = seen.latent.deter.sum() + seen.latent.stoch.sum() + (seen.post_logp - seen.prior_logp).sum()
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    return run
+
+
+def act(bench: Bench, num_envs: int, graph: bool) -> Run:
+    """Actions for N environments, from images on the host to actions on the host."""
+    policy = Policy(bench.learner, num_envs, seed=0, graph=graph)
+    obs = {key: np.zeros((num_envs, *spec.shape), spec.dtype) for key, spec in IMAGE.items()}
+    return lambda: policy(obs, np.zeros(num_envs, bool))
+
+
+def part(bench: Bench, name: str, graph: bool) -> Run:
+    """One part as a function of no arguments."""
+    if name.startswith("act"):
+        return act(bench, int(name.split()[1]), graph)
+    if name == "add":
+        row = random_row(np.random.default_rng(0), 1)
+        return lambda: bench.replay.add(row)
+    others = {"scan": lambda: scan(bench), "sample": lambda: bench.sample}
+    run = others.get(name, lambda: getattr(bench, name)())()
+    if not graph:
+        return run
+    generators = [bench.learner.generator, *bench.replay.generators]
+    return CapturedStep(lambda: (run(), None)[1], device=bench.device, generators=generators)
+
+
+def timings(device: torch.device, name: str, write: "Rows") -> None:
+    """A row for every part, size and precision, eager and as a graph."""
+    on_cuda = device.type == "cuda"
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    for size, precision in ON_CUDA if on_cuda else ON_CPU:
+        config = config_of(size)
+        bench = Bench(config, device, dtypes[precision])
+        work = gflop(config, "update", device)
+        for what in PARTS:
+            for graph in (False, True) if on_cuda and what != "add" else (False,):
+                about = {"part": what, "size": size, "precision": precision, "backend": name, "graph": graph}
+                with write.row(kind="timing", **about) as row, backend(name):
+                    row |= timed(part(bench, what, graph), device, WARMUP + 2 if graph else 2)
+                    if what == "update":
+                        row |= {"gflop": work, "parameters": bench.learner.parameter_counts()["total"]}
+
+
+def profiles(device: torch.device, name: str, write: "Rows") -> None:
+    """Kernels, busy and idle time of an update of the small model in bfloat16, eager and captured."""
+    on_cuda, updates = device.type == "cuda", 3
+    size, precision = ("small", torch.bfloat16) if on_cuda else ("tiny", torch.float32)
+    bench = Bench(config_of(size), device, precision)
+    for graph in (False, True) if on_cuda else (False,):
+        with (
+            write.row(kind="profile", part="update", size=size, backend=name, graph=graph) as row,
+            backend(name),
+        ):
+            run = part(bench, "update", graph)
+            for _ in range(WARMUP + 2 if graph else 2):
+                run()
+            synchronize(device)
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+            with profile(activities=activities) as found:
+                for _ in range(updates):
+                    run()
+                synchronize(device)
+            kind = torch.autograd.DeviceType.CUDA if on_cuda else torch.autograd.DeviceType.CPU
+            events = [event for event in found.events() if event.device_type == kind]
+            spans = [(e.name, e.time_range.start, e.time_range.end) for e in events]
+            row |= occupied(spans, updates)
+
+
+def once(device: torch.device, name: str, write: "Rows") -> None:
+    """One update of the small model, between cudaProfilerStart and Stop: for ncu."""
+    size, precision = ("small", torch.bfloat16) if device.type == "cuda" else ("tiny", torch.float32)
+    with write.row(kind="once", backend=name), backend(name):
+        run = part(Bench(config_of(size), device, precision), "update", False)
+        run()
+        synchronize(device)
+        with torch.cuda.profiler.profile() if device.type == "cuda" else contextlib.nullcontext():
+            run()
+            synchronize(device)
+
+
+def kernels(device: torch.device, name: str, write: "Rows") -> None:
+    """One update and one action at sizes as small as can be: for compute-sanitizer."""
+    config: Config = apply_overrides(config_of("tiny"), SMALL)
+    with write.row(kind="kernels", backend=name), backend(name):
+        bench = Bench(config, device, torch.float32)
+        part(bench, "update", False)()
+        part(bench, "act 1", False)()
+        synchronize(device)
+
+
+def peaks(device: torch.device, name: str, write: "Rows") -> None:
+    """What a copy and matrix products reach here, and what a grid barrier costs."""
+    with write.row(kind="peak", what="copy", unit="GB/s") as row:
+        row["value"] = copy_gb_per_second(device)
+    for dtype in (torch.bfloat16, torch.float32):
+        with write.row(
+            kind="peak", what=f"product {str(dtype).removeprefix('torch.')}", unit="GFLOP/s"
+        ) as row:
+            row["value"] = gemm_gflop_per_second(device, dtype)
+    if device.type != "cuda":
+        return
+    for programs in (16, 64, 108, torch.cuda.get_device_properties(device).multi_processor_count):
+        with write.row(kind="peak", what=f"grid barrier, {programs} programs", unit="µs") as row:
+            from bench.barrier import barrier_us
+
+            row["value"] = barrier_us(programs)
+
+
+class Rows:
+    """Appends rows to a file, each as soon as it is there, until the time is over."""
+
+    def __init__(self, path: Path, seconds: float):
+        self.path, self.until = path, time.monotonic() + seconds
+
+    @contextlib.contextmanager
+    def row(self, **about: Any) -> Iterator[dict[str, Any]]:
+        """A row to fill; what is raised inside becomes its `error`. Raises TimeoutError when the time is over."""
+        if time.monotonic() > self.until:
+            raise TimeoutError
+        row = dict(about)
+        try:
+            yield row
+        except Exception as error:
+            row["error"] = (
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            )
+            if "CUDA error" in str(error):  # nothing works in this process after it
+                raise
+        finally:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+WORK = {work.__name__: work for work in (peaks, timings, profiles, once, kernels)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("work", choices=WORK)
+    parser.add_argument("--backend", choices=BACKENDS, default="default")
+    parser.add_argument("--out", type=Path, required=True, help="file to append rows to")
+    parser.add_argument("--seconds", type=float, default=60, help="begin no row after so long")
+    args = parser.parse_args()
+    with contextlib.suppress(TimeoutError):
+        WORK[args.work](resolve_device("auto"), args.backend, Rows(args.out, args.seconds))
+
+
+if __name__ == "__main__":
+    main()
