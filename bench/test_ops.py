@@ -71,6 +71,12 @@ def eager_image_loss(pred, image):
     return (pred.float() - image.float() / 255).square().sum((-3, -2, -1))
 
 
+def eager_image_deconv(x, weight, bias):
+    kernel = weight.to(x.dtype, memory_format=torch.channels_last)
+    out = F.conv_transpose2d(x.permute(0, 3, 1, 2), kernel, bias.to(x.dtype), stride=2, padding=1)
+    return out.permute(0, 2, 3, 1)
+
+
 def eager_kl_balance(post, prior):
     def kl(p, q):
         return (p.exp() * (p - q)).sum((-2, -1)).clamp(min=1.0)
@@ -160,6 +166,10 @@ CASES = [
     Case(
         "image_loss", "observe", eager_image_loss,
         lambda t: (number(1024, 64, 64, 3, dtype=t), torch.randint(256, (1024, 64, 64, 3), device=DEVICE).byte()),
+    ),
+    Case(
+        "image_deconv", "observe", eager_image_deconv,
+        lambda t: (number(1024, 32, 32, 32, dtype=t), number(32, 3, 4, 4, scale=0.05), number(3)),
     ),
     Case(
         "kl_balance", "observe", eager_kl_balance,
