@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from hdfast import config, report, suites
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, natural, positive
+from hdfast.runtime.device import NARROW
 from hdfast.runtime.errors import ConfigError, MissingLibraryError, RunError
 from hdfast.runtime.signals import StopRequest
 
@@ -53,11 +54,12 @@ class LocalPool:
 
     jobs: how many at a time; on CPUs each gets its share of the cores.
     devices: what `--device` the slots take in turn; none leaves it to the train flags.
+    threads: of each job on the CPU, in place of its share; OMP_NUM_THREADS goes before both.
     """
 
-    def __init__(self, jobs: int, devices: Sequence[str] = ()) -> None:
+    def __init__(self, jobs: int, devices: Sequence[str] = (), *, threads: int | None = None) -> None:
         self._devices = devices
-        threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+        threads = threads or max(1, len(os.sched_getaffinity(0)) // jobs)
         self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
 
     def start(self, job: Job, slot: int) -> subprocess.Popen[bytes]:
@@ -241,9 +243,10 @@ def main() -> None:
         raise ConfigError(f"{given[0]} cannot stand behind --", hint="see python -m hdfast.sweep --help")
     suite = suites.get(args.suite)
     tasks = [suite.task(name) for name in args.tasks] if args.tasks else list(suite.tasks)
-    logdir = config.parse(["--suite", suite.name, *flags]).logdir
+    parsed = config.parse(["--suite", suite.name, *flags])
+    logdir, threads = parsed.logdir, 1 if parsed.width <= NARROW else None
     jobs = jobs_of(suite, tasks, range(args.seed, args.seed + args.seeds), flags, logdir)
-    pool = RayPool(args.ray) if args.ray else LocalPool(args.jobs, args.devices)
+    pool = RayPool(args.ray) if args.ray else LocalPool(args.jobs, args.devices, threads=threads)
     with StopRequest() as stop:
         failed = run(pool, jobs, args.jobs, stop, _say)
     report.show(suite, report.collect(logdir, suite, tasks))

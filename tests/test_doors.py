@@ -218,14 +218,17 @@ import os, sys
 alone = os.getpgrp() == os.getpid()  # Ctrl-C at the terminal reaches the sweep alone, which passes it on
 print(sys.argv[1:], os.environ['OMP_NUM_THREADS'], alone)
 """
-    made = jobs(tmp_path, *[body] * 4)
+    made = jobs(tmp_path, *[body] * 5)
     with StopRequest() as stop:
         assert sweep.run(sweep.LocalPool(3, ["cuda:0", "cuda:1"]), made[:3], 3, stop, lambda line: None) == {}
     told = [job.log.read_text().splitlines()[-1] for job in made[:3]]
     assert told == [f"['--device', 'cuda:{i}'] 2 True" for i in (0, 1, 0)]
+    with StopRequest() as stop:  # narrow networks gain nothing from their share
+        sweep.run(sweep.LocalPool(3, threads=1), made[4:], 3, stop, lambda line: None)
+    assert made[4].log.read_text().splitlines()[-1] == "[] 1 True"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")  # asked for
     with StopRequest() as stop:
-        sweep.run(sweep.LocalPool(3), made[3:], 3, stop, lambda line: None)
+        sweep.run(sweep.LocalPool(3, threads=1), made[3:4], 3, stop, lambda line: None)
     assert made[3].log.read_text().splitlines()[-1] == "[] 5 True"
 
 
@@ -273,6 +276,10 @@ def test_the_door_of_sweep(tmp_path, monkeypatch, capfd):
     """Real training processes: two seeds that work; then a run whose flag cannot be, told at its end."""
     train_flags = [*flags(agent_steps=12)[2:], "--logdir", str(tmp_path)]
     monkeypatch.setenv("PYTHONPATH", loop_cases.PYTHONPATH)
+    pools, pool = [], sweep.LocalPool
+    monkeypatch.setattr(
+        sweep, "LocalPool", lambda *args, threads: pools.append(threads) or pool(*args, threads=threads)
+    )
     argv = ["--suite", "demo", "--seeds", "2", "--seed", "4", "--jobs", "2", "--", *train_flags]
     code, out, err = door(sweep.main, argv, monkeypatch, capfd)
     assert (code, err) == (0, "")
@@ -283,6 +290,7 @@ def test_the_door_of_sweep(tmp_path, monkeypatch, capfd):
         log = tmp_path / "demo" / "Catch" / f"seed{seed}" / "train.log"
         assert "agent_steps=12/12 done=100.0%" in log.read_text()
         assert json.loads((log.parent / "config.json").read_text())["config"]["seed"] == seed
+    assert pools == [1]  # the demo is narrow
     argv = ["--suite", "demo", "--seeds", "1", "--", *train_flags, "--device", "cuda:7"]
     code, out, err = door(sweep.main, argv, monkeypatch, capfd)
     assert code == 1
