@@ -113,7 +113,7 @@ class HarmonyConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Loss scales of the world model; dyn : rep also splits the KL inside harmony."""
+    """Loss scales of the world model; reward and image where harmony is off; dyn : rep also splits its KL."""
 
     dyn: float = 0.5
     rep: float = 0.1
@@ -392,6 +392,18 @@ def validate(config: Config) -> Config:
         if not low <= value <= high:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} {value} is out of range: right is {low:,} to {high:,}")
+    plain = Config()
+    for section, mode, names in (
+        ("harmony", "fixed", ("reward", "image", "kl")),
+        ("loss", "off", ("reward", "image")),
+    ):
+        for name in names:
+            given, default = (getattr(getattr(one, section), name) for one in (config, plain))
+            if given != default and config.harmony.mode != mode:
+                raise ConfigError(
+                    f"--{section}.{name} has no effect with --harmony.mode {config.harmony.mode}",
+                    hint=f"--harmony.mode {mode} takes it",
+                )
     if config.harmony.mode != "off" and not config.loss.dyn + config.loss.rep:
         raise ConfigError("--loss.dyn and --loss.rep are both 0, and harmony splits the KL by them")
     rows = config.replay.length * config.env.num_envs

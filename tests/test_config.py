@@ -128,8 +128,12 @@ def test_every_field_is_a_typed_flag(name):
         text, right = "8.5", 8.5
     else:
         text, right = another(default, name)
+    modes = {f"harmony.{loss}": "fixed" for loss in ("reward", "image", "kl")}  # in which it has an effect
+    modes |= {f"loss.{loss}": "off" for loss in ("reward", "image")}
+    mode = ["--harmony.mode", modes[name]] if name in modes else []
+    default = parse(mode)
     for flag in (name, name.replace("_", "-")):
-        got = parse([f"--{flag}", text])
+        got = parse([f"--{flag}", text, *mode])
         assert value_of(got, name) == right
         assert type(value_of(got, name)) is type(right)
     if name not in ("suite", "size"):  # these bring others with them
@@ -175,6 +179,16 @@ def test_every_field_is_a_typed_flag(name):
         ("--loss.rep inf", "--loss.rep inf is out of range"),
         ("--behavior.entropy nan", "--behavior.entropy nan is out of range"),
         ("--seed -1", "--seed -1 is out of range: right is 0 to 2,147,483,647"),
+        (
+            "--harmony.reward 100",
+            "--harmony.reward has no effect with --harmony.mode learned; --harmony.mode fixed takes it",
+        ),
+        ("--harmony.mode off --harmony.kl 2", "--harmony.kl has no effect with --harmony.mode off;"),
+        (
+            "--loss.image 2",
+            "--loss.image has no effect with --harmony.mode learned; --harmony.mode off takes it",
+        ),
+        ("--harmony.mode fixed --loss.reward 2", "--loss.reward has no effect with --harmony.mode fixed;"),
         (
             "--loss.dyn 0 --loss.rep 0",
             "--loss.dyn and --loss.rep are both 0, and harmony splits the KL by them",
