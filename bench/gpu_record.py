@@ -34,8 +34,9 @@ from bench.gpu_defaults import proposal  # noqa: E402
 from bench.gpu_predictions import compared  # noqa: E402
 from bench.gpu_report import markdown  # noqa: E402
 
+# What tells most comes first, if time ends before all are done: graphs, and every kernel at the rows of training.
+TESTS = ("tests/test_cuda.py", "tests/kernels/test_training_shapes.py", "tests/kernels", "tests")
 GRACE = 15  # seconds between a request to end, at which reports are written, and the end
-BACKENDS = ("reference", "triton", "triton-persistent")
 
 
 @dataclass
@@ -80,8 +81,13 @@ class Record:
         draft.replace(self.folder / "record.json")
 
 
-def execute(command: list[str], seconds: float, **environment: str) -> tuple[str | None, str]:
-    """Why a command failed (None: it did not), and all that it said. Past its limit it is asked to end, then killed."""
+def execute(
+    command: list[str], seconds: float, grace: float = GRACE, **environment: str
+) -> tuple[str | None, str]:
+    """Why a command failed (None: it did not), and all that it said.
+
+    `grace` seconds before its limit, or for short limits a third of them, it is asked to end, at the limit killed.
+    """
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         process = subprocess.Popen(
@@ -92,7 +98,7 @@ def execute(command: list[str], seconds: float, **environment: str) -> tuple[str
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        grace, reason = min(GRACE, seconds / 3), None
+        grace, reason = min(grace, seconds / 3), None
         try:
             process.wait(seconds - grace)
         except subprocess.TimeoutExpired:
@@ -148,7 +154,7 @@ def work(record: Record, what: str, backend: str = "default") -> Callable[[float
     def do(seconds: float) -> str | None:
         with tempfile.TemporaryDirectory() as folder:
             rows = Path(folder) / "rows"
-            own = 0.7 * (seconds - min(GRACE, seconds / 3))  # no row is begun later
+            own = 0.7 * seconds  # no row is begun later
             command = [
                 "-m",
                 "bench.gpu_work",
@@ -160,7 +166,7 @@ def work(record: Record, what: str, backend: str = "default") -> Callable[[float
                 "--seconds",
                 f"{own:.0f}",
             ]
-            reason, _ = execute([sys.executable, *command], seconds)
+            reason, _ = execute([sys.executable, *command], seconds, grace=2)
             found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
         record.found["rows"] += found
         wrong = [row["error"] for row in found if "error" in row]
@@ -172,7 +178,7 @@ def work(record: Record, what: str, backend: str = "default") -> Callable[[float
 
 
 def tests(record: Record) -> Callable[[float], str | None]:
-    """The step of the tests that need a GPU: the kernels' first."""
+    """The step of the tests that need a GPU."""
 
     def do(seconds: float) -> str | None:
         if absent := missing("pytest"):
@@ -181,7 +187,7 @@ def tests(record: Record) -> Callable[[float], str | None]:
             report = Path(folder) / "junit.xml"
             command = ["-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", "-p", "no:cacheprovider"]
             command.append("--continue-on-collection-errors")
-            reason, _ = execute([sys.executable, *command, "tests/kernels", "tests"], seconds)
+            reason, _ = execute([sys.executable, *command, *TESTS], seconds)
             record.found["tests"] = found = gpu_tools.junit(report)
         if found and all(test["outcome"] == "skipped" for test in found):
             return f"skipped: all {len(found)} tests: {found[0]['reason']}"
@@ -228,7 +234,7 @@ def watched(
         # Memory that torch keeps for later is valid memory to the tool: only without its cache an overrun shows.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "compute-sanitizer" else {}
         command = [sys.executable, "-m", "bench.gpu_work", what, "--backend", "triton", "--out", os.devnull]
-        reason, text = execute([path, *options, *command], seconds, **environment)
+        reason, text = execute([path, *options, *command], seconds, grace=3, **environment)
         record.found[name] = gpu_tools.ncu_rows(text) if tool == "ncu" else gpu_tools.sanitizer_row(text)
         if obstacle := gpu_tools.tool_obstacle(text):
             return obstacle
@@ -289,20 +295,28 @@ def main() -> int:
         "--launch-count",
         "2500",
     ]
+    backends = {"reference": 5, "triton": 9, "triton-persistent": 3} if on_gpu else {"default": 5}
+    profiled = ("reference", "triton") if on_gpu else ("default",)
+    # With how much of the time, beside each other. Triton's first step compiles its kernels for all that follow.
     steps: list[tuple[str, float, Callable[[float], str | None]]] = [
-        ("rates", 2, work(record, "peaks")),
-        *((f"timings {name}", 4, work(record, "timings", name)) for name in (BACKENDS if on_gpu else ("default",))),
-        ("tests", 11, tests(record)),
+        ("rates", 3, work(record, "peaks")),
+        *((f"timings {name}", weight, work(record, "timings", name)) for name, weight in backends.items()),
+        ("tests", 12, tests(record)),
         ("ops", 8, benchmarks(record, args.select)),
-        *(
-            (f"profile {name}", 2, work(record, "profiles", name))
-            for name in (("reference", "triton") if on_gpu else ("default",))
-        ),
+        *((f"profile {name}", 2, work(record, "profiles", name)) for name in profiled),
         ("ncu", 5 * gpu, watched(record, "ncu", "ncu", ncu, "once")),
-        ("memcheck", 4 * gpu, watched(record, "compute-sanitizer", "memcheck", ["--tool", "memcheck"], "kernels")),
-        ("racecheck", 4 * gpu, watched(record, "compute-sanitizer", "racecheck", ["--tool", "racecheck"], "kernels")),
+        (
+            "memcheck",
+            3 * gpu,
+            watched(record, "compute-sanitizer", "memcheck", ["--tool", "memcheck"], "kernels"),
+        ),
+        (
+            "racecheck",
+            3 * gpu,
+            watched(record, "compute-sanitizer", "racecheck", ["--tool", "racecheck"], "kernels"),
+        ),
         ("training", 6, training(record)),
-    ]  # fmt: skip
+    ]
     for at, (name, weight, do) in enumerate(steps):
         record.step(name, weight, sum(step[1] for step in steps[at:]), do)
     from hdfast_kernels import dispatch

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -49,6 +50,7 @@ SMALL = {
     "network": {"units": 32, "layers": 1, "depth": 4, "bins": 41},
     "behavior": {"horizon": 2},
 }
+LASTING = "illegal memory access|illegal instruction|misaligned address|launch failure|device-side assert"
 Run = Callable[[], Any]
 
 
@@ -99,8 +101,9 @@ def timed(run: Run, device: torch.device, warmup: int) -> dict[str, float]:
         return (time.perf_counter() - began) / calls
 
     calls = max(1, min(100, int(ROUND_SECONDS / together(1))))
-    each = [together(calls) * 1e6 for _ in range(ROUNDS)]
-    return {"us": statistics.median(each), "least_us": min(each), "calls": ROUNDS * calls}
+    rounds = ROUNDS if device.type == "cuda" else 2
+    each = [together(calls) * 1e6 for _ in range(rounds)]
+    return {"us": statistics.median(each), "least_us": min(each), "calls": rounds * calls}
 
 
 def scan(bench: Bench) -> Run:
@@ -146,19 +149,22 @@ def part(bench: Bench, name: str, graph: bool) -> Run:
 
 def timings(device: torch.device, name: str, write: "Rows") -> None:
     """A row for every part, size and precision, eager and as a graph."""
-    on_cuda = device.type == "cuda"
+    on_cuda, persistent = device.type == "cuda", name == "triton-persistent"
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    for size, precision in ON_CUDA if on_cuda else ON_CPU:
+    for size, precision in (ON_CUDA if on_cuda else ON_CPU)[: 1 if persistent else None]:
         config = config_of(size)
         bench = Bench(config, device, dtypes[precision])
         work = gflop(config, "update", device)
-        for what in PARTS:
-            for graph in (False, True) if on_cuda and what != "add" else (False,):
-                about = {"part": what, "size": size, "precision": precision, "backend": name, "graph": graph}
-                with write.row(kind="timing", **about) as row, backend(name):
-                    row |= timed(part(bench, what, graph), device, WARMUP + 2 if graph else 2)
-                    if what == "update":
-                        row |= {"gflop": work, "parameters": bench.learner.parameter_counts()["total"]}
+        parts = ("update", "scan") if persistent else PARTS
+        modes = [(what, False) for what in parts]
+        if on_cuda:  # after them all: a capture that fails may leave the generators unusable
+            modes += [(what, True) for what in parts if what != "add"]
+        for what, graph in modes:
+            about = {"part": what, "size": size, "precision": precision, "backend": name, "graph": graph}
+            with write.row(kind="timing", **about) as row, backend(name):
+                row |= timed(part(bench, what, graph), device, WARMUP + 2 if graph else 2)
+                if what == "update":
+                    row |= {"gflop": work, "parameters": bench.learner.parameter_counts()["total"]}
 
 
 def profiles(device: torch.device, name: str, write: "Rows") -> None:
@@ -241,14 +247,17 @@ class Rows:
         try:
             yield row
         except Exception as error:
-            row["error"] = (
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            )
-            if "CUDA error" in str(error):  # nothing works in this process after it
+            lines = str(error).strip().splitlines()
+            row["error"] = f"{type(error).__name__}: {lines[0] if lines else ''}"
+            self._write(row)
+            if re.search(LASTING, str(error)):  # nothing works in this process after it
                 raise
-        finally:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        else:  # a row that is broken off by the end of its time is none
+            self._write(row)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 WORK = {work.__name__: work for work in (peaks, timings, profiles, once, kernels)}

@@ -6,6 +6,7 @@ from a generator that is not registered.
 """
 
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -97,8 +98,8 @@ class RecordedStep:
             self.recording = Recording(self.step, self.generators)
 
 
-def record_instead_of_capturing(monkeypatch: pytest.MonkeyPatch) -> list[RecordedStep]:
-    """Has everything that would be captured recorded, and returns what was.
+def record_instead_of_capturing(monkeypatch: pytest.MonkeyPatch, *others: ModuleType) -> list[RecordedStep]:
+    """Has everything that would be captured recorded, by the agent and by `others`, and returns what was.
 
     Ops run on their definitions: a native op is a single call that a recording of aten calls does not see.
     """
@@ -109,7 +110,7 @@ def record_instead_of_capturing(monkeypatch: pytest.MonkeyPatch) -> list[Recorde
         return made[-1]
 
     monkeypatch.setenv("HDFAST_BACKEND", "reference")
-    for module in (learner, policy):
+    for module in (learner, policy, *others):
         monkeypatch.setattr(module, "CapturedStep", capture)
     return made
 

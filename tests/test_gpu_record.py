@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from bench import gpu_record, gpu_tools, gpu_work
+from bench.agent import Bench
 from bench.gpu_defaults import proposal
 from bench.gpu_predictions import RATES, compared, predictions, rates_of
 from bench.gpu_report import markdown
+from hdfast.config import apply_overrides
+from hdfast.runtime.graphs import WARMUP
 from hdfast_kernels import dispatch
+from tests.recorder import record_instead_of_capturing
 
 RAW = """\
 ==PROF== Connected to process 4242 (/usr/bin/python3.11)
@@ -415,6 +419,8 @@ def test_rows_are_kept_where_work_fails(tmp_path):
         raise ValueError("first line\nsecond")
     with pytest.raises(RuntimeError), rows.row(kind="c"):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(KeyboardInterrupt), rows.row(kind="broken off"):
+        raise KeyboardInterrupt
     rows.until = 0
     with pytest.raises(TimeoutError), rows.row(kind="d"):
         pass
@@ -441,3 +447,16 @@ def test_a_backend_is_forced_where_it_exists():
         gpu_work.backend("tritn"),
     ):
         pass
+
+
+@pytest.mark.parametrize("name", [name for name in gpu_work.PARTS if name != "add"])
+def test_every_part_can_be_captured(name, monkeypatch):
+    """Recorded on the CPU, as the GPU is to capture it: the last two calls are replays."""
+    made = record_instead_of_capturing(monkeypatch, gpu_work)
+    config = apply_overrides(gpu_work.config_of("tiny"), gpu_work.SMALL)
+    bench = Bench(config, torch.device("cpu"), torch.float32)
+    run = gpu_work.part(bench, name, graph=True)
+    for _ in range(WARMUP + 3):
+        run()
+    assert len(made) == 1
+    assert made[0].recording is not None
