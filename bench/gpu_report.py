@@ -1,5 +1,6 @@
 """A record of bench/gpu_record.py as Markdown, for who wants to know what a GPU makes of hdfast."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -53,7 +54,7 @@ def markdown(record: dict[str, Any]) -> str:
         body = section(record)
         if body:
             lines += ["", f"## {title}", "", *body]
-    return "\n".join(lines) + "\n"
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
 
 
 def cell(text: str) -> str:
@@ -98,7 +99,7 @@ def summary(record: dict[str, Any]) -> list[str]:
 
 def mode(row: dict[str, Any]) -> str:
     """Backend of a row, and whether it is a graph."""
-    return f"{row['backend']}{', graph' if row['graph'] else ''}"
+    return f"{row['backend']}{' in a graph' if row['graph'] else ''}"
 
 
 def steps(record: dict[str, Any]) -> list[str]:
@@ -129,7 +130,7 @@ def timings(record: dict[str, Any]) -> list[str]:
     head = ["µs", *(f"{backend}{', graph' if graph else ''}" for backend, graph in modes)]
     errors = Counter(row["error"] for row in record["rows"] if row["kind"] == "timing" and "error" in row)
     lines = [table([*head, "best, x first"], rows)]
-    lines += [f"- {count} times: {cell(error)}" for error, count in errors.items()]
+    lines += ["", *(f"- {count} x {cell(error)}" for error, count in errors.items())] if errors else []
     work = next((row for row in record["rows"] if row.get("part") == "update" and "gflop" in row), None)
     if work:
         lines += [
@@ -250,7 +251,7 @@ def tests(record: dict[str, Any]) -> list[str]:
     kinds = ("passed", "failed", "skipped")
     rows = [[name, *(str(counts[kind] or "") for kind in kinds)] for name, counts in sorted(by_file.items())]
     wrong = [test for test in found if test["outcome"] == "failed"]
-    lines = [table(["file", *kinds], rows)] if rows else []
+    lines = [table(["file", *kinds], rows), ""] if rows else []
     return lines + [f"- {test['file']}::{cell(test['name'])}: {cell(test['reason'])}" for test in wrong[:40]]
 
 

@@ -283,21 +283,22 @@ def test_the_markdown_tells_it_all():
         "# NVIDIA H100\n\n`python bench/gpu_record.py`, 400 s: memory 80 GB, device cuda:0.\n"
     )
     for told in (
-        "- An update of the small model in bfloat16: 10.00 ms with triton, graph (60.0 TFLOP/s), 4.0 x eager PyTorch.",
+        "- An update of the small model in bfloat16: 10.00 ms with triton in a graph (60.0 TFLOP/s), "
+        "4.0 x eager PyTorch.",
         "- 1 tests on the GPU passed, 1 failed.",
         "- Not complete: ncu (skipped).",
         "| ncu | skipped | ncu is not installed | 0 |",
         "| update small bfloat16 | 40,000 | 10,000 | 4.00 |",
         "| scan small bfloat16 |  | error |  |",
-        "- 1 times: OutOfResources: shared",
+        "\n\n- 1 x OutOfResources: shared",
         "An update of the small model, 17.9 M parameters, B16 x T64, H15, is 600 GFLOP of matrix products.",
         "| kl_balance | reference | 1 of 2 tests failed |",
         "| grid barrier, 64 programs | RuntimeError: a \\| b | µs |",
         "| g fp32 | triton | 20.00 | 3.00 | 1,500 | 60% |",
-        "| small, triton, graph | 2,100 | 9,000 | 10,000 | 10% |",
+        "| small, triton in a graph | 2,100 | 9,000 | 10,000 | 10% |",
         "| layer_norm_silu_forward | 2 | 8.000 | 4.00 | 82.5 | 35.0 | 65.0 | 40.0 |",
         "- memcheck: 2 errors in one update and one action of a small Triton model.",
-        "- test_kl_balance::t[triton-cuda]: largest error \\| 3",
+        "\n\n- test_kl_balance::t[triton-cuda]: largest error \\| 3",
         "| 2,000 | 2 | 0.500 |",
     ):
         assert told in text, told
