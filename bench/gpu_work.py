@@ -154,7 +154,6 @@ def timings(device: torch.device, name: str, write: "Rows") -> None:
     for size, precision in (ON_CUDA if on_cuda else ON_CPU)[: 1 if persistent else None]:
         config = config_of(size)
         bench = Bench(config, device, dtypes[precision])
-        work = gflop(config, "update", device)
         parts = ("update", "scan") if persistent else PARTS
         modes = [(what, False) for what in parts]
         if on_cuda:  # after them all: a capture that fails may leave the generators unusable
@@ -164,7 +163,10 @@ def timings(device: torch.device, name: str, write: "Rows") -> None:
             with write.row(kind="timing", **about) as row, backend(name):
                 row |= timed(part(bench, what, graph), device, WARMUP + 2 if graph else 2)
                 if what == "update":
-                    row |= {"gflop": work, "parameters": bench.learner.parameter_counts()["total"]}
+                    row |= {
+                        "gflop": gflop(config, what, device),
+                        "parameters": bench.learner.parameter_counts()["total"],
+                    }
 
 
 def profiles(device: torch.device, name: str, write: "Rows") -> None:

@@ -22,7 +22,7 @@ from hdfast.runtime.errors import MissingLibraryError
 CUDA = DEVICE.type == "cuda"
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 BEST = str(resolve_precision("auto", DEVICE)).removeprefix("torch.")
-ROUNDS = {"tiny": 10, "small": 3, "medium": 1, "large": 1}
+ROUNDS = {"tiny": 5, "small": 3, "medium": 1, "large": 1}
 SIZES = ["tiny", "small", "medium", pytest.param("large", marks=() if CUDA else pytest.mark.slow)]
 BACKENDS = ("default", "triton") if CUDA else ("default",)
 GRAPHS = ("graph", "triton-graph") if CUDA else ()  # of the default backends, and of Triton

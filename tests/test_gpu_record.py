@@ -150,6 +150,14 @@ def test_reports_of_pytest(tmp_path):
     }
     assert gpu_tools.tests_of("kl_balance", rows) == {"passed": 1, "failed": 1}
     assert gpu_tools.tests_of("two_hot_loss", rows) == {}
+    shapes = {"file": "test_training_shapes", "outcome": "passed"}
+    names = (
+        "t[fp32-two_hot_loss-16384-triton-cuda]",
+        "test_rssm_observe_errs[triton-cuda-persistent-small-fp32]",
+    )
+    rows = [shapes | {"name": name} for name in names]
+    assert gpu_tools.tests_of("two_hot_loss", rows) == {"passed": 1}
+    assert gpu_tools.tests_of("rssm_observe", rows) == {}
 
 
 def test_time_of_kernels_that_overlap_and_of_none():
