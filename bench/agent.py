@@ -77,7 +77,7 @@ def backend(name: str | None) -> Iterator[None]:
 def threads_of_a_run(config: Config, device: torch.device) -> Iterator[None]:
     """As many CPU threads inside the block as a run of this configuration has."""
     before = torch.get_num_threads()
-    limit_threads(device, config.width)
+    limit_threads(device, config.little_work)
     try:
         yield
     finally:

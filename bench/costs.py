@@ -73,7 +73,7 @@ def measure(point: Point, device: str, precision: str, rounds: int) -> dict[str,
     dtype = resolve_precision(precision, where)
     config = config_of(point.size, batch=point.batch, length=point.length, horizon=point.horizon)
     keep_memory(where)
-    limit_threads(where, config.width)
+    limit_threads(where, config.little_work)
     bench = Bench(config, where, dtype)
     run = synchronised(bench.act(point.num_envs) if point.num_envs else bench.update(), where)
     run()

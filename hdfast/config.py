@@ -248,9 +248,10 @@ class Config:
         return rows * self.env.num_envs
 
     @property
-    def width(self) -> int:
-        """The widest layer of the recurrent model and the heads."""
-        return max(self.rssm.deter, self.rssm.units, self.network.units)
+    def little_work(self) -> bool:
+        """Whether the ops of an update are too short for CPU threads to share: layers of at most 128, and 512 rows."""
+        width = max(self.rssm.deter, self.rssm.units, self.network.units)
+        return width <= 128 and self.replay.batch * self.replay.length <= 512
 
     @property
     def replay_rows(self) -> int:

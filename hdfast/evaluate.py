@@ -56,7 +56,7 @@ def evaluate(
         hint = f"the first is written after {record.config['checkpoint']['seconds']:g} seconds of training"
         raise CheckpointError("there is no checkpoint yet", where=run, hint=hint)
     where = resolve_device(device)
-    limit_threads(where, config.width)
+    limit_threads(where, config.little_work)
     with make_envs(config, task, num_envs=min(num_envs, episodes), stream="evaluate") as env:
         dtype = resolve_precision(config.precision, where)
         learner = Learner(env.obs_specs, env.actions, config, device=where, dtype=dtype)

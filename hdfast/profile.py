@@ -44,7 +44,7 @@ def build(config: Config) -> tuple[Learner, Callable[[], None]]:
     Raises: HdfastError, as a run of this config would.
     """
     device = resolve_device(config.device)
-    limit_threads(device, config.width)
+    limit_threads(device, config.little_work)
     task = suites.get(config.suite).task(config.task or suites.get(config.suite).tasks[0].name)
     batch, length = config.replay.batch, config.replay.length
     with make_envs(config, task, num_envs=config.env.num_envs, stream="profile") as env:

@@ -19,7 +19,6 @@ from typing import Any, Protocol
 from hdfast import config, report, suites
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, natural, positive
-from hdfast.runtime.device import NARROW
 from hdfast.runtime.errors import ConfigError, MissingLibraryError, RunError
 from hdfast.runtime.signals import StopRequest
 
@@ -244,7 +243,7 @@ def main() -> None:
     suite = suites.get(args.suite)
     tasks = [suite.task(name) for name in args.tasks] if args.tasks else list(suite.tasks)
     parsed = config.parse(["--suite", suite.name, *flags])
-    logdir, threads = parsed.logdir, 1 if parsed.width <= NARROW else None
+    logdir, threads = parsed.logdir, 1 if parsed.little_work else None
     jobs = jobs_of(suite, tasks, range(args.seed, args.seed + args.seeds), flags, logdir)
     pool = RayPool(args.ray) if args.ray else LocalPool(args.jobs, args.devices, threads=threads)
     with StopRequest() as stop:

@@ -15,7 +15,7 @@ def main() -> None:
     config = parse()
     suite = suites.get(config.suite)
     tasks = [suite.task(config.task)] if config.task else list(suite.tasks)
-    limit_threads(resolve_device(config.device), config.width)
+    limit_threads(resolve_device(config.device), config.little_work)
     if config.dry_run:
         sys.stdout.write(describe(config, tasks) + "\n")
         return

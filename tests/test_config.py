@@ -61,6 +61,19 @@ def test_atari100k_is_the_paper():
     assert config.loss.cont_gradient
 
 
+@pytest.mark.parametrize(
+    ("flags", "little"),
+    [
+        (["--suite", "demo"], True),
+        (["--suite", "demo", "--rssm.deter", "129"], False),
+        (["--suite", "demo", "--replay.batch", "33"], False),
+        (["--suite", "atari100k", "--size", "tiny"], False),
+    ],
+)
+def test_little_work_is_that_of_the_demo(flags, little):
+    assert parse(flags).little_work is little
+
+
 def test_metaworld_is_the_authors_configuration():
     """`metaworld` of dreamerv3-jax/dreamerv3/configs.yaml."""
     config = parse(["--suite", "metaworld"])

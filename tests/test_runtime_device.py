@@ -95,22 +95,16 @@ def test_a_precision_asked_for_is_given():
 
 
 @pytest.mark.parametrize(
-    ("kind", "width", "asked", "threads"),
-    [
-        ("cpu", 64, None, 1),
-        ("cpu", 128, None, 1),
-        ("cpu", 129, None, 7),
-        ("cpu", 64, "7", 7),
-        ("cuda", 64, None, 7),
-    ],
+    ("kind", "little", "asked", "threads"),
+    [("cpu", True, None, 1), ("cpu", False, None, 7), ("cpu", True, "7", 7), ("cuda", True, None, 7)],
 )
-def test_narrow_networks_compute_on_one_thread(monkeypatch, kind, width, asked, threads):
+def test_little_work_is_done_on_one_thread(monkeypatch, kind, little, asked, threads):
     now = [7]
     monkeypatch.setattr(torch, "set_num_threads", lambda count: now.append(count))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if asked:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    device.limit_threads(torch.device(kind), width)
+    device.limit_threads(torch.device(kind), little)
     assert now[-1] == threads
 
 

@@ -10,7 +10,6 @@ import torch
 from hdfast.runtime.errors import ConfigError, suggest
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-NARROW = 128
 _CPUINFO = Path("/proc/cpuinfo")
 _CPU_BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # x86 flags of bfloat16 matrix work in hardware
 _CUDA_BFLOAT16 = (8, 0)  # compute capability from which tensor cores take bfloat16
@@ -60,14 +59,13 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(_CPU_BFLOAT16 & set(_cpuinfo().get("flags", "").split()))
 
 
-def limit_threads(device: torch.device, width: int) -> None:
-    """One thread on the CPU for networks whose layers are at most NARROW wide, unless OMP_NUM_THREADS is set.
+def limit_threads(device: torch.device, little_work: bool) -> None:
+    """One thread on the CPU where an update is little work (`Config.little_work`), unless OMP_NUM_THREADS is set.
 
-    Their ops are too short to share: two threads gain little on idle cores, and on busy ones they wait for
-    each other. An update of size tiny on two busy cores: 31 ms of CPU and 45-74 ms of wall time on one
-    thread, 400-1,040 ms and 650-2,140 ms on two.
+    Two threads gain little there on idle cores, and on busy ones they wait for each other. An update of the demo
+    on two busy cores: 31 ms of CPU and 45-74 ms of wall time on one thread, 400-1,040 ms and 650-2,140 ms on two.
     """
-    if device.type == "cpu" and width <= NARROW and "OMP_NUM_THREADS" not in os.environ:
+    if device.type == "cpu" and little_work and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 
