@@ -18,7 +18,7 @@ from hdfast.agent.policy import Policy
 from hdfast.config import Config, apply_overrides, default_config
 from hdfast.envs.base import ArraySpec, DiscreteActions
 from hdfast.replay import Replay
-from hdfast.runtime.device import limit_threads
+from hdfast.runtime.device import prepare_device
 from hdfast.runtime.graphs import CapturedStep
 
 SIDE = 64
@@ -77,7 +77,7 @@ def backend(name: str | None) -> Iterator[None]:
 def threads_of_a_run(config: Config, device: torch.device) -> Iterator[None]:
     """As many CPU threads inside the block as a run of this configuration has."""
     before = torch.get_num_threads()
-    limit_threads(device, config.little_work)
+    prepare_device(device, config.little_work)
     try:
         yield
     finally:

@@ -29,7 +29,7 @@ from bench.machine import gemm_gflop_per_second, keep_memory, seconds, synchroni
 from hdfast.config import SIZES
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, positive
-from hdfast.runtime.device import describe_device, limit_threads, resolve_device, resolve_precision
+from hdfast.runtime.device import describe_device, prepare_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import RunError
 
 ACTS = 50  # rounds of acting, which takes milliseconds
@@ -73,7 +73,7 @@ def measure(point: Point, device: str, precision: str, rounds: int) -> dict[str,
     dtype = resolve_precision(precision, where)
     config = config_of(point.size, batch=point.batch, length=point.length, horizon=point.horizon)
     keep_memory(where)
-    limit_threads(where, config.little_work)
+    prepare_device(where, config.little_work)
     bench = Bench(config, where, dtype)
     run = synchronised(bench.act(point.num_envs) if point.num_envs else bench.update(), where)
     run()

@@ -19,7 +19,7 @@ from hdfast.envs.base import EnvStep
 from hdfast.loop import make_envs, stream_seed
 from hdfast.runtime import checkpoint, errors, rundir
 from hdfast.runtime.arguments import Arguments, natural, positive
-from hdfast.runtime.device import limit_threads, resolve_device, resolve_precision
+from hdfast.runtime.device import prepare_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import CheckpointError, ConfigError
 from hdfast.runtime.video import encode_gif, save_gif
 
@@ -56,7 +56,7 @@ def evaluate(
         hint = f"the first is written after {record.config['checkpoint']['seconds']:g} seconds of training"
         raise CheckpointError("there is no checkpoint yet", where=run, hint=hint)
     where = resolve_device(device)
-    limit_threads(where, config.little_work)
+    prepare_device(where, config.little_work)
     with make_envs(config, task, num_envs=min(num_envs, episodes), stream="evaluate") as env:
         dtype = resolve_precision(config.precision, where)
         learner = Learner(env.obs_specs, env.actions, config, device=where, dtype=dtype)

@@ -31,7 +31,7 @@ from hdfast.loop import make_envs, replay_specs, stream_seed
 from hdfast.replay import Replay
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, natural, positive
-from hdfast.runtime.device import describe_device, limit_threads, resolve_device, resolve_precision
+from hdfast.runtime.device import describe_device, prepare_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import disk_errors
 from hdfast.runtime.profiling import annotate
 
@@ -44,7 +44,7 @@ def build(config: Config) -> tuple[Learner, Callable[[], None]]:
     Raises: HdfastError, as a run of this config would.
     """
     device = resolve_device(config.device)
-    limit_threads(device, config.little_work)
+    prepare_device(device, config.little_work)
     task = suites.get(config.suite).task(config.task or suites.get(config.suite).tasks[0].name)
     batch, length = config.replay.batch, config.replay.length
     with make_envs(config, task, num_envs=config.env.num_envs, stream="profile") as env:

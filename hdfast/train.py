@@ -8,14 +8,14 @@ from hdfast.config import parse
 from hdfast.dry_run import describe
 from hdfast.loop import run
 from hdfast.runtime import errors
-from hdfast.runtime.device import limit_threads, resolve_device
+from hdfast.runtime.device import prepare_device, resolve_device
 
 
 def main() -> None:
     config = parse()
     suite = suites.get(config.suite)
     tasks = [suite.task(config.task)] if config.task else list(suite.tasks)
-    limit_threads(resolve_device(config.device), config.little_work)
+    prepare_device(resolve_device(config.device), config.little_work)
     if config.dry_run:
         sys.stdout.write(describe(config, tasks) + "\n")
         return

@@ -104,8 +104,11 @@ def test_little_work_is_done_on_one_thread(monkeypatch, kind, little, asked, thr
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if asked:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    device.limit_threads(torch.device(kind), little)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    device.prepare_device(torch.device(kind), little)
     assert now[-1] == threads
+    assert current == ([torch.device("cuda")] if kind == "cuda" else [])
 
 
 def test_the_description_is_json_with_units(monkeypatch):

@@ -59,13 +59,16 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(_CPU_BFLOAT16 & set(_cpuinfo().get("flags", "").split()))
 
 
-def limit_threads(device: torch.device, little_work: bool) -> None:
-    """One thread on the CPU where an update is little work (`Config.little_work`), unless OMP_NUM_THREADS is set.
+def prepare_device(device: torch.device, little_work: bool) -> None:
+    """Makes a CUDA device the current one, on which Triton launches; on the CPU, limits the threads.
 
-    Two threads gain little there on idle cores, and on busy ones they wait for each other. An update of the demo
-    on two busy cores: 31 ms of CPU and 45-74 ms of wall time on one thread, 400-1,040 ms and 650-2,140 ms on two.
+    One thread where an update is little work (`Config.little_work`), unless OMP_NUM_THREADS is set: two gain little
+    there on idle cores, and on busy ones they wait for each other. An update of the demo on two busy cores: 31 ms of
+    CPU and 45-74 ms of wall time on one thread, 400-1,040 ms and 650-2,140 ms on two.
     """
-    if device.type == "cpu" and little_work and "OMP_NUM_THREADS" not in os.environ:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif little_work and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 
