@@ -97,6 +97,8 @@ def execute(
             stdout=said,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # Where this runs in the background of a shell, SIGINT is ignored, and would be by what it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         grace, reason = min(grace, seconds / 3), None
         try:
