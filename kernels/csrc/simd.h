@@ -297,9 +297,14 @@ HDFAST_INLINE float sum_lanes(int64_t n, F f) {
 
 template <class T>
 HDFAST_INLINE float max_of_row(const T* row, int64_t n) {
-  Vf top = splat(-INFINITY);
-  for_lanes(n, [&](int64_t i, auto lanes) { top = max(load(row + i, lanes, -INFINITY), top); });
-  return max(top);
+  Vf top[4];
+  for (Vf& t : top) t = splat(-INFINITY);
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W)
+    for (int k = 0; k < 4; k++) top[k] = max(load(row + i + k * W, Whole{}), top[k]);
+  for (; i + W <= n; i += W) top[0] = max(load(row + i, Whole{}), top[0]);
+  if (i < n) top[1] = max(load(row + i, Part{int(n - i)}, -INFINITY), top[1]);
+  return max(max(max(top[0], top[1]), max(top[2], top[3])));
 }
 
 // 1 / x within 1 ulp, for x whose inverse is a normal number.
@@ -324,13 +329,10 @@ HDFAST_INLINE Vf exp(Vf x) {
 #endif
   Vf r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  Vf p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.f;
+  const Vf square = r * r;
+  Vf p = (1.9875691500e-4f * r + 1.3981999507e-3f) * square + (8.3334519073e-3f * r + 4.1665795894e-2f);
+  p = p * square + (1.6666665459e-1f * r + 5.0000001201e-1f);
+  p = p * square + r + 1.f;
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(p, n);
 #else
@@ -377,15 +379,13 @@ HDFAST_INLINE Vf exp2(Vf t) {
     p = p * f + 5.5906424925e-2f;
     p = p * f + 2.4024098617e-1f;
     p = p * f + 6.9312419336e-1f;
+    p = p * f + 1.f;
   } else {
-    p = splat(1.5353361816e-4f);
-    p = p * f + 1.3398874445e-3f;
-    p = p * f + 9.6184373583e-3f;
-    p = p * f + 5.5503324710e-2f;
-    p = p * f + 2.4022647914e-1f;
-    p = p * f + 6.9314720286e-1f;
+    const Vf square = f * f;
+    p = 1.5353361816e-4f * square + (1.3398874445e-3f * f + 9.6184373583e-3f);
+    p = p * square + (5.5503324710e-2f * f + 2.4022647914e-1f);
+    p = p * square + (6.9314720286e-1f * f + 1.f);
   }
-  p = p * f + 1.f;
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(p, n);
 #else
@@ -416,18 +416,15 @@ HDFAST_INLINE Vf rough_sigmoid(Vf x) {
 #endif
 }
 
-// tanh(x), relative error of a few 1e-7 everywhere: an odd polynomial (Cephes tanhf) where 1 - e^-2|x| would cancel.
-HDFAST_INLINE Vf tanh(Vf x) {
-  const Vf size = abs(x), square = x * x;
-  const Vf e = exp(-2.f * size);
-  const Vf far = copysign((1.f - e) * reciprocal(1.f + e), x);
-  Vf p = splat(-5.70498872745e-3f);
-  p = p * square + 2.06390887954e-2f;
-  p = p * square + -5.37397155531e-2f;
-  p = p * square + 1.33314422036e-1f;
-  p = p * square + -3.33332819422e-1f;
-  const Vf near = p * (square * x) + x;
-  return size < 0.625f ? near : far;
+struct Tanh {
+  Vf value, slope;
+};
+
+// tanh(x), never beyond 1, with an absolute error below 2e-7, and its derivative with a relative one below 1e-6: better
+// than 1 - tanh(x)^2, which cancels where tanh saturates. NaN stays.
+HDFAST_INLINE Tanh tanh(Vf x) {
+  const Vf e = exp2<false>(sigmoid_exponent(2.f * abs(x))), inverse = reciprocal(1.f + e);
+  return {copysign((1.f - e) * inverse, x), 4.f * e * (inverse * inverse)};
 }
 
 // Scratch memory of one call, aligned to a cache line, not initialised.

@@ -134,10 +134,34 @@ def test_a_nan_stays_one(isa):
             assert y.isnan().all(dim=1).tolist() == [False, True, False]
             loss = hk.two_hot_loss(x.to(dtype), torch.zeros(3), backend="native")
             assert loss.isnan().tolist() == [False, True, False]
+            gates, affine = x.repeat(1, 3).to(dtype), (torch.ones(120), torch.zeros(120))
+            deter = hk.layer_norm_gru(gates, torch.zeros(3, 40), *affine, backend="native")
+            assert deter.isnan().all(dim=1).tolist() == [False, True, False]
             kl, _ = hk.kl_balance(
                 x.to(dtype).view(3, 4, 10), -torch.ones(3, 4, 10).to(dtype), backend="native"
             )
             assert kl.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("isa", native.isas())
+def test_infinite_targets_are_the_end_bins(isa):
+    logits, ends = torch.randn(2, 255), torch.tensor([torch.inf, -torch.inf])
+    with native.force_isa(isa):
+        loss = hk.two_hot_loss(logits, ends, backend="native")
+        assert torch.equal(loss, hk.two_hot_loss(logits, 1e30 * ends.sign(), backend="native"))
+
+
+@pytest.mark.parametrize("isa", native.isas())
+def test_the_candidate_of_the_gru_stays_within_one(isa):
+    """With the other two gates open the next state is tanh of the candidate, which must not round beyond 1."""
+    width, open_ = 4096, torch.full((4096,), 100.0)
+    cand = torch.linspace(-12, 12, width)
+    with native.force_isa(isa):
+        zeros = torch.zeros(1, width)
+        weight, bias = torch.zeros(3 * width), torch.cat([open_, cand, open_])
+        deter = hk.layer_norm_gru(zeros.repeat(1, 3), zeros, weight, bias, backend="native")[0]
+    assert deter.abs().max() <= 1
+    torch.testing.assert_close(deter.double(), cand.double().tanh(), rtol=0, atol=2e-7)
 
 
 def test_an_instruction_set_that_is_not_here():

@@ -11,19 +11,36 @@
 namespace HDFAST_ISA {
 namespace {
 
-struct Moments {
-  float mean, rstd;
-};
-
-// Two passes over a row that is in the cache: the variance of the differences loses nothing where the mean is large.
-template <class T>
-HDFAST_INLINE Moments row_moments(const T* row, int64_t width, float eps) {
-  const float mean = sum_lanes(width, [&](int64_t i, auto lanes) { return load(row + i, lanes); }) / width;
-  const float square = sum_lanes(width, [&](int64_t i, auto lanes) {
-    const Vf d = keep(load(row + i, lanes) - mean, lanes);
-    return d * d;
-  });
-  return {mean, 1.f / std::sqrt(square / width + eps)};
+// Mean and 1 / deviation of R rows. Two passes over what is in the cache: the variance of the differences loses nothing
+// where the mean is large.
+template <int R, class T>
+HDFAST_INLINE void moments_of_rows(const T* rows, int64_t width, float eps, float* mean, float* rstd) {
+  constexpr int K = R < 4 ? 4 / R : 1;  // accumulators of a row: four in all hide the latency
+  const auto averages = [&](auto f, float* out) __attribute__((always_inline)) {
+    Vf part[R][K] = {};
+    int64_t i = 0;
+    for (; i + K * W <= width; i += K * W)
+      for (int r = 0; r < R; r++)
+        for (int k = 0; k < K; k++) part[r][k] += f(r, i + k * W, Whole{});
+    for (; i + W <= width; i += W)
+      for (int r = 0; r < R; r++) part[r][0] += f(r, i, Whole{});
+    if (i < width)
+      for (int r = 0; r < R; r++) part[r][0] += f(r, i, Part{int(width - i)});
+    for (int r = 0; r < R; r++) {
+      Vf total = part[r][0];
+      for (int k = 1; k < K; k++) total += part[r][k];
+      out[r] = sum(total) / width;
+    }
+  };
+  float square[R];
+  averages([&](int r, int64_t i, auto lanes) { return load(rows + r * width + i, lanes); }, mean);
+  averages(
+      [&](int r, int64_t i, auto lanes) {
+        const Vf d = keep(load(rows + r * width + i, lanes) - mean[r], lanes);
+        return d * d;
+      },
+      square);
+  for (int r = 0; r < R; r++) rstd[r] = 1.f / std::sqrt(square[r] + eps);
 }
 
 // Column sums over many rows, one accumulator per thread: float over a block of rows, double over the blocks, so that

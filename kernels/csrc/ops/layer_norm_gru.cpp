@@ -12,15 +12,14 @@ void forward(const G* gates, const D* deter, const float* weight, const float* b
     const G* in = gates + r * 3 * width;
     const D* before = deter + r * width;
     D* out = next + r * width;
-    const Moments moments = row_moments(in, 3 * width, eps);
-    mean[r] = moments.mean;
-    rstd[r] = moments.rstd;
+    moments_of_rows<1>(in, 3 * width, eps, mean + r, rstd + r);
+    const float m = mean[r], s = rstd[r];
     for_lanes(width, [&](int64_t i, auto lanes) {
       const auto gate = [&](int64_t j) __attribute__((always_inline)) {
-        const Vf normed = (load(in + j, lanes) - moments.mean) * moments.rstd;
+        const Vf normed = (load(in + j, lanes) - m) * s;
         return normed * load(weight + j, lanes) + load(bias + j, lanes);
       };
-      const Vf cand = tanh(sigmoid(gate(i)) * gate(width + i)), update = sigmoid(gate(2 * width + i) - 1.f);
+      const Vf cand = tanh(sigmoid(gate(i)) * gate(width + i)).value, update = sigmoid(gate(2 * width + i) - 1.f);
       const Vf state = load(before + i, lanes);
       store(out + i, state + update * (cand - state), lanes);
     });
@@ -51,12 +50,13 @@ void backward(const D* grad, const G* gates, const D* deter, const float* weight
           w[k] = load(weight + at[k], lanes);
           z[k] = n[k] * w[k] + load(bias + at[k], lanes);
         }
-        const Vf reset = sigmoid(z[0]), cand = tanh(reset * z[1]), update = sigmoid(z[2] - 1.f);
+        const Vf reset = sigmoid(z[0]), update = sigmoid(z[2] - 1.f);
+        const Tanh cand = tanh(reset * z[1]);
         const Vf g = load(dy + i, lanes);
         store(grad_deter + r * width + i, g * (1.f - update), lanes);
-        const Vf d_product = g * update * (1.f - cand * cand);
+        const Vf d_product = g * update * cand.slope;
         const Vf dz[3] = {d_product * z[1] * reset * (1.f - reset), d_product * reset,
-                          g * (cand - load(before + i, lanes)) * update * (1.f - update)};
+                          g * (cand.value - load(before + i, lanes)) * update * (1.f - update)};
         for (int k = 0; k < 3; k++) {
           local.add(at[k], dz[k] * n[k], dz[k], lanes);
           const Vf d = dz[k] * w[k];

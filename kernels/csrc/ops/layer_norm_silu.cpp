@@ -15,22 +15,22 @@ HDFAST_INLINE Vf silu_slope(Vf z) {
   return gate * (1.f + z * (1.f - gate));
 }
 
-template <bool far, class T>
-void forward_row(const T* in, const float* weight, const float* bias, T* out, float* mean, float* rstd, int64_t width,
-                 float eps) {
-  if (!far) prefetch_to_write(out, width);
-  prefetch_to_read(in + width, width);
-  const Moments moments = row_moments(in, width, eps);
-  *mean = moments.mean;
-  *rstd = moments.rstd;
+// R rows together, so that they share what they read of the weight and wait for their sums at the same time.
+template <int R, bool far, class T>
+void forward_rows(const T* in, const float* weight, const float* bias, T* out, float* mean, float* rstd, int64_t width,
+                  float eps) {
+  moments_of_rows<R>(in, width, eps, mean, rstd);
   for_lanes(width, [&](int64_t i, auto lanes) {
-    const Vf normed = (load(in + i, lanes) - moments.mean) * moments.rstd;
-    put<far>(out + i, silu<T>(normed * load(weight + i, lanes) + load(bias + i, lanes)), lanes);
+    const Vf w = load(weight + i, lanes), b = load(bias + i, lanes);
+    for (int r = 0; r < R; r++) {
+      __builtin_prefetch(in + (R + r) * width + i);
+      const Vf normed = (load(in + r * width + i, lanes) - mean[r]) * rstd[r];
+      put<far>(out + r * width + i, silu<T>(normed * w + b), lanes);
+    }
   });
 }
 
-// R rows together, so that they share what they read of the weight and add to the column sums. d_normed is scratch of R
-// rows.
+// The same backwards: they add to the column sums together. d_normed is scratch of R rows.
 template <int R, bool far, class T>
 void backward_rows(const T* grad, const T* in, const float* weight, const float* bias, const float* mean,
                    const float* rstd, T* out, int64_t width, float* d_normed, AffineGradients::Local& totals) {
@@ -124,14 +124,28 @@ void backward_narrow(const T* grad, const T* x, const float* weight, const float
   }
 }
 
+// f(first, count) for blocks of R rows, and of 1 for what is left; the count is a constant.
+template <int R, class F>
+HDFAST_INLINE void for_rows(int64_t rows, F f) {
+#pragma omp for schedule(static)
+  for (int64_t first = 0; first < rows; first += R) {
+    if (first + R <= rows)
+      f(first, std::integral_constant<int, R>{});
+    else
+      for (int64_t r = first; r < rows; r++) f(r, std::integral_constant<int, 1>{});
+  }
+}
+
+constexpr int together = 4;  // wide rows: one alone waits for its sums
+
 template <bool far, class T>
 void forward_wide(const T* x, const float* weight, const float* bias, T* y, float* mean, float* rstd, int64_t rows,
                   int64_t width, float eps, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; r++)
-      forward_row<far>(x + r * width, weight, bias, y + r * width, mean + r, rstd + r, width, eps);
+    for_rows<together>(rows, [&](int64_t r, auto count) {
+      forward_rows<count, far>(x + r * width, weight, bias, y + r * width, mean + r, rstd + r, width, eps);
+    });
     if (far) fence();
   }
 }
@@ -142,16 +156,13 @@ void backward_wide(const T* grad, const T* x, const float* weight, const float* 
 #pragma omp parallel num_threads(threads)
   {
     AffineGradients::Local totals(all);
-    Scratch<float> d_normed(2 * width);
-#pragma omp for schedule(static)
-    for (int64_t pair = 0; pair < (rows + 1) / 2; pair++) {
-      const int64_t r = 2 * pair, at = r * width;
-      if (r + 1 < rows)
-        backward_rows<2, far>(grad + at, x + at, weight, bias, mean + r, rstd + r, grad_x + at, width, d_normed, totals);
-      else
-        backward_rows<1, far>(grad + at, x + at, weight, bias, mean + r, rstd + r, grad_x + at, width, d_normed, totals);
-      totals.next_rows(2);
-    }
+    Scratch<float> d_normed(together * width);
+    for_rows<together>(rows, [&](int64_t r, auto count) {
+      const int64_t at = r * width;
+      backward_rows<count, far>(grad + at, x + at, weight, bias, mean + r, rstd + r, grad_x + at, width, d_normed,
+                                totals);
+      totals.next_rows(count);
+    });
     if (far) fence();
   }
 }

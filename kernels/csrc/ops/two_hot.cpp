@@ -4,11 +4,12 @@
 namespace HDFAST_ISA {
 namespace {
 
-// Where a target lies among the bins, counted from the first, clamped to the end bins; NaN for NaN.
-float position_of(float target, float low, float high, int64_t bins) {
-  const float symlog = std::copysign(std::log1p(std::fabs(target)), target);
-  const double clamped = symlog < low ? low : symlog > high ? high : symlog;
-  return (clamped - low) * ((bins - 1) / (double(high) - low));
+// Where targets lie among the bins, counted from the first, clamped to the end bins; NaN for NaN.
+HDFAST_INLINE Vf position_of(Vf target, float low, float high, int64_t bins) {
+  const Vf size = log(1.f + min(abs(target), splat(1e38f)));  // infinity would be no number to log
+  const Vf symlog = copysign(size, target), clamped = min(max(symlog, splat(low)), splat(high));
+  const Vf position = (clamped - low) * float((bins - 1) / (double(high) - low));
+  return target == target ? position : target;
 }
 
 // The two-hot code of a position: weight 1 - above on bin `below`, above on the next. NaN gives NaN weights.
@@ -27,18 +28,34 @@ HDFAST_INLINE float sum_of_exp(const T* row, int64_t n, float top) {
 HDFAST_INLINE float value(float x) { return x; }
 HDFAST_INLINE float value(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 
+// Blocks of W rows, whose logarithms are taken together.
 template <class T>
 void loss_forward(const T* logits, const float* target, float* loss, float* position, float* top, float* scale,
                   int64_t rows, int64_t bins, float low, float high, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t r = 0; r < rows; r++) {
-    const T* row = logits + r * bins;
-    const float m = max_of_row(row, bins), total = sum_of_exp(row, bins, m);
-    const Code code(position[r] = position_of(target[r], low, high, bins), bins);
-    const float below = value(row[code.below]) - m, above = value(row[code.below + 1]) - m;
-    loss[r] = std::log(total) - (below + code.above * (above - below));
-    top[r] = m;
-    scale[r] = 1.f / total;
+  for (int64_t first = 0; first < rows; first += W) {
+    const int count = int(rows - first < W ? rows - first : W);
+    const auto block = [&](auto lanes) {
+      store(position + first, position_of(load(target + first, lanes), low, high, bins), lanes);
+      float total[W], picked[W];
+      for (int k = 0; k < W; k++) total[k] = 1.f, picked[k] = 0.f;
+      for (int k = 0; k < count; k++) {
+        const int64_t r = first + k;
+        const T* row = logits + r * bins;
+        const float m = top[r] = max_of_row(row, bins);
+        total[k] = sum_of_exp(row, bins, m);
+        const Code code(position[r], bins);
+        const float below = value(row[code.below]) - m, above = value(row[code.below + 1]) - m;
+        picked[k] = below + code.above * (above - below);
+      }
+      const Vf all = load(total, Whole{}), lse = all == all ? log(all) : all;  // NaN stays
+      store(loss + first, lse - load(picked, Whole{}), lanes);
+      store(scale + first, 1.f / all, lanes);
+    };
+    if (count == W)
+      block(Whole{});
+    else
+      block(Part{count});
   }
 }
 
@@ -50,16 +67,14 @@ void loss_backward(const float* grad, const T* logits, const float* position, co
     const T* row = logits + r * bins;
     T* out = grad_logits + r * bins;
     const float m = top[r], s = scale[r] * grad[r];
-    for_lanes(bins, [&](int64_t i, auto lanes) { store(out + i, s * exp(load(row + i, lanes) - m), lanes); });
     const Code code(position[r], bins);
-    for (int64_t k = 0; k < 2; k++) {
-      const int64_t at = code.below + k;
-      const float weight = grad[r] * (k ? code.above : 1.f - code.above);
-      if constexpr (std::is_same_v<T, float>)
-        out[at] -= weight;
-      else  // what is in `out` has been rounded
-        store(out + at, splat(s * std::exp(value(row[at]) - m) - weight), Part{1});
-    }
+    Vf picked = {};  // before they are rounded
+    for (int k = 0; k < 2; k++) picked[k] = value(row[code.below + k]) - m;
+    picked = s * exp(picked);
+    for_lanes(bins, [&](int64_t i, auto lanes) { store(out + i, s * exp(load(row + i, lanes) - m), lanes); });
+    picked[0] -= grad[r] * (1.f - code.above);
+    picked[1] -= grad[r] * code.above;
+    store(out + code.below, picked, Part{2});
   }
 }
 
