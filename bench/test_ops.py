@@ -6,7 +6,7 @@ B16 x T64 rows, `imagine` 1,024 x 16, `conv` the activations of an encoder layer
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -128,7 +128,7 @@ class Case:
     inputs: Callable[[torch.dtype], tuple[Tensor, ...]]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     call: Callable[..., Any] | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    gflop: float | None = None
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -163,6 +163,14 @@ CASES = [
         for role, rows in {"observe": OBSERVE, "imagine": IMAGINE}.items()
     ),
     Case("two_hot_mean", "imagine", eager_two_hot_mean, lambda t: (number(IMAGINE, BINS, dtype=t),)),
+    *(
+        Case(
+            "linear", role, F.linear,
+            lambda t, n=rows: (number(n, U, dtype=t), number(D, U, scale=0.03, dtype=t)),
+            gflop=6 * rows * D * U / 1e9,
+        )
+        for role, rows in {"observe": OBSERVE, "imagine": IMAGINE}.items()
+    ),
     Case(
         "image_loss", "observe", eager_image_loss,
         lambda t: (number(1024, 64, 64, 3, dtype=t), torch.randint(256, (1024, 64, 64, 3), device=DEVICE).byte()),
@@ -233,7 +241,9 @@ def by_default(op: str, dtype: torch.dtype) -> str:
         return dispatch.resolve_name(op, None, torch.empty(0, device=DEVICE, dtype=dtype))
 
 
-def beside_eager(compare, run, eager, nbytes, *, name: str, op: str, dtype: torch.dtype, **info) -> None:
+def beside_eager(
+    compare, run, eager, nbytes=None, *, name: str, op: str, dtype: torch.dtype, **info: Any
+) -> None:
     compare(
         run,
         None if name == "eager" else eager,
@@ -241,6 +251,7 @@ def beside_eager(compare, run, eager, nbytes, *, name: str, op: str, dtype: torc
         against="eager",
         default=name == by_default(op, dtype),
         nbytes=nbytes,
+        dtype=dtype,
         op=op,
         **info,
     )
@@ -275,8 +286,10 @@ def test_op(compare, case, dtype, name):
         run = both_directions(torch.compile(case.eager, dynamic=False), inputs)
     else:
         run = both_directions(partial(case.function, backend=name), inputs)
-    nbytes = least_bytes(partial(case.function, backend="reference"), inputs)
-    beside_eager(compare, run, eager, nbytes, name=name, op=case.op, dtype=dtype, role=case.role)
+    info = {"gflop": case.gflop}
+    if case.gflop is None:
+        info = {"nbytes": least_bytes(partial(case.function, backend="reference"), inputs)}
+    beside_eager(compare, run, eager, name=name, op=case.op, dtype=dtype, role=case.role, **info)
 
 
 GATHER = ["eager", *backends_available("gather_windows", torch.empty(0, device=DEVICE))]

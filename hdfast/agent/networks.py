@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdfast_kernels import image_deconv, layer_norm_silu, onehot_linear
+from hdfast_kernels import image_deconv, layer_norm_silu, linear, onehot_linear
 
 EPS = 1e-3
 _TRUNCATION_STD = 0.87962566103423978  # standard deviation of a unit normal truncated at two
@@ -74,7 +74,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        return linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
 class Hidden(nn.Module):
@@ -86,7 +86,7 @@ class Hidden(nn.Module):
         self.norm = Norm(units)
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.norm.silu(F.linear(x.to(dtype), self.weight.to(dtype)))
+        return self.norm.silu(linear(x.to(dtype), self.weight.to(dtype)))
 
 
 class LatentProjection(nn.Module):
@@ -105,7 +105,7 @@ class LatentProjection(nn.Module):
 
     def forward(self, latent: Latent, dtype: torch.dtype) -> Tensor:
         bias = None if self.bias is None else self.bias.to(dtype)
-        deter = F.linear(latent.deter.to(dtype), self.deter_weight.to(dtype), bias)
+        deter = linear(latent.deter.to(dtype), self.deter_weight.to(dtype), bias)
         return deter + onehot_linear(latent.index, self.stoch_weight.to(dtype), straight_through=latent.stoch)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hdfast.agent.distributions import clip_action, unimix_log_probs
 from hdfast.agent.networks import EPS, Latent, Linear, Norm, init_normal_
-from hdfast_kernels import layer_norm_gru, onehot_linear, rssm_observe, sample_onehot
+from hdfast_kernels import layer_norm_gru, linear, onehot_linear, rssm_observe, sample_onehot
 
 
 class Observed(NamedTuple):
@@ -109,7 +109,7 @@ class RSSM(nn.Module):
         previous = torch.cat([torch.zeros_like(action[:1]), action[:-1]])
         action = self.project_action(previous, weights) * (~is_first)[..., None].to(dtype)
         deter, stoch, index, post_logp = rssm_observe(
-            F.linear(embed.to(dtype), self.post_embed.to(dtype)),
+            linear(embed.to(dtype), self.post_embed.to(dtype)),
             action,
             is_first,
             uniform,
@@ -153,7 +153,7 @@ class RSSM(nn.Module):
         index = torch.where(is_first[:, None], initial.index, latent.index)
         action = self.project_action(action, weights) * (~is_first)[:, None].to(dtype)
         deter = self._recur(Latent(deter, index), action, weights)
-        x = F.linear(deter.to(dtype), self.post_deter.to(dtype)) + F.linear(
+        x = linear(deter.to(dtype), self.post_deter.to(dtype)) + linear(
             embed.to(dtype), self.post_embed.to(dtype)
         )
         logits = self.post_out(self.post_norm.silu(x), dtype).unflatten(-1, (self.stoch, self.classes))
@@ -176,11 +176,11 @@ class RSSM(nn.Module):
         """Next deter from a latent and a projected action (N, U)."""
         x = onehot_linear(latent.index, weights.in_stoch, straight_through=latent.stoch) + action
         x = self.in_norm.silu(x)
-        gates = F.linear(torch.cat([latent.deter.to(x.dtype), x], -1), weights.gru)
+        gates = linear(torch.cat([latent.deter.to(x.dtype), x], -1), weights.gru)
         return layer_norm_gru(gates, latent.deter, self.gru_norm.weight, self.gru_norm.bias, EPS)
 
     def _prior_logits(self, deter: Tensor, weights: CastWeights) -> Tensor:
         """(..., D) -> (..., S, K)."""
-        x = self.prior_norm.silu(F.linear(deter.to(weights.gru.dtype), weights.prior_hidden))
-        logits = F.linear(x, weights.prior_weight, weights.prior_bias)
+        x = self.prior_norm.silu(linear(deter.to(weights.gru.dtype), weights.prior_hidden))
+        logits = linear(x, weights.prior_weight, weights.prior_bias)
         return logits.unflatten(-1, (self.stoch, self.classes))

@@ -156,6 +156,17 @@ NB_MODULE(_native, m) {
       },
       nb::arg("name"), "Use this instruction set from now on; ValueError if it cannot run here.");
 
+  m.def(
+      "is_intel",
+      [] {
+#if defined(__x86_64__)
+        return bool(__builtin_cpu_is("intel"));
+#else
+        return false;
+#endif
+      },
+      "Whether Intel made the processor.");
+
   m.def("keep_freed_memory", &keep_freed_memory, "See hdfast_kernels.native.keep_freed_memory.");
 
 #define HDFAST_DEFINE(op) m.def(#op, call(&Table::op));

@@ -21,6 +21,7 @@ _HOME = {
     "lambda_return": "lambda_return",
     "layer_norm_gru": "layer_norm_gru",
     "layer_norm_silu": "layer_norm_silu",
+    "linear": "linear",
     "onehot_linear": "onehot_linear",
     "rssm_observe": "rssm_observe",
     "sample_onehot": "sample_onehot",

@@ -30,6 +30,7 @@ CPU_DEFAULT: dict[str, str] = {
     "lambda_return": "native",
     "layer_norm_gru": "native",
     "layer_norm_silu": "native",
+    "linear": "native",
     "onehot_linear": "native",
     "rssm_observe": "native",
     "sample_onehot": "native",

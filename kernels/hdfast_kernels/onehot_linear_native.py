@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import native
+from .linear_native import product
 
 
 class _OnehotLinear(torch.autograd.Function):
@@ -42,7 +43,8 @@ class _OnehotLinear(torch.autograd.Function):
                 native.is_bf16(weight), native.threads(),
             )  # fmt: skip
         if ctx.needs_input_grad[2]:
-            grad_latent = (grad @ weight.mT).view(*index.shape, classes).to(ctx.latent_dtype)
+            grad_latent = product(grad.view(rows, units), weight.mT)
+            grad_latent = grad_latent.view(*index.shape, classes).to(ctx.latent_dtype)
         return None, grad_weight, grad_latent
 
 

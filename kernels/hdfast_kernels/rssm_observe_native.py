@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from hdfast_kernels import native
+from . import native
+from .linear_native import product
 
 WEIGHTS = (
     *("is_first", "initial_deter", "initial_index"),
@@ -114,7 +115,7 @@ class _Observe(torch.autograd.Function):
 
 def _outer(grad: Tensor, operand: Tensor) -> Tensor:
     """The gradient of a matrix: grad (T, B, out), operand (T, B, in) -> (out, in), in one GEMM."""
-    return grad.flatten(0, 1).mT @ operand.flatten(0, 1)
+    return product(grad.flatten(0, 1).mT, operand.flatten(0, 1))
 
 
 def _call(function: str, ctx: FunctionCtx, tensors: dict[str, Tensor | None]) -> None:

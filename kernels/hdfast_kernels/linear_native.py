@@ -1,0 +1,68 @@
+"""linear and matrix products on the CPU: float32 goes to oneDNN where PyTorch's own choice, MKL, is slow.
+
+MKL keeps its AVX-512 code for Intel's processors: on others it reaches half of what oneDNN does. bfloat16 products are
+oneDNN's anyway.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import native
+
+# Multiplications of a product from which on oneDNN's call, 10 microseconds dearer, pays.
+ENOUGH = 1 << 20
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether float32 products are better left to oneDNN on this machine."""
+    backends = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return backends and hasattr(torch.ops.mkldnn, "_linear_pointwise") and not native.module().is_intel()
+
+
+def _take_onednn(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and rows * inputs * outputs >= ENOUGH and onednn_is_faster()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of matrices (M, K) and (K, N) of one dtype, without a gradient."""
+    if not _take_onednn(*a.shape, b.shape[1], a.dtype):
+        return a @ b
+    # It copies an `a` that is not contiguous, and takes `b` as it lies.
+    if not a.is_contiguous() and b.numel() < a.numel():
+        return _onednn(b.mT, a).mT.contiguous()
+    return _onednn(a, b.mT)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad, grad_x, grad_weight, grad_bias = grad.flatten(0, -2), None, None, None
+        if ctx.needs_input_grad[0]:
+            grad_x = product(grad, weight).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = product(grad.mT, x.flatten(0, -2))
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum(0)
+        return grad_x, grad_weight, grad_bias
+
+
+def linear_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if x.ndim < 2 or not _take_onednn(x.shape[:-1].numel(), *weight.shape, x.dtype):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias)

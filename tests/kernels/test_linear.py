@@ -1,0 +1,85 @@
+"""linear, and the matrix products that go to oneDNN."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import backends, check_against_fp64, random
+
+from hdfast_kernels import linear, linear_native
+
+# leading axes, inputs, outputs: one row; none; odd; small; large enough for oneDNN, wider one way and the other
+SHAPES = [
+    ((1,), 5, 3),
+    ((0,), 4, 6),
+    ((3, 7), 33, 17),
+    ((64,), 128, 128),
+    ((8, 40), 72, 300),
+    ((513,), 250, 31),
+]
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "mkl"])
+def library(request, monkeypatch):
+    monkeypatch.setattr(linear_native, "onednn_is_faster", lambda: request.param)
+    return request.param
+
+
+def inputs(leading, width, outputs, dtype, device="cpu"):
+    return {
+        "x": random(*leading, width).to(device, dtype).requires_grad_(),
+        "weight": random(outputs, width, seed=1, scale=0.1).to(device, dtype).requires_grad_(),
+        "bias": random(outputs, seed=2).to(device, dtype).requires_grad_(),
+    }
+
+
+@pytest.mark.parametrize("backend", backends("linear", reference=False))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("leading", "width", "outputs"), SHAPES)
+def test_errs_no_more_than_twice_plain_pytorch(leading, width, outputs, dtype, backend, library):
+    op = partial(linear, backend=backend.name)
+    arguments = inputs(leading, width, outputs, dtype, backend.device)
+    check_against_fp64(op, F.linear, arguments)
+    check_against_fp64(op, F.linear, {name: arguments[name] for name in ("x", "weight")})
+
+
+@pytest.mark.parametrize("backend", backends("linear", reference=False))
+def test_only_the_gradients_that_are_wanted(backend, library):
+    x, weight, bias = inputs((64,), 256, 128, torch.float32, backend.device).values()
+    linear(x.detach(), weight, bias.detach(), backend=backend.name).sum().backward()
+    assert (x.grad, bias.grad) == (None, None)
+    assert weight.grad.is_contiguous()
+
+
+@pytest.mark.parametrize("backend", backends("linear", reference=False))
+def test_rows_and_weights_that_are_not_contiguous(backend, library):
+    x = random(256, 80).float().mT.requires_grad_()
+    weight = random(256, 90).float().mT.requires_grad_()
+    check_against_fp64(partial(linear, backend=backend.name), F.linear, {"x": x, "weight": weight})
+
+
+@pytest.mark.parametrize("shape", [(300, 70, 90), (90, 300, 70), (70, 90, 300), (2, 3, 4)])
+def test_products_of_every_layout(shape, library):
+    rows, inner, columns = shape
+    for a in (random(rows, inner).float(), random(inner, rows).float().mT):
+        for b in (random(inner, columns, seed=1).float(), random(columns, inner, seed=1).float().mT):
+            check_against_fp64(linear_native.product, lambda a, b: a @ b, {"a": a, "b": b})
+
+
+def test_a_large_float32_product_is_onednns(monkeypatch):
+    monkeypatch.setattr(linear_native, "onednn_is_faster", lambda: True)
+    x, weight, _ = inputs((64,), 256, 128, torch.float32).values()
+    with torch.profiler.profile() as profile:
+        linear(x, weight, backend="native").sum().backward()
+        linear(x[:2], weight, backend="native")  # too small
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["mkldnn::_linear_pointwise"] == 3
+    assert calls["aten::linear"] == 1
+
+
+def test_mistakes_are_answered():
+    with pytest.raises(ValueError, match=r"weight has shape \(3, 4\), expected \(3, 5\)"):
+        linear(torch.zeros(2, 5), torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"bias has shape \(2,\), expected \(3,\)"):
+        linear(torch.zeros(2, 5), torch.zeros(3, 5), torch.zeros(2))
