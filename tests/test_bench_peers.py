@@ -1,5 +1,7 @@
 """bench.peers without a peer: taking turns with processes, what they can do wrong, the table, the set-up."""
 
+import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from bench.peers import __main__ as peers
+from bench.peers import places
+from bench.peers.known import PEERS, Checkout
+from bench.peers.places import Program
 from bench.peers.workers import Worker, take_turns
 from hdfast.runtime import errors
 from hdfast.runtime.errors import MissingLibraryError, RunError
@@ -78,6 +83,12 @@ def test_a_command_that_is_not_there():
         Worker("peer", ["no/such/python"], {}, cwd=ROOT)
 
 
+def test_a_worker_has_its_own_environment_variables():
+    code = "import os; print('{\"path\": \"%s\"}' % os.environ['PYTHONPATH'])"
+    with Worker("peer", [sys.executable, "-c", code], {}, cwd=ROOT, env={"PYTHONPATH": "a:b"}) as peer:
+        assert peer.about == {"path": "a:b"}
+
+
 class Told:
     """In the place of a worker: its updates take 1, 2, 3, ... seconds."""
 
@@ -96,52 +107,159 @@ def test_turns_go_there_and_back_and_warmups_do_not_count():
     assert times == [[2.0, 3.0, 4.0], [2.0, 3.0, 4.0]]
 
 
-def test_the_report_gives_medians_rates_and_their_ratio():
-    about = {"version": "1", "gflop": 900.0, "parameters": 17_922_952, "threads": 2, "torch": "2"}
+def test_the_report_gives_medians_rates_and_ratios_to_the_last():
+    about = {"version": "1", "precision": "float32", "gflop": 900.0, "parameters": 17_922_952, "threads": 2}
+    about["on"] = "torch 2"
     text = peers.report(
         ["theirs", "ours"], [{**about, "gflop": None}, about], [[9.0, 6.0, 8.0], [3.0, 2.0, 2.0]]
     )
-    head, _, theirs, ours, _, ratio = text.splitlines()
+    head, _, theirs, ours = text.splitlines()
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in (head, theirs, ours)]
-    assert cells[0][:7] == ["", "version", "median s", "min s", "max s", "GFLOP", "GFLOP/s"]
-    assert cells[1][:7] == ["theirs", "1", "8.00", "6.00", "9.00", "", ""]
-    assert cells[2][:8] == ["ours", "1", "2.00", "2.00", "3.00", "900", "450", "17,922,952"]
-    assert ratio == "theirs takes 4.00 x as long as ours (3.00 to 4.00 in 3 rounds)"
+    assert cells[0][:8] == ["", "version", "precision", "median s", "min s", "max s", "x ours", "in rounds"]
+    assert cells[1] == [
+        "theirs", "1", "float32", "8.00", "6.00", "9.00", "4.00", "3.00 to 4.00", "", "", "17,922,952", "2", "torch 2"
+    ]  # fmt: skip
+    assert cells[2][3:11] == ["2.00", "2.00", "3.00", "1.00", "1.00 to 1.00", "900", "450", "17,922,952"]
 
 
 def test_ours_takes_turns():
     """The smallest batch, through the process that `bench.peers` starts."""
     settings = {"batch": 1, "length": 2, "horizon": 1, "device": "cpu", "threads": 1}
     settings |= {"precision": "float32", "graph": False, "compile": False}
-    with Worker("ours", [sys.executable, "-m", "bench.peers.hdfast_update"], settings, cwd=ROOT) as ours:
+    with Worker("ours", peers.OURS.command, settings, cwd=ROOT) as ours:
         assert ours.about["parameters"] == 17_922_952
         assert ours.about["threads"] == 1
+        assert ours.about["precision"] == "float32"
         assert ours.about["gflop"] > 0 < ours.update()
+
+
+def test_every_peer_has_a_worker_of_its_own_and_a_pinned_version():
+    assert len(peers.BY_NAME) == len(PEERS)
+    for peer in PEERS:
+        source = (ROOT / "bench" / "peers" / peer.worker).read_text()
+        assert "serve_torch(build)" in source or "serve_jax(build)" in source
+        assert not any(line.startswith(("import hdfast", "from hdfast")) for line in source.splitlines())
+        assert peer.version
+        assert set(peer.precisions) <= set(peers.PRECISIONS)
+        if peer.checkout:
+            assert len(peer.checkout.commit) == 40
+
+
+@pytest.mark.parametrize(("device", "jax"), [("cpu", "jax==0.4.33"), ("cuda", "jax[cuda12]==0.4.33")])
+def test_what_is_installed_is_that_of_the_device(device, jax):
+    assert jax in places.requirements(peers.BY_NAME["dreamerv3"], device)
+    version = places.torch.__version__.partition("+")[0]
+    assert places.requirements(peers.BY_NAME["sheeprl"], device) == ["sheeprl==0.8.4", f"torch=={version}"]
 
 
 def test_an_installed_peer_is_used_as_it_is(tmp_path, monkeypatch):
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
-    python.write_text("#!/bin/sh\necho 1.2\n")
-    python.chmod(0o755)
-    assert peers.interpreter(tmp_path, "sheeprl==1.2") == python
-    monkeypatch.setattr(peers.venv.EnvBuilder, "create", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(MissingLibraryError, match=r"sheeprl==1\.3: no environment for it: full"):
-        peers.interpreter(tmp_path, "sheeprl==1.3")  # another version is installed anew
+    python.touch()
+    (tmp_path / "installed.txt").write_text("one==1.2\ntwo\n")
+    assert places.interpreter(tmp_path, ["one==1.2", "two"], "peer") == python
+    monkeypatch.setattr(places.venv.EnvBuilder, "create", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(MissingLibraryError, match="peer: no environment for it: full"):
+        places.interpreter(tmp_path, ["one==1.3", "two"], "peer")  # another version is installed anew
 
 
 def test_without_an_index_the_command_ends_with_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    monkeypatch.setattr(peers, "VENV", tmp_path / "peer")
+    monkeypatch.setattr(peers, "PLACE", tmp_path)
     with pytest.raises(SystemExit) as end:
         errors.main(lambda: peers.main(["--device", "cpu"]))
     assert end.value.code == MissingLibraryError.exit_code
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
-    assert said[0] == f"installing {peers.PACKAGE} into peer"
-    assert f"{peers.PACKAGE}: cannot be installed: ERROR: No matching distribution found" in said[1]
+    assert said[0].startswith("installing sheeprl==0.8.4, torch==")
+    assert "sheeprl: cannot be installed: ERROR: No matching distribution found" in said[1]
+    assert not (tmp_path / "sheeprl" / "installed.txt").exists()
+
+
+def test_without_a_checkout_the_command_ends_with_the_line_that_makes_one(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        errors.main(lambda: peers.main(["--peer", "dreamerv3-torch", "--checkouts", str(tmp_path)]))
+    assert end.value.code == MissingLibraryError.exit_code
+    checkout, folder = peers.BY_NAME["dreamerv3-torch"].checkout, tmp_path / "dreamerv3-torch"
+    assert capsys.readouterr().err == (
+        f"error: dreamerv3-torch: no checkout of it; git clone {checkout.url} {folder} "
+        f"&& git -C {folder} checkout {checkout.commit}\n"
+    )
+
+
+def git(folder: Path, *arguments: str) -> str:
+    who = ["-c", "user.name=a", "-c", "user.email=a@example.com", "-c", "core.hooksPath=/dev/null"]
+    command = ["git", "-C", str(folder), *who, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_a_checkout_is_that_of_its_commit(tmp_path):
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "first")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    checkout = Checkout("https://example.com/someone/something", commit)
+    assert checkout.name == "something"
+    assert places.checked_out(checkout, tmp_path, "peer") == tmp_path
+    other = dataclasses.replace(checkout, commit="0" * 40)
+    with pytest.raises(MissingLibraryError) as error:
+        places.checked_out(other, tmp_path, "peer")
+    switch = f"git -C {tmp_path} checkout {other.commit}"
+    assert (
+        str(error.value) == f"peer: its checkout is not the one that is timed: at commit {commit}; {switch}"
+    )
+
+
+def test_a_peer_is_imported_from_the_folders_of_its_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(places, "checked_out", lambda checkout, folder, name: folder)
+    monkeypatch.setattr(places, "interpreter", lambda folder, packages, name: folder / "python")
+    peer = peers.BY_NAME["harmonydream-jax"]
+    found = places.program(peer, tmp_path / "place", tmp_path / "checkouts", "cpu")
+    folder = tmp_path / "checkouts" / "HarmonyDream"
+    assert found.variables["PYTHONPATH"] == ":".join(str(folder / path) for path in peer.paths)
+    assert found.command[0] == str(tmp_path / "place" / "harmonydream-jax" / "python")
+    assert Path(found.command[1]).exists()
+    assert found.version == "0a22e33"
+
+
+TELLING = """
+from bench.peers.turns import serve
+
+def build(settings):
+    about = {"gflop": 1.0, "parameters": 1, "threads": 1, "on": "torch 2", "rep_loss": settings.get("rep_loss")}
+    return lambda: None, {**about, "precision": settings["precision"]}
+
+serve(build)
+"""
+
+
+def test_a_peer_is_left_out_of_a_precision_that_it_does_not_have(tmp_path, monkeypatch, capsys):
+    """Other programs in the places of peers, and of ours: the sections, what is said, and the numbers."""
+    start = [sys.executable, "-c", TELLING]
+    monkeypatch.setattr(peers, "OURS", Program("hdfast", start, "0"))
+    monkeypatch.setattr(
+        peers, "program", lambda peer, *_: Program(peer.name, start, peer.version, None, peer.options)
+    )
+    file = tmp_path / "numbers.json"
+    options = ["--rounds", "2", "--device", "cpu", "--json", str(file)]
+    peers.main(["--peer", "r2dreamer-decoder", "dreamerv3-torch", *options])
+    said = capsys.readouterr().out
+    assert said.count("small, B16 x T64, H15") == 3
+    assert said.count("no bfloat16 in dreamerv3-torch\n") == said.count("\nno ") == 1
+    results = json.loads(file.read_text())["results"]
+    names = ["r2dreamer-decoder", "dreamerv3-torch", "hdfast"]
+    assert [[name for name in names if name in one] for one in results] == [
+        names,
+        names,
+        [names[0], names[2]],
+    ]
+    for one, precision in zip(results, ["default", "float32", "bfloat16"], strict=True):
+        assert one["r2dreamer-decoder"]["rep_loss"] == "dreamer"
+        assert one["hdfast"]["precision"] == precision
+        assert len(one["hdfast"]["seconds"]) == 2
+    peers.main(["--peer", "dreamerv3-torch", "--precision", "bfloat16", *options])
+    assert capsys.readouterr().out == "no bfloat16 in dreamerv3-torch\n\n"
 
 
 def test_a_wrong_flag_is_answered_with_the_right_one():
@@ -152,6 +270,6 @@ def test_a_wrong_flag_is_answered_with_the_right_one():
 
 
 def test_what_is_installed_is_ignored_by_git():
-    place = peers.VENV.relative_to(ROOT)
-    done = subprocess.run(["git", "check-ignore", "-q", f"{place}/bin/python"], cwd=ROOT)
+    place = peers.PLACE.relative_to(ROOT)
+    done = subprocess.run(["git", "check-ignore", "-q", f"{place}/sheeprl/bin/python"], cwd=ROOT)
     assert done.returncode == 0

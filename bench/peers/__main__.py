@@ -1,21 +1,17 @@
-"""An update of sheeprl's DreamerV3 and one of ours, in turns on this machine, in the same size and precision.
+"""An update of other people's programs and one of ours, in turns on this machine.
 
-The model is that of Atari 100k (small; 17.9 million parameters in both), with images of 64 x 64 x 3 and six actions.
-sheeprl is installed by pip, as pip is configured here, into an environment of its own, `.venv-peers/`, beside the
-torch that runs ours. Both run in a process of their own and get the same number of threads. Ours is the whole
-update, with sampling and the slow critic, and learns three harmony scalars as well; sheeprl's is its function
-`train`, as it is configured by default, which has neither. GFLOP are those of matrix products and convolutions:
-sheeprl's as counted while it runs, ours those of the definition.
-
-On two idle CPU cores a precision takes about a minute, the installation another one and 1.5 GB of disk.
+The model is that of Atari 100k (small; 17.9 million parameters in ours), with images of 64 x 64 x 3 and six actions.
+What a peer needs is installed by pip, as pip is configured here, into an environment of its own in `.venv-peers/`,
+beside the torch that runs ours. A peer that is no package is imported from a checkout that you have cloned. Each
+runs in a process of its own and gets the same number of threads. Ours is the whole update, with sampling and the slow
+critic; what a peer's own training function leaves out of that is said in its worker, `bench/peers/*_update.py`. GFLOP
+are those of matrix products and convolutions: a PyTorch peer's as counted while it runs, ours those of the definition.
 """
 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import venv
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,107 +20,98 @@ from typing import Any
 import torch
 
 from bench import table
+from bench.peers.known import PEERS
+from bench.peers.places import Program, program
 from bench.peers.workers import Worker, take_turns
+from hdfast import __version__
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, positive
 from hdfast.runtime.device import PRECISIONS, describe_device, resolve_device
-from hdfast.runtime.errors import MissingLibraryError
 
 ROOT = Path(__file__).parents[2]
-VENV = ROOT / ".venv-peers" / "sheeprl"
-PACKAGE = "sheeprl==0.8.4"
-
-
-def said(done: subprocess.CompletedProcess[str]) -> str:
-    """The last line of what a command said that names an error, or its last line."""
-    lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-    return next(
-        (line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no word"
-    )
-
-
-def interpreter(folder: Path, package: str) -> Path:
-    """The Python that has `package`; installs it where it is not there yet.
-
-    Raises: MissingLibraryError with what pip said, or that an environment cannot be made.
-    """
-    python = folder / "bin" / "python"
-    name, _, version = package.partition("==")
-    check = [str(python), "-c", f"import importlib.metadata as m; print(m.version({name!r}))"]
-    if python.exists():
-        done = subprocess.run(check, capture_output=True, text=True)
-        if done.returncode == 0 and done.stdout.strip() == version:
-            return python
-    print(f"installing {package} into {folder.name}", file=sys.stderr, flush=True)
-    hint = "it needs pip, an index that has it, and Python 3.10 to 3.13"
-    try:
-        venv.EnvBuilder(clear=True, with_pip=True).create(folder)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise MissingLibraryError(f"no environment for it: {error}", where=package, hint=hint) from error
-    same_torch = f"torch=={torch.__version__.partition('+')[0]}"
-    command = [str(python), "-m", "pip", "install", "--quiet", "--no-input", package, same_torch]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise MissingLibraryError(f"cannot be installed: {said(done)}", where=package, hint=hint)
-    return python
+PLACE = ROOT / ".venv-peers"
+BY_NAME = {peer.name: peer for peer in PEERS}
+OURS = Program("hdfast", [sys.executable, "-m", "bench.peers.hdfast_update"], __version__)
 
 
 def report(
     names: Sequence[str], abouts: Sequence[Mapping[str, Any]], times: Sequence[Sequence[float]]
 ) -> str:
-    """A Markdown table of the programs and the ratio of the medians of the first and the last."""
-    medians = [statistics.median(taken) for taken in times]
-    head = ["", "version", "median s", "min s", "max s", "GFLOP", "GFLOP/s", "parameters", "threads", "torch"]
-    rows = []
-    for name, about, taken, median in zip(names, abouts, times, medians, strict=True):
-        work = about["gflop"]
+    """A Markdown table of the programs, each beside the last: the ratio of the medians, and those of single rounds."""
+    head = ["", "version", "precision", "median s", "min s", "max s", f"x {names[-1]}", "in rounds"]
+    head += ["GFLOP", "GFLOP/s", "parameters", "threads", "on"]
+    ours, rows = statistics.median(times[-1]), []
+    for name, about, taken in zip(names, abouts, times, strict=True):
+        median, work = statistics.median(taken), about["gflop"]
+        # All of a round met the same machine.
+        ratios = [one / other for one, other in zip(taken, times[-1], strict=True)]
         rows.append(
             [
                 name,
                 about["version"],
+                about["precision"],
                 *(table.number(value) for value in (median, min(taken), max(taken))),
+                f"{median / ours:.2f}",
+                f"{min(ratios):.2f} to {max(ratios):.2f}",
                 table.number(work),
                 table.number(work and work / median),
                 f"{about['parameters']:,}",
                 str(about["threads"]),
-                about["torch"],
+                about["on"],
             ]
         )
-    # Both of a round met the same machine.
-    ratios = sorted(theirs / ours for theirs, ours in zip(times[0], times[-1], strict=True))
-    ratio = f"{names[0]} takes {medians[0] / medians[-1]:.2f} x as long as {names[-1]}"
-    return f"{table.markdown(head, rows)}\n\n{ratio} ({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} rounds)"
+    return table.markdown(head, rows)
 
 
-def compare(settings: Mapping[str, Any], python: Path, rounds: int) -> tuple[str, dict[str, Any]]:
+def compare(
+    settings: Mapping[str, Any], programs: Sequence[Program], rounds: int
+) -> tuple[str, dict[str, Any]]:
     """The report of one precision, and its numbers. Raises: RunError if one of the processes ends."""
-    commands = {
-        "sheeprl": [str(python), str(ROOT / "bench" / "peers" / "sheeprl_update.py")],
-        "hdfast": [sys.executable, "-m", "bench.peers.hdfast_update"],
-    }
     with ExitStack() as stack:
         workers = [
-            stack.enter_context(Worker(name, command, settings, cwd=ROOT))
-            for name, command in commands.items()
+            stack.enter_context(
+                Worker(one.name, one.command, {**settings, **one.options}, cwd=ROOT, env=one.variables)
+            )
+            for one in programs
         ]
         times = take_turns(workers, rounds, warmups=5 if settings["graph"] else 1)
-    abouts = [worker.about for worker in workers]
+    names = [one.name for one in programs]
+    abouts = [{"version": one.version, **worker.about} for one, worker in zip(programs, workers, strict=True)]
     numbers = {
-        name: {**about, "seconds": taken} for name, about, taken in zip(commands, abouts, times, strict=True)
+        name: {**about, "seconds": taken} for name, about, taken in zip(names, abouts, times, strict=True)
     }
-    return report(list(commands), abouts, times), {**settings, **numbers}
+    return report(names, abouts, times), {**settings, **numbers}
 
 
 def parser() -> Arguments:
+    lines = [f"  {peer.name:<19} {peer.version}, {peer.about}" for peer in PEERS]
+    clones = {peer.checkout: None for peer in PEERS if peer.checkout}
+    lines += ["", "checkouts:", *(f"  {one.name:<19} {one.url} at {one.commit}" for one in clones)]
     flags = Arguments("python -m bench.peers", __doc__)
     flags.formatter_class = argparse.RawDescriptionHelpFormatter
+    flags.epilog = "\n".join(["peers:", *lines])
+    flags.add_argument(
+        "--peer",
+        nargs="+",
+        choices=list(BY_NAME),
+        default=["sheeprl"],
+        metavar="NAME",
+        help="one or more of those below (sheeprl)",
+    )
+    flags.add_argument(
+        "--checkouts",
+        type=Path,
+        default=PLACE / "checkouts",
+        metavar="DIR",
+        help="folder of the clones of peers that are no packages (.venv-peers/checkouts)",
+    )
     flags.add_argument("--rounds", type=positive, default=5, help="updates of each that are timed (5)")
     flags.add_argument(
         "--precision",
         nargs="+",
-        choices=list(PRECISIONS),
-        default=list(PRECISIONS),
-        help="one or both (both)",
+        choices=["default", *PRECISIONS],
+        default=["default", *PRECISIONS],
+        help="each as it is by default, or all that have it in one (all three)",
     )
     flags.add_argument("--batch", type=positive, default=16, help="windows of an update (16)")
     flags.add_argument("--length", type=positive, default=64, help="rows of a window (64)")
@@ -133,7 +120,8 @@ def parser() -> Arguments:
     flags.add_argument(
         "--compile",
         action="store_true",
-        help="sheeprl with its own option for torch.compile, which takes minutes",
+        help="sheeprl and r2dreamer with their own option for torch.compile; on two CPU cores "
+        "sheeprl is not done with it in three minutes",
     )
     flags.add_argument("--graph", action="store_true", help="ours as one CUDA graph")
     flags.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
@@ -145,10 +133,18 @@ def main(arguments: Iterable[str] | None = None) -> None:
     device = resolve_device(flags.device)
     settings = {name: getattr(flags, name) for name in ("batch", "length", "horizon", "compile", "graph")}
     settings |= {"device": device.type, "threads": torch.get_num_threads()}
-    python = interpreter(VENV, PACKAGE)
+    peers = [BY_NAME[name] for name in dict.fromkeys(flags.peer)]
+    programs = {peer: program(peer, PLACE, flags.checkouts, device.type) for peer in peers}
     about, results = describe_device(device), []
     for precision in flags.precision:
-        text, numbers = compare({**settings, "precision": precision}, python, flags.rounds)
+        chosen = [peer for peer in peers if precision in ("default", *peer.precisions)]
+        if without := [peer.name for peer in peers if peer not in chosen]:
+            print(f"no {precision} in {', '.join(without)}\n")
+        if not chosen:
+            continue
+        text, numbers = compare(
+            {**settings, "precision": precision}, [*(programs[peer] for peer in chosen), OURS], flags.rounds
+        )
         results.append(numbers)
         print(
             f"{about['name']}, {precision}, small, B{flags.batch} x T{flags.length}, H{flags.horizon}\n\n{text}\n"

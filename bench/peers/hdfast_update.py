@@ -8,7 +8,6 @@ import torch
 from bench.agent import Bench, config_of, gflop
 from bench.machine import keep_memory, synchronised
 from bench.peers.turns import serve
-from hdfast import __version__
 from hdfast.runtime.device import resolve_device, resolve_precision
 
 
@@ -19,11 +18,12 @@ def build(settings: dict[str, Any]) -> tuple[Callable[[], None], dict[str, Any]]
     config = config_of(
         "small", batch=settings["batch"], length=settings["length"], horizon=settings["horizon"]
     )
-    bench = Bench(config, device, resolve_precision(settings["precision"], device))
+    name = {"default": "auto"}.get(settings["precision"], settings["precision"])
+    bench = Bench(config, device, resolve_precision(name, device))
     update = bench.graph() if settings["graph"] else bench.update()
     return synchronised(update, device), {
-        "version": __version__,
-        "torch": torch.__version__,
+        "precision": str(bench.dtype).removeprefix("torch."),
+        "on": f"torch {torch.__version__}",
         "threads": torch.get_num_threads(),
         "parameters": bench.learner.parameter_counts()["total"],
         "gflop": gflop(config, "update", device),

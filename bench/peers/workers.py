@@ -19,7 +19,7 @@ class Worker:
 
     Args:
         name: what errors call it.
-        command, cwd: how it is started; `settings` become its last argument, as JSON.
+        command, cwd, env: how it is started; `settings` become its last argument, as JSON.
         limit_s: seconds that it may take to build, and to answer.
 
     Raises:
@@ -33,6 +33,7 @@ class Worker:
         settings: Mapping[str, Any],
         *,
         cwd: Path,
+        env: Mapping[str, str] | None = None,
         limit_s: float = 1800.0,
     ):
         self.name, self.limit_s = name, limit_s
@@ -41,6 +42,7 @@ class Worker:
             self._process = subprocess.Popen(
                 [*command, json.dumps(settings)],
                 cwd=cwd,
+                env=env,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._said,
