@@ -134,7 +134,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     settings = {name: getattr(flags, name) for name in ("batch", "length", "horizon", "compile", "graph")}
     settings |= {"device": device.type, "threads": torch.get_num_threads()}
     peers = [BY_NAME[name] for name in dict.fromkeys(flags.peer)]
-    programs = {peer: program(peer, PLACE, flags.checkouts, device.type) for peer in peers}
+    programs = {peer.name: program(peer, PLACE, flags.checkouts, device.type) for peer in peers}
     about, results = describe_device(device), []
     for precision in flags.precision:
         chosen = [peer for peer in peers if precision in ("default", *peer.precisions)]
@@ -143,7 +143,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
         if not chosen:
             continue
         text, numbers = compare(
-            {**settings, "precision": precision}, [*(programs[peer] for peer in chosen), OURS], flags.rounds
+            {**settings, "precision": precision},
+            [*(programs[peer.name] for peer in chosen), OURS],
+            flags.rounds,
         )
         results.append(numbers)
         print(

@@ -1,7 +1,8 @@
 """An update of NM512's dreamerv3-torch for `bench.peers`, imported from a checkout.
 
 Its own configuration of Atari 100k and its own `Dreamer._train` on one batch of noise, which includes the move of
-the slow critic and the metrics, fetched from the device. Sampling is left out.
+the slow critic and the metrics, fetched from the device. Sampling is left out. Its option for torch.compile, on by
+default, wraps modules whose `forward` an update does not call: it changes nothing here.
 """
 
 import types

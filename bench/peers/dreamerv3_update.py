@@ -28,6 +28,7 @@ def configuration(settings):
             r".*\.depth": 16,  # the first convolution has twice as many channels
             "agent.imag_length": settings["horizon"],
             "jax.platform": settings["device"],
+            "jax.prealloc": False,  # the device is shared with the others
         }
     )
     if settings["precision"] != "default":

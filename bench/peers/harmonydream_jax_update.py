@@ -26,6 +26,7 @@ def configuration(settings):
             "batch_length": settings["length"],
             "imag_horizon": settings["horizon"],
             "jax.platform": {"cuda": "gpu"}.get(settings["device"], "cpu"),
+            "jax.prealloc": False,  # the device is shared with the others
         }
     )
     if settings["precision"] != "default":

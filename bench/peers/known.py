@@ -17,7 +17,7 @@ class Checkout:
         return self.url.rpartition("/")[2]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Peer:
     """A program, the worker that has it do one update, and where both run.
 
