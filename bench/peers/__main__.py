@@ -6,6 +6,9 @@ beside the torch that runs ours. A peer that is no package is imported from a ch
 runs in a process of its own and gets the same number of threads. Ours is the whole update, with sampling and the slow
 critic; what a peer's own training function leaves out of that is said in its worker, `bench/peers/*_update.py`. GFLOP
 are those of matrix products and convolutions: a PyTorch peer's as counted while it runs, ours those of the definition.
+
+On two CPU cores five rounds of three PyTorch peers take three minutes a precision, three rounds of one in JAX two to
+three; an installation takes half a minute and 0.7 to 1.5 GB of disk, a process 1 to 5 GB of memory.
 """
 
 import argparse
