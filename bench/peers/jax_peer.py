@@ -7,7 +7,7 @@ from turns import serve
 
 
 def serve_jax(build):
-    """Takes turns with an update in JAX, which compiles it in the first turn.
+    """Takes turns with an update in JAX, compiled before.
 
     build: settings -> an update that returns all it computes, the sizes of the parameters it learns, and the
         precision of its matrix work.
@@ -17,6 +17,8 @@ def serve_jax(build):
         # XLA takes a thread for every core that it may use.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings["threads"]])
         step, sizes, precision = build(settings)
+        for _ in range(2):  # the second may be compiled anew, for what the first returned
+            jax.block_until_ready(step())
         return lambda: jax.block_until_ready(step()), {
             "precision": precision,
             "on": f"jax {jax.__version__}",
