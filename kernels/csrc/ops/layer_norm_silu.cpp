@@ -62,66 +62,61 @@ void backward_rows(const T* grad, const T* in, const float* weight, const float*
   }
 }
 
-constexpr int64_t ahead = 8;  // short rows from now
-
-// Rows of V vectors, held in registers with the weight and the bias: those of a convolution with few channels, whose
-// many short rows would otherwise wait for reductions and memory.
+// W rows of V vectors, those of a convolution with few channels: their sums are one vector.
 template <int V, bool far, class T>
-void forward_narrow(const T* x, const float* weight, const float* bias, T* y, float* mean, float* rstd, int64_t rows,
-                    float eps, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    Vf w[V], b[V];
-    for (int v = 0; v < V; v++) w[v] = load(weight + v * W, Whole{}), b[v] = load(bias + v * W, Whole{});
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
-      Vf d[V], total = {}, square = {};
-      if (!far) prefetch_to_write(y + (r + ahead) * V * W, V * W);
-      for (int v = 0; v < V; v++) total += d[v] = load(x + (r * V + v) * W, Whole{});
-      const Vf m = sum_everywhere(total) * (1.f / (V * W));
-      for (int v = 0; v < V; v++) d[v] -= m, square += d[v] * d[v];
-      const Vf s = inverse_sqrt_of_equal(sum_everywhere(square) * (1.f / (V * W)) + eps);
-      for (int v = 0; v < V; v++) put<far>(y + (r * V + v) * W, silu<T>(d[v] * s * w[v] + b[v]), Whole{});
-      mean[r] = m[0];
-      rstd[r] = s[0];
-    }
-    if (far) fence();
+void forward_narrow(const T* x, const float* weight, const float* bias, T* y, float* mean, float* rstd, float eps) {
+  constexpr int width = V * W;
+  if (!far) prefetch_to_write(y + W * width, W * width);
+  Vf part[W];
+  for (int r = 0; r < W; r++) {
+    part[r] = load(x + r * width, Whole{});
+    for (int v = 1; v < V; v++) part[r] += load(x + r * width + v * W, Whole{});
   }
+  store(mean, sums(part) * (1.f / width), Whole{});
+  for (int r = 0; r < W; r++) {
+    part[r] = Vf{};
+    for (int v = 0; v < V; v++) {
+      const Vf d = load(x + r * width + v * W, Whole{}) - mean[r];
+      part[r] += d * d;
+    }
+  }
+  store(rstd, 1.f / sqrt(sums(part) * (1.f / width) + eps), Whole{});
+  Vf w[V], b[V];
+  for (int v = 0; v < V; v++) w[v] = load(weight + v * W, Whole{}), b[v] = load(bias + v * W, Whole{});
+  for (int r = 0; r < W; r++)
+    for (int v = 0; v < V; v++) {
+      const int64_t at = r * width + v * W;
+      put<far>(y + at, silu<T>((load(x + at, Whole{}) - mean[r]) * rstd[r] * w[v] + b[v]), Whole{});
+    }
 }
 
 template <int V, bool far, class T>
 void backward_narrow(const T* grad, const T* x, const float* weight, const float* bias, const float* mean,
-                     const float* rstd, T* grad_x, int64_t rows, AffineGradients& all, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    AffineGradients::Local totals(all);
-    Vf w[V], b[V];
-    for (int v = 0; v < V; v++) w[v] = load(weight + v * W, Whole{}), b[v] = load(bias + v * W, Whole{});
-    constexpr int64_t block = AffineGradients::block_rows;
-#pragma omp for schedule(static)
-    for (int64_t first = 0; first < rows; first += block) {
-      Vf d_weight[V] = {}, d_bias[V] = {};
-      for (int64_t r = first; r < rows && r < first + block; r++) {
-        Vf d[V], n[V], sum_d = {}, sum_dn = {};
-        if (!far) prefetch_to_write(grad_x + (r + ahead) * V * W, V * W);
-        for (int v = 0; v < V; v++) {
-          n[v] = (load(x + (r * V + v) * W, Whole{}) - mean[r]) * rstd[r];
-          const Vf dz = load(grad + (r * V + v) * W, Whole{}) * silu_slope(n[v] * w[v] + b[v]);
-          d_weight[v] += dz * n[v];
-          d_bias[v] += dz;
-          d[v] = dz * w[v];
-          sum_d += d[v];
-          sum_dn += d[v] * n[v];
-        }
-        const Vf mean_d = sum_everywhere(sum_d) * (1.f / (V * W)), mean_dn = sum_everywhere(sum_dn) * (1.f / (V * W));
-        for (int v = 0; v < V; v++)
-          put<far>(grad_x + (r * V + v) * W, rstd[r] * (d[v] - mean_d - n[v] * mean_dn), Whole{});
-      }
-      for (int v = 0; v < V; v++) totals.add(v * W, d_weight[v], d_bias[v], Whole{});
-      totals.flush();
+                     const float* rstd, T* grad_x, Vf* d_weight, Vf* d_bias) {
+  constexpr int width = V * W;
+  if (!far) prefetch_to_write(grad_x + W * width, W * width);
+  Vf d[W][V], sum_d[W], sum_dn[W], w[V], b[V];
+  for (int v = 0; v < V; v++) w[v] = load(weight + v * W, Whole{}), b[v] = load(bias + v * W, Whole{});
+  for (int r = 0; r < W; r++) {
+    sum_d[r] = sum_dn[r] = Vf{};
+    for (int v = 0; v < V; v++) {
+      const int64_t at = r * width + v * W;
+      const Vf n = (load(x + at, Whole{}) - mean[r]) * rstd[r];
+      const Vf dz = load(grad + at, Whole{}) * silu_slope(n * w[v] + b[v]);
+      d_weight[v] += dz * n;
+      d_bias[v] += dz;
+      d[r][v] = dz * w[v];
+      sum_d[r] += d[r][v];
+      sum_dn[r] += d[r][v] * n;
     }
-    if (far) fence();
   }
+  const Vf s = load(rstd, Whole{}), mean_d = sums(sum_d) * (1.f / width), slope = sums(sum_dn) * (1.f / width) * s;
+  for (int r = 0; r < W; r++)
+    for (int v = 0; v < V; v++) {
+      const int64_t at = r * width + v * W;
+      const Vf centred = load(x + at, Whole{}) - mean[r];
+      put<far>(grad_x + at, s[r] * (d[r][v] - mean_d[r] - slope[r] * centred), Whole{});
+    }
 }
 
 // f(first, count) for blocks of R rows, and of 1 for what is left; the count is a constant.
@@ -138,29 +133,39 @@ HDFAST_INLINE void for_rows(int64_t rows, F f) {
 
 constexpr int together = 4;  // wide rows: one alone waits for its sums
 
-template <bool far, class T>
-void forward_wide(const T* x, const float* weight, const float* bias, T* y, float* mean, float* rstd, int64_t rows,
-                  int64_t width, float eps, int threads) {
+template <int V, bool far, class T>
+void forward_all(const T* x, const float* weight, const float* bias, T* y, float* mean, float* rstd, int64_t rows,
+                 int64_t width, float eps, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    for_rows<together>(rows, [&](int64_t r, auto count) {
-      forward_rows<count, far>(x + r * width, weight, bias, y + r * width, mean + r, rstd + r, width, eps);
+    for_rows<V ? W : together>(rows, [&](int64_t r, auto count) {
+      const int64_t at = r * width;
+      if constexpr (V && count > 1)
+        forward_narrow<V, far>(x + at, weight, bias, y + at, mean + r, rstd + r, eps);
+      else
+        forward_rows<count, far>(x + at, weight, bias, y + at, mean + r, rstd + r, width, eps);
     });
     if (far) fence();
   }
 }
 
-template <bool far, class T>
-void backward_wide(const T* grad, const T* x, const float* weight, const float* bias, const float* mean,
-                   const float* rstd, T* grad_x, int64_t rows, int64_t width, AffineGradients& all, int threads) {
+template <int V, bool far, class T>
+void backward_all(const T* grad, const T* x, const float* weight, const float* bias, const float* mean,
+                  const float* rstd, T* grad_x, int64_t rows, int64_t width, AffineGradients& all, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     AffineGradients::Local totals(all);
     Scratch<float> d_normed(together * width);
-    for_rows<together>(rows, [&](int64_t r, auto count) {
+    for_rows<V ? W : together>(rows, [&](int64_t r, auto count) {
       const int64_t at = r * width;
-      backward_rows<count, far>(grad + at, x + at, weight, bias, mean + r, rstd + r, grad_x + at, width, d_normed,
-                                totals);
+      if constexpr (V && count > 1) {
+        Vf d_weight[V] = {}, d_bias[V] = {};
+        backward_narrow<V, far>(grad + at, x + at, weight, bias, mean + r, rstd + r, grad_x + at, d_weight, d_bias);
+        for (int v = 0; v < V; v++) totals.add(v * W, d_weight[v], d_bias[v], Whole{});
+      } else {
+        backward_rows<count, far>(grad + at, x + at, weight, bias, mean + r, rstd + r, grad_x + at, width, d_normed,
+                                  totals);
+      }
       totals.next_rows(count);
     });
     if (far) fence();
@@ -172,10 +177,7 @@ void forward(const T* x, const float* weight, const float* bias, T* y, float* me
              int64_t width, float eps, int threads) {
   with_bool(is_far(y, rows, width), [&](auto far) {
     with_vectors(width, [&](auto vectors) {
-      if constexpr (vectors)
-        forward_narrow<vectors, far>(x, weight, bias, y, mean, rstd, rows, eps, threads);
-      else
-        forward_wide<far>(x, weight, bias, y, mean, rstd, rows, width, eps, threads);
+      forward_all<vectors, far>(x, weight, bias, y, mean, rstd, rows, width, eps, threads);
     });
   });
 }
@@ -185,10 +187,7 @@ void backward(const T* grad, const T* x, const float* weight, const float* bias,
               T* grad_x, int64_t rows, int64_t width, AffineGradients& all, int threads) {
   with_bool(is_far(grad_x, rows, width), [&](auto far) {
     with_vectors(width, [&](auto vectors) {
-      if constexpr (vectors)
-        backward_narrow<vectors, far>(grad, x, weight, bias, mean, rstd, grad_x, rows, all, threads);
-      else
-        backward_wide<far>(grad, x, weight, bias, mean, rstd, grad_x, rows, width, all, threads);
+      backward_all<vectors, far>(grad, x, weight, bias, mean, rstd, grad_x, rows, width, all, threads);
     });
   });
 }
