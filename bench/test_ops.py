@@ -77,6 +77,11 @@ def eager_image_deconv(x, weight, bias):
     return out.permute(0, 2, 3, 1)
 
 
+def eager_strided_conv(x, weight):
+    kernel = weight.to(x.dtype, memory_format=torch.channels_last)
+    return F.conv2d(x.permute(0, 3, 1, 2), kernel, stride=2, padding=1).permute(0, 2, 3, 1)
+
+
 def eager_kl_balance(post, prior):
     def kl(p, q):
         return (p.exp() * (p - q)).sum((-2, -1)).clamp(min=1.0)
@@ -178,6 +183,11 @@ CASES = [
     Case(
         "image_deconv", "observe", eager_image_deconv,
         lambda t: (number(1024, 32, 32, 32, dtype=t), number(32, 3, 4, 4, scale=0.05), number(3)),
+    ),
+    Case(
+        "strided_conv", "observe", eager_strided_conv,
+        lambda t: (number(1024, 16, 16, 64, dtype=t), number(128, 64, 4, 4, scale=0.03)),
+        gflop=6 * 1024 * 64 * 16 * 64 * 128 / 1e9,
     ),
     Case(
         "kl_balance", "observe", eager_kl_balance,

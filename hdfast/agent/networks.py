@@ -10,10 +10,9 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdfast_kernels import image_deconv, layer_norm_silu, linear, onehot_linear
+from hdfast_kernels import image_deconv, layer_norm_silu, linear, onehot_linear, strided_conv
 
 EPS = 1e-3
 _TRUNCATION_STD = 0.87962566103423978  # standard deviation of a unit normal truncated at two
@@ -168,12 +167,10 @@ class ImageEncoder(nn.Module):
         self.outputs = 16 * widths[-1]
 
     def forward(self, image: Tensor, dtype: torch.dtype) -> Tensor:
-        x = (image.float() / 255 - 0.5).to(dtype).permute(0, 3, 1, 2)  # (N, H, W, C) -> channels-last NCHW
+        x = (image.float() / 255 - 0.5).to(dtype)
         for kernel, norm in zip(self.kernels, self.norms, strict=True):
-            weight = kernel.to(dtype, memory_format=torch.channels_last)
-            x = F.conv2d(x, weight, stride=2, padding=1)
-            x = norm.silu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return x.permute(0, 2, 3, 1).flatten(1)
+            x = norm.silu(strided_conv(x, kernel))
+        return x.flatten(1)
 
 
 class ImageDecoder(nn.Module):
@@ -198,12 +195,10 @@ class ImageDecoder(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, latent: Latent, dtype: torch.dtype) -> Tensor:
-        x = self.first(latent, dtype).unflatten(-1, (4, 4, -1)).permute(0, 3, 1, 2)
+        x = self.first(latent, dtype).unflatten(-1, (4, 4, -1))
         for kernel, norm in zip(self.kernels[:-1], self.norms, strict=True):
-            weight = kernel.to(dtype, memory_format=torch.channels_last)
-            x = F.conv_transpose2d(x, weight, stride=2, padding=1)
-            x = norm.silu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return image_deconv(x.permute(0, 2, 3, 1), self.kernels[-1], self.bias + 0.5)
+            x = norm.silu(strided_conv(x, kernel, transposed=True))
+        return image_deconv(x, self.kernels[-1], self.bias + 0.5)
 
 
 class VectorEncoder(nn.Module):

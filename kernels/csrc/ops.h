@@ -56,6 +56,14 @@ void image_loss_backward(const float* grad, const void* pred, const uint8_t* ima
 void image_deconv_forward(const void* x, const float* weight, const float* bias, void* y, int64_t images,
                           int64_t height, int64_t width, int64_t inputs, int64_t channels, bool is_bf16, int threads);
 
+// Gradient of the kernel of a convolution, kernel 4, stride 2, padding 1, from large (images, 2 * height, 2 * width,
+// large_channels) to small (images, height, width, small_channels), or back: grad (small_channels, large_channels, 4, 4).
+// False, having computed nothing, where it has no fast way: for channels that are no multiples of 16, and for bfloat16
+// without instructions for it.
+bool strided_conv_weight_grad(const void* large, const void* small, float* grad, int64_t images, int64_t height,
+                              int64_t width, int64_t large_channels, int64_t small_channels, bool is_bf16,
+                              int threads);
+
 // KL of each row from log-probabilities (rows, width), not clipped; rows whose KL is below `free` get no gradient.
 void kl_balance_forward(const void* post, const void* prior, float* kl, int64_t rows, int64_t width, bool is_bf16,
                         int threads);
@@ -117,6 +125,7 @@ void rssm_observe_backward(const RssmObserve& p, int threads);
   X(image_loss_forward) \
   X(image_loss_backward) \
   X(image_deconv_forward) \
+  X(strided_conv_weight_grad) \
   X(kl_balance_forward) \
   X(kl_balance_backward) \
   X(sample_onehot_forward) \

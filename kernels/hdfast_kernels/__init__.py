@@ -25,6 +25,7 @@ _HOME = {
     "onehot_linear": "onehot_linear",
     "rssm_observe": "rssm_observe",
     "sample_onehot": "sample_onehot",
+    "strided_conv": "strided_conv",
     "two_hot_loss": "two_hot",
     "two_hot_mean": "two_hot",
 }

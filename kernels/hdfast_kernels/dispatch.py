@@ -34,6 +34,7 @@ CPU_DEFAULT: dict[str, str] = {
     "onehot_linear": "native",
     "rssm_observe": "native",
     "sample_onehot": "native",
+    "strided_conv": "native",
     "two_hot_loss": "native",
     "two_hot_mean": "native",
 }

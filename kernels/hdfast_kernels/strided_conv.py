@@ -1,0 +1,47 @@
+"""The convolutions between two layers of an encoder or decoder: kernel 4, stride 2, padding 1, no bias.
+
+Axes: N images, H x W pixels, C channels in, O channels out.
+
+Source: HarmonyDream's encoder and decoder (ALGORITHM §3). The convolutions are PyTorch's.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import dispatch
+from .strided_conv_native import strided_conv_native
+
+
+def strided_conv_reference(x: Tensor, weight: Tensor, transposed: bool = False) -> Tensor:
+    """The definition, in plain PyTorch; see `strided_conv`."""
+    kernel = weight.to(x.dtype, memory_format=torch.channels_last)
+    convolution = F.conv_transpose2d if transposed else F.conv2d
+    return convolution(x.permute(0, 3, 1, 2), kernel, stride=2, padding=1).permute(0, 2, 3, 1)
+
+
+def strided_conv(
+    x: Tensor, weight: Tensor, *, transposed: bool = False, backend: str | None = None
+) -> Tensor:
+    """Halves the sides of channels-last activations, or doubles them.
+
+    Args:
+        x: (N, H, W, C) float32 or bfloat16, at least 2 x 2 pixels where they are halved.
+        weight: (O, C, 4, 4), or (C, O, 4, 4) where `transposed`; float32, rounded to x's dtype.
+        transposed: double the sides by a transposed convolution.
+        backend: "reference" or "native"; None lets `dispatch` choose.
+
+    Returns (N, H // 2, W // 2, O), or (N, 2H, 2W, O), in x's dtype. Differentiable in both.
+
+    Raises ValueError on shapes that do not fit; `dispatch.BackendError` if the backend cannot run here.
+    """
+    if x.ndim != 4 or (not transposed and min(x.shape[1:3]) < 2):
+        least = "" if transposed else ", H and W at least 2"
+        raise ValueError(f"strided_conv: x has shape {tuple(x.shape)}, expected (N, H, W, C){least}")
+    if weight.ndim != 4 or weight.shape[2:] != (4, 4) or weight.shape[0 if transposed else 1] != x.shape[-1]:
+        right = f"({x.shape[-1]}, O, 4, 4)" if transposed else f"(O, {x.shape[-1]}, 4, 4)"
+        raise ValueError(f"strided_conv: weight has shape {tuple(weight.shape)}, expected {right}")
+    return dispatch.resolve("strided_conv", backend, x)(x, weight, transposed)
+
+
+dispatch.register("strided_conv", reference=strided_conv_reference, native=strided_conv_native)

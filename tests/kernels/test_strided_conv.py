@@ -1,0 +1,114 @@
+"""strided_conv: the convolutions between the layers of encoder and decoder, on every backend."""
+
+from functools import partial
+
+import pytest
+import torch
+from checks import backends, check_against_fp64, random
+
+from hdfast_kernels import native, strided_conv
+from hdfast_kernels.strided_conv import strided_conv_reference
+
+# images, H and W of the smaller map, channels of the smaller and of the larger map: one pixel; odd; an image; those of
+# the layers, a block of several images, a row in several blocks, every width of a tile; none
+SHAPES = [
+    (1, 1, 1, 16, 16),
+    (3, 5, 7, 5, 6),
+    (2, 8, 8, 32, 3),
+    (9, 4, 4, 256, 16),
+    (3, 8, 8, 80, 32),
+    (2, 16, 16, 48, 48),
+    (1, 3, 150, 16, 32),
+    (5, 3, 5, 112, 16),
+    (0, 4, 4, 16, 16),
+]
+
+
+def inputs(shape, transposed, dtype, device="cpu"):
+    images, height, width, small, large = shape
+    large_map = (images, 2 * height, 2 * width, large)
+    x = random(images, height, width, small) if transposed else random(*large_map)
+    weight = random(small, large, 4, 4, seed=1, scale=0.1)
+    return {
+        "x": x.to(device, dtype).requires_grad_(),
+        "weight": weight.to(device, torch.float32).requires_grad_(),
+        "transposed": transposed,
+    }
+
+
+@pytest.mark.parametrize("backend", backends("strided_conv", reference=False))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["halve", "double"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_errs_no_more_than_twice_plain_pytorch(shape, transposed, dtype, backend):
+    op = partial(strided_conv, backend=backend.name)
+    check_against_fp64(op, strided_conv_reference, inputs(shape, transposed, dtype, backend.device))
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="needs AVX512-BF16")
+def test_what_is_native_is_not_pytorchs(monkeypatch):
+    """The gradient of the kernel is ours, in both dtypes, and keeps the digits that bfloat16 would round away."""
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = inputs((4, 8, 8, 32, 32), False, dtype)
+        with torch.profiler.profile(record_shapes=True) as profile:
+            strided_conv(**arguments, backend="native").float().square().sum().backward()
+        masks = [
+            event.concrete_inputs[-1]
+            for event in profile.events()
+            if event.name == "aten::convolution_backward"
+        ]
+        assert masks == [[True, False, False]]
+        grad = arguments["weight"].grad
+        assert not torch.equal(grad, grad.bfloat16().float())
+
+
+@pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_instruction_set_on_threads(isa, dtype, threads, monkeypatch):
+    monkeypatch.setattr(native, "threads", lambda: threads)
+    arguments = inputs((23, 4, 4, 48, 16), True, dtype)
+    with native.force_isa(isa):
+        op = partial(strided_conv, backend="native")
+        first, second = (check_against_fp64(op, strided_conv_reference, arguments) for _ in range(2))
+    assert torch.equal(first["grad weight"], second["grad weight"])
+
+
+@pytest.mark.parametrize("backend", backends("strided_conv"))
+def test_sides_that_are_not_even(backend):
+    x, weight = random(2, 7, 9, 16).float(), random(16, 16, 4, 4, seed=1).float()
+    x, weight = x.to(backend.device).requires_grad_(), weight.to(backend.device).requires_grad_()
+    out = strided_conv(x, weight, backend=backend.name)
+    assert out.shape == (2, 3, 4, 16)
+    out.sum().backward()
+    assert weight.grad.shape == weight.shape
+
+
+@pytest.mark.parametrize("backend", backends("strided_conv"))
+def test_only_the_gradients_that_are_wanted(backend):
+    for wanted, other in (("x", "weight"), ("weight", "x")):
+        arguments = inputs((2, 4, 4, 16, 16), False, torch.float32, backend.device)
+        arguments[other] = arguments[other].detach()
+        strided_conv(**arguments, backend=backend.name).sum().backward()
+        assert arguments[wanted].grad.shape == arguments[wanted].shape
+
+
+def test_gradients_of_the_reference():
+    for transposed in (False, True):
+        x, weight, _ = inputs((1, 2, 1, 2, 3), transposed, torch.float64).values()
+        weight = weight.detach().double().requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda x, w, t=transposed: strided_conv_reference(x, w, t), (x, weight)
+        )
+
+
+def test_mistakes_are_answered():
+    x, weight, _ = inputs((1, 2, 2, 4, 3), False, torch.float32).values()
+    with pytest.raises(
+        ValueError, match=r"x has shape \(4, 4, 3\), expected \(N, H, W, C\), H and W at least 2"
+    ):
+        strided_conv(x[0], weight)
+    with pytest.raises(ValueError, match=r"weight has shape \(4, 3, 4, 4\), expected \(O, 2, 4, 4\)"):
+        strided_conv(x[..., :2], weight)
+    with pytest.raises(ValueError, match=r"weight has shape \(4, 3, 4, 4\), expected \(3, O, 4, 4\)"):
+        strided_conv(x, weight, transposed=True)
