@@ -61,7 +61,9 @@ def lambda_return_forward(
         at = tl.cast(step, tl.int64) * columns + column
         weight *= DISCOUNT * tl.load(cont_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(weight_ptr + at, weight.to(weight_ptr.dtype.element_ty), mask=inside)
-    returns = tl.load(value_ptr + H * columns.to(tl.int64) + column, mask=inside, other=0.0).to(tl.float32)
+    returns = tl.load(value_ptr + tl.cast(columns, tl.int64) * H + column, mask=inside, other=0.0).to(
+        tl.float32
+    )
     for back in range(H):
         at = tl.cast(H - 1 - back, tl.int64) * columns + column
         reward = tl.load(reward_ptr + at, mask=inside, other=0.0).to(tl.float32)

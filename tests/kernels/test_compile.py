@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from hdfast_kernels import dispatch, report
 
@@ -42,6 +44,50 @@ def test_training_shapes_on_sm_90(case):
             assert kernel.instructions["ldg128"] >= kernel.instructions["ldg"] - 1, kernel.instructions
         if kernel.name == "onehot_linear_backward":
             assert kernel.instructions["mma"] > 0, kernel.instructions
+
+
+def one_row() -> dict[str, Callable[[Callable], None]]:
+    """A call of each op with one row, a number that Triton makes a constant of the kernel: it has no methods."""
+    meta, backward, many = report.meta, report.backward, {"grad": True}
+    return {
+        "harmony_loss": lambda op: backward(op([meta(1, **many)], meta(1, **many), (0,), (1.0,), (1.0,))[0]),
+        "image_loss": lambda op: backward(op(meta(1, 2, 2, 3, **many), meta(1, 2, 2, 3, dtype=torch.uint8))),
+        "kl_balance": lambda op: backward(*op(meta(1, 2, 3, **many), meta(1, 2, 3, **many), 1.0)),
+        "lambda_return": lambda op: backward(
+            op(meta(1, 1, **many), meta(2, 1), meta(2, 1, **many), 0.99, 0.95)[0]
+        ),
+        "layer_norm_gru": lambda op: backward(
+            op(meta(1, 21, **many), meta(1, 7, **many), meta(21, **many), meta(21, **many), 1e-3)
+        ),
+        "layer_norm_silu": lambda op: backward(
+            op(meta(1, 7, **many), meta(7, **many), meta(7, **many), 1e-3)
+        ),
+        "onehot_linear": lambda op: backward(
+            op(meta(1, 5, dtype=torch.int64), meta(15, 9, **many), meta(1, 5, 3, **many))
+        ),
+        "rssm_observe": lambda op: backward(*(op(*one_sequence(), 0.01, 1e-3)[k] for k in (0, 1, 3))),
+        "sample_onehot": lambda op: backward(*op(meta(1, 1, 3, **many), meta(1, 1), 0.01)[::2]),
+        "two_hot_loss": lambda op: backward(op(meta(1, 9, **many), meta(1), -20.0, 20.0)),
+        "two_hot_mean": lambda op: backward(op(meta(1, 9, **many), -20.0, 20.0)),
+    }
+
+
+def one_sequence() -> list[torch.Tensor]:
+    """The tensors of rssm_observe for one step of one sequence, D = U = 8, two groups of three classes."""
+    shapes = [(1, 1, 8), (1, 1, 8), (1, 1), (1, 1, 2), (8,), (2,), (6, 8), (8,), (8,), (24, 16), (24,), (24,)]
+    shapes += [(8, 8), (8,), (8,), (6, 8), (6,)]
+    given = {2: torch.bool, 5: torch.int64}
+    return [
+        report.meta(*shape, dtype=given.get(k, torch.float32), grad=k not in (2, 3, 5))
+        for k, shape in enumerate(shapes)
+    ]
+
+
+@pytest.mark.parametrize("op", [case.op for case in QUICK])
+def test_one_row_compiles(op):
+    with report.compiling(90) as kernels:
+        one_row()[op](dispatch._ops[op].implementations["triton"])
+    assert len(kernels) >= 2
 
 
 def test_every_op_with_triton_kernels_is_in_the_report():
