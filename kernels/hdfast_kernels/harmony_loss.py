@@ -69,7 +69,7 @@ def harmony_loss_forward(
         for iteration in range(ITERATIONS):
             row = tl.cast(iteration, tl.int64) * BLOCK + tl.arange(0, BLOCK)
             partial += tl.load(loss_ptrs[loss] + row, mask=row < rows, other=0.0).to(tl.float32)
-        mean = tl.sum(partial, axis=0) / rows
+        mean = tl.div_rn(tl.sum(partial, axis=0), tl.cast(rows, tl.float32))
         tl.store(means_ptr + loss, mean)
         if GROUP[loss] >= 0:
             total += WEIGHT[loss] * mean * tl.exp(-tl.load(log_sigma_ptr + GROUP[loss]))
@@ -99,7 +99,7 @@ def harmony_loss_backward(
     dtotal = tl.load(dtotal_ptr)
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     for loss in tl.static_range(L):
-        slope = dtotal * (WEIGHT[loss] / rows)
+        slope = tl.div_rn(dtotal * WEIGHT[loss], tl.cast(rows, tl.float32))
         if GROUP[loss] >= 0:
             slope *= tl.exp(-tl.load(log_sigma_ptr + GROUP[loss]))
         element = dloss_ptrs[loss].dtype.element_ty

@@ -40,7 +40,7 @@ def image_loss_forward(pred_ptr, image_ptr, loss_ptr, PIXELS: tl.constexpr, BLOC
         pixel = start + tl.arange(0, BLOCK)
         pred = tl.load(pred_ptr + row * PIXELS + pixel, mask=pixel < PIXELS, other=0.0).to(tl.float32)
         image = tl.load(image_ptr + row * PIXELS + pixel, mask=pixel < PIXELS, other=0).to(tl.float32)
-        error = pred - image / 255.0
+        error = pred - image * (1.0 / 255)
         total += error * error
     tl.store(loss_ptr + row, tl.sum(total, axis=0))
 
@@ -52,7 +52,7 @@ def image_loss_backward(pred_ptr, image_ptr, dloss_ptr, dpred_ptr, PIXELS: tl.co
     slope = 2.0 * tl.load(dloss_ptr + row)
     pred = tl.load(pred_ptr + row * PIXELS + pixel, mask=pixel < PIXELS, other=0.0).to(tl.float32)
     image = tl.load(image_ptr + row * PIXELS + pixel, mask=pixel < PIXELS, other=0).to(tl.float32)
-    dpred = slope * (pred - image / 255.0)
+    dpred = slope * (pred - image * (1.0 / 255))
     tl.store(dpred_ptr + row * PIXELS + pixel, dpred.to(dpred_ptr.dtype.element_ty), mask=pixel < PIXELS)
 
 

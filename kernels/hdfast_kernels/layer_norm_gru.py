@@ -20,7 +20,7 @@ from . import dispatch
 from ._triton import tl, triton
 from .layer_norm_gru_native import layer_norm_gru_native
 from .numerics import check_eps, check_shape, compute_dtype
-from .tiles import PARTIALS, as_rows, row_tile, tanh
+from .tiles import PARTIALS, as_rows, row_tile, tanh, tanh_and_slope
 
 # Numbers of one gate in a tile and for each thread. Backward holds 6 accumulators and some 15 operands: 8 a
 # thread take 255 registers (2 programs a multiprocessor at D = 512), 4 a thread 128 (4 programs).
@@ -49,11 +49,11 @@ def _load_gates(gates_ptr, row, column, inside, D: tl.constexpr, eps):
     r = tl.load(gates_ptr + at, mask=inside, other=0.0).to(tl.float32)
     c = tl.load(gates_ptr + at + D, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(gates_ptr + at + 2 * D, mask=inside, other=0.0).to(tl.float32)
-    mean = (tl.sum(r + c + u, axis=1) / (3 * D))[:, None]
+    mean = (tl.sum(r + c + u, axis=1) * (1.0 / (3 * D)))[:, None]
     r = tl.where(column < D, r - mean, 0.0)
     c = tl.where(column < D, c - mean, 0.0)
     u = tl.where(column < D, u - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(r * r + c * c + u * u, axis=1) / (3 * D) + eps)[:, None]
+    rstd = tl.rsqrt(tl.sum(r * r + c * c + u * u, axis=1) * (1.0 / (3 * D)) + eps)[:, None]
     return r * rstd, c * rstd, u * rstd, rstd
 
 
@@ -95,9 +95,9 @@ def layer_norm_gru_forward(
 def _slopes(r, c, u, deter, dnext):
     """The gradients of the gates after the norm and its affine part, and of the state before."""
     reset = tl.sigmoid(r)
-    cand = tanh(reset * c)
+    cand, slope = tanh_and_slope(reset * c)
     update = tl.sigmoid(u - 1.0)
-    dinner = dnext * update * (1.0 - cand * cand)
+    dinner = dnext * update * slope
     dr = dinner * c * reset * (1.0 - reset)
     du = dnext * (cand - deter) * update * (1.0 - update)
     return dr, dinner * reset, du, dnext * (1.0 - update)
@@ -150,8 +150,8 @@ def layer_norm_gru_backward(
         dr *= wr
         dc *= wc
         du *= wu
-        mean = (tl.sum(dr + dc + du, axis=1) / (3 * D))[:, None]
-        along = (tl.sum(dr * r + dc * c + du * u, axis=1) / (3 * D))[:, None]
+        mean = (tl.sum(dr + dc + du, axis=1) * (1.0 / (3 * D)))[:, None]
+        along = (tl.sum(dr * r + dc * c + du * u, axis=1) * (1.0 / (3 * D)))[:, None]
         at = row * (3 * D) + column
         element = dgates_ptr.dtype.element_ty
         tl.store(dgates_ptr + at, (rstd * (dr - mean - r * along)).to(element), mask=inside)
@@ -220,14 +220,14 @@ def layer_norm_gru_wide_backward(
         for start in range(0, D, BLOCK):
             r, c, u = _load_affine(gates_ptr + row * (3 * D), start + slot, D)
             total += tl.sum(r + c + u, axis=0)
-        mean = total / (3 * D)
+        mean = total * (1.0 / (3 * D))
         squares = 0.0
         for start in range(0, D, BLOCK):
             column = start + slot
             r, c, u = _load_affine(gates_ptr + row * (3 * D), column, D)
             r, c, u = r - mean, c - mean, u - mean
             squares += tl.sum(tl.where(column < D, r * r + c * c + u * u, 0.0), axis=0)
-        rstd = 1.0 / tl.sqrt(squares / (3 * D) + eps)
+        rstd = tl.rsqrt(squares * (1.0 / (3 * D)) + eps)
         plain, along = 0.0, 0.0
         for start in range(0, D, BLOCK):
             column = start + slot
@@ -240,8 +240,8 @@ def layer_norm_gru_wide_backward(
             _add_affine(dbias_ptr, column, dr, dc, du, D)
             plain += tl.sum(dr * wr + dc * wc + du * wu, axis=0)
             along += tl.sum(dr * wr * r + dc * wc * c + du * wu * u, axis=0)
-        plain /= 3 * D
-        along /= 3 * D
+        plain *= 1.0 / (3 * D)
+        along *= 1.0 / (3 * D)
         for start in range(0, D, BLOCK):
             column = start + slot
             r, c, u, dr, dc, du, ddeter, wr, wc, wu = _chunk_slopes(

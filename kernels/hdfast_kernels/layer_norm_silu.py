@@ -77,8 +77,8 @@ def layer_norm_silu_backward(
         dweight += dz * normed
         dbias += dz
         dnormed = dz * weight
-        mean = (tl.sum(dnormed, axis=1) / C)[:, None]
-        along = (tl.sum(dnormed * normed, axis=1) / C)[:, None]
+        mean = (tl.sum(dnormed, axis=1) * (1.0 / C))[:, None]
+        along = (tl.sum(dnormed * normed, axis=1) * (1.0 / C))[:, None]
         dx = rstd * (dnormed - mean - normed * along)
         tl.store(dx_ptr + row * C + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     slot = tl.arange(0, BLOCK)

@@ -14,7 +14,7 @@ their rows. Loads with ".cg" come from the second-level cache, since other progr
 """
 
 from ._triton import tl, triton
-from .tiles import tanh
+from .tiles import tanh, tanh_and_slope
 
 # One argument a line would make the argument lists the bulk of this file.
 # fmt: off
@@ -22,12 +22,17 @@ from .tiles import tanh
 
 @triton.jit
 def grid_barrier(counter, target):
-    """Wait until every program has come here `target / programs` times; what they wrote is then visible."""
+    """Wait until every program has come here `target / programs` times; what they wrote, ".cg" loads then see.
+
+    The release makes it visible in the second-level cache. There is no acquire, which would drop the matrices from the
+    first-level cache: loads behind the last debug_barrier are issued after the count was seen, and ".cg" ones pass by
+    the first level. One thread a program asks, by a compare-and-swap that never swaps: a load would be 256 at once, and
+    an atomic_add of zero becomes a load that Triton 3.6 takes for one without effects, and drops.
+    """
     tl.debug_barrier()
     tl.atomic_add(counter, 1, sem="release", scope="gpu")
-    while tl.load(counter, volatile=True) < target:
+    while tl.atomic_cas(counter, -1, -1, sem="relaxed", scope="gpu") < target:
         pass
-    tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
     tl.debug_barrier()
 
 
@@ -79,7 +84,7 @@ def row_moments(array, row, inside, eps, L: tl.constexpr, CHUNKS: tl.constexpr, 
         step = here - mean
         mean += step * (count / (before + count))
         squares += tl.sum(tl.sum(x * x, 2), 0) + step * step * (before * count / (before + count))
-    return mean, 1.0 / tl.sqrt(squares / L + eps)
+    return mean, tl.rsqrt(squares * (1.0 / L) + eps)
 
 
 @triton.jit
@@ -107,9 +112,9 @@ def merge(partial, t, row, inside, B, eps, D: tl.constexpr, PROGRAMS: tl.constex
     mask = (other < PROGRAMS)[:, None] & inside[None, :]
     means = tl.load(partial + slot, mask=mask, other=0.0, cache_modifier=".cg")
     squares = tl.load(partial + slot + 1, mask=mask, other=0.0, cache_modifier=".cg")
-    mean = tl.sum(means * count, 0) / (3 * D)
+    mean = tl.sum(means * count, 0) * (1.0 / (3 * D))
     away = means - mean[None, :]
-    return mean, 1.0 / tl.sqrt(tl.sum(squares + count * away * away, 0) / (3 * D) + eps)
+    return mean, tl.rsqrt(tl.sum(squares + count * away * away, 0) * (1.0 / (3 * D)) + eps)
 
 
 @triton.jit
@@ -154,9 +159,9 @@ def gate_slopes(gates_sum, deter, initial_deter, weight, bias, moments, grad, at
     rstd = tl.load(moments + (TB + at) * 2 + 1, mask=inside, other=0.0)
     nr, nc, nu = own_gates(gates_sum, at, mask, own, mean, rstd, D)
     r, z, u = activate(nr, nc, nu, weight, bias, own, D)
-    candidate = tanh(r * z)
+    candidate, slope = tanh_and_slope(r * z)
     h = before_of(deter, initial_deter, at, follows, own, B, D)
-    slope = grad * u * (1.0 - candidate * candidate)
+    slope *= grad * u
     dr = slope * z * r * (1.0 - r) * scale_of(weight, own, D)
     dc = slope * r * scale_of(weight + D, own, D)
     du = grad * (candidate - h) * u * (1.0 - u) * scale_of(weight + 2 * D, own, D)
@@ -188,7 +193,7 @@ def draw(
         shifted = logits - tl.max(tl.where(real, logits, float("-inf")), 1)[:, None]
         mass = tl.where(real, tl.exp(shifted), 0.0)
         whole = tl.sum(mass, 1)[:, None]
-        p = tl.where(real, mass / whole * (1.0 - unimix) + unimix / K, 0.0)
+        p = tl.where(real, mass * tl.div_rn(1.0 - unimix, whole) + unimix / K, 0.0)
         if unimix > 0:  # noqa: SIM108
             spread = tl.log(tl.where(real, p, 1.0))
         else:  # stays finite where a probability underflows
@@ -332,7 +337,7 @@ def norm_silu_sums(x, grad, moments, weight, bias, at, inside, L: tl.constexpr, 
             affine(weight, chunk, L, SPLIT, DEPTH), affine(bias, chunk, L, SPLIT, DEPTH))
         plain += tl.sum(tl.sum(slope, 2), 0)
         along += tl.sum(tl.sum(slope * normed, 2), 0)
-    return mean, rstd, plain / L, along / L
+    return mean, rstd, plain * (1.0 / L), along * (1.0 / L)
 
 
 @triton.jit
@@ -400,7 +405,7 @@ def observe_backward(
                     part = tl.where(mask, tl.maximum(mixed - unimix / K, 0.0), 0.0)  # (1 - unimix) * softmax
                     of_logp = tl.load(grad_logp + cell, mask=mask, other=0.0)
                     of_p = part * of_p + (of_logp * (part / mixed) if unimix > 0 else of_logp)
-                    grad = of_p - part / (1.0 - unimix) * tl.sum(of_p, 1)[:, None]
+                    grad = of_p - part * (1.0 / (1.0 - unimix)) * tl.sum(of_p, 1)[:, None]
                     tl.store(grad_logits + cell, grad.to(grad_logits.dtype.element_ty), mask=mask)
         if STAGE == -1:
             arrived += programs
@@ -445,9 +450,9 @@ def observe_backward(
             other = tl.arange(0, SLOTS)[:, None]
             slot = ((t * PROGRAMS + other) * B + row[None, :]) * 2
             mask = (other < PROGRAMS) & inside[None, :]
-            plain = tl.sum(tl.load(partial + slot, mask=mask, other=0.0, cache_modifier=".cg"), 0) / (3 * D)
+            plain = tl.sum(tl.load(partial + slot, mask=mask, other=0.0, cache_modifier=".cg"), 0) * (1.0 / (3 * D))
             along = tl.load(partial + slot + 1, mask=mask, other=0.0, cache_modifier=".cg")
-            along = tl.sum(along, 0) / (3 * D)
+            along = tl.sum(along, 0) * (1.0 / (3 * D))
             grad = tl.load(grad_total + at[:, None] * D + own[None, :], mask=in_deter, other=0.0,
                            cache_modifier=".cg")
             dr, dc, du, nr, nc, nu, rstd = gate_slopes(gates_sum, deter, initial_deter, gru_weight, gru_bias,

@@ -62,7 +62,7 @@ def sample_onehot_forward(
     logits = tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
     uniform = tl.load(uniform_ptr + row, mask=row < rows, other=0.0)
     maximum, weight, total = softmax_rows(logits, class_ < K)
-    probs = weight / total[:, None]
+    probs = weight * tl.div_rn(1.0, total)[:, None]
     if UNIMIX > 0:
         probs = tl.where(class_ < K, probs * (1.0 - UNIMIX) + UNIMIX / K, 0.0)
         logp = tl.log(probs)
@@ -96,7 +96,7 @@ def sample_onehot_backward(
     at, inside = row * K + class_, (row < rows) & (class_ < K)
     logits = tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
     _, weight, total = softmax_rows(logits, class_ < K)
-    softmax = weight / total[:, None]
+    softmax = weight * tl.div_rn(1.0, total)[:, None]
     mixed = (1.0 - UNIMIX) * softmax
     # the gradient to log softmax: d log p / d log softmax is the share of the softmax in p
     slope = tl.zeros((ROWS, BLOCK), tl.float32)

@@ -55,6 +55,15 @@ def tanh(x):
 
 
 @triton.jit
+def tanh_and_slope(x):
+    """tanh, and its derivative: from exp again, as 1 - tanh^2 would be rounding where tanh is nearly one."""
+    decay = tl.exp(-2.0 * tl.abs(x))
+    share = 1.0 / (1.0 + decay)
+    magnitude = (1.0 - decay) * share
+    return tl.where(x < 0, -magnitude, magnitude), 4.0 * decay * share * share
+
+
+@triton.jit
 def softmax_rows(x, inside):
     """Each row's maximum (ROWS,), exp(x - maximum), and the sum of the latter (ROWS,); over columns `inside`."""
     maximum = tl.max(tl.where(inside, x, float("-inf")), axis=1)
@@ -65,6 +74,6 @@ def softmax_rows(x, inside):
 @triton.jit
 def normalise(x, inside, COLUMNS: tl.constexpr, eps):
     """Layer norm of a tile's rows without its affine part: (x - mean) * rstd, and rstd (ROWS, 1)."""
-    centred = tl.where(inside, x - (tl.sum(x, axis=1) / COLUMNS)[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / COLUMNS + eps)[:, None]
+    centred = tl.where(inside, x - (tl.sum(x, axis=1) * (1.0 / COLUMNS))[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) * (1.0 / COLUMNS) + eps)[:, None]
     return centred * rstd, rstd

@@ -91,10 +91,10 @@ def _position(target, LOW: tl.constexpr, HIGH: tl.constexpr, K: tl.constexpr):
 @triton.jit
 def _symexp(x):
     size = tl.abs(x)
-    series = 1.0 + size / 7
+    series = 1.0 + size * (1.0 / 7)
     for order in tl.static_range(6, 1, -1):
         series = (
-            1.0 + size / order * series
+            1.0 + size * (1.0 / order) * series
         )  # e^x - 1 = x (1 + x/2 (1 + x/3 (...))), which near zero would cancel
     size = tl.where(size < 0.35, size * series, tl.exp(size) - 1.0)
     return tl.where(x < 0, -size, size)
@@ -154,7 +154,7 @@ def two_hot_loss_backward(
     _, weight, total = softmax_rows(logits, bin_ < K)
     step, share = bin_ - below[:, None], above_weight[:, None]
     code = tl.where(step == 0, 1.0 - share, tl.where(step == 1, share, 0.0))
-    dlogits = dloss[:, None] * (weight * (1.0 / total)[:, None] - code)
+    dlogits = dloss[:, None] * (weight * tl.div_rn(1.0, total)[:, None] - code)
     tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
 
 
@@ -171,7 +171,7 @@ def two_hot_mean_forward(
 ):
     row, bin_, _, _, logits = _load_logits(logits_ptr, rows, K, ROWS, BLOCK)
     _, weight, total = softmax_rows(logits, bin_ < K)
-    _, mean = _mean_bin(bin_, weight * (1.0 / total)[:, None], K)
+    _, mean = _mean_bin(bin_, weight * tl.div_rn(1.0, total)[:, None], K)
     mean = (LOW + HIGH) / 2 + mean * ((HIGH - LOW) / (K - 1))
     tl.store(mean_ptr + row, _symexp(mean), mask=row < rows)
 
@@ -191,7 +191,7 @@ def two_hot_mean_backward(
     row, bin_, at, inside, logits = _load_logits(logits_ptr, rows, K, ROWS, BLOCK)
     dmean = tl.load(dmean_ptr + row, mask=row < rows, other=0.0)
     _, weight, total = softmax_rows(logits, bin_ < K)
-    probs = weight * (1.0 / total)[:, None]
+    probs = weight * tl.div_rn(1.0, total)[:, None]
     offset, mean = _mean_bin(bin_, probs, K)
     width = (HIGH - LOW) / (K - 1)
     dmean *= width * tl.exp(tl.abs((LOW + HIGH) / 2 + mean * width))

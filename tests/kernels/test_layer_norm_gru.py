@@ -37,7 +37,8 @@ def test_errs_no_more_than_twice_plain_pytorch(rows, deter, dtype, backend):
 def test_saturated_gates(backend):
     op = partial(layer_norm_gru, backend=backend.name)
     arguments = inputs((6,), 40, torch.float32, backend.device, scale=200.0)
-    check_against_fp64(op, layer_norm_gru_reference, arguments)
+    # One minus a gate that is nearly one is what rounding left of it, and a GPU's division rounds four times as much.
+    check_against_fp64(op, layer_norm_gru_reference, arguments, budget=4.0)
 
 
 @pytest.mark.parametrize("backend", backends("layer_norm_gru", reference=False))

@@ -20,7 +20,7 @@ import test_onehot_linear
 import test_sample_onehot
 import test_two_hot
 import torch
-from checks import FLOOR, backends, check_against_fp64, poisoned_memory
+from checks import backends, check_against_fp64, floor_of, poisoned_memory
 from rssm_observe_cases import Sizes, cast, expected, make_case
 from test_rssm_observe import op, run
 from test_rssm_observe_triton import triton_op
@@ -115,6 +115,6 @@ def test_rssm_observe_errs_no_more_than_twice_plain_pytorch(function, device, si
     plain = scan_errors(op("reference"), sizes, dtype, device)
     with poisoned_memory():
         fused = scan_errors(function, sizes, dtype, device)
-    unit = FLOOR * torch.finfo(dtype).eps
+    unit = floor_of(dtype, device) * torch.finfo(dtype).eps
     wrong = {name: (fused[name], plain[name]) for name in plain if not fused[name] <= 2 * plain[name] + unit}
     assert not wrong
