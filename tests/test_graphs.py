@@ -11,6 +11,7 @@ from hdfast.agent.policy import Policy
 from hdfast.loop import replay_specs
 from hdfast.replay import Replay
 from hdfast.runtime.errors import ConfigError
+from hdfast.runtime.graphs import CapturedStep
 from tests.agent_cases import differing, make_batch, make_learner, one_thread, snapshot  # noqa: F401
 from tests.loop_cases import Scripted, saved, script, tiny, train
 from tests.loop_cases import differing as run_differing
@@ -281,3 +282,41 @@ def test_a_graph_needs_cuda():
         captured_update(learner, replay.sample, replay.generators)
     with pytest.raises(ConfigError, match="CUDA"):
         Policy(learner, 1, seed=0, graph=True)
+
+
+def test_what_ends_a_capture_is_told(monkeypatch):
+    """CUDA says of a capture that failed only that it did; and torch leaves its stream the current one."""
+    streams = ["default"]
+
+    class Stream:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            streams.append("side")
+
+        def __exit__(self, *_):
+            streams.pop()
+
+    class Capture(Stream):
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    class Graph:
+        def register_generator_state(self, generator):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: Capture())
+
+    def step():
+        raise ValueError("what went wrong")
+
+    for does, told in ((step, "what went wrong"), (lambda: None, "previous error during capture")):
+        capture = CapturedStep(does, device=torch.device("cuda"), generators=[], warmup=0)
+        with pytest.raises((ValueError, RuntimeError), match=told):
+            capture()
+        assert streams == ["default", "side"]  # torch's own, which the fake never leaves
+        streams.pop()

@@ -64,7 +64,19 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)
-        # Other threads go on meanwhile: replay may be bringing a batch over, from pinned memory that it allocates.
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            self.step()
+        failure: Exception | None = None
+        # torch.cuda.graph stays on its stream where a capture fails. Other threads go on meanwhile: replay may be
+        # bringing a batch over, from pinned memory that it allocates.
+        capture = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
+        try:
+            with torch.cuda.stream(self.stream), capture:
+                try:
+                    self.step()
+                except Exception as error:
+                    failure = error
+                    raise
+        except RuntimeError:
+            if failure is None:
+                raise
+            raise failure from None  # not that the capture then could not be ended
         return graph
