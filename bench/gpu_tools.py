@@ -1,4 +1,4 @@
-"""What other tools say, as rows: ncu's CSV, compute-sanitizer, pytest's reports, torch.profiler's spans."""
+"""What other tools say, as rows: ncu's CSV, compute-sanitizer, outcomes of pytest, torch.profiler's spans."""
 
 import csv
 import io
@@ -9,7 +9,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 NCU_METRICS = {
     "us": "gpu__time_duration.sum",
@@ -18,7 +17,14 @@ NCU_METRICS = {
     "occupancy_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
     "registers": "launch__registers_per_thread",
 }
+# The kernels of the ops but for those of the scan, some hundred launches of an update.
+NCU_KERNELS = (
+    "^(layer_norm|onehot_linear|sample_onehot|kl_balance|two_hot|image_loss|harmony_loss|lambda_return)_"
+)
 MICROSECONDS = {"n": 1e-3, "u": 1.0, "m": 1e3, "": 1e6}  # of ncu's units of time, "usecond" or "us"
+# What an error says after which nothing works on the device in this process.
+LASTING = "illegal memory access|illegal instruction|misaligned address|launch failure|device-side assert"
+ENDED, FINISHED = "the process crashed or hung in it", "all tests are done"
 TOOLS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/nvidia/nsight-compute/*")
 
 
@@ -90,38 +96,32 @@ def sanitizer_row(text: str) -> dict[str, Any]:
     """Errors that compute-sanitizer counted (None: it came to no end) and the kinds with their kernels, most first."""
     found = re.search(r"^========= (?:ERROR|RACECHECK) SUMMARY: (\d+)", text, re.MULTILINE)
     kinds: Counter[str] = Counter()
-    kind = None
-    for line in text.splitlines():
-        if match := re.match(
-            r"========= (Invalid|Misaligned|Uninitialized|Barrier error|(?:\w+: )?Race)(.*)", line
-        ):
-            kind = re.split(r" (?:between|at) ", match.group(1) + match.group(2))[0].strip()
-        # "at kernel(...)+0x170 in file.py:36", or of older versions "at 0x160 in file.py:36:kernel(...)"
-        if kind and (match := re.search(r"\bat (?:0x\w+ in \S+:\d+:)?([A-Za-z_]\w*)", line)):
-            kinds[f"{kind} in {match.group(1)}"] += 1
-            kind = None
+    start = r"^========= (?=Invalid|Misaligned|Uninitialized|Barrier error|(?:\w+: )?Race)"
+    for report in re.split(start, text, flags=re.MULTILINE)[1:]:
+        flat = re.sub(r"\s*\n=========\s+", " ", report)  # long lines are broken behind "at"
+        kind = re.split(r" (?:between|at) ", flat)[0].strip()
+        # "at kernel(...)+0x170 in file.py:36", in older versions "at 0x160 in file.py:36:kernel(...)", without line
+        # numbers "at 0x160 in kernel(...)".
+        place = re.search(r"\bat (?:0x\w+ in (?:\S+:\d+:)?)?(?:void )?([A-Za-z_][\w:]*)", flat)
+        kinds[f"{kind} in {place.group(1)}" if place else kind] += 1
     return {"errors": int(found.group(1)) if found else None, "kinds": dict(kinds.most_common(10))}
 
 
-def junit(path: Path) -> list[dict[str, str]]:
-    """name, file, outcome (passed, failed, skipped) and reason of every test of a report; none if there is none."""
-    if not path.exists() or not path.stat().st_size:
-        return []
+def outcomes(path: Path) -> list[dict[str, str]]:
+    """name, file, outcome (passed, failed, skipped) and reason of every test that bench.gpu_tests wrote of.
+
+    A test that was begun and has no outcome took its process along: it failed.
+    """
+    last: dict[str, dict[str, str]] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        row = json.loads(line)
+        if row["outcome"] != FINISHED:
+            last[row["test"]] = row
     rows = []
-    for case in ElementTree.parse(path).iter("testcase"):
-        wrong = next(
-            (case.find(tag) for tag in ("failure", "error", "skipped") if case.find(tag) is not None), None
-        )
-        outcome = "passed" if wrong is None else "skipped" if wrong.tag == "skipped" else "failed"
-        reason = "" if wrong is None else (wrong.get("message") or "").strip().splitlines()[:1]
-        rows.append(
-            {
-                "name": case.get("name", ""),
-                "file": case.get("classname", "").rpartition(".")[2],
-                "outcome": outcome,
-                "reason": reason[0] if reason else "",
-            }
-        )
+    for test, row in last.items():
+        file, _, name = test.partition("::")
+        told = {"outcome": row["outcome"] or "failed", "reason": row["reason"] if row["outcome"] else ENDED}
+        rows.append({"name": name.rpartition("::")[2] or file, "file": Path(file).stem, **told})
     return rows
 
 

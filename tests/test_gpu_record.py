@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -71,6 +72,23 @@ RACECHECK = """\
 =========
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
 """
+BROKEN_LINES = """\
+========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at
+=========     race_condition(float *)+0xb0 in demo.cu:28
+=========     and Read access at
+=========     race_condition(float *)+0xc0 in demo.cu:30
+=========     [1024 hazards]
+=========
+========= Error: Race reported between Write access at 0x68 in sgemm_nt
+=========     and Read access at 0x78 in sgemm_nt [20 hazards]
+=========
+========= Invalid __global__ read of size 2 bytes
+=========     at void at::native::copy_kernel<float>(int, float *)+0x90
+=========     by thread (65,0,0) in block (0,0,0)
+=========
+========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)
+"""
 NO_CALLS = """\
 ========= COMPUTE-SANITIZER
 ========= Error: Target application terminated before first instrumented API call
@@ -124,31 +142,43 @@ def test_what_compute_sanitizer_found():
         "errors": 1,
         "kinds": {"Error: Race reported in observe_forward": 1},
     }
+    assert gpu_tools.sanitizer_row(BROKEN_LINES) == {
+        "errors": 3,
+        "kinds": {
+            "Error: Race reported in race_condition": 1,
+            "Error: Race reported in sgemm_nt": 1,
+            "Invalid __global__ read of size 2 bytes in at::native::copy_kernel": 1,
+        },
+    }
     clean = gpu_tools.sanitizer_row("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n")
     assert clean == {"errors": 0, "kinds": {}}
     assert gpu_tools.sanitizer_row(NO_CALLS)["errors"] is None
 
 
-def test_reports_of_pytest(tmp_path):
-    path = tmp_path / "junit.xml"
-    assert gpu_tools.junit(path) == []
+def test_outcomes_of_tests(tmp_path):
+    path = tmp_path / "outcomes"
+    assert gpu_tools.outcomes(path) == []
+    folder = "tests/kernels/test_kl_balance.py::"
+    lines = [
+        (folder + "test_a[triton-cuda]", None, ""),
+        (folder + "test_a[triton-cuda]", "passed", ""),
+        (folder + "test_b[triton-cuda]", "failed", "AssertionError: 0: largest error 3"),
+        ("tests/test_cuda.py::test_c", "skipped", "needs a CUDA device"),
+        ("tests/test_d.py", "failed", "ImportError: no"),
+        ("tests/test_cuda.py::test_e", None, ""),
+    ]
     path.write_text(
-        '<?xml version="1.0"?><testsuites><testsuite>'
-        '<testcase classname="tests.kernels.test_kl_balance" name="test_a[triton-cuda]"/>'
-        '<testcase classname="tests.kernels.test_kl_balance" name="test_b[triton-cuda]">'
-        '<failure message="AssertionError: 0: largest error 3&#10;more">trace</failure></testcase>'
-        '<testcase classname="tests.test_cuda" name="test_c"><skipped message="needs a CUDA device"/></testcase>'
-        '<testcase classname="" name="tests.test_d"><error message="collection failure"/></testcase>'
-        "</testsuite></testsuites>"
+        "".join(json.dumps(dict(zip(("test", "outcome", "reason"), x, strict=True))) + "\n" for x in lines)
     )
-    rows = gpu_tools.junit(path)
-    assert [row["outcome"] for row in rows] == ["passed", "failed", "skipped", "failed"]
+    rows = gpu_tools.outcomes(path)
+    assert [row["outcome"] for row in rows] == ["passed", "failed", "skipped", "failed", "failed"]
     assert rows[1] == {
         "name": "test_b[triton-cuda]",
         "file": "test_kl_balance",
         "outcome": "failed",
         "reason": "AssertionError: 0: largest error 3",
     }
+    assert (rows[3]["name"], rows[4]["reason"]) == ("tests/test_d.py", "the process crashed or hung in it")
     assert gpu_tools.tests_of("kl_balance", rows) == {"passed": 1, "failed": 1}
     assert gpu_tools.tests_of("two_hot_loss", rows) == {}
     shapes = {"file": "test_training_shapes", "outcome": "passed"}
@@ -159,6 +189,37 @@ def test_reports_of_pytest(tmp_path):
     rows = [shapes | {"name": name} for name in names]
     assert gpu_tools.tests_of("two_hot_loss", rows) == {"passed": 1}
     assert gpu_tools.tests_of("rssm_observe", rows) == {}
+
+
+TESTS_THAT_END_BADLY = """
+import os, time, pytest
+
+def test_passes(): pass
+def test_is_wrong(): assert 1 == 2
+@pytest.mark.skip(reason="not here")
+def test_is_skipped(): pass
+def test_crashes(): os._exit(3)
+def test_hangs(): time.sleep(600)
+def test_breaks_the_device(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_is_last(): pass
+"""
+
+
+def test_a_test_that_takes_its_process_along_costs_no_other(record, tmp_path, monkeypatch):
+    file = tmp_path / "test_bad.py"
+    file.write_text(TESTS_THAT_END_BADLY)
+    monkeypatch.setattr(gpu_record, "TESTS", ("-m", "", "--rootdir", str(tmp_path), str(file)))
+    monkeypatch.setenv("HDFAST_LONGEST_TEST", "2")
+    assert gpu_record.tests(record)(60) == "4 of 7 tests failed"
+    assert {row["name"]: (row["outcome"], row["reason"][:24]) for row in record.found["tests"]} == {
+        "test_passes": ("passed", ""),
+        "test_is_wrong": ("failed", "assert 1 == 2"),
+        "test_is_skipped": ("skipped", "not here"),
+        "test_crashes": ("failed", "the process crashed or h"),
+        "test_hangs": ("failed", "the process crashed or h"),
+        "test_breaks_the_device": ("failed", "RuntimeError: CUDA error"),
+        "test_is_last": ("passed", ""),
+    }
 
 
 def test_time_of_kernels_that_overlap_and_of_none():
@@ -474,3 +535,43 @@ def test_every_part_can_be_captured(name, monkeypatch):
         run()
     assert len(made) == 1
     assert made[0].recording is not None
+
+
+def test_ncu_looks_at_every_kernel_but_those_of_the_scan():
+    pytest.importorskip("triton")
+    names = {
+        name
+        for module in list(sys.modules.values())
+        if getattr(module, "__name__", "").startswith("hdfast_kernels.")
+        for name in vars(module)
+        if name.endswith(("_forward", "_backward")) and not name.startswith("_") and "reference" not in name
+    }
+    assert {"layer_norm_gru_wide_backward", "observe_forward"} <= names
+    assert {name for name in names if not re.match(gpu_tools.NCU_KERNELS, name)} == {
+        "observe_forward",
+        "observe_backward",
+    }
+
+
+def test_compiled_kernels_are_kept_where_home_cannot_be_written(tmp_path, monkeypatch):
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    gpu_record.keep_compiled_kernels()
+    assert "TRITON_CACHE_DIR" not in os.environ
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))  # no folder can be made in it
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # to be forgotten at the end
+    del os.environ["TRITON_CACHE_DIR"]
+    gpu_record.keep_compiled_kernels()
+    assert os.path.isdir(os.environ["TRITON_CACHE_DIR"])
+    os.rmdir(os.environ["TRITON_CACHE_DIR"])
+
+
+def test_what_triton_cannot_build_its_launchers_with(monkeypatch):
+    monkeypatch.setenv("CC", "/usr/bin/some-cc")
+    monkeypatch.setattr(gpu_record.sysconfig, "get_path", lambda name: "/nowhere")
+    assert gpu_record.compiler() == "no /nowhere/Python.h"
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(gpu_record.shutil, "which", lambda name: None)
+    assert gpu_record.compiler() is None

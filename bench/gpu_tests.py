@@ -1,0 +1,92 @@
+"""A pytest plugin for tests that may take their process along: `pytest -p bench.gpu_tests --outcomes FILE`.
+
+Every test's begin and outcome is a JSON line of FILE as soon as it is known, and tests that are in it are left out: the
+same command once more goes on behind the test that crashed or hung. A test that takes longer than LONGEST ends the
+process, even where it waits for a kernel that never ends; so does an error after which nothing works on the device.
+"""
+
+import faulthandler
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.gpu_tools import FINISHED, LASTING
+
+LONGEST = float(
+    os.environ.get("HDFAST_LONGEST_TEST", 60)
+)  # seconds: several times what compiling all kernels takes
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--outcomes", type=Path, help="file of outcomes, a JSON line each")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (path := config.getoption("outcomes")) is not None:
+        config.pluginmanager.register(Outcomes(path))
+
+
+class Outcomes:
+    """Writes outcomes to `path`, and leaves out the tests that are there."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.known = {json.loads(line)["test"] for line in lines}
+        self.lasting = False
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        left = [item for item in items if item.nodeid not in self.known]
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in self.known])
+        items[:] = left
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self._write(item.nodeid)
+        faulthandler.dump_traceback_later(LONGEST, exit=True, file=sys.__stderr__)
+        try:
+            result = yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        if self.lasting:
+            item.session.shouldstop = "nothing works on the device any more"
+        return result
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        # A test that fails when it is torn down has passed before: the later line counts.
+        if report.when == "call" or not report.passed:
+            self._write(report.nodeid, report.outcome, _reason(report))
+            self.lasting |= report.failed and re.search(LASTING, report.longreprtext) is not None
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed and report.nodeid not in self.known:
+            self._write(report.nodeid, "failed", _reason(report))
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        if exitstatus in (
+            pytest.ExitCode.OK,
+            pytest.ExitCode.TESTS_FAILED,
+            pytest.ExitCode.NO_TESTS_COLLECTED,
+        ):
+            self._write("", FINISHED)
+
+    def _write(self, test: str, outcome: str | None = None, reason: str = "") -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"test": test, "outcome": outcome, "reason": reason}) + "\n")
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Why a test failed or was skipped, in a line."""
+    if report.passed:
+        return ""
+    if isinstance(report.longrepr, tuple):  # of a skip: file, line and what it says
+        text = report.longrepr[2].removeprefix("Skipped: ")
+    else:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        text = report.longreprtext if crash is None else crash.message
+    return next(iter(text.strip().splitlines()), "")
