@@ -317,7 +317,7 @@ def main() -> int:
     record.found["machine"] = about
     gpu = 1 if on_gpu else 0  # what is only for a GPU takes no time from the rest
     metrics = ",".join(gpu_tools.NCU_METRICS.values())
-    # Our own kernels, at the clock of a run, not the base clock, but for the 640 launches of the scan, which torch.profiler
+    # Our own kernels, at the clock of a run, not the base clock; not the 640 launches of the scan, which torch.profiler
     # sees. In base units, since one line of units stands for a column.
     ncu = ["--csv", "--page", "raw", "--print-units", "base", "--metrics", metrics, "--clock-control", "none"]
     ncu += ["--profile-from-start", "off", "--kernel-name", f"regex:{gpu_tools.NCU_KERNELS}"]
