@@ -41,9 +41,11 @@ def adam_step_reference(
     keep = applied.to(norm.dtype)
     # A step that is left out has gradients of zero, betas of one and a learning rate of zero.
     clip = max_norm / norm.clamp(min=max_norm) if math.isfinite(max_norm) else torch.ones_like(norm)
-    scaled = torch._foreach_mul(grads, torch.where(applied, clip, 0.0))
-    for grad in scaled:
-        grad.nan_to_num_(0.0, 0.0, 0.0)
+    # As one tensor, so that what is not finite goes in one operation; and each part in its parameter's order, without
+    # which foreach operations do one parameter at a time: the gradient of a convolution is channels-last.
+    flat = torch.cat([grad.reshape(-1) for grad in grads]).mul_(torch.where(applied, clip, 0.0))
+    parts = flat.nan_to_num_(0.0, 0.0, 0.0).split([param.numel() for param in params])
+    scaled = [part.view_as(param) for part, param in zip(parts, params, strict=True)]
     if weight_decay:
         torch._foreach_add_(scaled, torch._foreach_mul(params, keep * weight_decay))
     step += keep

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from checks import backends, random
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hdfast_kernels import adam_step, native
 
@@ -53,6 +54,33 @@ def test_equals_torch_in_float64(weight_decay, backend):
     assert state.step.item() == 5
     for mine, theirs in zip(state.params, params, strict=True):
         assert (mine.cpu() - theirs).abs().max() < 2e-5
+
+
+def test_the_definition_takes_all_parameters_at_once():
+    """On CUDA, foreach operations do one parameter at a time where any two of their tensors differ in order."""
+    counts: dict[int, list[str]] = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func._schema.name.removeprefix("aten::")
+            seen.append(name)
+            lists = [arg for arg in args if isinstance(arg, list)] if name.startswith("_foreach") else []
+            for tensors in zip(*lists, strict=True):
+                assert len({tensor.stride() for tensor in tensors}) == 1, name
+            return func(*args, **(kwargs or {}))
+
+    for many in (1, 5):
+        state, seen = State(), counts.setdefault(many, [])
+        grads = gradients(0)
+        grads[3] = grads[3].contiguous(memory_format=torch.channels_last)
+        assert grads[3].stride() != state.params[3].stride()
+        for name in ("params", "exp_avg", "exp_avg_sq"):
+            tensors = getattr(state, name)
+            setattr(state, name, tensors + [tensor.clone() for tensor in tensors * (many - 1)])
+        with Watch():
+            state.take(grads * many, max_norm=1.0, backend="reference")
+    works = [[name for name in seen if "view" not in name and name != "clone"] for seen in counts.values()]
+    assert works[0] == works[1]  # but for the copy of a gradient in another order, whatever their number
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
