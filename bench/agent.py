@@ -85,12 +85,15 @@ def threads_of_a_run(config: Config, device: torch.device) -> Iterator[None]:
 
 
 class Bench:
-    """A learner of one configuration, and what a run calls of it; every part is a function of no arguments."""
+    """A learner of one configuration, and what a run calls of it; every part is a function of no arguments.
 
-    def __init__(self, config: Config, device: torch.device, dtype: torch.dtype):
+    rows: of replay, or four windows if that is more.
+    """
+
+    def __init__(self, config: Config, device: torch.device, dtype: torch.dtype, rows: int = 1_000):
         self.config, self.device, self.dtype = config, device, dtype
         self.learner = Learner(IMAGE, ACTIONS, config, device=device, dtype=dtype)
-        rows = max(1_000, 4 * config.replay.length)
+        rows = max(rows, 4 * config.replay.length)
         self.replay = Replay(ROW, num_envs=1, capacity=rows, device=device, place="device")
         rng = np.random.default_rng(0)
         for t in range(rows):

@@ -333,6 +333,8 @@ def main() -> int:
         ("ops", 8, benchmarks(record, args.select)),
         *((f"profile {name}", 2, work(record, "profiles", name)) for name in profiled),
         ("ncu", 5 * gpu, watched(record, "ncu", "ncu", ncu, "once")),
+        # First without the tools, so that under them nothing has to be compiled.
+        *([("kernels", 2, work(record, "kernels", "triton"))] if on_gpu else []),
         (
             "memcheck",
             3 * gpu,

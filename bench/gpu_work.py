@@ -202,7 +202,7 @@ def once(device: torch.device, name: str, write: "Rows") -> None:
     size, precision = ("small", torch.bfloat16) if device.type == "cuda" else ("tiny", torch.float32)
     with write.row(kind="once", backend=name), backend(name):
         config = apply_overrides(config_of(size), {"behavior": {"horizon": 5}})
-        run = part(Bench(config, device, precision), "update", False)
+        run = part(Bench(config, device, precision, rows=0), "update", False)
         run()
         synchronize(device)
         with torch.cuda.profiler.profile() if device.type == "cuda" else contextlib.nullcontext():
@@ -214,7 +214,7 @@ def kernels(device: torch.device, name: str, write: "Rows") -> None:
     """One update and one action at sizes as small as can be: for compute-sanitizer."""
     config: Config = apply_overrides(config_of("tiny"), SMALL)
     with write.row(kind="kernels", backend=name), backend(name):
-        bench = Bench(config, device, torch.float32)
+        bench = Bench(config, device, torch.float32, rows=0)  # each is as slow as an update's kernels
         part(bench, "update", False)()
         part(bench, "act 1", False)()
         synchronize(device)
