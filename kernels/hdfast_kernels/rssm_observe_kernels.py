@@ -14,7 +14,7 @@ their rows. Loads with ".cg" come from the second-level cache, since other progr
 """
 
 from ._triton import tl, triton
-from .tiles import tanh, tanh_and_slope
+from .tiles import reciprocal, tanh, tanh_and_slope
 
 # One argument a line would make the argument lists the bulk of this file.
 # fmt: off
@@ -193,7 +193,7 @@ def draw(
         shifted = logits - tl.max(tl.where(real, logits, float("-inf")), 1)[:, None]
         mass = tl.where(real, tl.exp(shifted), 0.0)
         whole = tl.sum(mass, 1)[:, None]
-        p = tl.where(real, mass * tl.div_rn(1.0 - unimix, whole) + unimix / K, 0.0)
+        p = tl.where(real, mass * ((1.0 - unimix) * reciprocal(whole)) + unimix / K, 0.0)
         if unimix > 0:  # noqa: SIM108
             spread = tl.log(tl.where(real, p, 1.0))
         else:  # stays finite where a probability underflows

@@ -22,7 +22,7 @@ from . import dispatch
 from ._triton import tl, triton
 from .numerics import check_shape, compute_dtype
 from .sample_onehot_native import sample_onehot_native
-from .tiles import as_rows, row_tile, softmax_rows
+from .tiles import as_rows, reciprocal, row_tile, softmax_rows
 
 
 def sample_onehot_reference(
@@ -62,7 +62,7 @@ def sample_onehot_forward(
     logits = tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
     uniform = tl.load(uniform_ptr + row, mask=row < rows, other=0.0)
     maximum, weight, total = softmax_rows(logits, class_ < K)
-    probs = weight * tl.div_rn(1.0, total)[:, None]
+    probs = weight * reciprocal(total)[:, None]
     if UNIMIX > 0:
         probs = tl.where(class_ < K, probs * (1.0 - UNIMIX) + UNIMIX / K, 0.0)
         logp = tl.log(probs)
@@ -96,7 +96,7 @@ def sample_onehot_backward(
     at, inside = row * K + class_, (row < rows) & (class_ < K)
     logits = tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
     _, weight, total = softmax_rows(logits, class_ < K)
-    softmax = weight * tl.div_rn(1.0, total)[:, None]
+    softmax = weight * reciprocal(total)[:, None]
     mixed = (1.0 - UNIMIX) * softmax
     # the gradient to log softmax: d log p / d log softmax is the share of the softmax in p
     slope = tl.zeros((ROWS, BLOCK), tl.float32)

@@ -64,6 +64,13 @@ def tanh_and_slope(x):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x to a unit in the last place: a step of Newton's from the fast division, for a tenth of the exact one."""
+    near = 1.0 / x
+    return near + near * (1.0 - x * near)
+
+
+@triton.jit
 def softmax_rows(x, inside):
     """Each row's maximum (ROWS,), exp(x - maximum), and the sum of the latter (ROWS,); over columns `inside`."""
     maximum = tl.max(tl.where(inside, x, float("-inf")), axis=1)

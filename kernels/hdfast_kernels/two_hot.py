@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from . import dispatch
 from ._triton import tl, triton
 from .numerics import check_shape, compute_dtype
-from .tiles import as_rows, row_tile, softmax_rows
+from .tiles import as_rows, reciprocal, row_tile, softmax_rows
 from .two_hot_native import two_hot_loss_native, two_hot_mean_native
 
 # Numbers in a tile and for each thread: four rows of 255 for one warp. Rows of 255 cannot be read in 16 bytes, and
@@ -154,7 +154,7 @@ def two_hot_loss_backward(
     _, weight, total = softmax_rows(logits, bin_ < K)
     step, share = bin_ - below[:, None], above_weight[:, None]
     code = tl.where(step == 0, 1.0 - share, tl.where(step == 1, share, 0.0))
-    dlogits = dloss[:, None] * (weight * tl.div_rn(1.0, total)[:, None] - code)
+    dlogits = dloss[:, None] * (weight * reciprocal(total)[:, None] - code)
     tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
 
 
@@ -171,7 +171,7 @@ def two_hot_mean_forward(
 ):
     row, bin_, _, _, logits = _load_logits(logits_ptr, rows, K, ROWS, BLOCK)
     _, weight, total = softmax_rows(logits, bin_ < K)
-    _, mean = _mean_bin(bin_, weight * tl.div_rn(1.0, total)[:, None], K)
+    _, mean = _mean_bin(bin_, weight * reciprocal(total)[:, None], K)
     mean = (LOW + HIGH) / 2 + mean * ((HIGH - LOW) / (K - 1))
     tl.store(mean_ptr + row, _symexp(mean), mask=row < rows)
 
@@ -191,7 +191,7 @@ def two_hot_mean_backward(
     row, bin_, at, inside, logits = _load_logits(logits_ptr, rows, K, ROWS, BLOCK)
     dmean = tl.load(dmean_ptr + row, mask=row < rows, other=0.0)
     _, weight, total = softmax_rows(logits, bin_ < K)
-    probs = weight * tl.div_rn(1.0, total)[:, None]
+    probs = weight * reciprocal(total)[:, None]
     offset, mean = _mean_bin(bin_, probs, K)
     width = (HIGH - LOW) / (K - 1)
     dmean *= width * tl.exp(tl.abs((LOW + HIGH) / 2 + mean * width))

@@ -26,7 +26,8 @@ def patch() -> None:
 
 def exp(x: np.ndarray) -> np.ndarray:
     x = np.asarray(x)
-    return off_by(np.exp2((x * LOG2_E).astype(np.float64)).astype(x.dtype), 2**-22.5)
+    power = np.exp2((x * LOG2_E).astype(np.float64)).astype(x.dtype)
+    return np.where(x == 0, power, off_by(power, 2**-22.5))  # of zero it is one
 
 
 def rsqrt(x: np.ndarray) -> np.ndarray:
