@@ -195,7 +195,7 @@ def profiles(device: torch.device, name: str, write: "Rows") -> None:
 
 
 def once(device: torch.device, name: str, write: "Rows") -> None:
-    """One update of the small model, between cudaProfilerStart and Stop: for ncu, which takes 0.1 s a launch.
+    """One update of the small model, between cudaProfilerStart and Stop: for ncu, which repeats each launch.
 
     With a third of the imagined steps, which are all alike.
     """
