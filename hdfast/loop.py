@@ -204,15 +204,19 @@ class Session:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.progress.__exit__(*error)
-        self.env.close()
-        if self.eval_env is not None:
-            self.eval_env.close()
-        self.logger.close()
+        with contextlib.ExitStack() as closing:  # each is closed, whatever the others raise
+            closing.callback(self._close_replay, told=error[0] is not None)
+            closing.callback(self.logger.close)
+            if self.eval_env is not None:
+                closing.callback(self.eval_env.close)
+            closing.callback(self.env.close)
+            self.progress.__exit__(*error)
+
+    def _close_replay(self, *, told: bool) -> None:
         try:
             self.replay.close()
         except ReplayError:
-            if error[0] is None:  # otherwise what went wrong first is what to tell
+            if not told:  # otherwise what went wrong first is what to tell
                 raise
 
     def run(self) -> dict[str, Any]:
@@ -220,20 +224,20 @@ class Session:
 
         Raises:
             Interrupted: a signal came; the run is saved.
+            BrokenPipeError: nobody reads the output any more (`... | head`); the run is saved.
             NonFiniteError: too many updates were skipped; the run and the offending batch are saved.
         """
         total = self.config.total_agent_steps
-        if self.agent_steps:
-            self.progress.message(f"{self.rundir.path}: going on at agent step {self.agent_steps:,}")
-        else:
-            self.progress.message(f"{self.rundir.path}: new run; {self.replay.describe()}")
-        self.progress.update(agent_steps=self.agent_steps, updates=self.learner.updates)
+        going_on = f"going on at agent step {self.agent_steps:,}"
+        begins = going_on if self.agent_steps else f"new run; {self.replay.describe()}"
         try:
+            self.progress.message(f"{self.rundir.path}: {begins}")
+            self.progress.update(agent_steps=self.agent_steps, updates=self.learner.updates)
             if self.agent_steps < total:
                 self.train(total)
             if self.evaluation is None or self.evaluated_at != self.agent_steps:
                 self._evaluate()
-        except (Interrupted, NonFiniteError):
+        except (Interrupted, NonFiniteError, BrokenPipeError):
             self._save()
             raise
         self._save()

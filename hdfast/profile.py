@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -31,6 +30,7 @@ from hdfast.loop import make_envs, replay_specs, stream_seed
 from hdfast.replay import Replay
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, natural, positive
+from hdfast.runtime.console import Console
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import disk_errors
 from hdfast.runtime.profiling import annotate

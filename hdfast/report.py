@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from hdfast import suites
 from hdfast.runtime import errors, rundir
 from hdfast.runtime.arguments import Arguments
+from hdfast.runtime.console import Console
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ What follows `--` goes to `hdfast.train` as it is. The output of a run is in tra
 command again goes on with what is not finished. Ctrl-C stops all runs with a checkpoint each.
 """
 
+import contextlib
+import functools
 import os
 import shlex
 import signal
@@ -19,6 +21,7 @@ from typing import Any, Protocol
 from hdfast import config, report, suites
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, natural, positive
+from hdfast.runtime.console import Console
 from hdfast.runtime.errors import ConfigError, MissingLibraryError, RunError
 from hdfast.runtime.signals import StopRequest
 
@@ -171,13 +174,15 @@ def run(
             time.sleep(POLL_SECONDS)
             reap()
     finally:
-        if running:  # a signal, or a job that could not be started
-            say(f"stopping {len(running)} runs, each with a checkpoint")
+        if running:  # a signal, a job that could not be started, or nobody to say it to
             for _, _, handle, _ in running.values():
                 pool.stop(handle)
+            with contextlib.suppress(BrokenPipeError):
+                say(f"stopping {len(running)} runs, each with a checkpoint")
         while running:
             time.sleep(POLL_SECONDS)
-            reap()
+            with contextlib.suppress(BrokenPipeError):
+                reap()
     stop.check()
     return failed
 
@@ -246,18 +251,14 @@ def main() -> None:
     logdir, threads = parsed.logdir, 1 if parsed.little_work else None
     jobs = jobs_of(suite, tasks, range(args.seed, args.seed + args.seeds), flags, logdir)
     pool = RayPool(args.ray) if args.ray else LocalPool(args.jobs, args.devices, threads=threads)
+    say = functools.partial(Console(highlight=False).print, markup=False, soft_wrap=True)
     with StopRequest() as stop:
-        failed = run(pool, jobs, args.jobs, stop, _say)
+        failed = run(pool, jobs, args.jobs, stop, say)
     report.show(suite, report.collect(logdir, suite, tasks))
     if failed:
         logs = {job.name: job.log for job in jobs}
         details = [f"{name}: exit code {code}: {_last_line(logs[name])}" for name, code in failed.items()]
         raise RunError(f"{len(failed)} of {len(jobs)} runs failed", details=details)
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

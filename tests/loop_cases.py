@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from hdfast.envs.base import ArraySpec, BatchEnv, DiscreteActions, EnvStep
 from hdfast.runtime import checkpoint, errors
 from hdfast.runtime.checkpoint import Checkpoint
 
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 PYTHONPATH = os.pathsep.join(filter(None, sys.path))  # a process of its own finds what this one has found
 
 # Learning begins at 10 agent steps (two environments, windows of four rows); then one update every two.
@@ -116,13 +117,16 @@ def door(
 
 
 def start(
-    argv: list[str], *, program: Sequence[str] = ("-m", "hdfast.train"), **options: Any
+    argv: list[str],
+    *,
+    program: Sequence[str] = ("-m", "hdfast.train"),
+    streams: Mapping[str, int] = PIPES,
+    **options: Any,
 ) -> subprocess.Popen[str]:
     """`python -m hdfast.train`, or another `program`, as a process of its own, on one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     command = [sys.executable, *program, *argv]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **streams, **options)
+    return subprocess.Popen(command, env=environment, text=True, **streams, **options)
 
 
 class Scripted(BatchEnv):

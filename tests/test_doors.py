@@ -262,6 +262,23 @@ time.sleep(60)
     assert not made[2].log.exists()  # never begun
 
 
+def test_sweep_stops_its_runs_when_nobody_reads_what_it_says(tmp_path):
+    made = jobs(tmp_path, *["import time; time.sleep(60)"] * 2)
+    said = []
+
+    def say(line):
+        said.append(line)
+        raise BrokenPipeError
+
+    with StopRequest() as stop, pytest.raises(BrokenPipeError):
+        sweep.run(sweep.LocalPool(2), made, 2, stop, say)
+    assert [line.partition(" after ")[0] for line in said] == [
+        f"[1/2] job 0: started, output in {made[0].log}",
+        "stopping 1 runs, each with a checkpoint",
+        "[1/2] job 0: exit code -15",
+    ]
+
+
 def test_sweep_stops_its_runs_when_one_cannot_be_started(tmp_path):
     (tmp_path / "1").touch()  # where a directory should be
     made = jobs(tmp_path, "import time; time.sleep(60)", "pass")

@@ -257,7 +257,9 @@ def test_when_all_checkpoints_are_damaged_nothing_is_overwritten(tmp_path, monke
     assert {p: p.read_bytes() for p in (path_of(config) / "replay").iterdir()} == replay
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_stops_at_the_next_step_with_a_checkpoint(tmp_path, monkeypatch, capfd, signum, code):
     config = tiny(tmp_path, train={"ratio": 40.0})  # five updates an agent step
     argv = [*flags(train={"ratio": 40.0}), "--logdir", str(tmp_path)]
@@ -272,11 +274,48 @@ def test_a_signal_stops_at_the_next_step_with_a_checkpoint(tmp_path, monkeypatch
     assert saved(config).meta["agent_steps"] == 14
     assert int(saved(config).tensors["learner.updates"]) == 11
     assert not (path_of(config) / "finished.json").exists()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
     got, out, err = door(train.main, argv, monkeypatch, capfd)
     assert (got, err) == (0, "")
     assert "going on at agent step 14" in out
     assert_one_history(config, updates=150)
+
+
+def test_a_terminal_that_closes_leaves_a_checkpoint(tmp_path):
+    """The kernel sends SIGHUP, the shell another, and whatever is printed from then on is an error."""
+    config = tiny(tmp_path, agent_steps=10_000)
+    argv = [*flags(agent_steps=10_000), "--logdir", str(tmp_path)]
+    ours, theirs = os.openpty()
+    login = ("-c", "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n" + RUN_TRAIN)
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    process = loop_cases.start(argv, program=login, streams=streams, start_new_session=True)
+    os.close(theirs)
+    said = b""
+    while b"updates/s" not in said:
+        said += os.read(ours, 4096)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 129
+    assert 0 < saved(config).meta["agent_steps"] < 10_000
+
+
+def test_nohup_keeps_a_run_from_hearing_of_its_terminal(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop_in(monkeypatch, 6, signal.SIGHUP)
+        loop_cases.train(tiny(tmp_path))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert_one_history(tiny(tmp_path))
+
+
+def test_a_reader_of_the_output_that_goes_leaves_a_checkpoint(tmp_path):
+    config = tiny(tmp_path, agent_steps=10_000)
+    process = loop_cases.start([*flags(agent_steps=10_000, eval={"every": 20}), "--logdir", str(tmp_path)])
+    assert any("phase=evaluate" in line for line in process.stdout)
+    process.stdout.close()  # as `| head -1`, or as `| tee log` after Ctrl-C
+    assert (process.stderr.read(), process.wait(60)) == ("", 141)
+    assert 0 < saved(config).meta["agent_steps"] < 10_000
 
 
 def test_a_signal_before_the_first_step(tmp_path, monkeypatch):
@@ -368,6 +407,8 @@ def test_two_processes_cannot_train_one_run(tmp_path):
     ):
         loop_cases.train(config)
 
+
+RUN_TRAIN = "from hdfast import train\nfrom hdfast.runtime import errors\nerrors.main(train.main)"
 
 DIE = """
 import os, signal, sys

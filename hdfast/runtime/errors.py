@@ -1,7 +1,7 @@
 """Errors a user can mend, each one clear line and one exit code; `main` is the wrapper every door runs in.
 
 Exit codes: 0 done, 1 the run cannot go on, 2 the request is wrong, 3 no usable checkpoint, 4 no room on disk,
-5 losses are not finite, 6 a library is missing, 128 + n stopped by signal n (130 SIGINT, 143 SIGTERM).
+5 losses are not finite, 6 a library is missing, 128 + n stopped by signal n (129 SIGHUP, 130 SIGINT, 143 SIGTERM).
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -103,8 +103,19 @@ def suggest(name: str, choices: Iterable[str], *, limit: int = 3) -> str:
 
 def warn(text: str) -> None:
     """Print one warning line to stderr."""
-    sys.stderr.write(f"warning: {' '.join(text.split())}\n")
-    sys.stderr.flush()
+    with closed_terminal():
+        sys.stderr.write(f"warning: {' '.join(text.split())}\n")
+        sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def closed_terminal() -> Iterator[None]:
+    """Passes over what a closed terminal answers to a write in the block; SIGHUP, not an error, tells of it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
 
 
 @contextlib.contextmanager
@@ -135,18 +146,21 @@ def main(door: Callable[[], int | None]) -> NoReturn:
     """Run a door and exit with its return value (None is 0), or after one line with its HdfastError's code.
 
     A full disk is answered with one line wherever it was met, Ctrl-C with 130, a closed output pipe
-    (`... | head`) silently with 141. Every other exception keeps its traceback. Log records of level WARNING
-    and above, of any package, become warnings.
+    (`... | head`) silently with 141; a closed terminal changes nothing. Every other exception keeps its
+    traceback. Log records of level WARNING and above, of any package, become warnings.
     """
     logging.basicConfig(handlers=[_Warnings()], level=logging.WARNING)
     try:
         code = _code_of(door)
-        sys.stdout.flush()
+        with closed_terminal():
+            sys.stdout.flush()
     except BrokenPipeError:
-        if not _stdout_is_broken():
+        if not _is_broken(sys.stdout):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit works
         code = 128 + signal.SIGPIPE
+    for stream in (sys.stdout, sys.stderr):
+        if _is_broken(stream):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # so that the flush at exit works
     sys.exit(code)
 
 
@@ -165,15 +179,16 @@ def _code_of(door: Callable[[], int | None]) -> int:
 
 
 def _report(error: HdfastError) -> int:
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(BrokenPipeError), closed_terminal():
         sys.stdout.flush()  # so that what came before the error is read before it
-    sys.stderr.write("".join([f"error: {error}\n", *(f"  {line}\n" for line in error.details)]))
-    sys.stderr.flush()
+    with contextlib.suppress(BrokenPipeError), closed_terminal():
+        sys.stderr.write("".join([f"error: {error}\n", *(f"  {line}\n" for line in error.details)]))
+        sys.stderr.flush()
     return error.exit_code
 
 
-def _stdout_is_broken() -> bool:
-    """Whether stdout is a pipe that nobody reads any more."""
+def _is_broken(stream: TextIO) -> bool:
+    """Whether a stream is a pipe that nobody reads any more, or a closed terminal."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
+    poll.register(stream.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -1,5 +1,6 @@
 """How far a run is: a live line on a terminal, plain `key=value` lines when the output is piped."""
 
+import contextlib
 import math
 import sys
 import time
@@ -9,9 +10,11 @@ from types import TracebackType
 from typing import Self, TextIO
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
+
+from hdfast.runtime.console import Console
 
 WINDOW_SECONDS = 60.0  # rates and the time left are measured over this much of the past
 _SAMPLE_SECONDS = 0.5
@@ -20,6 +23,8 @@ _BAR = (10, 40)  # narrowest and widest, in cells
 
 class Progress:
     """Shows one run; a context manager, and cheap to tell: `update` may be called at every agent step.
+
+    `update` and `message` raise BrokenPipeError, once, where the output is a pipe that nobody reads any more.
 
     total_agent_steps: agent steps of the whole run. action_repeat: frames per agent step.
     title: names the run, such as "Pong seed 0".
@@ -39,7 +44,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         stream = sys.stdout if stream is None else stream
-        self._console = Console(file=stream, highlight=False)
+        self._console = Console(stream, highlight=False)
         self._live: Live | None = None
         if stream.isatty() and not self._console.is_dumb_terminal:
             self._live = Live(_Line(self), console=self._console, auto_refresh=False)
@@ -96,10 +101,11 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live or self.plain_line() != self._said:
-            self._draw(self._clock())
-        if self._live:
-            self._live.stop()
+        with contextlib.suppress(BrokenPipeError):  # what ends the block is what to tell
+            if self._live or self.plain_line() != self._said:
+                self._draw(self._clock())
+            if self._live:
+                self._live.stop()
 
     @property
     def steps_per_second(self) -> float:
