@@ -87,9 +87,11 @@ def test_fields_that_may_differ_are_recorded_when_they_do(tmp_path):
     assert record.resumed[0]["changed"] == ['device: "cpu" -> "cuda"', "log.every: 500 -> 1"]
 
 
-def test_difference_tells_types_apart_and_ignores_whole_branches():
+def test_difference_compares_numbers_by_value_and_ignores_whole_branches():
     assert difference({"a": 1, "b": {}}, {"a": 1, "b": {}}) == []
-    assert difference({"a": 1}, {"a": 1.0}) == ["a: 1 -> 1.0"]
+    assert difference({"a": 1, "b": 0.5}, {"a": 1.0, "b": 0.5}) == []
+    assert difference({"a": 1, "b": 1}, {"a": 1.5, "b": True}) == ["a: 1 -> 1.5", "b: 1 -> true"]
+    assert difference({"a": "NaN"}, {"a": "NaN"}) == []
     assert difference({"a": {"b": 1}}, {"a": 1}) == ["a.b: 1 -> (absent)", "a: (absent) -> 1"]
     assert difference({"log": {"x": {"y": 1}}, "logs": 1}, {"log": {"x": {"y": 2}}, "logs": 2}, {"log"}) == [
         "logs: 1 -> 2"

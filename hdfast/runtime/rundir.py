@@ -162,6 +162,7 @@ def difference(
 ) -> list[str]:
     """One line per field in which two nested configs differ, "rssm.deter: 512 -> 1024", saved value first.
 
+    Numbers are compared by value: 1 and 1.0 are the same.
     ignore: dotted fields left out, each with all that is below it.
     """
     before, after = dict(_flat(saved)), dict(_flat(requested))
@@ -171,7 +172,8 @@ def difference(
         if any(".".join(parts[:i]) in ignore for i in range(1, len(parts) + 1)):
             continue
         old, new = (json.dumps(side[field]) if field in side else _ABSENT for side in (before, after))
-        if old != new:
+        values = [before.get(field), after.get(field)]
+        if old != new and not (all(map(_is_number, values)) and values[0] == values[1]):
             lines.append(f"{field}: {old} -> {new}")
     return lines
 
@@ -236,6 +238,10 @@ def _read_json(path: Path, *fields: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         hint = "restore it or remove the run's directory"
         raise RunError(f"the file is damaged ({error!r})", where=path, hint=hint) from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
