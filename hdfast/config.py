@@ -30,11 +30,11 @@ class EnvConfig:
     source: Literal["auto", "envpool", "ale"] = "auto"
     """Which package emulates Atari; auto takes envpool where it is installed."""
     obs: Literal["image", "state", "both"] = "image"
-    """What a robotic task is seen through."""
+    """What a robotic task, or one of gym, is seen through."""
     render: Literal["full", "fast"] = "full"
     """fast drops shadows and antialiasing of MuJoCo scenes: same physics, slightly other images."""
     threads: int = 0
-    """Environment threads; 0 lets the source choose."""
+    """Environment threads; 0 lets the source choose. Of gym: a process each, or 1 for none."""
 
 
 @dataclass(frozen=True)
@@ -199,9 +199,9 @@ class Config:
     """Train HarmonyDream. Every task of the suite is trained in turn unless --task names one."""
 
     suite: str = "atari100k"
-    """Benchmark: atari100k, dmc, metaworld or demo (see hdfast/suites.py)."""
+    """atari100k, dmc, metaworld or demo; gym for your own environments."""
     task: str | None = None
-    """One task of the suite; all of them in turn if left out."""
+    """One task of the suite; all of them in turn if left out. Of gym: what gymnasium.make takes."""
     seed: int = 0
     """First random seed."""
     seeds: int = 1

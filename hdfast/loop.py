@@ -113,12 +113,13 @@ def run(config: Config, task: Task) -> dict[str, Any]:
     device = resolve_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current one
+    envs.check(config.suite, task.name)  # before a mistyped name becomes a directory
     with (
         replay_errors(),
         RunDir.open(
             config.logdir,
             config.suite,
-            task.name,
+            task.folder,
             config.seed,
             config.to_dict(),
             ignore=RESUMABLE_CHANGES,

@@ -45,7 +45,7 @@ def build(config: Config) -> tuple[Learner, Callable[[], None]]:
     """
     device = resolve_device(config.device)
     prepare_device(device, config.little_work)
-    task = suites.get(config.suite).task(config.task or suites.get(config.suite).tasks[0].name)
+    task = suites.get(config.suite).select([config.task] if config.task else [])[0]
     batch, length = config.replay.batch, config.replay.length
     with make_envs(config, task, num_envs=config.env.num_envs, stream="profile") as env:
         dtype = resolve_precision(config.precision, device)

@@ -33,11 +33,14 @@ class TaskScores:
 def collect(
     logdir: Path, suite: suites.Suite, tasks: Sequence[suites.Task] | None = None
 ) -> list[TaskScores]:
-    """Reads the final evaluation of every finished run of `tasks` (all of the suite's by default) below `logdir`."""
+    """Reads the final evaluation of every finished run of `tasks` below `logdir`.
+
+    By default these are all tasks of the suite, or of one that has none of its own, those that were trained.
+    """
     found = []
-    for task in suite.tasks if tasks is None else tasks:
+    for task in tasks if tasks is not None else suite.tasks or _trained(logdir, suite):
         scores, success = {}, {}
-        for path in sorted((logdir / suite.name / task.name).glob("seed*")):
+        for path in sorted((logdir / suite.name / task.folder).glob("seed*")):
             seed = path.name.removeprefix("seed")
             if not seed.isdecimal() or not (path / "config.json").exists():
                 continue
@@ -47,6 +50,13 @@ def collect(
                     success[int(seed)] = float(summary["success"])
         found.append(TaskScores(task, scores, success))
     return found
+
+
+def _trained(logdir: Path, suite: suites.Suite) -> list[suites.Task]:
+    configs = [
+        rundir.read(path.parent).config for path in sorted((logdir / suite.name).glob("*/seed*/config.json"))
+    ]
+    return [suite.task(name) for name in dict.fromkeys(config["task"] for config in configs)]
 
 
 def table(suite: suites.Suite, rows: Sequence[TaskScores]) -> Table:

@@ -31,19 +31,24 @@ class Aggregate:
 class Task:
     """One task of a suite.
 
-    name: what users type and what run directories are called.
-    env_id: what envpool calls it.
-    time_limit: agent steps after the reset row at which an episode is cut off.
+    name: what users type.
+    env_id: what envpool, or gymnasium, calls it.
+    time_limit: agent steps after the reset row at which an episode is cut off; None leaves it to the environment.
     random, human: mean episode scores that stand for 0 and 1 on the human-normalised scale.
     published: for each method the final score of each of its seeds.
     """
 
     name: str
     env_id: str
-    time_limit: int
+    time_limit: int | None
     random: float | None = None
     human: float | None = None
     published: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """What its directory of runs is called: the name, "-" for what does not belong into a path."""
+        return re.sub(r"[^A-Za-z0-9._-]", "-", self.name)
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,14 @@ class Suite:
     """A benchmark.
 
     source: which kind of environment it runs on.
-    tasks: what the suite trains and reports, in this order; `others` can be asked for by name.
+    tasks: what the suite trains and reports, in this order; `others` can be asked for by name. Without any, every
+        name that gymnasium could know is one.
     action_repeat: simulator frames per agent step, so frames = agent_steps * action_repeat.
     defaults: nested fields of `hdfast.config.Config` that differ from its own defaults.
     """
 
     name: str
-    source: Literal["atari", "catch", "dmc", "metaworld"]
+    source: Literal["atari", "catch", "dmc", "gym", "metaworld"]
     tasks: tuple[Task, ...]
     action_repeat: int
     defaults: Mapping[str, Any]
@@ -68,6 +74,10 @@ class Suite:
 
         Raises UnknownName, naming the suite that has it or listing the nearest.
         """
+        if not self.tasks:
+            if not _GYM_ID.fullmatch(name):
+                raise UnknownName(f"no task {name!r} in suite {self.name}; {_GYM_NAMES}")
+            return Task(name, env_id=name, time_limit=None)
         if (task := self._known().get(_key(name))) is None:
             hint = suggest(_bare(name), (task.name for task in self._known().values()))
             for suite in SUITES.values():
@@ -75,6 +85,13 @@ class Suite:
                     hint = f"; suite {suite.name} has it"
             raise UnknownName(f"no task {name!r} in suite {self.name}{hint}")
         return task
+
+    def select(self, names: Iterable[str]) -> list[Task]:
+        """The tasks of these names, all of the suite's where there are none. Raises UnknownName."""
+        tasks = [self.task(name) for name in names] or list(self.tasks)
+        if not tasks:
+            raise UnknownName(f"suite {self.name} needs a task; {_GYM_NAMES}")
+        return tasks
 
     def _known(self) -> dict[str, Task]:
         return {_key(task.name): task for task in (*self.tasks, *self.others)}
@@ -126,6 +143,10 @@ def aggregate(scores: Sequence[Sequence[float]]) -> Aggregate:
         median=float(np.median(means)),
         iqm=float(np.mean(pooled[cut : len(pooled) - cut])),
     )
+
+
+_GYM_ID = re.compile(r"(?:[A-Za-z_][\w.]*:)?(?:[A-Za-z0-9][\w:-]*/)?[A-Za-z0-9][\w.-]*")
+_GYM_NAMES = "a task is what gymnasium.make takes, such as 'CarRacing-v3' or 'my_envs:Maze-v0'"
 
 
 def get(name: str) -> Suite:
@@ -271,6 +292,20 @@ SUITES: dict[str, Suite] = {
             tasks=_tasks(_DMC.split(), "{}-v1", time_limit=500),
             others=_tasks(_DMC_OTHERS.split(), "{}-v1", time_limit=500),
             action_repeat=2,
+            defaults={
+                "size": "small",
+                "agent_steps": 500_000,
+                "env": {"num_envs": 4},
+                "replay": {"batch": 16, "length": 64},
+                "train": {"ratio": 512},
+                "eval": {"every": 10_000, "episodes": 10},
+            },
+        ),
+        Suite(
+            name="gym",
+            source="gym",
+            tasks=(),
+            action_repeat=1,
             defaults={
                 "size": "small",
                 "agent_steps": 500_000,

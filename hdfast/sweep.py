@@ -132,7 +132,7 @@ def jobs_of(
                 *(sys.executable, "-m", "hdfast.train", "--suite", suite.name),
                 *("--task", task.name, "--seed", str(seed), *flags),
             ),
-            log=logdir / suite.name / task.name / f"seed{seed}" / "train.log",
+            log=logdir / suite.name / task.folder / f"seed{seed}" / "train.log",
         )
         for seed in seeds
         for task in tasks
@@ -246,7 +246,7 @@ def main() -> None:
     if given := [flag for flag in flags if flag.partition("=")[0] in OWN_FLAGS]:
         raise ConfigError(f"{given[0]} cannot stand behind --", hint="see python -m hdfast.sweep --help")
     suite = suites.get(args.suite)
-    tasks = [suite.task(name) for name in args.tasks] if args.tasks else list(suite.tasks)
+    tasks = suite.select(args.tasks or [])
     parsed = config.parse(["--suite", suite.name, *flags])
     logdir, threads = parsed.logdir, 1 if parsed.little_work else None
     jobs = jobs_of(suite, tasks, range(args.seed, args.seed + args.seeds), flags, logdir)

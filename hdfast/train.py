@@ -14,7 +14,7 @@ from hdfast.runtime.device import prepare_device, resolve_device
 def main() -> None:
     config = parse()
     suite = suites.get(config.suite)
-    tasks = [suite.task(config.task)] if config.task else list(suite.tasks)
+    tasks = suite.select([config.task] if config.task else [])
     prepare_device(resolve_device(config.device), config.little_work)
     if config.dry_run:
         sys.stdout.write(describe(config, tasks) + "\n")

@@ -7,7 +7,7 @@ from hdfast import suites
 from hdfast.envs.base import ArraySpec, BatchEnv, ContinuousActions, DiscreteActions, EnvStep, installed
 from hdfast.runtime.errors import MissingLibraryError, suggest
 
-__all__ = ["ArraySpec", "BatchEnv", "ContinuousActions", "DiscreteActions", "EnvStep", "make"]
+__all__ = ["ArraySpec", "BatchEnv", "ContinuousActions", "DiscreteActions", "EnvStep", "check", "make"]
 
 # What the suites of each kind can be asked for.
 _MUJOCO = {"source": ("auto", "envpool"), "obs": ("image", "state", "both"), "render": ("full", "fast")}
@@ -15,6 +15,7 @@ _CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "atari": {"source": ("auto", "envpool", "ale"), "obs": ("image",), "render": ("full",)},
     "catch": {"source": ("auto", "envpool"), "obs": ("image",), "render": ("full",)},
     "dmc": _MUJOCO,
+    "gym": {"source": ("auto",), "obs": ("image", "state", "both"), "render": ("full",)},
     "metaworld": _MUJOCO,
 }
 
@@ -35,7 +36,7 @@ def make(
     num_envs: how many step together.
     seed: 0 or more, decides all that is random in them. Training and evaluation need different ones.
     source: for Atari `envpool`, `ale`, or `auto`: envpool where it is installed, else ale.
-    obs: for robotic tasks `image`, `state` or `both`.
+    obs: for robotic tasks and those of gymnasium `image`, `state` or `both`.
     render: for robotic tasks `full`, or `fast`: no shadows, no antialiasing.
     threads: of the source; 0 lets it choose.
 
@@ -71,10 +72,23 @@ def make(
             from hdfast.envs.dmc import ControlSuite
 
             return ControlSuite(found, **shared, obs=obs, render=render)
+        case "gym":
+            from hdfast.envs.gym import GymEnv
+
+            return GymEnv(found, **shared, obs=obs)
         case "metaworld":
             from hdfast.envs.metaworld import MetaWorld
 
             return MetaWorld(found, **shared, obs=obs, render=render)
+
+
+def check(suite: str, task: str) -> None:
+    """Raises what `make` would about a name that only the source can know, without making an environment."""
+    benchmark = suites.get(suite)
+    if benchmark.source == "gym":
+        from hdfast.envs.gym import find
+
+        find(benchmark.task(task).env_id)
 
 
 def _atari(source: str) -> type[BatchEnv]:

@@ -1,0 +1,109 @@
+"""Environments as users write them, registered with gymnasium; importing this registers them.
+
+`tests.gym_envs:Count-v0` and so on are tasks of the suite gym.
+"""
+
+import os
+import time
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+
+class Count(gymnasium.Env):
+    """Every pixel is the age of the episode, the reward the age plus the action / 100; ends at age `length`."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012 (gymnasium's own way)
+
+    def __init__(
+        self,
+        observation: spaces.Space | None = None,
+        action: spaces.Space | None = None,
+        length: int = 5,
+        render_mode: str | None = None,
+    ) -> None:
+        self.observation_space = observation or spaces.Box(0, 255, (16, 16, 3), np.uint8)
+        self.action_space = action or spaces.Discrete(3)
+        self.length, self.render_mode, self.age = length, render_mode, 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.age = 0
+        return self.observe(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.age += 1
+        reward = self.age + float(np.asarray(action).flat[0]) / 100
+        return self.observe(), reward, self.age == self.length, False, {}
+
+    def observe(self, space: spaces.Space | None = None) -> Any:
+        space = space or self.observation_space
+        if isinstance(space, spaces.Dict):
+            return {key: self.observe(part) for key, part in space.items()}
+        return self.age if isinstance(space, spaces.Discrete) else np.full(space.shape, self.age, space.dtype)
+
+    def render(self) -> np.ndarray:
+        return np.full((40, 60, 3), 10 * self.age, np.uint8)
+
+
+class Broken(Count):
+    """Raises, dies or waits at age 3, as action 0, 1 and 2 say."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if self.age == 2:
+            if action == 0:
+                raise ZeroDivisionError("at the third step")
+            if action == 1:
+                os._exit(1)
+            time.sleep(0.5)
+        return super().step(action)
+
+
+class Seeded(Count):
+    """The reward of every step is drawn at random."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, _, *rest = super().step(action)
+        return obs, float(self.np_random.integers(1000)), *rest
+
+
+def box(*shape: int, dtype: Any = np.float32, low: float = -1, high: float = 1) -> spaces.Box:
+    return spaces.Box(low, high, shape, dtype)
+
+
+def pixels(*shape: int) -> spaces.Box:
+    return spaces.Box(0, 255, shape, np.uint8)
+
+
+GOALS = spaces.Dict(
+    {"image": pixels(30, 20, 3), "depth": pixels(64, 64, 1), "arm": box(2, 2), "goal": spaces.Discrete(7)}
+)
+
+for name, kind, settings in (
+    ("Count", Count, {}),
+    ("Broken", Broken, {}),
+    ("Seeded", Seeded, {}),
+    ("Tall", Count, {"observation": pixels(90, 40, 3)}),
+    ("Grey", Count, {"observation": pixels(16, 16)}),
+    ("Goals", Count, {"observation": GOALS}),
+    ("Drawn", Count, {"observation": box(3, high=9)}),
+    ("Undrawn", Count, {"observation": box(3, high=9)}),
+    ("Stacked", Count, {"observation": pixels(4, 84, 84)}),
+    ("Float", Count, {"observation": box(8, 8, 3)}),
+    (
+        "List",
+        Count,
+        {"observation": spaces.Dict({"image": pixels(8, 8, 3), "list": spaces.Sequence(box(2))})},
+    ),
+    ("Taken", Count, {"observation": spaces.Dict({"reward": pixels(8, 8, 3)})}),
+    ("Arm", Count, {"action": spaces.Box(np.float32([[-2, 0]]), np.float32([[2, 10]]))}),
+    ("From5", Count, {"action": spaces.Discrete(3, start=5)}),
+    ("Multi", Count, {"action": spaces.MultiDiscrete([2, 2])}),
+    ("Whole", Count, {"action": box(2, dtype=np.int32)}),
+    ("Unbounded", Count, {"action": box(2, low=-np.inf, high=np.inf)}),
+):
+    gymnasium.register(f"{name}-v0", kind, kwargs=settings)
+gymnasium.register("Limited-v0", Count, max_episode_steps=3)
+gymnasium.registry["Undrawn-v0"].entry_point = type("Undrawn", (Count,), {"metadata": {"render_modes": []}})

@@ -1,0 +1,245 @@
+"""Environments of users' own: rows as every source gives them, what is seen and done, what is refused.
+
+Axes: N environments.
+"""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from hdfast import envs, report, suites
+from hdfast.evaluate import evaluate
+from hdfast.runtime.errors import ConfigError, RunError
+from hdfast.suites import UnknownName
+from tests import loop_cases
+from tests.loop_cases import one_thread, path_of, tiny  # noqa: F401
+
+
+def make(name, num_envs=1, **settings):
+    return envs.make("gym", f"tests.gym_envs:{name}-v0", num_envs=num_envs, **{"seed": 0, **settings})
+
+
+def columns(env, actions):
+    """Age by the pixels, reward, is_first, is_last and is_terminal of every row, each (T, N)."""
+    with env:
+        rows = [env.reset(), *(env.step(np.asarray(action, np.int32)) for action in actions)]
+    return tuple(
+        np.array([getattr(row, name) if name else row.obs["image"][:, 0, 0, 0] for row in rows])
+        for name in ("", "reward", "is_first", "is_last", "is_terminal")
+    )
+
+
+@pytest.mark.parametrize("threads", [0, 1])  # processes, and none
+def test_rows_are_those_of_every_source(threads):
+    actions = [[t % 3, (t + 1) % 3] for t in range(1, 8)]
+    age, reward, first, last, terminal = columns(make("Count", 2, threads=threads), actions)
+    assert age[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert reward[:, 1] == pytest.approx([0, 1.02, 2, 3.01, 4.02, 5, 0, 1.02])
+    assert first[:, 0].tolist() == [True, *[False] * 5, True, False]
+    assert last[:, 0].tolist() == terminal[:, 0].tolist() == [*[False] * 5, True, False, False]
+    assert (reward.dtype, age.dtype, last.dtype) == (np.float32, np.uint8, bool)
+
+
+def test_a_time_limit_ends_an_episode_that_could_go_on():
+    age, _, first, last, terminal = columns(make("Limited"), [[0]] * 5)
+    assert age[:, 0].tolist() == [0, 1, 2, 3, 0, 1]
+    assert np.flatnonzero(last).tolist() == [3]
+    assert np.flatnonzero(first).tolist() == [0, 4]
+    assert not terminal.any()
+
+
+def test_reset_begins_anew_at_any_time():
+    with make("Count") as env:
+        env.reset()
+        for _ in range(5):
+            env.step(np.zeros(1, np.int32))
+        assert env.reset().is_first.all()
+        row = env.step(np.zeros(1, np.int32))
+        assert (row.is_first.tolist(), row.reward.tolist()) == ([False], [1.0])
+
+
+def test_a_seed_decides_what_happens_and_reset_does_not_repeat_it():
+    def rewards(**settings):
+        with make("Seeded", 2, threads=1, **settings) as env:
+            found = []
+            for _ in range(2):
+                env.reset()
+                found.append(np.array([env.step(np.zeros(2, np.int32)).reward for _ in range(5)]))
+        return found
+
+    first, second = rewards()
+    assert np.array_equal(first, rewards()[0])
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first[:, 0], first[:, 1])
+    assert not np.array_equal(first, rewards(seed=1)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "obs", "shapes"),
+    [
+        ("Count", "image", {"image": (16, 16, 3)}),
+        ("Tall", "image", {"image": (64, 64, 3)}),
+        ("Grey", "image", {"image": (16, 16, 1)}),
+        ("Goals", "image", {"image": (64, 64, 3), "depth": (64, 64, 1)}),
+        ("Goals", "state", {"arm": (4,), "goal": (7,)}),
+        ("Goals", "both", {"image": (64, 64, 3), "depth": (64, 64, 1), "arm": (4,), "goal": (7,)}),
+        ("Drawn", "image", {"image": (64, 64, 3)}),
+        ("Drawn", "state", {"state": (3,)}),
+        ("Drawn", "both", {"image": (64, 64, 3), "state": (3,)}),
+        ("Undrawn", "state", {"state": (3,)}),
+    ],
+)
+def test_what_is_seen(name, obs, shapes):
+    with make(name, obs=obs) as env:
+        assert {key: spec.shape for key, spec in env.obs_specs.items()} == shapes
+        env.reset()
+        for _ in range(3):
+            row = env.step(np.zeros(1, np.int32))
+    for key, shape in shapes.items():
+        value = row.obs[key]
+        assert (value.shape, value.dtype) == ((1, *shape), env.obs_specs[key].dtype)
+        assert value.dtype == (np.uint8 if len(shape) == 3 else np.float32)
+        if key == "goal":
+            assert value[0].tolist() == [0, 0, 0, 1, 0, 0, 0]
+        else:  # a picture that is drawn is ten times as bright
+            assert (value == (30 if name == "Drawn" and key == "image" else 3)).all()
+
+
+def test_actions_are_stretched_and_counted_from_where_they_start():
+    with make("Arm", 2, threads=1) as env:
+        assert env.actions == envs.ContinuousActions(2)
+        env.reset()
+        reward = env.step(np.float32([[-1, 0], [0.5, 1]])).reward
+        assert reward == pytest.approx([1 - 0.02, 1 + 0.01])
+        assert env._theirs(np.float32([[-1, 0], [0.5, 1]])).tolist() == [[[-2, 5]], [[1, 10]]]
+    with make("From5") as env:
+        assert env.actions == envs.DiscreteActions(3)
+        env.reset()
+        assert env.step(np.array([2], np.int32)).reward == pytest.approx(1.07)
+
+
+@pytest.mark.parametrize(
+    ("name", "obs", "message"),
+    [
+        (
+            "Undrawn",
+            "image",
+            r"Undrawn-v0: there is no image in its observations, and it draws none; let it observe",
+        ),
+        (
+            "Stacked",
+            "image",
+            r"'image' is \(4, 84, 84\) uint8; an image is \(H, W, 3\), \(H, W, 1\) or \(H, W\) uint8",
+        ),
+        ("Float", "both", r"'image' is \(8, 8, 3\) float32; an image is"),
+        ("Count", "state", r"Count-v0: its observations hold no vectors; --env.obs image sees the images"),
+        ("List", "both", r"'list' is Sequence\(.*, which has no fixed length"),
+        ("Taken", "image", r"an observation cannot be called 'reward'"),
+        (
+            "Multi",
+            "image",
+            r"its actions are MultiDiscrete\(\[2 2\]\); right are Discrete, or a Box of floats",
+        ),
+        ("Whole", "image", r"its actions are Box\(.*int32\); right are"),
+        ("Unbounded", "image", r"its actions have no bounds: Box\(-inf, inf"),
+    ],
+)
+def test_what_the_agent_cannot_take_is_refused_with_what_is_right(name, obs, message):
+    with pytest.raises(ConfigError, match=message):
+        make(name, obs=obs)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (
+            "CartPol-v1",
+            r"no environment 'CartPol-v1' is registered with gymnasium; did you mean 'CartPole-v1'",
+        ),
+        (
+            "Zzzz-v0",
+            r"no environment 'Zzzz-v0' .*; one of your own is named with its module, my_envs:Maze-v0$",
+        ),
+        ("tests.gym_envs:Coumt-v0", r"no environment 'Coumt-v0' .*did you mean 'Count-v0'"),
+        (
+            "tests.no_such:Count-v0",
+            r"no module 'tests.no_such' to import for tests.no_such:Count-v0; install it",
+        ),
+        ("a b", r"no task 'a b' in suite gym; a task is what gymnasium.make takes, such as"),
+    ],
+)
+def test_a_wrong_name_is_answered_before_it_becomes_a_directory(task, message, tmp_path):
+    with pytest.raises(UnknownName, match=message) as raised:
+        loop_cases.train(tiny(tmp_path, suite="gym", task=task))
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_module_that_imports_what_is_missing_names_it(tmp_path, monkeypatch):
+    (tmp_path / "needs.py").write_text("import no_such_package_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(envs.MissingLibraryError, match="needs needs no_such_package_at_all; pip install"):
+        envs.check("gym", "needs:Any-v0")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # gymnasium tells the worker's traceback that way
+@pytest.mark.parametrize("threads", [0, 1])
+def test_what_an_environment_raises_is_passed_on(threads):
+    with make("Broken", 2, threads=threads) as env:
+        env.reset()
+        for _ in range(2):
+            env.step(np.zeros(2, np.int32))
+        with pytest.raises(ZeroDivisionError, match="at the third step"):
+            env.step(np.zeros(2, np.int32))
+
+
+def test_an_environment_whose_process_dies_is_one_line_and_can_be_closed():
+    with make("Broken", 2) as env:
+        env.reset()
+        for _ in range(2):
+            env.step(np.zeros(2, np.int32))
+        with pytest.raises(
+            RunError, match=r"Broken-v0: the process of an environment has ended .*--env.threads 1"
+        ):
+            env.step(np.array([2, 1], np.int32))
+    assert not any(process.is_alive() for process in env._vector.processes)
+
+
+def test_signals_of_the_terminal_are_for_the_learner_alone():
+    with make("Broken", 2) as env:
+        env.reset()
+        for _ in range(2):
+            env.step(np.zeros(2, np.int32))
+        env.send(np.array([2, 2], np.int32))
+        for process in env._vector.processes:
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                os.kill(process.pid, signum)
+        assert env.recv().reward == pytest.approx([3.02, 3.02])
+
+
+def test_the_environments_work_while_the_learner_does():
+    with make("Broken") as env:
+        env.reset()
+        for _ in range(2):
+            env.step(np.zeros(1, np.int32))
+        began = time.monotonic()
+        env.send(np.array([2], np.int32))
+        assert time.monotonic() - began < 0.4
+        env.recv()
+        assert time.monotonic() - began > 0.4
+
+
+def test_a_run_on_an_environment_of_ones_own(tmp_path):
+    task = "tests.gym_envs:Tall-v0"
+    overrides = {"suite": "gym", "task": task, "env": {"num_envs": 2, "threads": 1}}
+    config = tiny(tmp_path, **overrides)
+    summary = loop_cases.train(config)
+    path = tmp_path / "gym" / "tests.gym_envs-Tall-v0" / "seed0"
+    assert (path / "finished.json").exists()
+    assert summary["length"] == 5
+    assert evaluate(path, episodes=2, device="cpu")["scores"] == pytest.approx([15, 15], abs=0.11)
+    (row,) = report.collect(tmp_path, suites.get("gym"))
+    assert (row.task.name, row.scores) == (task, {0: summary["score"]})
