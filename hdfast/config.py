@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hdfast import suites
-from hdfast.runtime.errors import ConfigError, suggest
+from hdfast.runtime.errors import ConfigError, MissingLibraryError, suggest
 from hdfast.usage import usage
 
 Size = Literal["tiny", "small", "medium", "large", "xlarge"]
@@ -418,7 +418,10 @@ def validate(config: Config) -> Config:
 
 def _parse_flags(argv: Sequence[str], default: Config, prog: str) -> Config:
     """tyro's parser, with its errors as one line."""
-    import tyro
+    try:
+        import tyro
+    except ImportError as error:
+        raise MissingLibraryError(f"cannot import tyro: {error}", hint="pip install tyro") from error
 
     flags = [f"--{name.replace('_', '-')}" for name in field_names(default)]
     negated = [re.sub(r"([^.-][^.]*)$", r"no-\1", flag) for flag in flags]  # --log.no-tensorboard

@@ -1,13 +1,14 @@
 """Plays the newest checkpoint of a run on environments of its own and prints the scores as one JSON line.
 
-The run is only read: it may be training meanwhile.
+The run is only read: it may be training meanwhile. `load` gives its agent to a notebook.
 """
 
 import dataclasses
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -15,8 +16,8 @@ from hdfast import evaluation, suites
 from hdfast.agent.learner import Learner
 from hdfast.agent.policy import Policy
 from hdfast.config import Config, apply_overrides
-from hdfast.envs.base import EnvStep
-from hdfast.loop import make_envs, stream_seed
+from hdfast.envs.base import BatchEnv, EnvStep
+from hdfast.loop import fitting, make_envs, stream_seed
 from hdfast.runtime import checkpoint, errors, rundir
 from hdfast.runtime.arguments import Arguments, natural, positive
 from hdfast.runtime.device import prepare_device, resolve_device, resolve_precision
@@ -24,26 +25,47 @@ from hdfast.runtime.errors import CheckpointError, ConfigError
 from hdfast.runtime.video import encode_gif, save_gif
 
 
-def evaluate(
-    run: Path,
-    *,
-    episodes: int = 100,
-    seed: int = 0,
-    num_envs: int = 8,
-    device: str = "auto",
-    video: bool = False,
-) -> dict[str, Any]:
-    """Scores of `episodes` episodes with the newest checkpoint of the run in directory `run`.
+@dataclass(frozen=True)
+class Trained:
+    """A run's newest checkpoint, ready to act; a context manager that closes its environments.
+
+    config: of the run, with the seed it was loaded with.
+    env: environments of its task, to be reset: `step = env.reset()`.
+    policy: acts in all of them: `step = env.step(policy(step.obs, step.is_first))`; its `learner` holds the modules.
+    checkpoint: what was loaded.
+    """
+
+    config: Config
+    env: BatchEnv
+    policy: Policy
+    checkpoint: checkpoint.Checkpoint
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.env.close()
+
+
+def load(run: str | Path, *, num_envs: int = 1, seed: int = 0, device: str = "auto") -> Trained:
+    """The agent of the run in directory `run`, with its newest checkpoint, and environments to act in.
+
+    The run is only read. Of the first episode, by the way of a notebook::
+
+        with load("runs/demo/Catch/seed0") as trained:
+            step = trained.env.reset()
+            while not step.is_last.any():
+                step = trained.env.step(trained.policy(step.obs, step.is_first))
 
     Args:
-        seed: of the environments and of the sampled latents and actions; not those of training.
         num_envs: environments stepped together.
-        video: also write the first episode to videos/evaluate_<agent steps>.gif in the run's directory.
+        seed: of the environments and of the sampled latents and actions; not those of training.
 
     Raises:
-        RunError: there is no run. CheckpointError: it has no checkpoint yet, or all are damaged.
-        ConfigError: a directory of several runs, no such device, or a video of a task without images.
+        RunError: there is no run. CheckpointError: it has no checkpoint yet, all are damaged, or they do not fit its
+        configuration or environments. ConfigError: a directory of several runs, or no such device.
     """
+    run = Path(run)
     if not (run / "config.json").exists() and (below := sorted(run.glob("**/config.json"))):
         raise ConfigError(
             f"this is not a run, it holds {len(below)}", where=run, hint=f"try {below[0].parent}"
@@ -57,40 +79,72 @@ def evaluate(
         raise CheckpointError("there is no checkpoint yet", where=run, hint=hint)
     where = resolve_device(device)
     prepare_device(where, config.little_work)
-    with make_envs(config, task, num_envs=min(num_envs, episodes), stream="evaluate") as env:
+    env = make_envs(config, task, num_envs=num_envs, stream="evaluate")
+    try:
         dtype = resolve_precision(config.precision, where)
         learner = Learner(env.obs_specs, env.actions, config, device=where, dtype=dtype)
         for name, module in (("model", learner.model), ("behavior", learner.behavior)):
             prefix = f"learner.{name}."
             parameters = {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}
-            module.load_state_dict(parameters)
-        policy = Policy(learner, env.num_envs, stream_seed(seed, "evaluate"))
-        film = Film(next(iter(learner.model.images), None)) if video else None
-        played = evaluation.play(env, policy, episodes, watch=film or (lambda step: None))
-    about = {"run": str(run), "checkpoint": saved.path.name, "agent_steps": saved.meta["agent_steps"]}
+            with fitting(saved.path):
+                module.load_state_dict(parameters)
+        return Trained(config, env, Policy(learner, num_envs, stream_seed(seed, "evaluate")), saved)
+    except BaseException:
+        env.close()
+        raise
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    episodes: int = 100,
+    seed: int = 0,
+    num_envs: int = 8,
+    device: str = "auto",
+    video: bool = False,
+) -> dict[str, Any]:
+    """Scores of `episodes` episodes with the newest checkpoint of the run in directory `run`.
+
+    Args:
+        seed, num_envs: as `load`; no more environments than episodes.
+        video: also write the first episode to videos/evaluate_<agent steps>.gif in the run's directory.
+
+    Raises:
+        As `load`. ConfigError: a video of a task without images. RunError, DiskFullError: it cannot be written.
+    """
+    run = Path(run)
+    with load(run, num_envs=min(num_envs, episodes), seed=seed, device=device) as trained:
+        agent_steps = trained.checkpoint.meta["agent_steps"]
+        film = None
+        if video:
+            key = next(iter(trained.policy.learner.model.images), None)
+            film = Film(key, run / "videos" / f"evaluate_{agent_steps:010d}.gif")
+        watch = film or (lambda step: None)
+        played = evaluation.play(trained.env, trained.policy, episodes, watch=watch)
+    about = {"run": str(run), "checkpoint": trained.checkpoint.path.name, "agent_steps": agent_steps}
     if film is not None:
-        path = run / "videos" / f"evaluate_{saved.meta['agent_steps']:010d}.gif"
-        save_gif(path, encode_gif(np.stack(film.frames)))
-        about["video"] = str(path)
+        about["video"] = str(film.path)
     return {**about, "seed": seed, **evaluation.summarize(played)}
 
 
 class Film:
-    """Keeps the images of the first episode of the first environment.
+    """Writes the first episode of the first environment as a GIF, at its end.
 
-    key: the observation to keep. Raises ConfigError if it is None.
+    key: the observation to keep. path: of the GIF. Raises ConfigError if the key is None.
     """
 
-    def __init__(self, key: str | None) -> None:
+    def __init__(self, key: str | None, path: Path) -> None:
         if key is None:
             raise ConfigError("--video: this task is not seen through images")
-        self.key, self.frames, self._over = key, [], False
+        self.key, self.path, self._frames, self._over = key, path, [], False
 
     def __call__(self, step: EnvStep) -> None:
-        """Takes one row of every environment."""
+        """Takes one row of every environment. Raises: RunError, DiskFullError."""
         if not self._over:
-            self.frames.append(step.obs[self.key][0])
+            self._frames.append(step.obs[self.key][0])
             self._over = bool(step.is_last[0])
+            if self._over:
+                save_gif(self.path, encode_gif(np.stack(self._frames)))
 
 
 def main() -> None:

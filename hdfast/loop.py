@@ -7,6 +7,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from hdfast.runtime import checkpoint
 from hdfast.runtime.device import describe_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import (
     NO_ROOM,
+    CheckpointError,
     DiskFullError,
     Interrupted,
     NonFiniteError,
@@ -70,6 +72,21 @@ def replay_errors() -> Iterator[None]:
         if error.errno in NO_ROOM:
             raise DiskFullError(str(error), hint="make room and run it again") from error
         raise RunError(str(error)) from error
+
+
+@contextlib.contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Turns what torch says of parameters of other names or shapes into one line about the checkpoint at `path`."""
+    try:
+        yield
+    except RuntimeError as error:
+        first, *_, example = str(error).splitlines()
+        if "loading state_dict" not in first:
+            raise
+        hint = "is its environment, or config.json, another than in training?"
+        raise CheckpointError(
+            "the checkpoint does not fit", where=path, hint=hint, details=[example.strip()]
+        ) from error
 
 
 def make_envs(config: Config, task: Task, *, num_envs: int, stream: str, agent_steps: int = 0) -> BatchEnv:
@@ -152,11 +169,20 @@ class Session:
         device: torch.device,
         stop: StopRequest,
     ):
-        self.config, self.task, self.rundir, self.stop = config, task, rundir, stop
+        self.config, self.suite, self.task, self.rundir, self.stop = config, suite, task, rundir, stop
         saved = checkpoint.load_latest(rundir.checkpoints)
         begin = 0 if saved is None else saved.meta["agent_steps"]
         self.env = make_envs(config, task, num_envs=config.env.num_envs, stream="train", agent_steps=begin)
         self.eval_env: BatchEnv | None = None
+        try:
+            self._build(device, saved)
+        except BaseException:
+            self.env.close()
+            raise
+
+    def _build(self, device: torch.device, saved: checkpoint.Checkpoint | None) -> None:
+        """All that is made for the environments that are there, as it was when `saved` was."""
+        config, rundir = self.config, self.rundir
         self.learner = Learner(
             self.env.obs_specs,
             self.env.actions,
@@ -189,15 +215,15 @@ class Session:
         self.saved_at = time.monotonic()
         self.logger = Logger(
             rundir.path,
-            action_repeat=suite.action_repeat,
+            action_repeat=self.suite.action_repeat,
             resumed_at=None if saved is None else self.agent_steps,
             seconds=seconds,
             tensorboard=config.log.tensorboard,
         )
         self.progress = Progress(
             config.total_agent_steps,
-            action_repeat=suite.action_repeat,
-            title=f"{task.name} seed {config.seed}",
+            action_repeat=self.suite.action_repeat,
+            title=f"{self.task.name} seed {config.seed}",
         )
 
     def __enter__(self) -> "Session":
@@ -399,7 +425,8 @@ class Session:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
         self.replay.load_state_dict(part("replay."))
-        self.learner.load_state_dict(part("learner."))
+        with fitting(self.rundir.checkpoints):
+            self.learner.load_state_dict(part("learner."))
         self.policy.generator.set_state(tensors["policy.generator"])
         self.agent_steps, self.learning_from = meta["agent_steps"], meta["learning_from"]
         self.evaluated_at, self.evaluation = meta["evaluated_at"], meta["evaluation"]

@@ -1,4 +1,4 @@
-"""`python -m hdfast.report`: the table of a suite, from the runs on disk, beside the published scores."""
+"""Prints the table of a suite, from the finished runs on disk, beside the published scores."""
 
 import json
 import math

@@ -100,6 +100,7 @@ for name, kind, settings in (
     ("Taken", Count, {"observation": spaces.Dict({"reward": pixels(8, 8, 3)})}),
     ("Arm", Count, {"action": spaces.Box(np.float32([[-2, 0]]), np.float32([[2, 10]]))}),
     ("From5", Count, {"action": spaces.Discrete(3, start=5)}),
+    ("From9", Count, {"action": spaces.Discrete(4, start=9)}),
     ("Multi", Count, {"action": spaces.MultiDiscrete([2, 2])}),
     ("Whole", Count, {"action": box(2, dtype=np.int32)}),
     ("Unbounded", Count, {"action": box(2, low=-np.inf, high=np.inf)}),

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -19,7 +20,13 @@ from hdfast.config import (
     parse,
     validate,
 )
-from hdfast.runtime.errors import ConfigError
+from hdfast.runtime.errors import ConfigError, MissingLibraryError
+
+
+def test_a_missing_parser_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    with pytest.raises(MissingLibraryError, match=r"cannot import tyro: .*; pip install tyro"):
+        parse([])
 
 
 def value_of(config, name):

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ from PIL import Image
 from hdfast import evaluate, loop, profile, suites, sweep
 from hdfast.agent.behavior import Behavior
 from hdfast.envs.base import ContinuousActions
-from hdfast.runtime.errors import Interrupted, MissingLibraryError
+from hdfast.runtime.errors import Interrupted, MissingLibraryError, RunError
 from hdfast.runtime.signals import StopRequest
 from tests import loop_cases
 from tests.loop_cases import (
@@ -104,6 +105,43 @@ def test_evaluate_writes_a_video_of_the_first_episode(run):
         assert image.n_frames == 10  # the reset row and nine more
         assert image.size == (256, 256)
     path.unlink()
+
+
+def test_a_video_that_cannot_be_written_is_told_after_its_episode_not_after_all(run, tmp_path):
+    copy = tmp_path / "seed0"
+    shutil.copytree(path_of(run), copy)
+    shutil.rmtree(copy / "videos")
+    (copy / "videos").touch()
+    began = time.monotonic()
+    with pytest.raises(RunError, match="cannot write the video"):
+        evaluate.evaluate(copy, episodes=1_000_000, num_envs=2, video=True, device="cpu")
+    assert time.monotonic() - began < 30
+
+
+def test_a_trained_agent_acts_in_a_notebook(run):
+    with evaluate.load(str(path_of(run)), num_envs=2, device="cpu") as trained:
+        step, rows = trained.env.reset(), 0
+        while not step.is_last.any():
+            step = trained.env.step(trained.policy(step.obs, step.is_first))
+            rows += 1
+    assert (rows, trained.checkpoint.meta["agent_steps"], trained.config.task) == (9, 40, "Catch")
+    assert step.reward.tolist() in ([1, 1], [1, -1], [-1, 1], [-1, -1])
+    with pytest.raises(RuntimeError, match="this environment is closed"):
+        trained.env.reset()
+
+
+def test_a_checkpoint_of_another_model_is_one_line(run, tmp_path, monkeypatch, capfd):
+    copy = tmp_path / "seed0"
+    shutil.copytree(path_of(run), copy)
+    text = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(text.replace('"deter": 16', '"deter": 24'))
+    code, out, err = door(evaluate.main, [str(copy), "--device", "cpu"], monkeypatch, capfd)
+    assert (code, out) == (3, "")
+    first, detail = err.splitlines()
+    assert first.startswith(
+        f"error: {copy}/checkpoints/0000000040.safetensors: the checkpoint does not fit; is its"
+    )
+    assert "size mismatch for" in detail
 
 
 def test_evaluate_knows_success_and_wants_images_for_a_video(tmp_path, monkeypatch):

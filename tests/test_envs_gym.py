@@ -3,16 +3,19 @@
 Axes: N environments.
 """
 
+import dataclasses
+import multiprocessing
 import os
 import signal
 import time
 
+import gymnasium
 import numpy as np
 import pytest
 
-from hdfast import envs, report, suites
+from hdfast import envs, loop, report, suites
 from hdfast.evaluate import evaluate
-from hdfast.runtime.errors import ConfigError, RunError
+from hdfast.runtime.errors import CheckpointError, ConfigError, Interrupted, RunError
 from hdfast.suites import UnknownName
 from tests import loop_cases
 from tests.loop_cases import one_thread, path_of, tiny  # noqa: F401
@@ -230,6 +233,28 @@ def test_the_environments_work_while_the_learner_does():
         assert time.monotonic() - began < 0.4
         env.recv()
         assert time.monotonic() - began > 0.4
+
+
+@pytest.mark.parametrize(("now", "error"), [("Tall", RunError), ("From9", CheckpointError)])
+def test_a_run_whose_environment_has_changed_is_not_gone_on_with(tmp_path, monkeypatch, now, error):
+    config = tiny(tmp_path, suite="gym", task="tests.gym_envs:Count-v0", checkpoint={"seconds": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            loop.Session, "_evaluate", lambda self: os.kill(os.getpid(), signal.SIGTERM) or self.stop.check()
+        )
+        with pytest.raises(Interrupted):
+            loop_cases.train(config)
+    before = {
+        p: p.read_bytes()
+        for p in tmp_path.rglob("*")
+        if p.is_file() and p.name not in ("lock", "config.json")
+    }
+    changed = dataclasses.replace(gymnasium.spec(f"{now}-v0"), id="Count-v0")
+    monkeypatch.setitem(gymnasium.registry, "Count-v0", changed)
+    with pytest.raises(error, match=r"does not fit|holds rows of .*, this run has"):
+        loop_cases.train(config)
+    assert {p: p.read_bytes() for p in before} == before
+    assert not multiprocessing.active_children()
 
 
 def test_a_run_on_an_environment_of_ones_own(tmp_path):
