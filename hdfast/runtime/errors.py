@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 the run cannot go on, 2 the request is wrong, 3 no usable 
 import contextlib
 import difflib
 import errno
+import io
 import logging
 import os
 import select
@@ -190,5 +191,8 @@ def _report(error: HdfastError) -> int:
 def _is_broken(stream: TextIO) -> bool:
     """Whether a stream is a pipe that nobody reads any more, or a closed terminal."""
     poll = select.poll()
-    poll.register(stream.fileno(), 0)
+    try:
+        poll.register(stream.fileno(), 0)
+    except io.UnsupportedOperation:  # a stream in memory
+        return False
     return any(event & select.POLLERR for _, event in poll.poll(0))
