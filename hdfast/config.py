@@ -3,11 +3,7 @@
 Precedence, weakest first: the defaults below, the suite's own settings, ``--size``, flags of the command line.
 """
 
-import contextlib
 import dataclasses
-import io
-import itertools
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hdfast import suites
-from hdfast.runtime.errors import ConfigError, MissingLibraryError, suggest
-from hdfast.usage import usage
+from hdfast.flags import parse_flags, peek
+from hdfast.runtime.errors import ConfigError, suggest
 
 Size = Literal["tiny", "small", "medium", "large", "xlarge"]
 
@@ -330,8 +326,8 @@ def parse(argv: Sequence[str] | None = None, prog: str = "python -m hdfast.train
         SystemExit: ``--help``.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    default = default_config(_peek(argv, "--suite") or "atari100k", _peek(argv, "--size"))
-    return validate(_parse_flags(argv, default, prog))
+    default = default_config(peek(argv, "--suite") or "atari100k", peek(argv, "--size"))
+    return validate(parse_flags(argv, default, prog))
 
 
 def validate(config: Config) -> Config:
@@ -414,70 +410,6 @@ def validate(config: Config) -> Config:
             f"windows of {config.replay.length} rows need at least {2 * rows}"
         )
     return config
-
-
-def _parse_flags(argv: Sequence[str], default: Config, prog: str) -> Config:
-    """tyro's parser, with its errors as one line."""
-    try:
-        import tyro
-    except ImportError as error:
-        raise MissingLibraryError(f"cannot import tyro: {error}", hint="pip install tyro") from error
-
-    flags = [f"--{name.replace('_', '-')}" for name in field_names(default)]
-    negated = [re.sub(r"([^.-][^.]*)$", r"no-\1", flag) for flag in flags]  # --log.no-tensorboard
-    for arg in argv:
-        name = arg.partition("=")[0].replace("_", "-")
-        if name.startswith("--") and name not in (*flags, *negated, "--help"):
-            raise ConfigError(f"there is no option {name}{suggest(name, flags)}")
-    if {"-h", "--help"} & set(argv):
-        sys.stdout.write(usage(default, prog) + "\n")
-        raise SystemExit(0)
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(Config, default=default, args=argv, prog=prog)
-    except SystemExit:
-        # The first paragraph of the box that tyro draws, without its frame.
-        lines = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()]
-        text = " ".join(itertools.takewhile(bool, lines[1:])) or "the command line cannot be parsed"
-        raise ConfigError(_in_our_words(text)) from None
-
-
-def _in_our_words(text: str) -> str:
-    """What tyro's parser says, as every other error is said; what it does not know stays as it is."""
-    if found := re.match(r"invalid choice '(.*)' for argument '(--\S+)'. Expected one of \((.*)\)", text):
-        value, flag, choices = found.groups()
-        named = re.findall(r"'(.*?)'", choices)
-        return f"{flag} cannot be {value!r}{suggest(value, named)}"
-    if found := re.match(r"Error parsing (--\S+): (invalid literal|could not convert).*: '(.*)'", text):
-        flag, problem, value = found.groups()
-        return f"{flag}: {value!r} is not a {'whole ' if problem == 'invalid literal' else ''}number"
-    if found := re.match(r"Missing value for argument '(--\S+)'", text):
-        return f"{found[1]} needs a value"
-    if found := re.match(r"Unrecognized options: ([^,]+)", text):
-        hint = "a value stands behind its --flag, and a switch has none: --dry-run, --no-dry-run"
-        return f"there is no argument {found[1].split()[0]!r}; {hint}"
-    return text
-
-
-def field_names(config: Any, prefix: str = "") -> list[str]:
-    """Dotted names of all fields, nested ones included."""
-    names: list[str] = []
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        nested = dataclasses.is_dataclass(value)
-        names += field_names(value, f"{prefix}{item.name}.") if nested else [prefix + item.name]
-    return names
-
-
-def _peek(argv: Sequence[str], flag: str) -> str | None:
-    """The value given to `flag`, before the full parser knows its defaults."""
-    for i, arg in enumerate(argv):
-        if arg == flag and i + 1 < len(argv):
-            return argv[i + 1]
-        if arg.startswith(flag + "="):
-            return arg.partition("=")[2]
-    return None
 
 
 def _plain(value: Any) -> Any:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hdfast import config, report, suites
+from hdfast.flags import field_names
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, natural, positive
 from hdfast.runtime.console import Console
@@ -238,7 +239,7 @@ def main() -> None:
     parser.add_argument("--devices", nargs="+", default=(), help="devices that the runs take in turn")
     parser.add_argument("--ray", metavar="ADDRESS", help="run as tasks of this ray cluster")
     own, flags = _split(sys.argv[1:])
-    of_train = {f"--{name.replace('_', '-')}" for name in config.field_names(config.Config())}
+    of_train = {f"--{name.replace('_', '-')}" for name in field_names(config.Config())}
     for flag in (arg.partition("=")[0] for arg in own):
         if flag not in OWN_FLAGS and flag.replace("_", "-").replace(".no-", ".") in of_train:
             raise ConfigError(f"{flag} is a flag of hdfast.train", hint="put it behind --")

@@ -201,3 +201,12 @@ def test_one_task_of_the_suite(tmp_path, monkeypatch, capfd, two_tasks):
     assert (code, err) == (0, "")
     assert [p.name for p in (tmp_path / "demo").iterdir()] == ["Two"]
     assert "One" not in out
+
+
+@pytest.mark.parametrize("name", ["evaluate", "sweep", "profile", "report"])
+def test_help_is_short(name, monkeypatch, capfd):
+    main = __import__(f"hdfast.{name}", fromlist=["main"]).main
+    code, out, err = door(main, ["--help"], monkeypatch, capfd)
+    assert (code, err) == (0, "")
+    assert f"python -m hdfast.{name}" in out
+    assert len(out.splitlines()) < 40

@@ -16,10 +16,10 @@ from hdfast.config import (
     Config,
     apply_overrides,
     default_config,
-    field_names,
     parse,
     validate,
 )
+from hdfast.flags import field_names
 from hdfast.runtime.errors import ConfigError, MissingLibraryError
 
 

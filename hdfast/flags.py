@@ -1,0 +1,84 @@
+"""The flags that fill a nested dataclass: tyro's parser, its errors in the words of every other."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from hdfast.runtime.errors import ConfigError, MissingLibraryError, suggest
+from hdfast.usage import usage
+
+T = TypeVar("T")
+
+
+def parse_flags(argv: Sequence[str], default: T, prog: str) -> T:
+    """The dataclass `default` with the fields that the flags in `argv` name, by tyro's parser.
+
+    Raises:
+        ConfigError: tyro's errors as one line, with the nearest right name. MissingLibraryError: there is no tyro.
+        SystemExit: ``--help``, which is printed.
+    """
+    try:
+        import tyro
+    except ImportError as error:
+        raise MissingLibraryError(f"cannot import tyro: {error}", hint="pip install tyro") from error
+
+    flags = [f"--{name.replace('_', '-')}" for name in field_names(default)]
+    negated = [re.sub(r"([^.-][^.]*)$", r"no-\1", flag) for flag in flags]  # --log.no-tensorboard
+    for arg in argv:
+        name = arg.partition("=")[0].replace("_", "-")
+        if name.startswith("--") and name not in (*flags, *negated, "--help"):
+            raise ConfigError(f"there is no option {name}{suggest(name, flags)}")
+    if {"-h", "--help"} & set(argv):
+        sys.stdout.write(usage(default, prog) + "\n")
+        raise SystemExit(0)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(type(default), default=default, args=argv, prog=prog)
+    except SystemExit:
+        # The first paragraph of the box that tyro draws, without its frame.
+        lines = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()]
+        text = " ".join(itertools.takewhile(bool, lines[1:])) or "the command line cannot be parsed"
+        raise ConfigError(_in_our_words(text)) from None
+
+
+def _in_our_words(text: str) -> str:
+    """What tyro's parser says, as every other error is said; what it does not know stays as it is."""
+    if found := re.match(r"invalid choice '(.*)' for argument '(--\S+)'. Expected one of \((.*)\)", text):
+        value, flag, choices = found.groups()
+        named = re.findall(r"'(.*?)'", choices)
+        return f"{flag} cannot be {value!r}{suggest(value, named)}"
+    if found := re.match(r"Error parsing (--\S+): (invalid literal|could not convert).*: '(.*)'", text):
+        flag, problem, value = found.groups()
+        return f"{flag}: {value!r} is not a {'whole ' if problem == 'invalid literal' else ''}number"
+    if found := re.match(r"Missing value for argument '(--\S+)'", text):
+        return f"{found[1]} needs a value"
+    if found := re.match(r"Unrecognized options: ([^,]+)", text):
+        hint = "a value stands behind its --flag, and a switch has none: --dry-run, --no-dry-run"
+        return f"there is no argument {found[1].split()[0]!r}; {hint}"
+    return text
+
+
+def field_names(config: Any, prefix: str = "") -> list[str]:
+    """Dotted names of all fields, nested ones included."""
+    names: list[str] = []
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        nested = dataclasses.is_dataclass(value)
+        names += field_names(value, f"{prefix}{item.name}.") if nested else [prefix + item.name]
+    return names
+
+
+def peek(argv: Sequence[str], flag: str) -> str | None:
+    """The value given to `flag`, before the full parser knows its defaults."""
+    for i, arg in enumerate(argv):
+        if arg == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if arg.startswith(flag + "="):
+            return arg.partition("=")[2]
+    return None

@@ -1,0 +1,176 @@
+"""Playing a run's newest checkpoint: the door, the video, the agent for a notebook."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hdfast import evaluate, loop
+from hdfast.envs.base import ContinuousActions
+from hdfast.runtime.errors import RunError
+from tests import loop_cases
+from tests.loop_cases import (
+    door,
+    one_thread,  # noqa: F401
+    path_of,
+    script,
+    tiny,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of Catch."""
+    config = tiny(tmp_path_factory.mktemp("runs"))
+    loop_cases.train(config)
+    return config
+
+
+def test_evaluate_plays_the_newest_checkpoint_and_only_reads(run, monkeypatch, capfd):
+    path = path_of(run)
+    before = {p: p.stat().st_mtime_ns for p in path.rglob("*")}
+    with loop.RunDir.open(run.logdir, "demo", "Catch", 0, run.to_dict()):  # beside the trainer
+        argv = [str(path), "--episodes", "7", "--num-envs", "3", "--device", "cpu"]
+        code, out, err = door(evaluate.main, argv, monkeypatch, capfd)
+    assert (code, err) == (0, "")
+    assert out.count("\n") == 1
+    found = json.loads(out)
+    assert {p: p.stat().st_mtime_ns for p in before if p.name != "lock"} == {
+        p: t for p, t in before.items() if p.name != "lock"
+    }
+    assert found["run"] == str(path)
+    assert (found["agent_steps"], found["checkpoint"]) == (40, "0000000040.safetensors")
+    scores = found["scores"]
+    assert found["episodes"] == len(scores) == 7
+    assert set(scores) <= {-1.0, 1.0}
+    assert found["score"] == pytest.approx(np.mean(scores))
+    assert found["standard_error"] == pytest.approx(np.std(scores, ddof=1) / np.sqrt(7))
+    assert found["length"] == 9
+    assert "success" not in found
+    assert (
+        evaluate.evaluate(path, episodes=7, num_envs=3, device="cpu")["scores"] == scores
+    )  # a seed decides it
+    others = [
+        evaluate.evaluate(path, episodes=7, num_envs=3, seed=s, device="cpu")["scores"] for s in (1, 2, 3)
+    ]
+    assert others != [scores] * 3
+
+
+def test_evaluate_meets_episodes_that_training_did_not(run, tmp_path, monkeypatch):
+    seeds, make = [], loop.envs.make
+    monkeypatch.setattr(
+        loop.envs, "make", lambda *a, seed, **k: seeds.append(seed) or make(*a, seed=seed, **k)
+    )
+    loop_cases.train(tiny(tmp_path, agent_steps=2, eval={"every": 2}))
+    for seed in (0, 1):  # 0 is the seed of the run, too
+        evaluate.evaluate(path_of(run), episodes=1, seed=seed, device="cpu")
+    assert len(set(seeds)) == len(seeds) == 4
+
+
+def test_evaluate_acts_with_the_parameters_that_were_saved(run, monkeypatch):
+    seen = []
+    play = evaluate.evaluation.play
+    monkeypatch.setattr(
+        evaluate.evaluation,
+        "play",
+        lambda env, act, *args, **kw: seen.append(act) or play(env, act, *args, **kw),
+    )
+    evaluate.evaluate(path_of(run), episodes=1)
+    (policy,) = seen
+    saved = loop_cases.saved(run).tensors
+    for part in ("model", "behavior"):
+        for name, value in getattr(policy.learner, part).state_dict().items():
+            assert torch.equal(value, saved[f"learner.{part}.{name}"]), name
+    assert policy.num_envs == 1
+
+
+def test_evaluate_writes_a_video_of_the_first_episode(run):
+    found = evaluate.evaluate(path_of(run), episodes=3, num_envs=2, video=True, device="cpu")
+    path = Path(found["video"])
+    assert path == path_of(run) / "videos" / "evaluate_0000000040.gif"
+    with Image.open(path) as image:
+        assert image.n_frames == 10  # the reset row and nine more
+        assert image.size == (256, 256)
+    path.unlink()
+
+
+def test_a_video_that_cannot_be_written_is_told_after_its_episode_not_after_all(run, tmp_path):
+    copy = tmp_path / "seed0"
+    shutil.copytree(path_of(run), copy)
+    shutil.rmtree(copy / "videos")
+    (copy / "videos").touch()
+    began = time.monotonic()
+    with pytest.raises(RunError, match="cannot write the video"):
+        evaluate.evaluate(copy, episodes=1_000_000, num_envs=2, video=True, device="cpu")
+    assert time.monotonic() - began < 30
+
+
+def test_a_trained_agent_acts_in_a_notebook(run):
+    with evaluate.load(str(path_of(run)), num_envs=2, device="cpu") as trained:
+        step, rows = trained.env.reset(), 0
+        while not step.is_last.any():
+            step = trained.env.step(trained.policy(step.obs, step.is_first))
+            rows += 1
+    assert (rows, trained.checkpoint.meta["agent_steps"], trained.config.task) == (9, 40, "Catch")
+    assert step.reward.tolist() in ([1, 1], [1, -1], [-1, 1], [-1, -1])
+    with pytest.raises(RuntimeError, match="this environment is closed"):
+        trained.env.reset()
+
+
+def test_a_checkpoint_of_another_model_is_one_line(run, tmp_path, monkeypatch, capfd):
+    copy = tmp_path / "seed0"
+    shutil.copytree(path_of(run), copy)
+    text = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(text.replace('"deter": 16', '"deter": 24'))
+    code, out, err = door(evaluate.main, [str(copy), "--device", "cpu"], monkeypatch, capfd)
+    assert (code, out) == (3, "")
+    first, detail = err.splitlines()
+    assert first.startswith(
+        f"error: {copy}/checkpoints/0000000040.safetensors: the checkpoint does not fit; is its"
+    )
+    assert "size mismatch for" in detail
+
+
+def test_evaluate_knows_success_and_wants_images_for_a_video(tmp_path, monkeypatch):
+    script(monkeypatch, actions=ContinuousActions(2), state=True)
+    monkeypatch.setattr(evaluate, "make_envs", loop.make_envs)
+    config = tiny(tmp_path, agent_steps=12)
+    loop_cases.train(config)
+    assert evaluate.evaluate(path_of(config), episodes=4)["success"] == 1.0
+    with pytest.raises(evaluate.ConfigError, match="--video: this task is not seen through images"):
+        evaluate.evaluate(path_of(config), episodes=1, video=True)
+
+
+def test_evaluate_tells_what_is_wrong_in_one_line(run, tmp_path, monkeypatch, capfd):
+    with loop.RunDir.open(tmp_path, "demo", "Catch", 0, run.to_dict()) as new:
+        pass
+    for argv, code, text in (
+        ([str(tmp_path / "no")], 1, f"{tmp_path / 'no'}: there is no run here (no config.json)"),
+        ([str(tmp_path)], 2, f"{tmp_path}: this is not a run, it holds 1; try {new.path}"),
+        (
+            [str(new.path)],
+            3,
+            f"{new.path}: there is no checkpoint yet; the first is written after 1e+09 seconds of training",
+        ),
+        ([], 2, "the following arguments are required: run"),
+        (
+            [str(path_of(run)), "--episodes", "0"],
+            2,
+            "argument --episodes: 0 is out of range: right is 1 or more",
+        ),
+        ([str(path_of(run)), "--seed", "x"], 2, "argument --seed: 'x' is not a whole number"),
+        (
+            [str(path_of(run)), "--episods", "3"],
+            2,
+            "there is no option --episods; did you mean '--episodes'?",
+        ),
+        ([str(path_of(run)), "more"], 2, "there is no argument more"),
+        ([str(path_of(run)), "--device", "gpu"], 2, "--device: no device 'gpu'; did you mean 'cpu'?"),
+    ):
+        got, out, err = door(evaluate.main, argv, monkeypatch, capfd)
+        assert (got, out, err) == (code, "", f"error: {text}\n")
