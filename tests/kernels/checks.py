@@ -81,8 +81,7 @@ def check_against_fp64(
     a gradient get one, for a random linear function of all differentiable outputs. `reference` runs twice, on the
     same inputs and on their float64 copies; the error of the first is the measure of what `op` may err, by the
     largest and by the root mean square, beside `floor` units in the last place of the largest value (None: `floor_of`).
-    Memory that `op`
-    takes is filled with NaN beforehand. Integer outputs must be equal.
+    Memory that `op` takes is filled with NaN beforehand. Integer outputs must be equal.
 
     Returns what `op` gave: outputs by their position ("0", "1", ...), gradients as "grad " and their input's name.
     """
