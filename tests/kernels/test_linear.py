@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from checks import backends, check_against_fp64, random
 
-from hdfast_kernels import linear, linear_native
+from hdfast_kernels import dispatch, linear, linear_native
 
 # leading axes, inputs, outputs: one row; none; odd; small; large enough for oneDNN, wider one way and the other
 SHAPES = [
@@ -67,6 +67,7 @@ def test_products_of_every_layout(shape, library):
             check_against_fp64(linear_native.product, lambda a, b: a @ b, {"a": a, "b": b})
 
 
+@pytest.mark.skipif(not dispatch.native_built(), reason="the C++ module is not built")
 def test_a_large_float32_product_is_onednns(monkeypatch):
     monkeypatch.setattr(linear_native, "onednn_is_faster", lambda: True)
     x, weight, _ = inputs((64,), 256, 128, torch.float32).values()
