@@ -286,7 +286,6 @@ def training(record: Record) -> Callable[[float], str | None]:
             return absent
         with tempfile.TemporaryDirectory() as folder:
             command = ["-m", "hdfast.train", "--suite", "demo", "--logdir", folder]
-            command += ["--train.graph"] if record.on_gpu else []
             reason, _ = execute([sys.executable, *command], seconds)
             scores = next(Path(folder).rglob("scores.jsonl"), None)
             lines = [json.loads(line) for line in scores.read_text().splitlines()] if scores else []
@@ -345,6 +344,7 @@ def main() -> int:
             3 * gpu,
             watched(record, "compute-sanitizer", "racecheck", [*sanitizer, "racecheck"], "kernels"),
         ),
+        *([("choice", 6, work(record, "choice"))] if on_gpu else []),
         ("training", 6, training(record)),
     ]
     for at, (name, weight, do) in enumerate(steps):

@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.table import markdown as table
 from bench.table import number
+from hdfast.tuning.search import TIMES
 
 MODES = [
     ("reference", False),
@@ -30,6 +31,7 @@ def markdown(record: dict[str, Any]) -> str:
         ("Time of each part", timings),
         ("Predicted and measured", predictions),
         ("What should run by default on CUDA", defaults),
+        ("What a run finds for itself (hdfast.tune)", choices),
         ("Rates of the machine", peaks),
         ("Ops, forward and backward, beside eager PyTorch", ops),
         ("An update under torch.profiler", profiles),
@@ -169,6 +171,25 @@ def defaults(record: dict[str, Any]) -> list[str]:
     )
     reasons = [[row["op"], row["backend"], cell(row["why"])] for row in rows]
     return ["```python", *code, "```", "", table(["op", "backend", "because"], reasons, texts=3)]
+
+
+def choices(record: dict[str, Any]) -> list[str]:
+    """A line for each model: its fastest update, and what became of its ops."""
+    rows = []
+    for row in record["rows"]:
+        if row["kind"] != "choice":
+            continue
+        model = f"{row['size']} {row['precision']}"
+        if "error" in row:
+            rows.append([model, cell(row["error"]), "", ""])
+            continue
+        ms = ", ".join(
+            f"{name} {one:.3g}" for name, one in row["report"].get(TIMES, {}).get("ms", {}).items()
+        )
+        ops = ", ".join(sorted(op for op, backend in (row["ops"] or {}).items() if backend != "reference"))
+        wrong = [f"{op} ({line['why']})" for op, line in row["report"].items() if not line["right"]]
+        rows.append([model, ms, ops + (", as a CUDA graph" if row["graph"] else ""), cell("; ".join(wrong))])
+    return [table(["model", "ms an update", "runs fused", "not right"], rows, texts=4)] if rows else []
 
 
 def peaks(record: dict[str, Any]) -> list[str]:

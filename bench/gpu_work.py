@@ -29,6 +29,7 @@ from hdfast.agent.policy import Policy
 from hdfast.config import Config, apply_overrides
 from hdfast.runtime.device import resolve_device
 from hdfast.runtime.graphs import WARMUP, CapturedStep
+from hdfast.tuning.search import Job, search
 from hdfast_kernels import dispatch
 
 BACKENDS = ("default", "reference", "triton", "triton-persistent")
@@ -41,6 +42,7 @@ ON_CUDA = [
     ("large", "bfloat16"),
 ]
 ON_CPU = [("tiny", "float32")]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PARTS = ("update", "scan", "observe", "imagine", "act 1", "act 8", "sample", "add")
 ROUNDS, ROUND_SECONDS = 5, 0.1
 # Every kernel runs in it, and compute-sanitizer takes some thousand times as long.
@@ -64,19 +66,20 @@ def backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"no backend {name!r}, right are {', '.join(BACKENDS)}")
-    before = dispatch.CPU_DEFAULT, dispatch.CUDA_DEFAULT
+    before: dict[str, dict[str, str]] = {}
     scan = dispatch._ops["rssm_observe"].implementations
     triton_scan = scan["triton"]
     try:
         if name != "default":
             wanted = name.removesuffix("-persistent")
             chosen = {op: wanted for op in dispatch.ops() if wanted in dispatch._ops[op].implementations}
-            dispatch.CPU_DEFAULT = dispatch.CUDA_DEFAULT = chosen
+            before = {device: dispatch.use(device, chosen) for device in ("cpu", "cuda")}
         if name == "triton-persistent":
             scan["triton"] = functools.partial(triton_scan, persistent=True)
         yield
     finally:
-        dispatch.CPU_DEFAULT, dispatch.CUDA_DEFAULT = before
+        for device, table in before.items():
+            dispatch.use(device, table)
         scan["triton"] = triton_scan
 
 
@@ -149,10 +152,9 @@ def part(bench: Bench, name: str, graph: bool) -> Run:
 def timings(device: torch.device, name: str, write: "Rows") -> None:
     """A row for every part, size and precision, eager and as a graph."""
     on_cuda, persistent = device.type == "cuda", name == "triton-persistent"
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     for size, precision in (ON_CUDA if on_cuda else ON_CPU)[: 1 if persistent else None]:
         config = config_of(size)
-        bench = Bench(config, device, dtypes[precision])
+        bench = Bench(config, device, DTYPES[precision])
         parts = ("update", "scan") if persistent else PARTS
         for what, graph in [(what, graph) for what in parts for graph in (False, True)]:
             if graph and (not on_cuda or what == "add"):
@@ -166,7 +168,7 @@ def timings(device: torch.device, name: str, write: "Rows") -> None:
                         "parameters": bench.learner.parameter_counts()["total"],
                     }
             if graph and "error" in row:  # a capture that failed leaves its generators unusable
-                bench = Bench(config, device, dtypes[precision])
+                bench = Bench(config, device, DTYPES[precision])
 
 
 def profiles(device: torch.device, name: str, write: "Rows") -> None:
@@ -238,6 +240,15 @@ def peaks(device: torch.device, name: str, write: "Rows") -> None:
             row["value"] = barrier_us(programs)
 
 
+def choice(device: torch.device, name: str, write: "Rows") -> None:
+    """What a run would find out for itself of the models most used: which ops are right, and fastest together."""
+    for size, precision in (ON_CUDA if device.type == "cuda" else ON_CPU)[:2]:
+        with write.row(kind="choice", size=size, precision=precision) as row:
+            job = Job(IMAGE, ACTIONS, config_of(size), device, DTYPES[precision])
+            found = search(job, check=write.check, tell=lambda line: None)
+            row |= {"ops": found.ops, "graph": found.graph, "report": found.report}
+
+
 class Rows:
     """Appends rows to a file, each as soon as it is there, until the time is over."""
 
@@ -247,26 +258,32 @@ class Rows:
     @contextlib.contextmanager
     def row(self, **about: Any) -> Iterator[dict[str, Any]]:
         """A row to fill; what is raised inside becomes its `error`. Raises TimeoutError when the time is over."""
-        if time.monotonic() > self.until:
-            raise TimeoutError
+        self.check()
         row = dict(about)
         try:
             yield row
+        except TimeoutError:  # broken off by the end of its time
+            raise
         except Exception as error:
             lines = str(error).strip().splitlines()
             row["error"] = f"{type(error).__name__}: {lines[0] if lines else ''}"
             self._write(row)
             if re.search(LASTING, str(error)):  # nothing works in this process after it
                 raise
-        else:  # a row that is broken off by the end of its time is none
+        else:
             self._write(row)
+
+    def check(self) -> None:
+        """Raises TimeoutError when the time is over."""
+        if time.monotonic() > self.until:
+            raise TimeoutError
 
     def _write(self, row: dict[str, Any]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
 
-WORK = {work.__name__: work for work in (peaks, timings, profiles, once, kernels)}
+WORK = {work.__name__: work for work in (peaks, timings, profiles, once, kernels, choice)}
 
 
 def main() -> None:

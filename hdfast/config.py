@@ -53,8 +53,10 @@ class TrainConfig:
     """Rows replayed per agent step: 1024 at B16 x T64 is one update per agent step."""
     prefill: int = 1024
     """Windows that a random policy collects before learning starts."""
-    graph: bool = False
-    """Capture update and act as CUDA graphs. Opt-in until a GPU has been seen to run them right and faster."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """Update and acting as CUDA graphs; auto where they were found right and faster."""
+    tune: bool = True
+    """On CUDA, find the fastest kernels that are right, once for a machine and model; hdfast.tune shows them."""
     nonfinite_limit: int = 10
     """Updates skipped for a NaN or infinite loss before the run stops."""
 

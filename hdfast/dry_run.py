@@ -13,8 +13,10 @@ from hdfast.agent.learner import Learner
 from hdfast.agent.world_model import WorldModel
 from hdfast.config import Config
 from hdfast.envs.base import BatchEnv, DiscreteActions
-from hdfast.loop import make_envs, replay_specs
+from hdfast.loop import make_envs
 from hdfast.replay import Replay
+from hdfast.replay.contents import replay_specs
+from hdfast.runtime import graphs
 from hdfast.runtime.device import describe_device, resolve_device, resolve_precision
 from hdfast.suites import Task
 
@@ -23,9 +25,11 @@ def describe(config: Config, tasks: Sequence[Task]) -> str:
     """JSON: version, tasks, device, resolved config, and for the first task its environment, parameters and memory."""
     device = resolve_device(config.device)
     dtype = resolve_precision(config.precision, device)
+    graphs.check_graph(config.train.graph, device)
     with make_envs(config, tasks[0], num_envs=config.env.num_envs, stream="train") as env:
         learner = Learner(env.obs_specs, env.actions, config, device=device, dtype=dtype, seed=config.seed)
-        replay = Replay(replay_specs(env), num_envs=env.num_envs, capacity=config.replay_rows, device=device)
+        specs = replay_specs(env.obs_specs, env.actions)
+        replay = Replay(specs, num_envs=env.num_envs, capacity=config.replay_rows, device=device)
         about = {
             "version": hdfast.__version__,
             "tasks": [task.name for task in tasks],
@@ -82,7 +86,7 @@ def _activations(config: Config, env: BatchEnv, dtype: torch.dtype) -> int:
         lead = (config.replay.length, config.replay.batch)
         batch = {
             name: torch.empty(*lead, *spec.shape, dtype=torch.from_numpy(np.empty(0, spec.dtype)).dtype)
-            for name, spec in replay_specs(env).items()
+            for name, spec in replay_specs(env.obs_specs, env.actions).items()
         }
         uniform = torch.empty(*lead, config.rssm.stoch)
         parameters = {p.untyped_storage()._cdata for p in model.parameters()}

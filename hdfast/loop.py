@@ -18,9 +18,10 @@ from hdfast.agent.learner import Learner, captured_update
 from hdfast.agent.open_loop import open_loop
 from hdfast.agent.policy import Policy
 from hdfast.config import Config
-from hdfast.envs.base import ArraySpec, BatchEnv
+from hdfast.envs.base import BatchEnv
 from hdfast.replay import Replay, ReplayError
-from hdfast.runtime import checkpoint
+from hdfast.replay.contents import replay_specs
+from hdfast.runtime import checkpoint, graphs
 from hdfast.runtime.device import describe_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import (
     NO_ROOM,
@@ -29,7 +30,9 @@ from hdfast.runtime.errors import (
     Interrupted,
     NonFiniteError,
     RunError,
+    disk_errors,
 )
+from hdfast.runtime.files import write_json
 from hdfast.runtime.logger import Logger
 from hdfast.runtime.profiling import annotate
 from hdfast.runtime.progress import Progress
@@ -37,6 +40,8 @@ from hdfast.runtime.rundir import RunDir
 from hdfast.runtime.signals import StopRequest
 from hdfast.runtime.video import open_loop_grid
 from hdfast.suites import Suite, Task, get
+from hdfast.tuning.search import settle
+from hdfast_kernels import dispatch
 
 # What may differ between the sessions of one run: where it runs and how it reports, not what it computes.
 RESUMABLE_CHANGES = (
@@ -48,6 +53,8 @@ RESUMABLE_CHANGES = (
     "device",
     "precision",
     "env.threads",
+    "train.graph",
+    "train.tune",
     "train.nonfinite_limit",
     "checkpoint",
     "log",
@@ -106,17 +113,10 @@ def make_envs(config: Config, task: Task, *, num_envs: int, stream: str, agent_s
     )
 
 
-def replay_specs(env: BatchEnv) -> dict[str, ArraySpec]:
-    """What one row of replay holds."""
-    flag = ArraySpec((), np.dtype(bool))
-    return {
-        **env.obs_specs,
-        "action": env.actions.spec,
-        "reward": ArraySpec((), np.dtype(np.float32)),
-        "is_first": flag,
-        "is_last": flag,
-        "is_terminal": flag,
-    }
+def say(text: str) -> None:
+    """A line of a run that has no progress line yet."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
@@ -130,6 +130,7 @@ def run(config: Config, task: Task) -> dict[str, Any]:
     device = resolve_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current one
+    graphs.check_graph(config.train.graph, device)
     envs.check(config.suite, task.name)  # before a mistyped name becomes a directory
     with (
         replay_errors(),
@@ -182,20 +183,21 @@ class Session:
 
     def _build(self, device: torch.device, saved: checkpoint.Checkpoint | None) -> None:
         """All that is made for the environments that are there, as it was when `saved` was."""
-        config, rundir = self.config, self.rundir
-        self.learner = Learner(
-            self.env.obs_specs,
-            self.env.actions,
-            config,
-            device=device,
-            dtype=resolve_precision(config.precision, device),
-            seed=stream_seed(config.seed, "learner"),
-        )
+        config, rundir, dtype = self.config, self.rundir, resolve_precision(self.config.precision, device)
+        seen = self.env.obs_specs, self.env.actions
+        choice = settle(*seen, config, device, dtype, check=self.stop.check, say=say)
+        choice.use(device)
+        self.graph = config.train.graph == "on" or (config.train.graph == "auto" and choice.graph)
+        seed = stream_seed(config.seed, "learner")
+        self.learner = Learner(*seen, config, device=device, dtype=dtype, seed=seed)
+        with disk_errors(rundir.path, "use the run's directory"):
+            how = {"ops": dispatch.backends_of(device), "graph": self.graph}
+            write_json(rundir.path / "backends.json", how)
         self.policy = Policy(
-            self.learner, self.env.num_envs, stream_seed(config.seed, "policy"), graph=config.train.graph
+            self.learner, self.env.num_envs, stream_seed(config.seed, "policy"), graph=self.graph
         )
         self.replay = Replay(
-            replay_specs(self.env),
+            replay_specs(*seen),
             num_envs=self.env.num_envs,
             capacity=config.replay_rows,
             device=device,
@@ -204,7 +206,7 @@ class Session:
             checkpoints=config.checkpoint.keep,
         )
         self._update: Callable[[], None] = lambda: self.learner.step(self.replay.sample)
-        if config.train.graph:
+        if self.graph:
             self._update = captured_update(self.learner, self.replay.sample, self.replay.generators)
         self.agent_steps = 0
         self.learning_from: int | None = None  # agent steps at which the prefill was complete
@@ -392,7 +394,7 @@ class Session:
                 self.config, self.task, num_envs=num_envs, stream="eval", agent_steps=self.agent_steps
             )
         seed = stream_seed(self.config.seed, "evaluation", self.agent_steps)
-        policy = Policy(self.learner, self.eval_env.num_envs, seed, graph=self.config.train.graph)
+        policy = Policy(self.learner, self.eval_env.num_envs, seed, graph=self.graph)
         self.progress.update(phase="evaluate")
         with annotate("evaluate"):
             episodes = evaluation.play(self.eval_env, policy, config.episodes, self.stop.check)

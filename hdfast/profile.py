@@ -25,21 +25,22 @@ from hdfast import config as configs
 from hdfast import suites
 from hdfast.agent.learner import Learner
 from hdfast.config import Config
-from hdfast.envs.base import BatchEnv
-from hdfast.loop import make_envs, replay_specs, stream_seed
+from hdfast.loop import make_envs, say, stream_seed
 from hdfast.replay import Replay
+from hdfast.replay.contents import random_row, replay_specs
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, natural, positive
 from hdfast.runtime.console import Console
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import disk_errors
 from hdfast.runtime.profiling import annotate
+from hdfast.tuning.search import settle
 
 PHASES = ("sample", "world model", "imagination", "actor-critic", "optimizers")
 
 
 def build(config: Config) -> tuple[Learner, Callable[[], None]]:
-    """A learner, and its update on a replay of random rows.
+    """A learner, and its update on a replay of random rows, with the ops that a run would take.
 
     Raises: HdfastError, as a run of this config would.
     """
@@ -49,12 +50,14 @@ def build(config: Config) -> tuple[Learner, Callable[[], None]]:
     batch, length = config.replay.batch, config.replay.length
     with make_envs(config, task, num_envs=config.env.num_envs, stream="profile") as env:
         dtype = resolve_precision(config.precision, device)
+        settle(env.obs_specs, env.actions, config, device, dtype, check=lambda: None, say=say).use(device)
         learner = Learner(env.obs_specs, env.actions, config, device=device, dtype=dtype, seed=config.seed)
         capacity = 2 * length * env.num_envs
-        replay = Replay(replay_specs(env), num_envs=env.num_envs, capacity=capacity, device=device)
+        specs = replay_specs(env.obs_specs, env.actions)
+        replay = Replay(specs, num_envs=env.num_envs, capacity=capacity, device=device)
         rng = np.random.default_rng(stream_seed(config.seed, "profile"))
         for _ in range(2 * length):
-            replay.add(random_row(env, rng))
+            replay.add(random_row(env.obs_specs, env.actions, env.num_envs, rng))
 
     def update() -> None:
         replay.stage(batch, length)
@@ -62,18 +65,6 @@ def build(config: Config) -> tuple[Learner, Callable[[], None]]:
 
     mark(learner, replay)
     return learner, update
-
-
-def random_row(env: BatchEnv, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """One row (N, ...) of every key: bytes and Normal numbers as observations, episodes of 50 rows on average."""
-    n = env.num_envs
-    row = {"action": env.actions.sample(rng, n), "reward": rng.standard_normal(n, np.float32)}
-    for key, spec in env.obs_specs.items():
-        shape = (n, *spec.shape)
-        noise = rng.integers(256, size=shape) if spec.dtype == np.uint8 else rng.standard_normal(shape)
-        row[key] = noise.astype(spec.dtype)
-    row["is_last"] = rng.random(n) < 0.02
-    return {**row, "is_first": np.roll(row["is_last"], 1), "is_terminal": row["is_last"].copy()}
 
 
 def mark(learner: Learner, replay: Replay) -> None:

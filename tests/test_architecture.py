@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOORS = ("train", "evaluate", "report", "sweep", "profile")
+DOORS = ("train", "evaluate", "report", "sweep", "profile", "tune")
 
 # Who may import what of ours; a name covers all below it. The first line that names a module is its own.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -24,10 +24,32 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "hdfast.envs": ("hdfast.envs", "hdfast.suites", "hdfast.runtime.errors"),
     "hdfast.replay": ("hdfast.replay", "hdfast.envs.base", "hdfast.runtime", "hdfast_kernels"),
     "hdfast.agent": ("hdfast.agent", "hdfast.config", "hdfast.envs.base", "hdfast.runtime", "hdfast_kernels"),
+    "hdfast.tuning": (
+        "hdfast.tuning",
+        "hdfast.agent",
+        "hdfast.replay",
+        "hdfast.config",
+        "hdfast.envs.base",
+        "hdfast.runtime",
+        "hdfast_kernels",
+    ),
     **{f"hdfast.{door}": ("hdfast", "hdfast_kernels") for door in DOORS},
-    "hdfast": tuple(  # the loop and its like: everything but the doors
-        f"hdfast.{part}"
-        for part in ("agent", "config", "envs", "evaluation", "loop", "replay", "runtime", "suites")
+    "hdfast": (  # the loop and its like: everything but the doors
+        *(
+            f"hdfast.{part}"
+            for part in (
+                "agent",
+                "config",
+                "envs",
+                "evaluation",
+                "loop",
+                "replay",
+                "runtime",
+                "suites",
+                "tuning",
+            )
+        ),
+        "hdfast_kernels",
     ),
 }
 # Imported only inside the function that needs them: not everybody has them, or they are slow to load.

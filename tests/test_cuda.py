@@ -51,13 +51,14 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> str:
+def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
     """Of every op that has it; HDFAST_BACKEND=triton would refuse those that are left to PyTorch."""
     if request.param == "triton" and device.type == "cpu":
         pytest.skip("Triton runs on CUDA")
     having = [op for op in dispatch.ops() if request.param in dispatch._ops[op].implementations]
-    monkeypatch.setattr(dispatch, "CUDA_DEFAULT", dict.fromkeys(having, request.param))
-    return request.param
+    before = dispatch.use("cuda", dict.fromkeys(having, request.param))
+    yield request.param
+    dispatch.use("cuda", before)
 
 
 FLAGS = ("is_first", "is_last", "is_terminal")
@@ -155,12 +156,22 @@ def test_captured_acts_are_eager_acts(device, backend, options):
         assert torch.equal(eager, graph)
 
 
+def captured(graph: bool) -> dict[str, Any]:
+    """Of a run's `train`: with graphs or without, and on the ops that a test says."""
+    return {"graph": "on" if graph else "off", "tune": False}
+
+
 @needs_a_run
 def test_runs_with_graphs_learn_what_runs_without_learn(device, backend, monkeypatch, tmp_path):
     """The door's own loop, on scripted environments: the same number of everything, the same draws."""
     script(monkeypatch)
     configs = [
-        tiny(tmp_path / name, device=str(device), train={"graph": graph}, eval={"every": 20})
+        tiny(
+            tmp_path / name,
+            device=str(device),
+            train=captured(graph),
+            eval={"every": 20},
+        )
         for name, graph in (("eager", False), ("graphs", True))
     ]
     for config in configs:
@@ -235,7 +246,14 @@ def test_a_step_of_the_loop_does_not_wait_for_the_device(device, backend, graph,
     watch(Policy, "__call__")
     watch(Replay, "add")
     watch(loop.Session, "_learn")
-    train(tiny(tmp_path, device=str(device), train={"graph": graph}, log={"every": 1000}))
+    train(
+        tiny(
+            tmp_path,
+            device=str(device),
+            train=captured(graph),
+            log={"every": 1000},
+        )
+    )
     assert watched.keys() == {"__call__", "add", "_learn"}
     assert min(watched.values()) > 5
 

@@ -302,7 +302,7 @@ def test_what_is_not_there(tmp_path, monkeypatch, capfd):
         (["--suite", "demo", "--device", "gpu"], 2, "--device: no device 'gpu'; did you mean 'cpu'?"),
         (["--suite", "demo", "--env.source", "ale"], 2, "--env.source cannot be 'ale' in suite demo"),
         (
-            ["--suite", "demo", "--device", "cpu", "--train.graph"],
+            ["--suite", "demo", "--device", "cpu", "--train.graph", "on"],
             2,
             "--train.graph: a CUDA graph needs a CUDA device",
         ),

@@ -8,8 +8,8 @@ import torch
 
 from hdfast.agent.learner import captured_update
 from hdfast.agent.policy import Policy
-from hdfast.loop import replay_specs
 from hdfast.replay import Replay
+from hdfast.replay.contents import replay_specs
 from hdfast.runtime.errors import ConfigError
 from hdfast.runtime.graphs import CapturedStep
 from tests.agent_cases import differing, make_batch, make_learner, one_thread, snapshot  # noqa: F401
@@ -266,7 +266,7 @@ def test_a_run_is_the_same_with_graphs(monkeypatch, tmp_path):
     script(monkeypatch)
     options = {"eval": {"every": 20, "episodes": 8}, "agent_steps": 40}
     eager = tiny(tmp_path / "eager", **options)
-    graphs = tiny(tmp_path / "graphs", train={"graph": True}, **options)
+    graphs = tiny(tmp_path / "graphs", train={"graph": "on"}, **options)
     train(eager)
     assert not made
     train(graphs)
@@ -277,7 +277,8 @@ def test_a_run_is_the_same_with_graphs(monkeypatch, tmp_path):
 
 def test_a_graph_needs_cuda():
     learner = make_learner()
-    replay = Replay(replay_specs(Scripted(1)), num_envs=1, capacity=10)
+    env = Scripted(1)
+    replay = Replay(replay_specs(env.obs_specs, env.actions), num_envs=1, capacity=10)
     with pytest.raises(ConfigError, match="CUDA"):
         captured_update(learner, replay.sample, replay.generators)
     with pytest.raises(ConfigError, match="CUDA"):

@@ -111,9 +111,8 @@ def test_rows_hold_what_was_seen_and_the_action_chosen_then(tmp_path, monkeypatc
     train_env = env["train"][0]
     assert len(train_env.sent) == 20
     with loop.RunDir.open(config.logdir, "demo", "Catch", 0, config.to_dict()) as rundir:
-        session = loop.Session(
-            config, loop.get("demo"), loop.get("demo").task("Catch"), rundir, torch.device("cpu"), None
-        )
+        suite, stop = loop.get("demo"), loop.StopRequest()
+        session = loop.Session(config, suite, suite.task("Catch"), rundir, torch.device("cpu"), stop)
     replay = session.replay
     assert replay.rows_added == 20
     starts = torch.arange(2) * replay.ring

@@ -9,6 +9,14 @@ from hdfast.runtime.errors import ConfigError
 WARMUP = 3  # eager calls before the capture: kernels compile, libraries choose, buffers that are made late are made
 
 
+def check_graph(wish: str, device: torch.device) -> None:
+    """Raises: ConfigError if graphs are wished for ("on") where there can be none."""
+    if wish == "on" and device.type != "cuda":
+        raise ConfigError(
+            "a CUDA graph needs a CUDA device", where="--train.graph", hint="leave it out on the CPU"
+        )
+
+
 class CapturedStep:
     """Calls `step()` eagerly a few times, then captures it as one CUDA graph and replays that.
 
@@ -35,10 +43,7 @@ class CapturedStep:
         generators: Iterable[torch.Generator],
         warmup: int = WARMUP,
     ):
-        if device.type != "cuda":
-            raise ConfigError(
-                "a CUDA graph needs a CUDA device", where="--train.graph", hint="leave it out on the CPU"
-            )
+        check_graph("on", device)
         self.step, self.device, self.generators, self.warmup = step, device, tuple(generators), warmup
         self.graph: torch.cuda.CUDAGraph | None = None
         self.stream = torch.cuda.Stream(device)  # of the eager calls too: cuBLAS keeps a workspace for each

@@ -8,7 +8,7 @@ run is an error that says how to mend it; nothing falls back silently.
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ CPU_DEFAULT: dict[str, str] = {
     "two_hot_mean": "native",
 }
 CUDA_DEFAULT: dict[str, str] = {}
+_DEFAULTS = {"cpu": CPU_DEFAULT, "cuda": CUDA_DEFAULT}
 
 BUILD_COMMAND = "pip install -e ."
 
@@ -72,6 +73,24 @@ def register(
     given = {"reference": reference, "triton": triton, "native": native}
     entry.implementations |= {name: function for name, function in given.items() if function is not None}
     entry.dtypes = dtypes
+
+
+def use(device: str, backends: Mapping[str, str]) -> dict[str, str]:
+    """Replaces the defaults of a device type ("cpu", "cuda") in this process, and returns those before.
+
+    Raises BackendError if there is no such device type, op or backend.
+    """
+    if device not in _DEFAULTS:
+        raise BackendError(f"there are no backends for {device}, only for {' and '.join(_DEFAULTS)}")
+    for op, name in backends.items():
+        if op not in _ops:
+            raise BackendError(f"{op}: there is no such op; the ops are {', '.join(ops())}")
+        if name not in _ops[op].implementations:
+            raise BackendError(f"{op}: {_lacking(op, name)}")
+    before = dict(_DEFAULTS[device])
+    _DEFAULTS[device].clear()
+    _DEFAULTS[device].update(backends)
+    return before
 
 
 def resolve(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[..., Any]:
@@ -108,6 +127,12 @@ def backends_available(op: str, tensor: torch.Tensor) -> tuple[str, ...]:
     return tuple(name for name in BACKENDS if _obstacle(op, name, tensor) is None)
 
 
+def backends_of(device: torch.device) -> dict[str, str]:
+    """The backend that each op runs on by default on a device, HDFAST_BACKEND heeded, in float32."""
+    probe = torch.empty(0, device=device)
+    return {op: resolve_name(op, None, probe) for op in ops()}
+
+
 def ops() -> tuple[str, ...]:
     """The names of all registered ops."""
     return tuple(sorted(_ops))
@@ -129,22 +154,26 @@ def triton_interpreted() -> bool:
 
 
 def _default(op: str, tensor: torch.Tensor) -> str:
-    table = {"cpu": CPU_DEFAULT, "cuda": CUDA_DEFAULT}.get(tensor.device.type, {})
-    name = table.get(op, "reference")
+    name = _DEFAULTS.get(tensor.device.type, {}).get(op, "reference")
     entry = _ops[op]
     if entry.dtypes is not None and tensor.dtype not in entry.dtypes:
         return "reference"  # float64 and the like: only the definition covers them
     return name
 
 
-def _obstacle(op: str, backend: str, tensor: torch.Tensor) -> str | None:
-    """Why `backend` cannot run `op` on `tensor`, with the remedy; None if it can."""
+def _lacking(op: str, backend: str) -> str:
+    """What to say of a backend that `op` does not have."""
     if backend not in BACKENDS:
         return f"there is no such backend; choose one of {', '.join(BACKENDS)}"
+    have = ", ".join(name for name in BACKENDS if name in _ops[op].implementations)
+    return f"{op} has no {backend} implementation; it has {have}"
+
+
+def _obstacle(op: str, backend: str, tensor: torch.Tensor) -> str | None:
+    """Why `backend` cannot run `op` on `tensor`, with the remedy; None if it can."""
     entry = _ops[op]
     if backend not in entry.implementations:
-        have = ", ".join(name for name in BACKENDS if name in entry.implementations)
-        return f"{op} has no {backend} implementation; it has {have}"
+        return _lacking(op, backend)
     if backend == "reference":
         return None
     if entry.dtypes is not None and tensor.dtype not in entry.dtypes:

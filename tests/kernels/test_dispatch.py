@@ -23,8 +23,7 @@ def no_forced_backend(monkeypatch):
 def toy(monkeypatch):
     """An op of three backends that give their names, and a clean table."""
     monkeypatch.setattr(dispatch, "_ops", {})
-    monkeypatch.setattr(dispatch, "CPU_DEFAULT", {"toy": "native"})
-    monkeypatch.setattr(dispatch, "CUDA_DEFAULT", {})
+    monkeypatch.setattr(dispatch, "_DEFAULTS", {"cpu": {"toy": "native"}, "cuda": {}})
     monkeypatch.setattr(dispatch, "native_built", lambda: True)
     monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
     monkeypatch.setattr(dispatch, "triton_interpreted", lambda: False)
@@ -39,9 +38,31 @@ def test_the_table_decides_where_nobody_else_does(toy):
     assert dispatch.resolve(toy, None, CPU.double())() == "reference"  # only the definition covers float64
 
 
-def test_an_op_that_the_table_does_not_name_runs_its_reference(toy, monkeypatch):
-    monkeypatch.setattr(dispatch, "CPU_DEFAULT", {})
+def test_an_op_that_the_table_does_not_name_runs_its_reference(toy):
+    dispatch.use("cpu", {})
     assert dispatch.resolve_name(toy, None, CPU) == "reference"
+
+
+def test_a_table_replaces_what_was_there_and_gives_it_back(toy):
+    before = dispatch.use("cpu", {"toy": "reference"})
+    assert before == {"toy": "native"}
+    assert dispatch.resolve_name(toy, None, CPU) == "reference"
+    assert dispatch.use("cpu", before) == {"toy": "reference"}
+    assert dispatch.resolve_name(toy, None, CPU) == "native"
+
+
+@pytest.mark.parametrize(
+    ("device", "table", "says"),
+    [
+        ("cpu", {"toi": "native"}, "toi: there is no such op; the ops are toy"),
+        ("cpu", {"toy": "nativ"}, "toy: there is no such backend; choose one of reference, triton, native"),
+        ("mps", {}, "there are no backends for mps, only for cpu and cuda"),
+    ],
+)
+def test_a_table_that_cannot_be_changes_nothing(toy, device, table, says):
+    with pytest.raises(BackendError, match=f"^{says}$"):
+        dispatch.use(device, table)
+    assert dispatch.resolve_name(toy, None, CPU) == "native"
 
 
 def test_the_environment_goes_before_the_table_and_the_caller_before_both(toy, monkeypatch):

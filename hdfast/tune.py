@@ -1,0 +1,90 @@
+"""Finds which kernels, and whether CUDA graphs, are right and fastest for a run on this machine, and remembers it.
+
+On CUDA a first run does this by itself. On the CPU it is done only here; what is found is then used there, too. Every
+flag but --again is one of `hdfast.train`, so what is tried is the update of that run.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from hdfast import config as configs
+from hdfast import suites
+from hdfast.config import Config
+from hdfast.loop import make_envs
+from hdfast.runtime import errors
+from hdfast.runtime.arguments import Arguments
+from hdfast.runtime.console import Console
+from hdfast.runtime.device import describe_device, prepare_device, resolve_device, resolve_precision
+from hdfast.runtime.errors import RunError
+from hdfast.runtime.signals import StopRequest
+from hdfast.tuning.choice import Choice, alone, key_of, path_of, remember, remembered
+from hdfast.tuning.search import DEFINITION, FINE, GRAPH, TIMES, Job, TuningError, search, summary
+
+
+def tune(config: Config, console: Console, *, again: bool) -> Choice:
+    """What is remembered for the first task of a run, else or if `again` what a search finds, told as it goes.
+
+    Raises: HdfastError, as a run of this config would; RunError if not even plain PyTorch can be tried.
+    """
+    device = resolve_device(config.device)
+    prepare_device(device, config.little_work)
+    dtype = resolve_precision(config.precision, device)
+    task = suites.get(config.suite).select([config.task] if config.task else [])[0]
+    with make_envs(config, task, num_envs=config.env.num_envs, stream="tune") as env:
+        seen = dict(env.obs_specs), env.actions
+    key = key_of(*seen, config, device, dtype)
+    precision = str(dtype).removeprefix("torch.")
+    shape = f"{config.size}, B{config.replay.batch} T{config.replay.length} H{config.behavior.horizon}"
+    console.print(f"{describe_device(device)['name']}, {task.name}, {shape}, {precision}", soft_wrap=True)
+
+    def tell(line: Mapping[str, Any]) -> None:
+        if "end" in line:
+            why = line.get("why")
+            word = "right" if line["right"] else f"no: {why}"
+            console.print(f"  {line['end']}: {word}", markup=False, soft_wrap=True)
+
+    with StopRequest() as stop, alone(key, stop.check):
+        found = None if again else remembered(key)
+        if found is not None:
+            return found
+        try:
+            found = search(Job(*seen, config, device, dtype), check=stop.check, tell=tell)
+        except TuningError as error:
+            raise RunError(f"not even plain PyTorch could be tried: {error}") from error
+        if remember(key, found) is None:
+            errors.warn(f"{path_of(key).parent}: the choice could not be kept; it will be sought again")
+    return found
+
+
+def table(choice: Choice) -> Table:
+    """A line for every op that was tried: whether it is right, what it is worth, what runs."""
+    rows = Table("op", "right", "time of an update without it", "runs on", box=box.SIMPLE_HEAD)
+    without = choice.report.get(FINE, {}).get("without", {})
+    for op, line in choice.report.items():
+        if op in (DEFINITION, GRAPH, TIMES, FINE):
+            continue
+        worth = f"{without[op]:.2f}" if op in without else ""
+        rows.add_row(op, "yes" if line["right"] else "no", worth, (choice.ops or {}).get(op, "reference"))
+    if graph := choice.report.get(GRAPH):
+        right = "yes" if graph["right"] else "no"
+        rows.add_row("update and act", right, "", "CUDA graph" if choice.graph else "eager")
+    return rows
+
+
+def main() -> None:
+    parser = Arguments("python -m hdfast.tune", __doc__)
+    parser.usage = "%(prog)s [options] [flags of hdfast.train]"
+    parser.add_argument("--again", action="store_true", help="try again what is remembered")
+    args, flags = parser.parse_known_args()
+    config = configs.parse(flags, prog="python -m hdfast.tune")
+    console = Console()
+    choice = tune(config, console, again=args.again)
+    console.print(table(choice), width=None if console.is_terminal else 110)
+    console.print(summary(choice), markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    errors.main(main)

@@ -1,0 +1,158 @@
+"""What was found right and fastest, and where it is remembered: one JSON file for each machine and model.
+
+The folder is $HDFAST_CACHE, or hdfast in $XDG_CACHE_HOME, or ~/.cache/hdfast.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hdfast
+import hdfast_kernels
+from hdfast.config import Config
+from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
+from hdfast.runtime.device import describe_device
+from hdfast.runtime.files import plain, write_json
+from hdfast_kernels import dispatch
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a run computes, not what.
+
+    ops: backend by op, all others on their definition; None for the defaults of the device.
+    graph: whether update and acting are CUDA graphs. report: what was tried and measured, in JSON's types.
+    """
+
+    ops: Mapping[str, str] | None = None
+    graph: bool = False
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    def use(self, device: torch.device) -> None:
+        """Has the ops of this process run so on devices of this type, from now on."""
+        if self.ops is not None:
+            dispatch.use(device.type, self.ops)
+
+
+def key_of(
+    obs_specs: Mapping[str, ArraySpec],
+    actions: DiscreteActions | ContinuousActions,
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """All that a choice depends on: the machine, the versions of what runs on it, the shapes of the run."""
+    about = describe_device(device)
+    about.pop("device")
+    return plain(
+        {
+            "device": about,
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "hdfast": hdfast.__version__,
+            "source": _source(),
+            "dtype": str(dtype).removeprefix("torch."),
+            "observations": {k: [list(v.shape), str(v.dtype)] for k, v in sorted(obs_specs.items())},
+            "actions": type(actions).__name__,  # how many there are changes no speed
+            "config": {
+                name: asdict(getattr(config, name)) for name in ("rssm", "network", "harmony", "loss")
+            },
+            "batch": config.replay.batch,
+            "length": config.replay.length,
+            "horizon": config.behavior.horizon,
+            "forced": os.environ.get("HDFAST_BACKEND") or None,
+        }
+    )
+
+
+def path_of(key: Mapping[str, Any]) -> Path:
+    """The file that remembers the choice for a key."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return _folder() / f"choice-{digest[:16]}.json"
+
+
+def remembered(key: Mapping[str, Any]) -> Choice | None:
+    """The choice for a key, None if there is none that can be read."""
+    try:
+        found = json.loads(path_of(key).read_bytes())
+        choice = Choice(found["ops"], found["graph"], found["report"])
+        known = all(backend in dispatch.BACKENDS for backend in (choice.ops or {}).values())
+        fits = found["key"] == key and known and set(choice.ops or {}) <= set(dispatch.ops())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return choice if fits and isinstance(choice.graph, bool) else None
+
+
+def remember(key: Mapping[str, Any], choice: Choice) -> Path | None:
+    """Keeps a choice and returns its file, None where nothing can be kept."""
+    path = path_of(key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = {"ops": choice.ops, "graph": choice.graph, "report": choice.report}
+        write_json(path, {**found, "key": key, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    except OSError:
+        return None
+    return path
+
+
+@contextlib.contextmanager
+def alone(key: Mapping[str, Any], check: Callable[[], None]) -> Iterator[None]:
+    """One process at a time for a key, where the folder can be written to; `check` is called while it waits.
+
+    The runs of a sweep begin together: the first tries, on a machine that the others leave to it, and they read.
+    """
+    path = path_of(key).with_suffix(".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError:
+        yield
+        return
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                check()
+                time.sleep(POLL_SECONDS)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _folder() -> Path:
+    if own := os.environ.get("HDFAST_CACHE"):
+        return Path(own)
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path(os.path.expanduser("~")) / ".cache") / "hdfast"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _source() -> str:
+    """A digest of the kernels and of the agent that calls them: whoever edits them tries again."""
+    digest = hashlib.sha256()
+    folders = [Path(hdfast_kernels.__file__).parent, Path(hdfast.__file__).parent / "agent"]
+    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,281 @@
+"""Finds how a run should compute, in a process of its own: a kernel that crashes or hangs costs that process alone.
+
+The process writes a JSON line as each trial begins and ends. Where it dies, or a trial takes too long, that trial has
+failed, and another process does the rest. Run as `python -m hdfast.tuning.search JOB LINES`.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hdfast
+from hdfast.config import Config
+from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
+from hdfast.runtime.device import describe_device, prepare_device
+from hdfast.runtime.errors import warn
+from hdfast.tuning.choice import POLL_SECONDS, Choice, alone, key_of, remember, remembered
+from hdfast.tuning.trials import WORTH, Trials, Verdict
+
+LIMIT = 180.0  # seconds for one trial; the first of an op compiles its kernels
+BUDGET = 600.0  # seconds for all; a run that is to begin has waited long enough by then
+AUTOMATIC = (
+    "cuda",
+)  # types of devices on which a run searches by itself; on the CPU the defaults are measured
+DEFINITION, GRAPH, TIMES, FINE = "plain PyTorch", "CUDA graphs", "times", "times without each"
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+class TuningError(RuntimeError):
+    """Plain PyTorch could not be tried, so nothing can be compared with it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to try, and the verdicts that are known of processes before: a trial's name -> its last line."""
+
+    obs_specs: Mapping[str, ArraySpec]
+    actions: DiscreteActions | ContinuousActions
+    config: Config
+    device: torch.device
+    dtype: torch.dtype
+    known: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def search(
+    job: Job, *, check: Callable[[], None], tell: Report, limit: float = LIMIT, budget: float = BUDGET
+) -> Choice:
+    """Tries all that could be chosen, and returns what is right and fastest.
+
+    check: called while waiting; what it raises ends the search. tell: is given every line.
+    limit, budget: seconds for one trial and for all; what is not done by then has failed.
+
+    Raises: TuningError.
+    """
+    end = time.monotonic() + budget
+    while True:
+        begun, reason = None, None
+        with tempfile.TemporaryDirectory(prefix="hdfast-") as folder:
+            for line in _lines(job, Path(folder), check, limit, end):
+                tell(line)
+                if "reason" in line:
+                    reason = line["reason"]
+                elif "begin" in line:
+                    begun = line["begin"]
+                else:
+                    job.known[line["end"]], begun = line, None
+        if reason is None:
+            return chosen(job.known)
+        if begun is None or begun == DEFINITION:
+            raise TuningError(reason)
+        job.known[begun] = {"end": begun, "right": False, "why": reason}
+        tell(job.known[begun])
+        if time.monotonic() > end:
+            return chosen(job.known)
+
+
+def settle(
+    obs_specs: Mapping[str, ArraySpec],
+    actions: DiscreteActions | ContinuousActions,
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    check: Callable[[], None],
+    say: Callable[[str], None],
+) -> Choice:
+    """How a run is to compute: what is remembered for this machine and model, on CUDA else what a search finds.
+
+    A search is announced and told with `say`; where it fails, a run goes on as it would without.
+    """
+    if not config.train.tune:
+        return Choice()
+    key = key_of(obs_specs, actions, config, device, dtype)
+    if (found := remembered(key)) is not None or device.type not in AUTOMATIC:
+        return found or Choice()
+    with alone(key, check):
+        if (found := remembered(key)) is not None:
+            return found
+        name = describe_device(device)["name"]
+        say(
+            f"{name}: finding the fastest kernels for this model, once; takes a minute or two (--train.no-tune: not)"
+        )
+        try:
+            found = search(
+                Job(obs_specs, actions, config, device, dtype), check=check, tell=lambda line: None
+            )
+        except TuningError as error:
+            warn(f"nothing could be tried, so the run uses plain PyTorch: {error}")
+            return Choice()
+        path = remember(key, found)
+        say(f"{summary(found)}; {f'kept in {path}' if path else 'it could not be kept'}")
+        return found
+
+
+def summary(choice: Choice) -> str:
+    """What was chosen and what it is worth, in one line."""
+    ms = choice.report.get(TIMES, {}).get("ms", {})
+    fused = Counter((choice.ops or {}).values())
+    parts = [f"{count} ops in {backend}" for backend, count in sorted(fused.items())] or ["plain PyTorch"]
+    parts += ["as a CUDA graph"] if choice.graph else []
+    times = ", ".join(f"{name} {one:.3g}" for name, one in ms.items())
+    return ", ".join(parts) + (f" (ms an update: {times})" if times else "")
+
+
+def chosen(known: Mapping[str, Mapping[str, Any]]) -> Choice:
+    """The choice that follows from the last lines of all trials."""
+    last = next((known[name] for name in (FINE, TIMES) if known.get(name, {}).get("right")), {})
+    report = {name: {k: v for k, v in line.items() if k != "end"} for name, line in known.items()}
+    return Choice(last.get("ops"), bool(last.get("graph", False)), report)
+
+
+def work(job: Job, write: Report) -> None:
+    """All trials whose verdict is not known, a line as each begins and ends."""
+    prepare_device(job.device, job.config.little_work)
+
+    def trial(name: str, do: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        if name not in job.known:
+            write({"begin": name})
+            job.known[name] = {"end": name, **do()}
+            write(job.known[name])
+        return job.known[name]
+
+    def verdict(judge: Callable[[], Verdict]) -> Callable[[], Mapping[str, Any]]:
+        def do() -> Mapping[str, Any]:
+            try:
+                found = judge()
+            except Exception as error:  # Triton and CUDA raise what they like
+                if _lasting(error):
+                    raise
+                found = Verdict(False, f"{type(error).__name__}: {_first_line(error)}")
+            return {"right": found.right, "why": found.why}
+
+        return do
+
+    write({"begin": DEFINITION})  # in every process: the others are compared with it
+    trials = Trials(job.obs_specs, job.actions, job.config, job.device, job.dtype)
+    trials.measure_definition()
+    write({"end": DEFINITION, "right": True})
+    ops = {
+        op: backend
+        for op, backend in trials.candidates().items()
+        if trial(op, verdict(lambda op=op, backend=backend: trials.judge({op: backend})))["right"]
+    }
+    graph = False
+    if job.device.type == "cuda":
+        graph = trial(GRAPH, verdict(lambda: trials.judge_graph(ops)))["right"]
+    found = trial(TIMES, lambda: times(trials, ops, graph))
+    if found["right"] and found["ops"]:
+        trial(FINE, lambda: leave_out(trials, found))
+
+
+def times(trials: Trials, ops: Mapping[str, str], graph: bool) -> dict[str, Any]:
+    """The fastest of plain PyTorch and all ops that are right, eager and captured, in ms an update."""
+    settings = {"plain PyTorch": ({}, False), "fused": (ops, False)}
+    if graph:
+        settings |= {"plain PyTorch, graph": ({}, True), "fused, graph": (ops, True)}
+    if not ops:
+        settings = {name: setting for name, setting in settings.items() if name.startswith("plain")}
+    took = trials.milliseconds(*settings.values())
+    ms = {name: round(one, 3) for name, one in zip(settings, took, strict=True)}
+    best, captured = settings[min(ms, key=ms.__getitem__)]
+    return {"right": True, "ops": dict(best), "graph": captured, "ms": ms}
+
+
+def leave_out(trials: Trials, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The ops that an update is faster with than without, each timed in turns with the rest as they are."""
+    ops, without = dict(found["ops"]), {}
+    for op in found["ops"]:
+        rest = {name: backend for name, backend in ops.items() if name != op}
+        here, there = trials.milliseconds((ops, found["graph"]), (rest, found["graph"]))
+        without[op] = round(there / here, 3)
+        if there < WORTH * here:
+            ops = rest
+    return {"right": True, "ops": ops, "graph": found["graph"], "without": without}
+
+
+def _lines(
+    job: Job, folder: Path, check: Callable[[], None], limit: float, end: float
+) -> Iterator[dict[str, Any]]:
+    """What a process that does a job writes, as it writes it; at last the `reason` where it did not end well.
+
+    limit: seconds from one line to the next. end: of all, on the monotonic clock.
+    """
+    lines, said = folder / "lines", folder / "said"
+    (folder / "job").write_bytes(pickle.dumps(job))
+    lines.touch()
+    command = [sys.executable, "-m", "hdfast.tuning.search", str(folder / "job"), str(lines)]
+    homes = [str(Path(hdfast.__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, homes))}
+    with (
+        said.open("wb") as output,
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
+            start_new_session=True,  # Ctrl-C is for the run, which ends this one
+        ) as process,
+        lines.open("rb") as reader,
+    ):  # fmt: skip
+        try:
+            until, rest, over = time.monotonic() + limit, b"", False
+            while not over:
+                over = process.poll() is not None  # what it wrote before it ended is read after
+                rest += reader.read()
+                *whole, rest = rest.split(b"\n")
+                for line in whole:
+                    until = time.monotonic() + limit
+                    yield json.loads(line)
+                if time.monotonic() > min(until, end):
+                    late = "the time for all trials was over"
+                    yield {"reason": late if until > end else f"no end within {limit:.0f} s"}
+                    return
+                if not over:
+                    check()
+                    time.sleep(POLL_SECONDS)
+            if process.returncode:
+                yield {"reason": _reason(process.returncode, said)}
+        finally:
+            process.kill()
+
+
+def _reason(code: int, said: Path) -> str:
+    lines = said.read_text(errors="replace").strip().splitlines()
+    last = f": {lines[-1].strip()[:300]}" if lines else ""
+    return f"its process ended by signal {-code}" if code < 0 else f"its process ended with code {code}{last}"
+
+
+def _lasting(error: Exception) -> bool:
+    """Whether CUDA is of no more use to this process; what is tried next needs another."""
+    if not torch.cuda.is_available():
+        return False
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return False
+    with contextlib.suppress(Exception):
+        torch.cuda.synchronize()
+        (torch.zeros(1, device="cuda") + 1).item()
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
+
+
+def main(job: str, lines: str) -> None:
+    with open(lines, "a", buffering=1) as file:
+        work(pickle.loads(Path(job).read_bytes()), lambda line: file.write(json.dumps(dict(line)) + "\n"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,261 @@
+"""Updates of one run's model on every backend and as a CUDA graph: which are right, and which is fastest.
+
+An op is tried alone, everything else on its definition. Right is an update whose gradients and steps are those of
+plain PyTorch but for rounding, for which there is a yardstick: how far the same update goes astray when its
+parameters are moved by a rounding error. That is little in float32, and much in bfloat16, where many a latent is
+sampled otherwise; so an op is held to both, the first of which finds a small mistake and the second a large one.
+"""
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hdfast.agent.learner import Learner, captured_update
+from hdfast.agent.policy import Policy
+from hdfast.config import Config
+from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
+from hdfast.replay import Replay
+from hdfast.replay.contents import random_row, replay_specs
+from hdfast.runtime.graphs import WARMUP
+from hdfast_kernels import dispatch
+
+FUSED = {"cuda": "triton", "cpu": "native"}  # what is tried beside the definition
+NUDGES = 2  # updates whose parameters are moved by a rounding error
+SLACK, TOLERANCE = 4.0, 0.02  # times the yardstick, and in any case
+ROUNDS, ROUND_SECONDS = 5, 0.05
+WORTH = 0.99  # an op stays on its definition unless the update is slower so by more than noise
+
+Ops = Mapping[str, str]
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a trial came to what plain PyTorch comes to, and why not."""
+
+    right: bool
+    why: str = ""
+
+
+class Trials:
+    """Updates on noise, each from the same parameters, on the same rows, with the same draws.
+
+    Args:
+        obs_specs, actions: what the environment shows and accepts.
+        config, dtype: of the run.
+        device: where it learns.
+        num_envs: of the rows of noise.
+    """
+
+    def __init__(
+        self,
+        obs_specs: Mapping[str, ArraySpec],
+        actions: DiscreteActions | ContinuousActions,
+        config: Config,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.device, self.dtype, self.config = device, dtype, config
+        self.learner = Learner(obs_specs, actions, config, device=device, dtype=dtype, seed=0)
+        self._spread()
+        self._start = {name: tensor.clone() for name, tensor in self.learner.state_dict().items()}
+        rng = np.random.default_rng(0)
+        self._rows = [random_row(obs_specs, actions, 1, rng) for _ in range(2 * config.replay.length)]
+        self._definition: dict[torch.dtype, dict[str, Tensor]] = {}
+        self._yardstick: dict[torch.dtype, dict[str, float]] = {}
+
+    @torch.no_grad()
+    def _spread(self) -> None:
+        """Moves every parameter off its initial value: where heads begin at zero, many a gradient is zero, too."""
+        generator = torch.Generator().manual_seed(0)
+        for _, parameter in self._parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(self.device)
+
+    def candidates(self) -> dict[str, str]:
+        """The fused backend of every op that has one here; none where HDFAST_BACKEND decides."""
+        if os.environ.get("HDFAST_BACKEND"):
+            return {}
+        fused = FUSED[self.device.type]
+        probe = torch.empty(0, device=self.device)
+        return {op: fused for op in dispatch.ops() if fused in dispatch.backends_available(op, probe)}
+
+    def measure_definition(self) -> None:
+        """What plain PyTorch comes to, and how far rounding leads it astray."""
+        for dtype in dict.fromkeys((torch.float32, self.dtype)):
+            found = self._definition[dtype] = self._changes({}, dtype)
+            moved = [_distances(found, self._changes({}, dtype, nudge=k + 1)) for k in range(NUDGES)]
+            self._yardstick[dtype] = {name: max(one[name] for one in moved) for name in moved[0]}
+
+    def judge(self, ops: Ops) -> Verdict:
+        """Whether an update with these ops is right, in float32 and in the type of the run."""
+        for dtype, expected in self._definition.items():
+            far = _distances(expected, self._changes(ops, dtype))
+            yardstick = self._yardstick[dtype]
+            wrong = [n for n, d in far.items() if not d <= SLACK * yardstick[n] + TOLERANCE]
+            if wrong:
+                worst = max(wrong, key=lambda name: far[name] / (yardstick[name] + TOLERANCE))
+                kind = str(dtype).removeprefix("torch.")
+                why = (
+                    f"{kind}: {worst} is off by {far[worst]:.2g}, rounding moves it by {yardstick[worst]:.1g}"
+                )
+                return Verdict(False, why)
+        return Verdict(True)
+
+    def judge_graph(self, ops: Ops) -> Verdict:
+        """Whether updates and actions as CUDA graphs are those that run eagerly."""
+        eager, again, graph = (self._updates(ops, graph) for graph in (False, False, True))
+        if not torch.equal(eager.pop("generator"), graph.pop("generator")):
+            return Verdict(False, "a captured update draws other random numbers")
+        again.pop("generator")
+        noise, far = _distances(eager, again), _distances(eager, graph)
+        wrong = [name for name, d in far.items() if not d <= SLACK * noise[name] + TOLERANCE]
+        if wrong:
+            worst = max(wrong, key=far.__getitem__)
+            return Verdict(False, f"a captured update: {worst} is off by {far[worst]:.2g}")
+        far = _distances(self._acts(ops, False), self._acts(ops, True))
+        if not far["deter"] <= TOLERANCE:
+            return Verdict(False, f"a captured action: the recurrent state is off by {far['deter']:.2g}")
+        return Verdict(True)
+
+    def milliseconds(self, *settings: tuple[Ops, bool]) -> list[float]:
+        """Time of an update with these ops, captured or not, in turns; the median of a few rounds of each."""
+        runs = [self._begin(ops, self.dtype, graph) for ops, graph in settings]
+        for run in runs:
+            for _ in range(WARMUP + 2):
+                run()
+        calls = [max(1, min(100, int(ROUND_SECONDS / self._seconds(run, 1)))) for run in runs]
+        rounds = [[self._seconds(run, n) for run, n in zip(runs, calls, strict=True)] for _ in range(ROUNDS)]
+        return [1e3 * statistics.median(times) for times in zip(*rounds, strict=True)]
+
+    def _seconds(self, run: Callable[[], None], calls: int) -> float:
+        self._synchronize()
+        began = time.perf_counter()
+        for _ in range(calls):
+            run()
+        self._synchronize()
+        return (time.perf_counter() - began) / calls
+
+    def _begin(self, ops: Ops, dtype: torch.dtype, graph: bool, nudge: int = 0) -> Callable[[], None]:
+        """An update to call again and again, with the learner back at its start."""
+        learner, config = self.learner, self.config
+        learner.generator = torch.Generator(self.device)  # a graph keeps the one it was captured with
+        learner.load_state_dict(self._start)
+        learner.dtype = dtype
+        if nudge:
+            self._nudge(torch.finfo(dtype).eps / 2, seed=nudge)
+        specs = replay_specs(learner.obs_specs, learner.actions)
+        replay = Replay(specs, num_envs=1, capacity=len(self._rows), device=self.device, place="device")
+        for row in self._rows:
+            replay.add(row)
+        if graph:
+            update = captured_update(learner, replay.sample, replay.generators)
+        else:
+            update = lambda: learner.step(replay.sample)  # noqa: E731
+
+        def run() -> None:
+            replay.stage(config.replay.batch, config.replay.length)
+            with using(self.device, ops):
+                update()
+
+        return run
+
+    @torch.no_grad()
+    def _nudge(self, eps: float, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for module in (self.learner.model, self.learner.behavior):
+            for parameter in module.parameters():
+                noise = 2 * torch.rand(parameter.shape, generator=generator) - 1
+                parameter *= 1 + eps * noise.to(self.device)
+
+    def _changes(self, ops: Ops, dtype: torch.dtype, nudge: int = 0) -> dict[str, Tensor]:
+        """Gradient (as Adam's first moment) of every parameter in one update, in float32 its step, too.
+
+        The first step of Adam goes as far for a gradient that is nothing but rounding as for any other.
+        """
+        run = self._begin(ops, dtype, False, nudge)
+        before = {name: parameter.clone() for name, parameter in self._parameters()}
+        run()
+        if dtype != torch.float32:
+            return self._moments()
+        return {**self._moments(), **{f"step of {n}": p - before[n] for n, p in self._parameters()}}
+
+    def _updates(self, ops: Ops, graph: bool) -> dict[str, Tensor]:
+        """First moments after a few updates, the last two of them replayed, and the state of the generator."""
+        run = self._begin(ops, self.dtype, graph)
+        for _ in range(WARMUP + 2):
+            run()
+        return {**self._moments(), "generator": self.learner.generator.get_state()}
+
+    def _acts(self, ops: Ops, graph: bool) -> dict[str, Tensor]:
+        """The recurrent state after a few actions, the last two of them replayed."""
+        self._begin(ops, self.dtype, False)
+        policy = Policy(self.learner, 1, seed=0, graph=graph)
+        for row in self._rows[: WARMUP + 2]:
+            with using(self.device, ops):
+                policy({key: row[key] for key in self.learner.obs_specs}, row["is_first"])
+        return {"deter": policy.latent.deter.clone()}
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for part, module in (("model", self.learner.model), ("behavior", self.learner.behavior)):
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    yield f"{part}.{name}", parameter.detach()
+
+    def _moments(self) -> dict[str, Tensor]:
+        names = {parameter.data_ptr(): name for name, parameter in self._parameters()}
+        return {
+            f"gradient of {names[parameter.data_ptr()]}": mean.clone()
+            for optimizer in self.learner.optimizers.values()
+            for parameter, mean in zip(optimizer.parameters, optimizer.mean, strict=True)
+        }
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class using:
+    """A context in which every op runs as in `ops`, and those that it does not name on their definition."""
+
+    def __init__(self, device: torch.device, ops: Ops):
+        self._device, self._ops = device.type, dict(ops)
+
+    def __enter__(self) -> None:
+        self._before = dispatch.use(self._device, self._ops)
+
+    def __exit__(self, *error: object) -> None:
+        dispatch.use(self._device, self._before)
+
+
+def _part(name: str) -> str:
+    """What a gradient or step belongs to, "gradient of behavior.actor" say; of a part, itself."""
+    what, _, owner = name.rpartition(" ")
+    names = owner.split(".")
+    return f"{what} {'.'.join(names[: 2 if names[0] == 'behavior' else 1])}"
+
+
+def _distances(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> dict[str, float]:
+    """How far each tensor, and each part, is from what is expected, as a share of that; NaN where not finite."""
+    names = list(expected)
+    squares = torch.stack(
+        [
+            torch.stack(
+                [(got[n].double() - expected[n].double()).square().sum(), expected[n].double().square().sum()]
+            )
+            for n in names
+        ]
+    )
+    found: dict[str, tuple[float, float]] = dict(zip(names, squares.tolist(), strict=True))
+    for name in names:
+        part = _part(name)
+        if part != name:
+            found[part] = tuple(a + b for a, b in zip(found.get(part, (0.0, 0.0)), found[name], strict=True))
+    return {name: math.sqrt(apart / max(size, 1e-60)) for name, (apart, size) in found.items()}

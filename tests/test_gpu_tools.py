@@ -1,0 +1,65 @@
+"""What the record of a GPU makes of the output of ncu and compute-sanitizer."""
+
+import pytest
+
+from bench import gpu_tools
+from tests.gpu_samples import BROKEN_LINES, DETAILS, FORBIDDEN, MEMCHECK, NO_CALLS, RACECHECK, RAW
+
+
+def test_ncu_kernels_are_added_up_and_weighted_by_time():
+    first, second = gpu_tools.ncu_rows(RAW)
+    assert first == {
+        "name": "layer_norm_silu_forward",
+        "launches": 2,
+        "us": 8.0,
+        "dram_percent": 82.5,  # (60 * 2 + 90 * 6) / 8
+        "sm_percent": 35.0,
+        "occupancy_percent": 65.0,
+        "registers": 40.0,
+    }
+    assert second["us"] == pytest.approx(1.5005)
+    assert second["occupancy_percent"] is None
+
+
+def test_ncu_with_a_line_per_metric():
+    (row,) = gpu_tools.ncu_rows(DETAILS)
+    assert (row["us"], row["registers"], row["dram_percent"]) == (12.5, 255.0, None)
+
+
+@pytest.mark.parametrize(
+    ("unit", "us"), [("ns", 0.003), ("usecond", 3.0), ("ms", 3e3), ("second", 3e6), ("", 3.0)]
+)
+def test_units_of_ncu(unit, us):
+    assert gpu_tools._number("3", unit) == pytest.approx(us)
+
+
+def test_why_a_tool_could_not_look():
+    assert gpu_tools.ncu_rows(FORBIDDEN) == []
+    assert gpu_tools.tool_obstacle(FORBIDDEN).startswith(
+        "ERR_NVGPUCTRPERM - The user does not have permission"
+    )
+    assert gpu_tools.tool_obstacle(NO_CALLS).endswith("terminated before first instrumented API call")
+    for text in (RAW, MEMCHECK, RACECHECK, ""):
+        assert gpu_tools.tool_obstacle(text) is None
+
+
+def test_what_compute_sanitizer_found():
+    assert gpu_tools.sanitizer_row(MEMCHECK) == {
+        "errors": 2,
+        "kinds": {"Invalid __global__ write of size 4 bytes in two_hot_forward": 2},
+    }
+    assert gpu_tools.sanitizer_row(RACECHECK) == {
+        "errors": 1,
+        "kinds": {"Error: Race reported in observe_forward": 1},
+    }
+    assert gpu_tools.sanitizer_row(BROKEN_LINES) == {
+        "errors": 3,
+        "kinds": {
+            "Error: Race reported in race_condition": 1,
+            "Error: Race reported in sgemm_nt": 1,
+            "Invalid __global__ read of size 2 bytes in at::native::copy_kernel": 1,
+        },
+    }
+    clean = gpu_tools.sanitizer_row("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n")
+    assert clean == {"errors": 0, "kinds": {}}
+    assert gpu_tools.sanitizer_row(NO_CALLS)["errors"] is None

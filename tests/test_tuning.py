@@ -1,0 +1,452 @@
+"""Which backends a run takes: what is wrong, crashes or hangs is found out, and what is found is remembered."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+
+from hdfast import tune
+from hdfast.runtime.errors import Interrupted
+from hdfast.tuning import choice as choices
+from hdfast.tuning import search as searching
+from hdfast.tuning import trials as trying
+from hdfast.tuning.choice import Choice, alone, key_of, path_of, remember, remembered
+from hdfast.tuning.search import FINE, GRAPH, TIMES, Job, TuningError, chosen, leave_out, settle, summary
+from hdfast.tuning.trials import Trials
+from hdfast_kernels import dispatch
+from tests.agent_cases import SPECS, make_actions, one_thread, small_config  # noqa: F401
+from tests.loop_cases import door
+from tests.recorder import CaptureError, record_instead_of_capturing
+
+CPU = torch.device("cpu")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SIZES = {"replay": {"batch": 4, "length": 8}}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("HDFAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HDFAST_BACKEND", raising=False)
+
+
+@pytest.fixture
+def own_defaults():
+    before = dict(dispatch.CPU_DEFAULT)
+    yield before
+    dispatch.use("cpu", before)
+
+
+def make_trials(dtype=torch.float32, device=CPU, continuous=False) -> Trials:
+    trials = Trials(SPECS, make_actions(continuous), small_config(**SIZES), torch.device(device), dtype)
+    trials.measure_definition()
+    return trials
+
+
+def job(device="cpu", **options) -> Job:
+    return Job(
+        SPECS, make_actions(False), small_config(**SIZES), torch.device(device), torch.float32, **options
+    )
+
+
+@pytest.mark.parametrize("continuous", [False, True], ids=["discrete", "continuous"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_op_is_right(device, dtype, continuous):
+    trials = make_trials(dtype, device, continuous)
+    ops = trials.candidates()
+    assert set(ops.values()) == {trying.FUSED[device]}
+    assert {op: trials.judge({op: backend}).why for op, backend in ops.items()} == dict.fromkeys(ops, "")
+    assert trials.judge(ops).right, "all together"
+
+
+def scaled(op: str, factor: float):
+    """The definition of an op, its first tensor, and so its gradient, too large or too small."""
+
+    def wrong(*args, **kwargs):
+        out = dispatch._ops[op].implementations["reference"](*args, **kwargs)
+        if isinstance(out, torch.Tensor):
+            return out * factor
+        first, *rest = out
+        return type(out)(first * factor, *rest) if hasattr(out, "_fields") else (first * factor, *rest)
+
+    return wrong
+
+
+WRONG = (
+    "layer_norm_silu",
+    "layer_norm_gru",
+    "two_hot_loss",
+    "lambda_return",
+    "image_loss",
+    "linear",
+    "strided_conv",
+)
+
+
+@pytest.mark.parametrize("op", WRONG)
+def test_a_wrong_op_is_found_out(op, monkeypatch):
+    monkeypatch.setitem(dispatch._ops[op].implementations, "native", scaled(op, 1.1))
+    trials = make_trials(torch.bfloat16)
+    found = trials.judge({op: "native"})
+    assert not found.right
+    assert found.why.startswith("float32: ")
+    assert " is off by " in found.why
+    assert trials.judge({op: "reference"}).right
+
+
+def test_an_op_that_is_not_finite_is_found_out(monkeypatch):
+    monkeypatch.setitem(
+        dispatch._ops["kl_balance"].implementations, "native", scaled("kl_balance", float("nan"))
+    )
+    assert not make_trials().judge({"kl_balance": "native"}).right
+
+
+def test_an_optimizer_that_steps_too_far_is_found_out(monkeypatch):
+    reference = dispatch._ops["adam_step"].implementations["reference"]
+
+    def far(parameters, gradients, mean, square, steps, lr, *rest, **kwargs):
+        return reference(parameters, gradients, mean, square, steps, 1.2 * lr, *rest, **kwargs)
+
+    monkeypatch.setitem(dispatch._ops["adam_step"].implementations, "native", far)
+    assert make_trials().judge({"adam_step": "native"}).why.startswith("float32: step of ")
+
+
+def test_nothing_is_tried_where_the_environment_decides(monkeypatch):
+    monkeypatch.setenv("HDFAST_BACKEND", "reference")
+    assert make_trials().candidates() == {}
+
+
+def test_a_captured_update_and_action_are_right(monkeypatch):
+    made = record_instead_of_capturing(monkeypatch)
+    assert make_trials().judge_graph({}).right
+    assert all(step.recording is not None for step in made), "both were replayed"
+    assert len(made) == 2
+
+
+def test_a_wrong_capture_is_found_out(monkeypatch):
+    record_instead_of_capturing(monkeypatch)
+    trials = make_trials()
+
+    def draws_nothing(learner):
+        pass
+
+    def learns_nothing(learner):
+        for shape in ((8, 4, 4), (4, 32, 4), (4, 32)):
+            torch.rand(shape, generator=learner.generator)
+
+    def captured_as(replay):
+        def captured(learner, sample, generators):
+            calls = []
+
+            def step():
+                calls.append(1)
+                learner.step(sample) if len(calls) <= trying.WARMUP else replay(learner)
+
+            return step
+
+        return captured
+
+    monkeypatch.setattr(trying, "captured_update", captured_as(draws_nothing))
+    assert trials.judge_graph({}).why == "a captured update draws other random numbers"
+    monkeypatch.setattr(trying, "captured_update", captured_as(learns_nothing))
+    assert " is off by " in trials.judge_graph({}).why
+
+
+def test_what_a_graph_cannot_hold_is_told(monkeypatch):
+    record_instead_of_capturing(monkeypatch)
+    trials = make_trials()
+    step = trials.learner.step
+    monkeypatch.setattr(trials.learner, "step", lambda sample: (step(sample), trials.learner.skipped.item()))
+    with pytest.raises(CaptureError):
+        trials.judge_graph({})
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_search_ends_with_what_is_right_and_fastest(device):
+    lines = []
+    found = searching.search(job(device), check=lambda: None, tell=lines.append)
+    ms = found.report[TIMES]["ms"]
+    fastest = min(ms, key=ms.__getitem__)
+    assert found.graph == fastest.endswith("graph")
+    assert bool(found.report[TIMES]["ops"]) == fastest.startswith("fused")
+    if found.ops:
+        assert set(found.ops) <= {op for op, line in found.report.items() if line["right"]}
+    assert {line["begin"] for line in lines if "begin" in line} == set(found.report)
+    assert all(line["right"] for line in found.report.values()), found.report
+    assert summary(found)
+
+
+def planted(monkeypatch, tmp_path, code: str) -> None:
+    """Has Python run this when it starts, in processes that are started from here."""
+    folder = tmp_path / "planted"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(textwrap.dedent(code))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+def test_ops_that_crash_or_hang_cost_only_themselves(monkeypatch, tmp_path):
+    planted(
+        monkeypatch,
+        tmp_path,
+        """
+        import os, sys, time
+        if "hdfast.tuning.search" in sys.orig_argv:
+            from hdfast_kernels import dispatch
+
+            def plant(op, fault):
+                dispatch._ops[op].implementations["native"] = fault
+
+            def refuse(*args, **kwargs):
+                raise ValueError("out of registers")
+
+            plant("kl_balance", lambda *args, **kwargs: os.abort())
+            plant("lambda_return", lambda *args, **kwargs: time.sleep(1000))
+            plant("two_hot_mean", refuse)
+        """,
+    )
+    found = searching.search(job(), check=lambda: None, tell=lambda line: None, limit=10)
+    wrong = {op: line["why"] for op, line in found.report.items() if not line["right"]}
+    assert wrong == {
+        "kl_balance": "its process ended by signal 6",
+        "lambda_return": "no end within 10 s",
+        "two_hot_mean": "ValueError: out of registers",
+    }
+    assert found.report[TIMES]["right"]
+    assert not set(wrong) & set(found.ops or {})
+
+
+def test_a_search_that_takes_too_long_ends_with_the_defaults(monkeypatch, tmp_path):
+    planted(
+        monkeypatch,
+        tmp_path,
+        """
+        import sys, time
+        if "hdfast.tuning.search" in sys.orig_argv:
+            from hdfast.tuning import trials
+            trials.Trials.milliseconds = lambda *args: time.sleep(1000)
+        """,
+    )
+    found = searching.search(job(), check=lambda: None, tell=lambda line: None, budget=15)
+    assert (found.ops, found.graph) == (None, False)
+    assert found.report[TIMES]["why"] == "the time for all trials was over"
+    assert found.report["kl_balance"]["right"]
+
+
+def test_where_not_even_plain_pytorch_runs_there_is_no_choice(monkeypatch, tmp_path):
+    planted(
+        monkeypatch,
+        tmp_path,
+        "import sys\nif 'hdfast.tuning.search' in sys.orig_argv: sys.exit('no GPU today')",
+    )
+    with pytest.raises(TuningError, match="ended with code 1: SystemExit: no GPU today"):
+        searching.search(job(), check=lambda: None, tell=lambda line: None)
+
+
+def test_a_search_can_be_stopped():
+    began = time.monotonic()
+
+    def check():
+        if time.monotonic() > began + 1:
+            raise Interrupted(2)
+
+    with pytest.raises(Interrupted):
+        searching.search(job(), check=check, tell=lambda line: None)
+    listed = subprocess.run(["ps", "-eo", "args", "--ppid", str(os.getpid())], capture_output=True, text=True)
+    assert "hdfast.tuning.search" not in "\n".join(
+        line for line in listed.stdout.splitlines() if str(os.getpid()) in line
+    )
+
+
+class Clock:
+    """Stands in for Trials: what an update takes is told, not measured."""
+
+    def __init__(self, cost):
+        self.cost = cost
+
+    def milliseconds(self, *settings):
+        return [self.cost(dict(ops), graph) for ops, graph in settings]
+
+
+def test_the_fastest_is_chosen_and_no_op_stays_that_costs_time():
+    worth = {"a": -2.0, "b": 0.5, "c": 0.02}  # of 10 ms
+    clock = Clock(lambda ops, graph: (10 if graph else 100) + sum(worth[op] for op in ops))
+    found = searching.times(clock, {"a": "triton", "b": "triton", "c": "triton"}, True)
+    assert (found["ops"].keys(), found["graph"]) == ({"a", "b", "c"}, True)
+    assert found["ms"] == {
+        "plain PyTorch": 100, "fused": 98.52, "plain PyTorch, graph": 10, "fused, graph": 8.52
+    }  # fmt: skip
+    left = leave_out(clock, found)
+    assert left["ops"] == {"a": "triton", "c": "triton"}, "c costs less than noise"
+    assert left["without"]["a"] == pytest.approx(10.52 / 8.52, abs=1e-3)
+    slow = searching.times(Clock(lambda ops, graph: 1 + len(ops)), {"a": "triton"}, False)
+    assert (slow["ops"], slow["graph"]) == ({}, False)
+
+
+def test_what_follows_from_the_lines():
+    right = {"right": True, "graph": True}
+    known = {
+        "a": {"end": "a", "right": True, "why": ""},
+        TIMES: {**right, "ops": {"a": "triton", "b": "triton"}},
+    }
+    assert chosen(known).ops == {"a": "triton", "b": "triton"}
+    known[FINE] = {**right, "ops": {"a": "triton"}}
+    assert (chosen(known).ops, chosen(known).graph) == ({"a": "triton"}, True)
+    failed = {TIMES: {"end": TIMES, "right": False, "why": "crashed"}, GRAPH: {"end": GRAPH, "right": True}}
+    assert (chosen(failed).ops, chosen(failed).graph) == (None, False)
+    assert chosen({}) == Choice()
+
+
+def a_key(**changes):
+    config = small_config(**changes.pop("config", {}))
+    arguments = {"obs_specs": SPECS, "actions": make_actions(False), "device": CPU, "dtype": torch.float32}
+    return key_of(config=config, **{**arguments, **changes})
+
+
+def test_a_choice_is_for_one_machine_and_model(monkeypatch):
+    choice = Choice({"kl_balance": "native"}, True, {"kl_balance": {"right": True}})
+    assert remembered(a_key()) is None
+    path = remember(a_key(), choice)
+    assert path == path_of(a_key())
+    assert remembered(a_key()) == choice
+    assert remembered(a_key(actions=make_actions(False, width=9))) == choice, "the game does not matter"
+    assert remembered(a_key(config={"train": {"ratio": 3.0}, "seed": 4})) == choice
+    assert remembered(a_key(actions=make_actions(True))) is None
+    assert remembered(a_key(dtype=torch.bfloat16)) is None
+    assert remembered(a_key(config={"rssm": {"deter": 20}})) is None
+    monkeypatch.setattr(choices, "_source", lambda: "edited")
+    assert remembered(a_key()) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda found: {},
+        lambda found: [],
+        lambda found: {**found, "ops": {"kl_balance": "cuda"}},
+        lambda found: {**found, "ops": {"kl": "native"}},
+        lambda found: {**found, "ops": 3},
+        lambda found: {**found, "graph": "yes"},
+        lambda found: {**found, "key": {**found["key"], "torch": "1.0"}},
+    ],
+)
+def test_what_is_damaged_is_not_remembered(damage):
+    path = remember(a_key(), Choice({"kl_balance": "native"}))
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    assert remembered(a_key()) is None
+    path.write_text("{")
+    assert remembered(a_key()) is None
+
+
+def test_where_nothing_can_be_kept_a_run_goes_on(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HDFAST_CACHE", str(tmp_path / "file" / "below"))
+    assert remember(a_key(), Choice()) is None
+    with alone(a_key(), lambda: None):
+        assert remembered(a_key()) is None
+
+
+def test_one_process_tries_and_the_others_wait():
+    waited = []
+
+    def check():
+        waited.append(1)
+        raise Interrupted(15)
+
+    with alone(a_key(), lambda: pytest.fail("nobody else is there")), pytest.raises(Interrupted):  # noqa: SIM117
+        with alone(a_key(), check):
+            pass
+    assert waited == [1]
+    with alone(a_key(config={"rssm": {"deter": 20}}), check):
+        pass
+
+
+def settled(say, **changes) -> Choice:
+    config = small_config(**{**SIZES, **changes})
+    return settle(SPECS, make_actions(False), config, CPU, torch.float32, check=lambda: None, say=say.append)
+
+
+def test_a_run_searches_once_where_it_does_so_by_itself(monkeypatch):
+    said, searched = [], []
+    found = Choice({"kl_balance": "native"}, False, {TIMES: {"ms": {"plain PyTorch": 12.34, "fused": 5.0}}})
+
+    def search(job, *, check, tell):
+        searched.append(job)
+        return found
+
+    monkeypatch.setattr(searching, "search", search)
+    assert settled(said) == Choice()
+    assert (said, searched) == ([], []), "not on the CPU"
+    monkeypatch.setattr(searching, "AUTOMATIC", ("cpu",))
+    assert settled(said, train={"tune": False}) == Choice()
+    assert not searched
+    assert settled(said) == found
+    assert settled(said) == found
+    assert len(searched) == 1
+    assert len(said) == 2
+    assert "--train.no-tune" in said[0]
+    assert said[1].startswith("1 ops in native (ms an update: plain PyTorch 12.3, fused 5); kept in ")
+    assert settled(said, train={"tune": False}) == Choice(), "nor what is remembered"
+
+
+def test_a_run_goes_on_where_the_search_fails(monkeypatch, capsys):
+    def search(job, *, check, tell):
+        raise TuningError("no memory")
+
+    monkeypatch.setattr(searching, "AUTOMATIC", ("cpu",))
+    monkeypatch.setattr(searching, "search", search)
+    assert settled([]) == Choice()
+    assert "plain PyTorch: no memory" in capsys.readouterr().err
+    assert remembered(a_key(config=SIZES)) is None
+
+
+def test_a_choice_is_used(own_defaults):
+    Choice().use(CPU)
+    assert own_defaults == dispatch.CPU_DEFAULT
+    Choice({"kl_balance": "native"}).use(CPU)
+    assert dispatch.resolve_name("kl_balance", None, torch.zeros(1)) == "native"
+    assert dispatch.resolve_name("image_loss", None, torch.zeros(1)) == "reference"
+    Choice({}).use(CPU)
+    assert dispatch.CPU_DEFAULT == {}
+
+
+def test_the_door_tells_and_remembers(monkeypatch, capfd):
+    report = {
+        "kl_balance": {"right": True, "why": ""},
+        "linear": {"right": False, "why": "off"},
+        TIMES: {"right": True, "ms": {"plain PyTorch": 2.0, "fused": 1.0}},
+        FINE: {"right": True, "without": {"kl_balance": 1.25}},
+    }
+    searched = []
+
+    def search(job, *, check, tell):
+        searched.append(job)
+        tell({"begin": "linear"})
+        tell({"end": "linear", "right": False, "why": "off"})
+        return Choice({"kl_balance": "native"}, False, report)
+
+    monkeypatch.setattr(tune, "search", search)
+    code, out, err = door(tune.main, ["--suite", "demo"], monkeypatch, capfd)
+    assert (code, err) == (0, "")
+    assert "linear: no: off" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["kl_balance", "yes", "1.25", "native"] in rows
+    assert ["linear", "no", "reference"] in rows
+    assert "1 ops in native (ms an update: plain PyTorch 2, fused 1)" in out
+    assert door(tune.main, ["--suite", "demo"], monkeypatch, capfd)[0] == 0
+    assert len(searched) == 1
+    assert door(tune.main, ["--suite", "demo", "--again"], monkeypatch, capfd)[0] == 0
+    assert len(searched) == 2
+    assert searched[0].config.suite == "demo"
+    assert dataclasses.asdict(searched[0].config) == dataclasses.asdict(searched[1].config)
+
+
+def test_the_module_is_the_process(tmp_path):
+    """What a search starts, started by hand: without a job it fails, and says so by its code."""
+    command = [sys.executable, "-m", "hdfast.tuning.search", str(tmp_path / "none"), str(tmp_path / "lines")]
+    assert subprocess.run(command, capture_output=True).returncode == 1
