@@ -38,13 +38,13 @@ CALL_US = (
 WAIT_US = 20.0  # two copies over PCIe and a wake-up
 BARRIER_US = 1.1
 
-# What the small model needs, counted on a CPU: calls of aten that compute anything, with every op on its reference,
-# in a step of the scan and of imagination (forward and backward), in the rest of the update, in an action and in a
-# whole rollout (forward);
+# What the small model needs, counted on a CPU: calls of aten that are not views, with every op on its reference, in a
+# step of the scan and of imagination (forward and backward), in the rest of the update and in an action; the same with
+# every op one call a direction, some more for the sums of partial sums and for Adam, and in a whole rollout (forward);
 # GFLOP of matrix products, as bench.agent.gflop tells them; parameters.
-SCAN_LAUNCHES, IMAGINE_LAUNCHES, OTHER_LAUNCHES, ACT_LAUNCHES = 85, 90, 768, 98
-ROLLOUT_LAUNCHES = 911
-UPDATE_GFLOP, IMAGINE_GFLOP = 619.2, 127.3
+SCAN_LAUNCHES, IMAGINE_LAUNCHES, OTHER_LAUNCHES, ACT_LAUNCHES = 110, 66, 1019, 89
+FUSED_IMAGINE_LAUNCHES, FUSED_OTHER_LAUNCHES, FUSED_ROLLOUT_LAUNCHES = 22, 620, 394
+UPDATE_GFLOP, IMAGINE_GFLOP = 635.4, 143.5
 PARAMETER_BYTES = 4 * 17.9e6
 # µs a step of the scan at B16, D = U = 512, S = K = 32, forward and backward: fused, five launches a direction in a
 # graph; persistent, five barriers a direction and the weights from L2.
@@ -84,10 +84,10 @@ def predictions(card: str) -> list[Prediction]:
     def products(gflop: float) -> float:
         return gflop / (NARROW * rates.bfloat16 * 1e3) * 1e6
 
-    imagined = H * IMAGINE_LAUNCHES
-    rest = products(UPDATE_GFLOP) + stream(UPDATE_BYTES) + GRAPH_US * (imagined + OTHER_LAUNCHES)
+    fused = H * FUSED_IMAGINE_LAUNCHES + FUSED_OTHER_LAUNCHES
+    rest = products(UPDATE_GFLOP) + stream(UPDATE_BYTES) + GRAPH_US * fused
     scan = {name: T * step for name, step in SCAN_US.items()}
-    launches = T * SCAN_LAUNCHES + imagined + OTHER_LAUNCHES
+    launches = T * SCAN_LAUNCHES + H * IMAGINE_LAUNCHES + OTHER_LAUNCHES
 
     def part(name: str, backend: str, graph: bool) -> tuple[Any, ...]:
         return "timing", name, backend, graph
@@ -122,8 +122,8 @@ def predictions(card: str) -> list[Prediction]:
             f"{T} steps of {SCAN_US['persistent']} µs, ten barriers each", part("scan", "triton-persistent", True),
         ),
         Prediction(
-            "imagine, graph", "µs", GRAPH_US * ROLLOUT_LAUNCHES + products(IMAGINE_GFLOP),
-            f"{ROLLOUT_LAUNCHES} launches of {GRAPH_US:g} µs, and {IMAGINE_GFLOP:g} GFLOP at {NARROW:.0%}",
+            "imagine, graph", "µs", GRAPH_US * FUSED_ROLLOUT_LAUNCHES + products(IMAGINE_GFLOP),
+            f"{FUSED_ROLLOUT_LAUNCHES} launches of {GRAPH_US:g} µs, and {IMAGINE_GFLOP:g} GFLOP at {NARROW:.0%}",
             part("imagine", "triton", True),
         ),
         Prediction(
@@ -134,7 +134,7 @@ def predictions(card: str) -> list[Prediction]:
         Prediction(
             "update, Triton in a graph", "µs", rest + scan["graph"],
             f"{UPDATE_GFLOP:g} GFLOP at {NARROW:.0%}, {UPDATE_BYTES / 1e9:.1f} GB at {STREAM:.0%}, "
-            f"{imagined + OTHER_LAUNCHES:,} launches of {GRAPH_US:g} µs, and the scan",
+            f"{fused:,} launches of {GRAPH_US:g} µs, and the scan",
             part("update", "triton", True),
         ),
         Prediction(

@@ -96,6 +96,11 @@ def eager_sample_onehot(logits, uniform):
     return stoch.to(logits.dtype), index, probs.log()
 
 
+def eager_sample_index(logits, uniform):
+    probs = 0.99 * torch.softmax(logits.float(), -1) + 0.01 / K
+    return torch.multinomial(probs.flatten(0, -2), 1).view(logits.shape[:-1])
+
+
 def eager_onehot_linear(index, weight):
     return F.one_hot(index, K).flatten(-2).to(weight.dtype) @ weight
 
@@ -167,6 +172,10 @@ CASES = [
         )
         for role, rows in {"observe": OBSERVE, "imagine": IMAGINE}.items()
     ),
+    Case(
+        "sample_index", "imagine", eager_sample_index,
+        lambda t: (number(1024, S, K, dtype=t).detach(), torch.rand(1024, S, device=DEVICE)),
+    ),
     Case("two_hot_mean", "imagine", eager_two_hot_mean, lambda t: (number(IMAGINE, BINS, dtype=t),)),
     *(
         Case(
@@ -229,6 +238,8 @@ def tensors(values: Any) -> list[Tensor]:
 def both_directions(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Callable[[], None]:
     """Forward, and backward from fixed gradients of every differentiable output to every input that wants one."""
     leaves = [x for x in inputs if x.requires_grad]
+    if not leaves:
+        return lambda: function(*inputs)
     slopes = [torch.randn_like(y) for y in tensors(function(*inputs)) if y.requires_grad]
 
     def run() -> None:
@@ -239,9 +250,10 @@ def both_directions(function: Callable[..., Any], inputs: tuple[Tensor, ...]) ->
 
 
 def least_bytes(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> int:
-    """Both directions read the inputs; forward writes the outputs; backward reads and writes gradients."""
+    """Every direction there is reads the inputs; forward writes the outputs; backward reads and writes gradients."""
     outputs = tensors(function(*inputs))
-    moved = 2 * sum(x.nbytes for x in inputs) + sum(y.nbytes for y in outputs)
+    directions = 2 if any(x.requires_grad for x in inputs) else 1
+    moved = directions * sum(x.nbytes for x in inputs) + sum(y.nbytes for y in outputs)
     return moved + sum(x.nbytes for x in (*inputs, *outputs) if x.requires_grad)
 
 

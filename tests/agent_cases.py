@@ -97,3 +97,17 @@ def snapshot(learner: Learner) -> dict[str, Tensor]:
 def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> set[str]:
     """Names of the entries that are not bit-identical."""
     return {k for k in a.keys() | b.keys() if k not in a or k not in b or not torch.equal(a[k], b[k])}
+
+
+def sample_index(logp: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF sample: the number of classes whose cumulative probability is at most `uniform`.
+
+    Args:
+        logp: (..., K) log-probabilities.
+        uniform: (...) numbers in [0, 1).
+
+    Returns:
+        (...) int64 class indices.
+    """
+    below = (logp.exp().cumsum(-1) <= uniform[..., None]).sum(-1)
+    return below.clamp(max=logp.shape[-1] - 1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hdfast.agent.behavior import Scores, Trajectory, frozen
 from hdfast.agent.distributions import normal_entropy, normal_parameters, unimix_log_probs
-from hdfast.agent.networks import Latent
+from hdfast.agent.networks import Latent, LatentMLP
 from hdfast.agent.returns import ReturnRange
 from hdfast_kernels import two_hot_mean
 from tests.agent_cases import make_batch, make_learner, one_thread  # noqa: F401
@@ -203,8 +203,12 @@ def test_the_rollout_is_what_it_says(rollout):
         state = Latent(latent.deter[t], latent.index[t])
         decision = behavior.actor(state, rollout.draws.action[t], F32)
         assert torch.equal(trajectory.action[t], decision.action)
-        assert torch.equal(trajectory.log_prob[t], decision.log_prob)
-        assert torch.equal(trajectory.entropy[t], decision.entropy)
+        if behavior.discrete:
+            log_prob, entropy = behavior.actor.judge(state, decision.action, rollout.draws.action[t], F32)
+        else:
+            log_prob, entropy = torch.zeros(5), decision.entropy
+        assert torch.allclose(trajectory.log_prob[t], log_prob, atol=1e-6)
+        assert torch.allclose(trajectory.entropy[t], entropy, atol=1e-6)
         following = rollout.model.rssm.imagine_step(state, decision.action, rollout.draws.latent[t], weights)
         assert torch.allclose(latent.deter[t + 1], following.deter, atol=1e-6)
         assert torch.equal(latent.index[t + 1], following.index)
@@ -249,19 +253,26 @@ def test_continuous_decisions():
     assert normal_entropy(torch.ones(3)).item() == pytest.approx(3 * 1.4189385)
 
 
-def test_each_network_runs_once_per_imagined_state():
+@pytest.mark.parametrize("continuous", [False, True], ids=["discrete", "continuous"])
+def test_each_network_takes_a_gradient_once_per_imagined_state(continuous):
     """Where the authors evaluate actor and critic up to three times on the same states."""
-    learner = make_learner()
+    learner = make_learner(continuous)
     rows: dict[str, list[int]] = {}
 
-    def count(name: str, module: nn.Module) -> None:
-        def hook(_, arguments) -> None:
-            latent = arguments[0]
-            rows.setdefault(name, []).append(
-                latent.index[..., 0].numel() if isinstance(latent, Latent) else 0
-            )
+    def count(name: str, module: LatentMLP) -> None:
+        at = module.at
 
-        module.register_forward_pre_hook(hook)
+        def counted(dtype):
+            network = at(dtype)
+
+            def run(latent):
+                if torch.is_grad_enabled():
+                    rows.setdefault(name, []).append(latent.index[..., 0].numel())
+                return network(latent)
+
+            return run
+
+        module.at = counted
 
     behavior, model = learner.behavior, learner.model
     for name, module in {
@@ -270,21 +281,31 @@ def test_each_network_runs_once_per_imagined_state():
         "slow_critic": behavior.slow_critic,
         "reward": model.reward,
         "cont": model.cont,
-        "encoder": model.encoder["image"],
-        "decoder": model.decoder["image"],
     }.items():
         count(name, module)
+    images: list[str] = []
+    for name, module in {"encoder": model.encoder["image"], "decoder": model.decoder["image"]}.items():
+        module.register_forward_pre_hook(lambda _, arguments, name=name: images.append(name))
     learner.update(lambda *_: make_batch(learner))
     H, N = 4, 18
     assert rows == {
-        "actor": [N] * H,
+        "actor": [N] * H if continuous else [H * N],
         "critic": [(H + 1) * N],
-        "slow_critic": [H * N],
-        "reward": [N, (H + 1) * N],
-        "cont": [N, (H + 1) * N],
-        "encoder": [0],
-        "decoder": [N],
+        "reward": [N, (H + 1) * N] if continuous else [N],
+        "cont": [N],
     }
+    assert images == ["encoder", "decoder"]
+
+
+def test_discrete_actors_act_without_gradients_and_cast_once(monkeypatch):
+    learner = make_learner(dtype=torch.bfloat16)
+    casts = []
+    at = learner.behavior.actor.mlp.at
+    monkeypatch.setattr(
+        learner.behavior.actor.mlp, "at", lambda dtype: casts.append(torch.is_grad_enabled()) or at(dtype)
+    )
+    learner.update(lambda *_: make_batch(learner))
+    assert casts == [False, True], "for the rollout, and for what it did"
 
 
 # Whose gradient goes where.

@@ -6,9 +6,9 @@ Axes: T time, B batch, D deter, S groups, K classes.
 import pytest
 import torch
 
-from hdfast.agent.distributions import clip_action, sample_index, unimix_log_probs
+from hdfast.agent.distributions import clip_action, unimix_log_probs
 from hdfast.agent.networks import Latent
-from tests.agent_cases import make_batch, make_learner, one_thread  # noqa: F401
+from tests.agent_cases import make_batch, make_learner, one_thread, sample_index  # noqa: F401
 
 F32 = torch.float32
 

@@ -2,12 +2,14 @@
 
 Axes: H horizon, N starting states (T*B), D deter, S groups, K classes, A action width.
 
-Each network is evaluated once per imagined state: the actor during the rollout, which yields its log-probabilities and
-entropies, and the critic once for baseline, bootstrap and loss.
+The critic sees each imagined state once, for baseline, bootstrap and loss. So does the actor of continuous actions,
+through which the gradient passes. That of discrete ones first acts without gradients, step by step, and then tells
+the log-probabilities of all that it did in one pass, whose backward pass is one as well.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,32 +19,27 @@ from hdfast.agent.distributions import (
     categorical_entropy,
     normal_entropy,
     normal_parameters,
-    sample_index,
-    unimix_log_probs,
 )
 from hdfast.agent.networks import Latent, LatentMLP
 from hdfast.agent.returns import ReturnRange
 from hdfast.agent.world_model import WorldModel
 from hdfast.config import Config
 from hdfast.envs.base import ContinuousActions, DiscreteActions
-from hdfast_kernels import lambda_return, two_hot_loss, two_hot_mean
+from hdfast_kernels import lambda_return, sample_index, sample_onehot, two_hot_loss, two_hot_mean
 
 
-class ActorOutput(NamedTuple):
-    """One decision: action (N,) int64 or (N, A) float32, log_prob (N,) of it, entropy (N,) in nats.
-
-    log_prob is zero for continuous actions, whose gradient goes through the action itself.
-    """
+class Decision(NamedTuple):
+    """An action (...) int64 or (..., A) float32, and the entropy (...) in nats of a continuous one."""
 
     action: Tensor
-    log_prob: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
 
 
 class Trajectory(NamedTuple):
     """An imagined rollout.
 
-    latent: (H+1, N, ...) states, the first being the start. log_prob, entropy: (H, N) of the actions in between.
+    latent: (H+1, N, ...) states, the first being the start. log_prob, entropy: (H, N) of the actions in between;
+    log_prob is zero for continuous ones, whose gradient goes through the action itself.
     cont: (H+1, N), 0 where the episode is over, first the truth, then the mode of the head.
     reward: (H, N), received on arriving at states 1..H.
     """
@@ -95,17 +92,32 @@ class Actor(nn.Module):
         rssm, net = config.rssm, config.network
         self.mlp = LatentMLP(rssm.deter, rssm.stoch * rssm.classes, net.units, net.layers, outputs)
 
-    def forward(self, latent: Latent, draw: Tensor, dtype: torch.dtype) -> ActorOutput:
-        """Draws an action for each detached latent; see `Draws` for the numbers."""
-        out = self.mlp(latent.detach(), dtype)
-        if self.discrete:
-            logp = unimix_log_probs(out["logits"], self.unimix)
-            action = sample_index(logp.detach(), draw)
-            log_prob = logp.gather(-1, action[..., None]).squeeze(-1)
-            return ActorOutput(action, log_prob, categorical_entropy(logp))
-        mean, std = normal_parameters(out["mean"], out["std"])
-        action = mean + std * draw
-        return ActorOutput(action, torch.zeros_like(mean[..., 0]), normal_entropy(std))
+    def at(self, dtype: torch.dtype) -> Callable[[Latent, Tensor], Decision]:
+        """What `forward` does, with the weights cast once, for many calls."""
+        network = self.mlp.at(dtype)
+
+        def decide(latent: Latent, draw: Tensor) -> Decision:
+            out = network(latent.detach())
+            if self.discrete:
+                index = sample_index(out["logits"][..., None, :], draw[..., None], self.unimix)
+                return Decision(index.squeeze(-1), None)
+            mean, std = normal_parameters(out["mean"], out["std"])
+            return Decision(mean + std * draw, normal_entropy(std))
+
+        return decide
+
+    def forward(self, latent: Latent, draw: Tensor, dtype: torch.dtype) -> Decision:
+        """Decides in each of the detached latents (...); see `Draws` for the numbers."""
+        return self.at(dtype)(latent, draw)
+
+    def judge(
+        self, latent: Latent, action: Tensor, draw: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """log_prob (...) of discrete actions that were drawn in detached latents (...), and entropies (...)."""
+        logits = self.mlp(latent.detach(), dtype)["logits"]
+        # Fused, with a sample that nobody looks at.
+        logp = sample_onehot(logits[..., None, :], draw[..., None], self.unimix)[2].squeeze(-2)
+        return logp.gather(-1, action[..., None]).squeeze(-1), categorical_entropy(logp)
 
 
 class Behavior(nn.Module):
@@ -146,24 +158,38 @@ class Behavior(nn.Module):
         where they are continuous. The world model's parameters take none.
         """
         with frozen(model):
-            weights = model.rssm.cast(dtype)
-            step = model.rssm.imagine_step
-            if self.discrete:  # nothing but log_prob and entropy needs a gradient
-                step = torch.no_grad()(step)
-            latents, decisions = [start], []
-            for t in range(self.horizon):
-                decisions.append(self.actor(latents[-1], draws.action[t], dtype))
-                latents.append(step(latents[-1], decisions[-1].action, draws.latent[t], weights))
-            if self.discrete:
-                latents = [latent.detach() for latent in latents]
-            latent = _stack(latents)
+            latent, action, entropy = self._roll_out(model, start, draws, dtype)
             with torch.set_grad_enabled(not self.discrete):
                 reward = two_hot_mean(model.reward_logits(latent, dtype))[1:]
             with torch.no_grad():
                 cont = (model.cont_logit(latent.detach(), dtype) > 0).float()
                 cont = torch.cat([start_cont[None], cont[1:]])
-        stacked = ActorOutput(*(torch.stack(parts) for parts in zip(*decisions, strict=True)))
-        return Trajectory(latent, stacked.action, stacked.log_prob, stacked.entropy, cont, reward)
+        if entropy is None:
+            log_prob, entropy = self.actor.judge(latent.before_last(), action, draws.action, dtype)
+        else:
+            log_prob = torch.zeros_like(entropy)
+        return Trajectory(latent, action, log_prob, entropy, cont, reward)
+
+    def _roll_out(
+        self, model: WorldModel, start: Latent, draws: Draws, dtype: torch.dtype
+    ) -> tuple[Latent, Tensor, Tensor | None]:
+        """States (H+1, N, ...), actions (H, N, ...) and what `Decision` has of entropies (H, N).
+
+        With gradients where actions are continuous.
+        """
+        with torch.set_grad_enabled(not self.discrete):
+            weights = model.rssm.cast(dtype)
+            # Of weights that are cast once, gradients would be added up over the steps in the type of the cast.
+            decide = self.actor.at(dtype) if self.discrete else partial(self.actor, dtype=dtype)
+            latents, decisions = [start], []
+            for t in range(self.horizon):
+                decisions.append(decide(latents[-1], draws.action[t]))
+                action = decisions[-1].action
+                latents.append(model.rssm.imagine_step(latents[-1], action, draws.latent[t], weights))
+            if self.discrete:
+                latents = [latent.detach() for latent in latents]
+            actions, entropies = zip(*decisions, strict=True)
+            return _stack(latents), torch.stack(actions), None if self.discrete else torch.stack(entropies)
 
     def score(self, trajectory: Trajectory, dtype: torch.dtype) -> Scores:
         """Values, lambda-returns and discount weights of a trajectory.
@@ -205,8 +231,7 @@ class Behavior(nn.Module):
     def critic_loss(self, trajectory: Trajectory, scores: Scores, dtype: torch.dtype) -> Tensor:
         """Scalar loss of the critic: two-hot cross-entropy to the returns and to the slow critic's value."""
         with torch.no_grad():
-            before_last = Latent(*(None if x is None else x[:-1] for x in trajectory.latent))
-            slow = two_hot_mean(self.slow_critic(before_last, dtype)["logits"])
+            slow = two_hot_mean(self.slow_critic(trajectory.latent.before_last(), dtype)["logits"])
         logits = scores.logits[:-1]
         loss = two_hot_loss(logits, scores.returns.detach()) + two_hot_loss(logits, slow)
         return (loss * scores.weight[:-1]).mean()

@@ -27,20 +27,6 @@ def unimix_log_probs(logits: Tensor, unimix: float) -> Tensor:
     return torch.log((1 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1])
 
 
-def sample_index(logp: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse-CDF sample: the number of classes whose cumulative probability is at most `uniform`.
-
-    Args:
-        logp: (..., K) log-probabilities.
-        uniform: (...) numbers in [0, 1).
-
-    Returns:
-        (...) int64 class indices.
-    """
-    below = (logp.exp().cumsum(-1) <= uniform[..., None]).sum(-1)
-    return below.clamp(max=logp.shape[-1] - 1)
-
-
 def categorical_entropy(logp: Tensor) -> Tensor:
     """Entropy in nats of (..., K) log-probabilities."""
     return -(logp.exp() * logp).sum(-1)

@@ -7,6 +7,7 @@ hidden layers and a uniform distribution for output layers.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,10 @@ class Latent(NamedTuple):
     def detach(self) -> "Latent":
         """The same state without gradients."""
         return Latent(self.deter.detach(), self.index, None)
+
+    def before_last(self) -> "Latent":
+        """All states but the last along the first axis."""
+        return Latent(*(None if part is None else part[:-1] for part in self))
 
     def flatten(self, start: int = 0, end: int = 1) -> "Latent":
         """Merges the leading axes `start`..`end` of every part."""
@@ -72,8 +77,13 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(init_uniform_(torch.empty(outputs, inputs), inputs, outputs, scale))
         self.bias = nn.Parameter(torch.zeros(outputs))
 
+    def at(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """The layer with its weights cast once, for many calls."""
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return lambda x: linear(x.to(dtype), weight, bias)
+
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        return self.at(dtype)(x)
 
 
 class Hidden(nn.Module):
@@ -84,8 +94,13 @@ class Hidden(nn.Module):
         self.weight = nn.Parameter(init_normal_(torch.empty(units, inputs), inputs, units))
         self.norm = Norm(units)
 
+    def at(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """The layer with its weight cast once, for many calls."""
+        weight = self.weight.to(dtype)
+        return lambda x: self.norm.silu(linear(x.to(dtype), weight))
+
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.norm.silu(linear(x.to(dtype), self.weight.to(dtype)))
+        return self.at(dtype)(x)
 
 
 class LatentProjection(nn.Module):
@@ -102,10 +117,19 @@ class LatentProjection(nn.Module):
         self.stoch_weight = nn.Parameter(init(torch.empty(stoch, outputs), fan_in, outputs))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
-    def forward(self, latent: Latent, dtype: torch.dtype) -> Tensor:
+    def at(self, dtype: torch.dtype) -> Callable[[Latent], Tensor]:
+        """The layer with its weights cast once, for many calls."""
+        deter_weight, stoch_weight = self.deter_weight.to(dtype), self.stoch_weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        deter = linear(latent.deter.to(dtype), self.deter_weight.to(dtype), bias)
-        return deter + onehot_linear(latent.index, self.stoch_weight.to(dtype), straight_through=latent.stoch)
+
+        def project(latent: Latent) -> Tensor:
+            deter = linear(latent.deter.to(dtype), deter_weight, bias)
+            return deter + onehot_linear(latent.index, stoch_weight, straight_through=latent.stoch)
+
+        return project
+
+    def forward(self, latent: Latent, dtype: torch.dtype) -> Tensor:
+        return self.at(dtype)(latent)
 
 
 class LatentMLP(nn.Module):
@@ -127,11 +151,21 @@ class LatentMLP(nn.Module):
         self.hidden = nn.ModuleList(Hidden(units, units) for _ in range(layers - 1))
         self.out = nn.ModuleDict({name: Linear(units, width, scale) for name, width in outputs.items()})
 
+    def at(self, dtype: torch.dtype) -> Callable[[Latent], dict[str, Tensor]]:
+        """The network with its weights cast once, for many calls."""
+        first, hidden = self.first.at(dtype), [layer.at(dtype) for layer in self.hidden]
+        out = {name: layer.at(dtype) for name, layer in self.out.items()}
+
+        def outputs(latent: Latent) -> dict[str, Tensor]:
+            x = self.norm.silu(first(latent))
+            for layer in hidden:
+                x = layer(x)
+            return {name: layer(x) for name, layer in out.items()}
+
+        return outputs
+
     def forward(self, latent: Latent, dtype: torch.dtype) -> dict[str, Tensor]:
-        x = self.norm.silu(self.first(latent, dtype))
-        for layer in self.hidden:
-            x = layer(x, dtype)
-        return {name: layer(x, dtype) for name, layer in self.out.items()}
+        return self.at(dtype)(latent)
 
 
 def image_stages(resolution: tuple[int, int], minimum: int = 4) -> int:

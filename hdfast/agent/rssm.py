@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hdfast.agent.distributions import clip_action, unimix_log_probs
 from hdfast.agent.networks import EPS, Latent, Linear, Norm, init_normal_
-from hdfast_kernels import layer_norm_gru, linear, onehot_linear, rssm_observe, sample_onehot
+from hdfast_kernels import layer_norm_gru, linear, onehot_linear, rssm_observe, sample_index, sample_onehot
 
 
 class Observed(NamedTuple):
@@ -157,14 +157,12 @@ class RSSM(nn.Module):
             embed.to(dtype), self.post_embed.to(dtype)
         )
         logits = self.post_out(self.post_norm.silu(x), dtype).unflatten(-1, (self.stoch, self.classes))
-        stoch, index, _ = sample_onehot(logits, uniform, self.unimix)
-        return Latent(deter, index, stoch)
+        return self._draw(deter, logits, uniform)
 
     def imagine_step(self, latent: Latent, action: Tensor, uniform: Tensor, weights: CastWeights) -> Latent:
         """The prior after `action`: (N, ...) latents, (N,) or (N, A) actions, (N, S) uniform numbers."""
         deter = self._recur(latent, self.project_action(action, weights), weights)
-        stoch, index, _ = sample_onehot(self._prior_logits(deter, weights), uniform, self.unimix)
-        return Latent(deter, index, stoch)
+        return self._draw(deter, self._prior_logits(deter, weights), uniform)
 
     def project_action(self, action: Tensor, weights: CastWeights) -> Tensor:
         """The action's part of the input layer: a row per discrete action, or a product with the clipped vector."""
@@ -178,6 +176,13 @@ class RSSM(nn.Module):
         x = self.in_norm.silu(x)
         gates = linear(torch.cat([latent.deter.to(x.dtype), x], -1), weights.gru)
         return layer_norm_gru(gates, latent.deter, self.gru_norm.weight, self.gru_norm.bias, EPS)
+
+    def _draw(self, deter: Tensor, logits: Tensor, uniform: Tensor) -> Latent:
+        """The state of deter (..., D) that uniform numbers (..., S) draw; without gradients it has no `stoch`."""
+        if not torch.is_grad_enabled():
+            return Latent(deter, sample_index(logits, uniform, self.unimix))
+        stoch, index, _ = sample_onehot(logits, uniform, self.unimix)
+        return Latent(deter, index, stoch)
 
     def _prior_logits(self, deter: Tensor, weights: CastWeights) -> Tensor:
         """(..., D) -> (..., S, K)."""

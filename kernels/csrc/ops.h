@@ -74,6 +74,8 @@ void kl_balance_backward(const float* grad_dyn, const float* grad_rep, const voi
 // One draw per row of logits (rows, classes); logp and grad_logp are float.
 void sample_onehot_forward(const void* logits, const float* uniform, void* stoch, int64_t* index, float* logp,
                            int64_t rows, int64_t classes, float unimix, bool is_bf16, int threads);
+void sample_index_forward(const void* logits, const float* uniform, int64_t* index, int64_t rows, int64_t classes,
+                          float unimix, bool is_bf16, int threads);
 void sample_onehot_backward(const void* grad_stoch, const float* grad_logp, const void* logits, void* grad_logits,
                             int64_t rows, int64_t classes, float unimix, bool is_bf16, int threads);
 
@@ -130,6 +132,7 @@ void rssm_observe_backward(const RssmObserve& p, int threads);
   X(kl_balance_backward) \
   X(sample_onehot_forward) \
   X(sample_onehot_backward) \
+  X(sample_index_forward) \
   X(lambda_return_forward) \
   X(lambda_return_backward) \
   X(onehot_linear_forward) \

@@ -24,6 +24,7 @@ _HOME = {
     "linear": "linear",
     "onehot_linear": "onehot_linear",
     "rssm_observe": "rssm_observe",
+    "sample_index": "sample_onehot",
     "sample_onehot": "sample_onehot",
     "strided_conv": "strided_conv",
     "two_hot_loss": "two_hot",

@@ -33,6 +33,7 @@ CPU_DEFAULT: dict[str, str] = {
     "linear": "native",
     "onehot_linear": "native",
     "rssm_observe": "native",
+    "sample_index": "native",
     "sample_onehot": "native",
     "strided_conv": "native",
     "two_hot_loss": "native",

@@ -216,6 +216,9 @@ def cases() -> list[Case]:
 
         return call
 
+    def sample_index(rows: int, groups: int, classes: int, dtype: torch.dtype):
+        return lambda op: op(meta(rows, groups, classes, dtype=dtype), meta(rows, groups), 0.01)
+
     def kl_balance(op):
         backward(*op(meta(64, 16, 32, 32, grad=True), meta(64, 16, 32, 32, grad=True), 1.0))
 
@@ -286,6 +289,9 @@ def cases() -> list[Case]:
         Case("onehot_linear", "medium 1024x32 to 640 bf16", onehot_linear(1024, 640, low)),
         Case("sample_onehot", "imagine 1024x32x32 bf16", sample_onehot(1024, low), quick=True),
         Case("sample_onehot", "imagine 1024x32x32 fp32", sample_onehot(1024, full)),
+        Case("sample_index", "imagine 1024x32x32 bf16", sample_index(1024, 32, 32, low), quick=True),
+        Case("sample_index", "imagine 1024x32x32 fp32", sample_index(1024, 32, 32, full)),
+        Case("sample_index", "actions 1024x1x18 bf16", sample_index(1024, 1, 18, low)),
         Case("kl_balance", "observed 64x16x32x32 fp32", kl_balance, quick=True),
         Case("two_hot_loss", "imagined 15360x255 bf16", two_hot_loss(15360, low), quick=True),
         Case("two_hot_loss", "reward 1024x255 fp32", two_hot_loss(1024, full)),

@@ -1,4 +1,4 @@
-"""Straight-through samples of a stack of categoricals, drawn by inverse CDF from given uniform numbers.
+"""Samples of a stack of categoricals, straight-through or the classes alone, by inverse CDF from uniform numbers.
 
     p     = (1 - unimix) * softmax(logits) + unimix / K
     logp  = log p
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from . import dispatch
 from ._triton import tl, triton
 from .numerics import check_shape, compute_dtype
-from .sample_onehot_native import sample_onehot_native
+from .sample_onehot_native import sample_index_native, sample_onehot_native
 from .tiles import as_rows, reciprocal, row_tile, softmax_rows
 
 
@@ -43,6 +43,17 @@ def sample_onehot_reference(
     return stoch.to(logits.dtype), index, logp
 
 
+def sample_index_reference(logits: Tensor, uniform: Tensor, unimix: float = 0.01) -> Tensor:
+    """The definition, in plain PyTorch; see `sample_index`."""
+    classes, logits = logits.shape[-1], logits.detach().to(compute_dtype(logits))
+    if unimix:
+        probs = torch.softmax(logits, dim=-1) * (1 - unimix) + unimix / classes
+    else:
+        probs = torch.log_softmax(logits, dim=-1).exp()
+    cdf = probs.cumsum(dim=-1)
+    return (cdf <= uniform.unsqueeze(-1)).sum(dim=-1).clamp_(max=classes - 1)
+
+
 @triton.jit
 def sample_onehot_forward(
     logits_ptr,
@@ -51,6 +62,7 @@ def sample_onehot_forward(
     index_ptr,
     logp_ptr,
     rows,
+    INDEX_ONLY: tl.constexpr,
     UNIMIX: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
@@ -65,15 +77,14 @@ def sample_onehot_forward(
     probs = weight * reciprocal(total)[:, None]
     if UNIMIX > 0:
         probs = tl.where(class_ < K, probs * (1.0 - UNIMIX) + UNIMIX / K, 0.0)
-        logp = tl.log(probs)
-    else:
-        logp = logits - maximum[:, None] - tl.log(total)[:, None]
     cdf = tl.cumsum(probs, axis=1)
     index = tl.sum(((cdf <= uniform[:, None]) & (class_ < K)).to(tl.int32), axis=1)
     index = tl.minimum(index, K - 1)
-    stoch = tl.where(class_ == index[:, None], 1.0, 0.0)
-    tl.store(stoch_ptr + at, stoch.to(stoch_ptr.dtype.element_ty), mask=inside)
-    tl.store(logp_ptr + at, logp, mask=inside)
+    if not INDEX_ONLY:
+        logp = tl.log(probs) if UNIMIX > 0 else logits - maximum[:, None] - tl.log(total)[:, None]
+        stoch = tl.where(class_ == index[:, None], 1.0, 0.0)
+        tl.store(stoch_ptr + at, stoch.to(stoch_ptr.dtype.element_ty), mask=inside)
+        tl.store(logp_ptr + at, logp, mask=inside)
     tl.store(index_ptr + row, index.to(tl.int64), mask=row < rows)
 
 
@@ -119,7 +130,7 @@ class _SampleOnehot(torch.autograd.Function):
         stoch, logp = torch.empty_like(flat), torch.empty_like(flat, dtype=torch.float32)
         index = torch.empty(len(flat), dtype=torch.int64, device=logits.device)
         sample_onehot_forward[(tile.programs(len(flat)),)](
-            flat, uniform.contiguous(), stoch, index, logp, len(flat), unimix, K, tile.rows, tile.block,
+            flat, uniform.contiguous(), stoch, index, logp, len(flat), False, unimix, K, tile.rows, tile.block,
             num_warps=tile.warps,
         )  # fmt: skip
         ctx.save_for_backward(flat)
@@ -165,10 +176,41 @@ def sample_onehot(
     Raises ValueError on shapes that do not fit or unimix outside [0, 1); `dispatch.BackendError` if the
     backend cannot run here.
     """
-    check_shape("sample_onehot", "uniform", uniform, logits.shape[:-1])
-    if not 0 <= unimix < 1:
-        raise ValueError(f"sample_onehot: unimix is {unimix}, expected a share in [0, 1)")
+    _check("sample_onehot", logits, uniform, unimix)
     return dispatch.resolve("sample_onehot", backend, logits)(logits, uniform, unimix)
+
+
+def _sample_index_triton(logits: Tensor, uniform: Tensor, unimix: float) -> Tensor:
+    K = logits.shape[-1]
+    flat, tile = as_rows(logits.detach(), K), row_tile(K)
+    index = torch.empty(len(flat), dtype=torch.int64, device=logits.device)
+    sample_onehot_forward[(tile.programs(len(flat)),)](
+        flat, uniform.contiguous(), flat, index, flat, len(flat), True, unimix, K, tile.rows, tile.block,
+        num_warps=tile.warps,
+    )  # fmt: skip
+    return index.view(logits.shape[:-1])
+
+
+def sample_index(
+    logits: Tensor, uniform: Tensor, unimix: float = 0.01, *, backend: str | None = None
+) -> Tensor:
+    """Draw the same classes as `sample_onehot`, and nothing else: where no gradient is wanted, as in acting.
+
+    Args: as of `sample_onehot`.
+
+    Returns (..., S) int64. Not differentiable.
+
+    Raises ValueError on shapes that do not fit or unimix outside [0, 1); `dispatch.BackendError` if the
+    backend cannot run here.
+    """
+    _check("sample_index", logits, uniform, unimix)
+    return dispatch.resolve("sample_index", backend, logits)(logits, uniform, unimix)
+
+
+def _check(op: str, logits: Tensor, uniform: Tensor, unimix: float) -> None:
+    check_shape(op, "uniform", uniform, logits.shape[:-1])
+    if not 0 <= unimix < 1:
+        raise ValueError(f"{op}: unimix is {unimix}, expected a share in [0, 1)")
 
 
 dispatch.register(
@@ -176,4 +218,10 @@ dispatch.register(
     reference=sample_onehot_reference,
     triton=_SampleOnehot.apply,
     native=sample_onehot_native,
+)
+dispatch.register(
+    "sample_index",
+    reference=sample_index_reference,
+    triton=_sample_index_triton,
+    native=sample_index_native,
 )

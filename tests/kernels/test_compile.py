@@ -22,12 +22,13 @@ pytestmark = [
 ]
 QUICK = [case for case in report.cases() if case.quick]
 REST = [(case, sm) for case in report.cases() for sm in report.SHARED_LIMIT if not (case.quick and sm == 90)]
+FORWARD_ONLY = {"sample_index"}  # ops that have no gradient
 
 
 def gate(kernels: list[report.Kernel]) -> None:
     names = [kernel.name for kernel in kernels]
     assert any(name.endswith("forward") for name in names), names
-    assert any(name.endswith("backward") for name in names), names
+    assert any(name.endswith("backward") for name in names) or kernels[0].op in FORWARD_ONLY, names
     for kernel in kernels:
         assert not kernel.faults(), (kernel.name, kernel.role, kernel.sm, kernel.faults())
         assert kernel.instructions["atom"] == 0, f"{kernel.name}: atomics make a run not repeat"
@@ -66,6 +67,7 @@ def one_row() -> dict[str, Callable[[Callable], None]]:
             op(meta(1, 5, dtype=torch.int64), meta(15, 9, **many), meta(1, 5, 3, **many))
         ),
         "rssm_observe": lambda op: backward(*(op(*one_sequence(), 0.01, 1e-3)[k] for k in (0, 1, 3))),
+        "sample_index": lambda op: op(meta(1, 1, 3, **many), meta(1, 1), 0.01),
         "sample_onehot": lambda op: backward(*op(meta(1, 1, 3, **many), meta(1, 1), 0.01)[::2]),
         "two_hot_loss": lambda op: backward(op(meta(1, 9, **many), meta(1), -20.0, 20.0)),
         "two_hot_mean": lambda op: backward(op(meta(1, 9, **many), -20.0, 20.0)),
@@ -87,7 +89,7 @@ def one_sequence() -> list[torch.Tensor]:
 def test_one_row_compiles(op):
     with report.compiling(90) as kernels:
         one_row()[op](dispatch._ops[op].implementations["triton"])
-    assert len(kernels) >= 2
+    assert len(kernels) >= (1 if op in FORWARD_ONLY else 2)
 
 
 def test_every_op_with_triton_kernels_is_in_the_report():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from checks import backends, check_against_fp64, random
 
-from hdfast_kernels import sample_onehot
+from hdfast_kernels import sample_index, sample_onehot
 from hdfast_kernels.sample_onehot import sample_onehot_reference
 
 # leading axes, S, K: one row; odd; the agent's 32 x 32; no rows; two classes; many rows
@@ -95,6 +95,19 @@ def test_frequencies_are_the_probabilities(backend):
     assert deviation < 4 * 0.5 / math.sqrt(4096)  # four standard deviations
 
 
+@pytest.mark.parametrize("backend", backends("sample_index"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("unimix", [0.01, 0.0])
+@pytest.mark.parametrize(("rows", "S", "K"), [*CASES, ((64,), 1, 18)], ids=str)
+def test_the_classes_alone_are_the_same_classes(rows, S, K, unimix, dtype, backend):
+    logits = random(*rows, S, K, scale=2.0).to(backend.device, dtype).requires_grad_()
+    uniform = torch.rand(*rows, S, generator=torch.Generator().manual_seed(1)).to(backend.device)
+    index = sample_index(logits, uniform, unimix, backend=backend.name)
+    _, expected, _ = sample_onehot(logits, uniform, unimix, backend=backend.name)
+    assert torch.equal(index, expected)
+    assert not index.requires_grad
+
+
 def test_gradients_of_the_reference():
     logits, uniform = random(2, 2, 4).requires_grad_(), torch.tensor([[0.1, 0.9], [0.4, 0.6]])
     assert torch.autograd.gradcheck(lambda logits: sample_onehot_reference(logits, uniform)[2], logits)
@@ -112,3 +125,5 @@ def test_mistakes_are_answered():
         sample_onehot(torch.zeros(2, 3, 4), torch.zeros(2))
     with pytest.raises(ValueError, match=r"unimix is 1\.0"):
         sample_onehot(torch.zeros(2, 3, 4), torch.zeros(2, 3), unimix=1.0)
+    with pytest.raises(ValueError, match=r"sample_index: uniform has shape \(2,\), expected \(2, 3\)"):
+        sample_index(torch.zeros(2, 3, 4), torch.zeros(2))

@@ -45,6 +45,7 @@ INPUTS: dict[tuple[str, int], Inputs] = {
     ("image_loss", OBSERVE): lambda n, *of: test_image_loss.inputs((n, 64, 64, 3), *of),
     ("kl_balance", OBSERVE): lambda n, *of: test_kl_balance.inputs((n,), 32, 32, *of),
     ("sample_onehot", IMAGINE): lambda n, *of: test_sample_onehot.inputs((n,), 32, 32, *of),
+    ("sample_index", IMAGINE): lambda n, *of: test_sample_onehot.inputs((n,), 32, 32, *of),
     ("onehot_linear", OBSERVE): lambda n, *of: test_onehot_linear.inputs((n,), 32, 32, 512, *of),
     ("lambda_return", IMAGINE): lambda n, *of: test_lambda_return.inputs(15, n // 16, *of),
     ("harmony_loss", OBSERVE): lambda n, *of: test_harmony_loss.inputs((n // 16, 16), *of),

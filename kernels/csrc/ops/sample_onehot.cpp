@@ -19,17 +19,17 @@ HDFAST_INLINE int64_t draw(const float* probs, int64_t classes, float uniform) {
 HDFAST_INLINE void set_one(float* at) { *at = 1.f; }
 HDFAST_INLINE void set_one(bf16* at) { at->bits = 0x3f80; }
 
-template <class T>
+// Without Distribution only `index` is written.
+template <bool Distribution, class T>
 void forward(const T* logits, const float* uniform, T* stoch, int64_t* index, float* logp, int64_t rows,
              int64_t classes, float unimix, int threads) {
-  std::memset(static_cast<void*>(stoch), 0, rows * classes * sizeof(T));
+  if constexpr (Distribution) std::memset(static_cast<void*>(stoch), 0, rows * classes * sizeof(T));
 #pragma omp parallel num_threads(threads)
   {
     Scratch<float> probs(classes);
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
       const T* row = logits + r * classes;
-      float* out = logp + r * classes;
       const float top = max_of_row(row, classes);
       Vf total = {};
       for_lanes(classes, [&](int64_t i, auto lanes) {
@@ -37,15 +37,17 @@ void forward(const T* logits, const float* uniform, T* stoch, int64_t* index, fl
         total += e;
         store(probs + i, e, lanes);
       });
-      const float z = sum(total), scale = (1 - unimix) / z, floor = unimix / classes, log_z = std::log(z);
+      const float z = sum(total), scale = (1 - unimix) / z, floor = unimix / classes;
+      const float log_z = Distribution ? std::log(z) : 0.f;
       for_lanes(classes, [&](int64_t i, auto lanes) {
         const Vf p = load(probs + i, lanes) * scale + floor;
         store(probs + i, p, lanes);
         // Without a mixture a probability may underflow where its logarithm does not.
-        store(out + i, unimix > 0 ? log(p) : load(row + i, lanes) - top - log_z, lanes);
+        if constexpr (Distribution)
+          store(logp + r * classes + i, unimix > 0 ? log(p) : load(row + i, lanes) - top - log_z, lanes);
       });
       index[r] = draw(probs, classes, uniform[r]);
-      set_one(stoch + r * classes + index[r]);
+      if constexpr (Distribution) set_one(stoch + r * classes + index[r]);
     }
   }
 }
@@ -95,8 +97,18 @@ void sample_onehot_forward(const void* logits, const float* uniform, void* stoch
   threads = threads_for(rows * classes, threads);
   with_dtype(is_bf16, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    forward(static_cast<const T*>(logits), uniform, static_cast<T*>(stoch), index, logp, rows, classes, unimix,
-            threads);
+    forward<true>(static_cast<const T*>(logits), uniform, static_cast<T*>(stoch), index, logp, rows, classes, unimix,
+                  threads);
+  });
+}
+
+void sample_index_forward(const void* logits, const float* uniform, int64_t* index, int64_t rows, int64_t classes,
+                          float unimix, bool is_bf16, int threads) {
+  threads = threads_for(rows * classes, threads);
+  with_dtype(is_bf16, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    forward<false>(static_cast<const T*>(logits), uniform, static_cast<T*>(nullptr), index, nullptr, rows, classes,
+                   unimix, threads);
   });
 }
 
