@@ -19,7 +19,7 @@ from hdfast.config import Config, apply_overrides
 from hdfast.envs.base import BatchEnv, EnvStep
 from hdfast.loop import fitting, make_envs, stream_seed
 from hdfast.runtime import checkpoint, errors, rundir
-from hdfast.runtime.arguments import Arguments, natural, positive
+from hdfast.runtime.arguments import Arguments, given_path, natural, positive
 from hdfast.runtime.device import prepare_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import CheckpointError, ConfigError
 from hdfast.runtime.video import encode_gif, save_gif
@@ -149,7 +149,7 @@ class Film:
 
 def main() -> None:
     parser = Arguments("python -m hdfast.evaluate", __doc__)
-    parser.add_argument("run", type=Path, help="directory of a run, such as runs/atari100k/Pong/seed0")
+    parser.add_argument("run", type=given_path, help="directory of a run, such as runs/atari100k/Pong/seed0")
     parser.add_argument("--episodes", type=positive, default=100, help="episodes to play")
     parser.add_argument("--seed", type=natural, default=0, help="of environments and policy")
     parser.add_argument("--num-envs", type=positive, default=8, help="environments stepped together")

@@ -29,7 +29,7 @@ from hdfast.envs.base import BatchEnv
 from hdfast.loop import make_envs, replay_specs, stream_seed
 from hdfast.replay import Replay
 from hdfast.runtime import errors
-from hdfast.runtime.arguments import Arguments, natural, positive
+from hdfast.runtime.arguments import Arguments, given_path, natural, positive
 from hdfast.runtime.console import Console
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import disk_errors
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--updates", type=positive, default=10, help="updates that are measured")
     parser.add_argument("--warmup", type=natural, default=3, help="updates before them")
     parser.add_argument("--top", type=positive, default=15, help="ops that are listed")
-    parser.add_argument("--trace", type=Path, help="write a Chrome trace to this file")
+    parser.add_argument("--trace", type=given_path, help="write a Chrome trace to this file")
     parser.add_argument(
         "--plain", action="store_true", help="no profiler of our own: to run under nsys or ncu"
     )

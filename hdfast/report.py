@@ -12,7 +12,7 @@ from rich.table import Table
 
 from hdfast import suites
 from hdfast.runtime import errors, rundir
-from hdfast.runtime.arguments import Arguments
+from hdfast.runtime.arguments import Arguments, given_path
 from hdfast.runtime.console import Console
 
 
@@ -123,7 +123,7 @@ def show(suite: suites.Suite, rows: Sequence[TaskScores]) -> None:
 def main() -> None:
     parser = Arguments("python -m hdfast.report", __doc__)
     parser.add_argument("--suite", default="atari100k", help="which suite")
-    parser.add_argument("--logdir", type=Path, default=Path("runs"), help="folder that holds all runs")
+    parser.add_argument("--logdir", type=given_path, default=Path("runs"), help="folder that holds all runs")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
     suite = suites.get(args.suite)

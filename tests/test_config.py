@@ -180,6 +180,7 @@ def test_every_field_is_a_typed_flag(name):
         ("--train.ratio much", "--train.ratio: 'much' is not a number"),
         ("--rssm.deter", "--rssm.deter needs a value"),
         ("--seed --dry-run", "--seed needs a value"),
+        ("--logdir=", "--logdir needs a value, got an empty one"),
         (
             "Pong",
             "there is no argument 'Pong'; a value stands behind its --flag, and a switch has none: --dry",
