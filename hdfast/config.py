@@ -15,6 +15,7 @@ from hdfast.flags import parse_flags, peek
 from hdfast.runtime.errors import ConfigError, suggest
 
 Size = Literal["tiny", "small", "medium", "large", "xlarge"]
+LAST_SEED = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -341,6 +342,7 @@ def validate(config: Config) -> Config:
     if config.task is not None:
         config = dataclasses.replace(config, task=suite.task(config.task).name)
     bounds: dict[str, tuple[float, float]] = {
+        "seed": (0, LAST_SEED),
         "seeds": (1, 10_000),
         "agent_steps": (1, 2**40),
         "env.num_envs": (1, 4096),
@@ -380,7 +382,6 @@ def validate(config: Config) -> Config:
         "checkpoint.keep": (1, 1000),
         "log.every": (1, 2**40),
         "log.video_every": (0, 2**40),
-        "seed": (0, 2**31 - 1),
     }
     for name, (low, high) in bounds.items():
         value: Any = config
@@ -389,6 +390,9 @@ def validate(config: Config) -> Config:
         if not low <= value <= high:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} {value} is out of range: right is {low:,} to {high:,}")
+    if (last := config.seed + config.seeds - 1) > LAST_SEED:
+        asked = f"--seed {config.seed} --seeds {config.seeds}"
+        raise ConfigError(f"{asked} ends at seed {last:,}, out of range: right is up to {LAST_SEED:,}")
     plain = Config()
     for section, mode, names in (
         ("harmony", "fixed", ("reward", "image", "kl")),

@@ -182,6 +182,10 @@ def test_every_field_is_a_typed_flag(name):
         ("--seed --dry-run", "--seed needs a value"),
         ("--logdir=", "--logdir needs a value, got an empty one"),
         (
+            "--seed 2147483647 --seeds 2",
+            "--seed 2147483647 --seeds 2 ends at seed 2,147,483,648, out of range: right is up to 2,147,483,647",
+        ),
+        (
             "Pong",
             "there is no argument 'Pong'; a value stands behind its --flag, and a switch has none: --dry",
         ),
