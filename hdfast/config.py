@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hdfast import suites
 from hdfast.flags import parse_flags, peek
@@ -284,18 +284,33 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def apply_overrides(config: Any, overrides: dict[str, Any], where: str = "config") -> Any:
-    """Returns `config` with a nested dict of fields replaced; an unknown field is a ConfigError."""
-    names = [f.name for f in dataclasses.fields(config)]
+    """Returns `config` with a nested dict of fields replaced, such as another one's `to_dict`.
+
+    Raises: ConfigError on a field that there is not, TypeError on a value that is not of the field's type.
+    """
+    kinds = get_type_hints(type(config))
     changes = {}
     for key, value in overrides.items():
-        if key not in names:
-            raise ConfigError(f"{where} has no field {key!r}{suggest(key, names)}")
-        current = getattr(config, key)
-        if dataclasses.is_dataclass(current) and isinstance(value, dict):
-            value = apply_overrides(current, value, f"{where}.{key}")
-        # 64 where a float belongs is what the flag makes of it, 64.0: config.json tells them apart
-        changes[key] = float(value) if isinstance(current, float) else value
+        if key not in kinds:
+            raise ConfigError(f"{where} has no field {key!r}{suggest(key, kinds)}")
+        nested = dataclasses.is_dataclass(kinds[key]) and isinstance(value, dict)
+        name = f"{where}.{key}"
+        changes[key] = (
+            apply_overrides(getattr(config, key), value, name) if nested else _typed(value, kinds[key], name)
+        )
     return dataclasses.replace(config, **changes)
+
+
+def _typed(value: Any, kind: Any, name: str) -> Any:
+    """`value` as the flag of a field of this type gives it. Raises: TypeError."""
+    if get_origin(kind) is Literal:
+        right = value in get_args(kind)
+    else:
+        also = {float: int, Path: str}.get(kind, kind)  # in JSON, and 64 where a float belongs is 64.0
+        right = isinstance(value, kind | also) and (kind is bool or not isinstance(value, bool))
+    if not right:
+        raise TypeError(f"{name} cannot be {value!r:.50}")
+    return kind(value) if kind in (float, Path) else value
 
 
 def default_config(suite: str = "atari100k", size: str | None = None) -> Config:

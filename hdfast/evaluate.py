@@ -15,7 +15,7 @@ import numpy as np
 from hdfast import evaluation, suites
 from hdfast.agent.learner import Learner
 from hdfast.agent.policy import Policy
-from hdfast.config import Config, apply_overrides
+from hdfast.config import Config, apply_overrides, validate
 from hdfast.envs.base import BatchEnv, EnvStep
 from hdfast.loop import fitting, make_envs, stream_seed
 from hdfast.runtime import checkpoint, errors, rundir
@@ -70,12 +70,11 @@ def load(run: str | Path, *, num_envs: int = 1, seed: int = 0, device: str = "au
         raise ConfigError(
             f"this is not a run, it holds {len(below)}", where=run, hint=f"try {below[0].parent}"
         )
-    record = rundir.read(run)
-    config = dataclasses.replace(apply_overrides(Config(), record.config), seed=seed)
+    config = dataclasses.replace(config_of(run), seed=seed)
     task = suites.get(config.suite).task(config.task)
     saved = checkpoint.load_latest(run / "checkpoints")
     if saved is None:
-        hint = f"the first is written after {record.config['checkpoint']['seconds']:g} seconds of training"
+        hint = f"the first is written after {config.checkpoint.seconds:g} seconds of training"
         raise CheckpointError("there is no checkpoint yet", where=run, hint=hint)
     where = resolve_device(device)
     prepare_device(where, config.little_work)
@@ -92,6 +91,23 @@ def load(run: str | Path, *, num_envs: int = 1, seed: int = 0, device: str = "au
     except BaseException:
         env.close()
         raise
+
+
+def config_of(run: Path) -> Config:
+    """The configuration of the run in directory `run`; fields that are newer than the run are as by default.
+
+    Raises: RunError, ConfigError.
+    """
+    file, saved = run / "config.json", rundir.read(run).config
+    try:
+        config = apply_overrides(Config(), saved)
+        if config.task is None:
+            raise TypeError("config.task is missing")
+        return validate(config)
+    except TypeError as error:
+        raise rundir.damaged(file, str(error)) from error
+    except ConfigError as error:
+        raise ConfigError(str(error), where=file, hint="did another version of hdfast write it?") from error
 
 
 def evaluate(

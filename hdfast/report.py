@@ -53,10 +53,13 @@ def collect(
 
 
 def _trained(logdir: Path, suite: suites.Suite) -> list[suites.Task]:
-    configs = [
-        rundir.read(path.parent).config for path in sorted((logdir / suite.name).glob("*/seed*/config.json"))
-    ]
-    return [suite.task(name) for name in dict.fromkeys(config["task"] for config in configs)]
+    tasks = {}
+    for path in sorted((logdir / suite.name).glob("*/seed*/config.json")):
+        name = rundir.read(path.parent).config.get("task")
+        if not isinstance(name, str):
+            raise rundir.damaged(path, f"config.task is {name!r:.50}, right is a str")
+        tasks[name] = suite.task(name)
+    return list(tasks.values())
 
 
 def table(suite: suites.Suite, rows: Sequence[TaskScores]) -> Table:

@@ -136,6 +136,34 @@ def test_a_checkpoint_of_another_model_is_one_line(run, tmp_path, monkeypatch, c
     assert "size mismatch for" in detail
 
 
+@pytest.mark.parametrize(
+    ("changed", "code", "text"),
+    [
+        ({"rssm": 3}, 1, "the file is damaged (config.rssm cannot be 3); restore it"),
+        ({"rssm": {"deter": "512"}}, 1, "the file is damaged (config.rssm.deter cannot be '512')"),
+        ({"rssm": {"unimix": [0.1]}}, 1, "the file is damaged (config.rssm.unimix cannot be [0.1])"),
+        ({"suite": 5}, 1, "the file is damaged (config.suite cannot be 5)"),
+        ({"seed": True}, 1, "the file is damaged (config.seed cannot be True)"),
+        ({"size": "smal"}, 1, "the file is damaged (config.size cannot be 'smal')"),
+        ({"task": None}, 1, "the file is damaged (config.task is missing)"),
+        ({"task": "Pong"}, 2, "no task 'Pong' in suite demo; suite atari100k has it; did another version"),
+        ({"rssm": {"deter": -1}}, 2, "--rssm.deter -1 is out of range: right is 1 to 65,536; did another"),
+        ({"rssm": {"layers": 2}}, 2, "config.rssm has no field 'layers'; choose from"),
+    ],
+)
+def test_a_config_that_cannot_be_is_one_line(run, tmp_path, monkeypatch, capfd, changed, code, text):
+    copy = tmp_path / "seed0"
+    shutil.copytree(path_of(run), copy)
+    about = json.loads((copy / "config.json").read_text())
+    for key, value in changed.items():
+        about["config"][key] = {**about["config"][key], **value} if isinstance(value, dict) else value
+    (copy / "config.json").write_text(json.dumps(about))
+    got, out, err = door(evaluate.main, [str(copy), "--device", "cpu"], monkeypatch, capfd)
+    assert (got, out) == (code, "")
+    assert err.startswith(f"error: {copy}/config.json: {text}")
+    assert err.count("\n") == 1
+
+
 def test_evaluate_knows_success_and_wants_images_for_a_video(tmp_path, monkeypatch):
     script(monkeypatch, actions=ContinuousActions(2), state=True)
     monkeypatch.setattr(evaluate, "make_envs", loop.make_envs)

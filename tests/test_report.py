@@ -130,9 +130,16 @@ def test_the_door(tmp_path, monkeypatch, capfd):
 
 
 def test_a_damaged_run_is_told(tmp_path, monkeypatch, capfd):
-    path = finish(tmp_path, "Pong", 0, 1.0)
-    (path / "finished.json").write_text("{")
-    code, _, err = door(report.main, ["--logdir", str(tmp_path)], monkeypatch, capfd)
-    assert code == 1
-    assert err.startswith(f"error: {path / 'finished.json'}: the file is damaged")
-    assert err.count("\n") == 1
+    for suite, task, name, text in (
+        ("atari100k", "Pong", "finished.json", "{"),
+        ("atari100k", "Pong", "finished.json", '{"summary": {"scores": [1]}}'),
+        ("gym", "Maze-v0", "config.json", '{"config": {"task": [3]}, "created": {}, "resumed": []}'),
+    ):
+        path = finish(tmp_path, task, 0, 1.0, suite=suite)
+        (path / name).write_text(text)
+        argv = ["--logdir", str(tmp_path), "--suite", suite]
+        code, out, err = door(report.main, argv, monkeypatch, capfd)
+        assert (code, out) == (1, "")
+        assert err.startswith(f"error: {path / name}: the file is damaged")
+        assert err.count("\n") == 1
+        (path / "finished.json").unlink()

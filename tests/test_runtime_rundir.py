@@ -193,12 +193,33 @@ def test_a_full_disk_while_creating_or_finishing_a_run(tmp_path):
         assert run.state == "new"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"config": {}}'])
-def test_a_damaged_config_is_told(tmp_path, text):
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        ("config", b"", "Expecting value"),
+        ("config", b"{", "Expecting property name"),
+        ("config", b"\xff", "'utf-8' codec can't decode"),
+        ("config", b"[]", r"it is \[\], right is a dict"),
+        ("config", b'{"config": {}}', "created is None, right is a dict"),
+        ("config", b'{"config": 3, "created": {}, "resumed": []}', "config is 3, right is a dict"),
+        ("config", b'{"config": {}, "created": {}, "resumed": "no"}', "resumed is 'no', right is a list"),
+        ("finished", b"", "Expecting value"),
+        ("finished", b"7", "it is 7, right is a dict"),
+        ("finished", b'{"summary": [1]}', r"summary is \[1\], right is a dict"),
+        ("finished", b'{"summary": {}}', "score is None, right is a number"),
+        ("finished", b'{"summary": {"score": "high"}}', "score is 'high', right is a number"),
+        ("finished", b'{"summary": {"score": 1, "success": true}}', "success is True, right is a number"),
+    ],
+)
+def test_a_damaged_file_is_told(tmp_path, name, text, why):
     with open_run(tmp_path) as run:
-        (run.path / "config.json").write_text(text)
-    with pytest.raises(RunError, match=r"config.json: the file is damaged \(.*; restore it"):
-        open_run(tmp_path)
+        run.mark_finished({"score": 1.0})
+        (run.path / f"{name}.json").write_bytes(text)
+    for access in (lambda: open_run(tmp_path), lambda: rundir.read(run.path)):
+        with pytest.raises(RunError, match=rf"{name}.json: the file is damaged \({why}") as error:
+            access()
+        assert "\n" not in str(error.value)
+    assert (run.path / f"{name}.json").read_bytes() == text
 
 
 def test_checkpoints_without_a_config_are_not_taken_for_a_new_run(tmp_path):

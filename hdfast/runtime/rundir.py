@@ -1,7 +1,7 @@
 """The directory of one run, `<logdir>/<suite>/<task>/seed<k>/`: its lock, its config, whether it is finished.
 
 config.json: {"config": as first resolved, "created": provenance, "resumed": [provenance + "changed", ...]}.
-finished.json: {"summary": ..., "time": ...}, written once, when the run is done.
+finished.json: {"summary": {"score": number, ...}, "time": ...}, written once, when the run is done.
 """
 
 import fcntl
@@ -151,9 +151,12 @@ def read(path: Path) -> Record:
     with disk_errors(path, "read the run"):
         if not (path / "config.json").exists():
             raise RunError("there is no run here (no config.json)", where=path)
-        about = _read_json(path / "config.json", "config", "created", "resumed")
+        try:
+            about = _read_json(path / "config.json", config=dict, created=dict, resumed=list)
+        except ValueError as error:
+            raise damaged(path / "config.json", str(error)) from None
         finished = path / "finished.json"
-        summary = _read_json(finished, "summary")["summary"] if finished.exists() else None
+        summary = _read_summary(finished) if finished.exists() else None
     return Record(path, about["config"], about["created"], about["resumed"], summary)
 
 
@@ -231,13 +234,32 @@ def _lock(path: Path, warn: Callable[[str], None]) -> int:
     return descriptor
 
 
-def _read_json(path: Path, *fields: str) -> dict[str, Any]:
+def damaged(path: Path, why: str, *, hint: str = "restore it or remove the run's directory") -> RunError:
+    """The error to raise about a file of a run that does not hold what it should."""
+    return RunError(f"the file is damaged ({why})", where=path, hint=hint)
+
+
+def _read_json(path: Path, **kinds: type) -> dict[str, Any]:
+    """The fields of an object, each of its type. Raises: ValueError."""
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError(f"it is {content!r:.50}, right is a dict")
+    for field, kind in kinds.items():
+        if not isinstance(content.get(field), kind):
+            raise ValueError(f"{field} is {content.get(field)!r:.50}, right is a {kind.__name__}")
+    return content
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
-        return {field: content[field] for field in fields}
-    except (ValueError, KeyError, TypeError) as error:
-        hint = "restore it or remove the run's directory"
-        raise RunError(f"the file is damaged ({error!r})", where=path, hint=hint) from None
+        summary = _read_json(path, summary=dict)["summary"]
+        for name, value in {"score": None, **summary}.items():
+            numeric = _is_number(value) or value in ("NaN", "Infinity", "-Infinity")
+            if name in ("score", "success") and not numeric:
+                raise ValueError(f"{name} is {value!r:.50}, right is a number")
+    except ValueError as error:
+        raise damaged(path, str(error), hint="remove it, and the run's command writes it anew") from None
+    return summary
 
 
 def _is_number(value: Any) -> bool:
