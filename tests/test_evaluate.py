@@ -1,5 +1,6 @@
 """Playing a run's newest checkpoint: the door, the video, the agent for a notebook."""
 
+import dataclasses
 import json
 import shutil
 import time
@@ -12,7 +13,7 @@ from PIL import Image
 
 from hdfast import evaluate, loop
 from hdfast.envs.base import ContinuousActions
-from hdfast.runtime.errors import RunError
+from hdfast.runtime.errors import ConfigError, RunError
 from tests import loop_cases
 from tests.loop_cases import (
     door,
@@ -162,6 +163,29 @@ def test_a_config_that_cannot_be_is_one_line(run, tmp_path, monkeypatch, capfd, 
     assert (got, out) == (code, "")
     assert err.startswith(f"error: {copy}/config.json: {text}")
     assert err.count("\n") == 1
+
+
+def test_a_run_of_an_older_version_is_played_and_gone_on_with(run, tmp_path, capfd):
+    """Its config.json lacks the fields that were added since, whose defaults are what it did."""
+    copy = tmp_path / "demo" / "Catch" / "seed0"
+    shutil.copytree(path_of(run), copy)
+    (copy / "finished.json").unlink()
+    about = json.loads((copy / "config.json").read_text())
+    for name in ("train.graph", "rssm.unimix", "loss"):
+        section, _, field = name.partition(".")
+        about["config"][section].pop(field) if field else about["config"].pop(section)
+    (copy / "config.json").write_text(json.dumps(about))
+    with evaluate.load(copy, device="cpu") as trained:
+        assert dataclasses.replace(trained.config, logdir=run.logdir) == run
+    capfd.readouterr()
+    loop_cases.train(tiny(tmp_path))
+    assert "going on at agent step 40" in capfd.readouterr().out
+    after = json.loads((copy / "config.json").read_text())
+    assert after["config"] == about["config"]
+    assert [line.partition(":")[0] for line in after["resumed"][-1]["changed"]] == ["logdir"]
+    with pytest.raises(ConfigError, match="another config") as error:
+        loop_cases.train(tiny(tmp_path, rssm={"unimix": 0.02}))
+    assert error.value.details == ("rssm.unimix: 0.01 -> 0.02",)
 
 
 def test_evaluate_knows_success_and_wants_images_for_a_video(tmp_path, monkeypatch):

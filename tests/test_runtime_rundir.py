@@ -77,6 +77,24 @@ def test_before_its_first_checkpoint_a_run_takes_another_config(tmp_path):
     assert "env" not in record.config
 
 
+def test_a_field_that_is_newer_than_the_run_was_at_its_default(tmp_path):
+    with open_run(tmp_path) as run:
+        (run.checkpoints / "0000000001.safetensors").touch()
+    defaults = {"seed": 0, "fast": False, "rssm": {"deter": 1, "blocks": 8}, "mix": {"a": 1}}
+    newer = {**CONFIG, "fast": False, "rssm": {**CONFIG["rssm"], "blocks": 8}, "mix": {"a": 1}}
+    with open_run(tmp_path, newer, defaults=defaults) as run:
+        assert run.state == "resumable"
+        record = rundir.read(run.path)
+    assert record.config == {**CONFIG, "rssm": {"deter": 512, "layers": [1, 2]}}  # as it was saved
+    assert record.resumed[0]["changed"] == []
+    with pytest.raises(ConfigError, match="this run has another config") as error:
+        open_run(tmp_path, {**newer, "fast": True, "mix": {"a": 2}}, defaults=defaults)
+    assert error.value.details == ("fast: false -> true", "mix.a: 1 -> 2")
+    with pytest.raises(ConfigError, match="this run has another config") as error:  # the other way round
+        open_run(tmp_path, {"seed": 3, "device": "cpu", "rssm": {"deter": 512}}, defaults={"seed": 0})
+    assert error.value.details == ("log.every: 500 -> (absent)", "rssm.layers: [1, 2] -> (absent)")
+
+
 def test_fields_that_may_differ_are_recorded_when_they_do(tmp_path):
     with open_run(tmp_path):
         pass
