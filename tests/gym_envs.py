@@ -61,6 +61,32 @@ class Broken(Count):
         return super().step(action)
 
 
+class Solved(Count):
+    """Its `info` tells success as `tell` says; a row of every second episode succeeds, the one at age 2."""
+
+    def __init__(self, tell: str = "success", **settings: Any) -> None:
+        super().__init__(**settings)
+        self.tell, self.episode, self.solved = tell, 0, False
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        self.episode, self.solved = self.episode + 1, False
+        return super().reset(seed=seed)[0], {"success": True}  # of no episode
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        *row, info = super().step(action)
+        now = self.age == 2 and self.episode % 2 == 0
+        self.solved |= now
+        if self.tell == "success":
+            info = {"success": np.float64(now), "is_success": True}
+        elif self.tell == "at the end" and row[2]:
+            info = {"is_success": self.solved}
+        elif self.tell == "when it does" and now:
+            info = {"is_success": np.array([True])}
+        elif self.tell == "in its own way":
+            info = {"success": "maybe", "ragged": np.zeros(self.age)}
+        return *row, info
+
+
 class Seeded(Count):
     """The reward of every step is drawn at random."""
 
@@ -85,6 +111,10 @@ for name, kind, settings in (
     ("Count", Count, {}),
     ("Broken", Broken, {}),
     ("Seeded", Seeded, {}),
+    ("Solved", Solved, {}),
+    ("SolvedAtTheEnd", Solved, {"tell": "at the end"}),
+    ("SolvedNow", Solved, {"tell": "when it does"}),
+    ("SolvedItsWay", Solved, {"tell": "in its own way"}),
     ("Tall", Count, {"observation": pixels(90, 40, 3)}),
     ("Grey", Count, {"observation": pixels(16, 16)}),
     ("Goals", Count, {"observation": GOALS}),

@@ -6,7 +6,7 @@ first. Episodes end as the environment says: `terminated` is terminal, `truncate
 Images are observations of (H, W, 3), (H, W, 1) or (H, W) uint8, alone or under any names in a Dict, else the
 environment is drawn (`render_mode="rgb_array"`). All other observations are vectors, Discrete ones one-hot. Images that
 are not all square with one side of 8, 16, 32 or 64 become 64 x 64 by Pillow's box filter. Bounded Box actions are
-stretched to [-1, 1].
+stretched to [-1, 1]. Where `info` holds `success` or `is_success`, an episode succeeds if one of its rows does.
 
 Axes: N environments, H, W pixels.
 """
@@ -107,20 +107,21 @@ class GymEnv(BatchEnv):
             action_repeat=action_repeat,
         )
         self._over = np.zeros(num_envs, bool)
+        self._tells_success = False  # some tell it at the end of an episode only
         self._answer: Future[tuple[Any, ...]]
 
     def _reset(self) -> EnvStep:
         obs, _ = self._result(self._stepper.submit(self._vector.reset, seed=self._seeds))
         self._seeds = None  # a later reset goes on with what they have drawn
         zero, never = np.zeros(self.num_envs, np.float32), np.zeros(self.num_envs, bool)
-        return self._row(obs, zero, never, never, is_first=~never)
+        return self._row(obs, zero, never, never, {}, is_first=~never)
 
     def _send(self, action: np.ndarray) -> None:
         self._answer = self._stepper.submit(self._vector.step, self._theirs(action))
 
     def _recv(self) -> EnvStep:
-        obs, reward, terminated, truncated, _ = self._result(self._answer)
-        return self._row(obs, reward, terminated, truncated, is_first=self._over)
+        obs, reward, terminated, truncated, info = self._result(self._answer)
+        return self._row(obs, reward, terminated, truncated, info, is_first=self._over)
 
     def _row(
         self,
@@ -128,16 +129,20 @@ class GymEnv(BatchEnv):
         reward: np.ndarray,
         terminated: np.ndarray,
         truncated: np.ndarray,
+        info: dict[str, np.ndarray],
         *,
         is_first: np.ndarray,
     ) -> EnvStep:
         self._over = terminated | truncated
+        self._tells_success |= "success" in info
+        success = info.get("success", np.zeros(self.num_envs, bool))
         return EnvStep(
             obs=dict(obs),
             reward=reward.astype(np.float32),
             is_first=is_first.copy(),
             is_last=self._over.copy(),
             is_terminal=terminated.copy(),
+            info={"success": success} if self._tells_success else {},
         )
 
     def _theirs(self, action: np.ndarray) -> np.ndarray:
@@ -221,7 +226,7 @@ class _Maker:
 
 
 class _Seen(gymnasium.ObservationWrapper):
-    """Observations as a Dict of images (H, W, 1 or 3) uint8 and vectors (n,) float32."""
+    """Observations as a Dict of images (H, W, 1 or 3) uint8 and vectors (n,) float32; of `info` the success alone."""
 
     def __init__(self, env: gymnasium.Env, obs: str) -> None:
         super().__init__(env)
@@ -250,6 +255,13 @@ class _Seen(gymnasium.ObservationWrapper):
             }
         )
 
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        return super().reset(seed=seed, options=options)[0], {}
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, bool]]:
+        *row, info = super().step(action)
+        return *row, _success(info)
+
     def observation(self, observation: Any) -> dict[str, np.ndarray]:
         parts = {_key(self.env.observation_space): observation} if self._whole else observation
         return {
@@ -267,6 +279,15 @@ class _Seen(gymnasium.ObservationWrapper):
             picture = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
             image = np.asarray(picture.resize((self._side, self._side), Image.Resampling.BOX))
         return image.reshape(self._side, self._side, -1)
+
+
+def _success(info: dict[str, Any]) -> dict[str, bool]:
+    """{"success": whether it is reached}, empty where the environment does not tell."""
+    for name in ("success", "is_success"):
+        value = np.asarray(info.get(name))
+        if value.size == 1 and value.dtype.kind in "biuf":
+            return {"success": bool(value.item() > 0)}
+    return {}
 
 
 def _key(space: spaces.Space) -> str:
