@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from hdfast.runtime.errors import ConfigError, MissingLibraryError, suggest
+from hdfast.runtime.errors import ConfigError, suggest
 from hdfast.usage import usage
 
 T = TypeVar("T")
@@ -19,13 +19,10 @@ def parse_flags(argv: Sequence[str], default: T, prog: str) -> T:
     """The dataclass `default` with the fields that the flags in `argv` name, by tyro's parser.
 
     Raises:
-        ConfigError: tyro's errors as one line, with the nearest right name. MissingLibraryError: there is no tyro.
+        ConfigError: tyro's errors as one line, with the nearest right name.
         SystemExit: ``--help``, which is printed.
     """
-    try:
-        import tyro
-    except ImportError as error:
-        raise MissingLibraryError(f"cannot import tyro: {error}", hint="pip install tyro") from error
+    import tyro
 
     flags = [f"--{name.replace('_', '-')}" for name in field_names(default)]
     negated = [re.sub(r"([^.-][^.]*)$", r"no-\1", flag) for flag in flags]  # --log.no-tensorboard

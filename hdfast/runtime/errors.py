@@ -13,10 +13,17 @@ import os
 import select
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn, TextIO
 
+# What hdfast is installed with: name in an import -> name that pip knows.
+PACKAGES = {"PIL": "pillow"} | {
+    name: name
+    for name in ("envpool", "gymnasium", "numpy", "rich", "safetensors", "tensorboard", "torch", "tyro")
+}
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -136,6 +143,32 @@ def disk_errors(path: str | Path, doing: str, *, hint: str = "") -> Iterator[Non
         raise RunError(f"cannot {doing}: {reason}", where=path, hint=hint) from error
 
 
+def missing_package(error: ImportError) -> MissingLibraryError | None:
+    """What to tell where one of PACKAGES is missing, or cannot be imported; None about any other import."""
+    wanted = (error.name or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and wanted in PACKAGES:
+        return MissingLibraryError(f"hdfast needs {wanted}", hint=f"pip install {PACKAGES[wanted]}")
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    importing = [name.partition(".")[0] for name in modules if not name.startswith("importlib")]
+    for package in (wanted, *importing[-1:]):
+        if package in PACKAGES:
+            again = "" if isinstance(error, ModuleNotFoundError) else "--force-reinstall "
+            hint = f"pip install {again}{PACKAGES[package]}"
+            return MissingLibraryError(f"{package} does not load: {error}", hint=hint)
+    return None
+
+
+def tell_missing_packages() -> None:
+    """From now on, an import that fails where no `main` is around it yet ends as `main` would end it."""
+
+    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, ImportError) and (told := missing_package(error)) is not None:
+            sys.exit(_report(told))  # an excepthook may: it sets the exit code
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = tell
+
+
 class _Warnings(logging.Handler):
     """Tells what is logged as every other warning is told."""
 
@@ -146,7 +179,7 @@ class _Warnings(logging.Handler):
 def main(door: Callable[[], int | None]) -> NoReturn:
     """Run a door and exit with its return value (None is 0), or after one line with its HdfastError's code.
 
-    A full disk is answered with one line wherever it was met, Ctrl-C with 130, a closed output pipe
+    A full disk and a missing package are answered with one line wherever they are met, Ctrl-C with 130, a closed pipe
     (`... | head`) silently with 141; a closed terminal changes nothing. Every other exception keeps its
     traceback. Log records of level WARNING and above, of any package, become warnings.
     """
@@ -170,6 +203,10 @@ def _code_of(door: Callable[[], int | None]) -> int:
         return door() or 0
     except HdfastError as error:
         return _report(error)
+    except ImportError as error:
+        if (told := missing_package(error)) is None:
+            raise
+        return _report(told)
     except KeyboardInterrupt:
         return _report(Interrupted(signal.SIGINT, hint=""))
     except OSError as error:
