@@ -1,4 +1,4 @@
-"""Prints the table of a suite, from the finished runs on disk, beside the published scores."""
+"""Prints the tables of the suites that have runs, from those that are finished, beside the published scores."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -14,6 +15,7 @@ from hdfast import suites
 from hdfast.runtime import errors, rundir
 from hdfast.runtime.arguments import Arguments, given_path
 from hdfast.runtime.console import Console
+from hdfast.runtime.files import plain
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ def collect(
                     success[int(seed)] = float(summary["success"])
         found.append(TaskScores(task, scores, success))
     return found
+
+
+def with_runs(logdir: Path) -> list[suites.Suite]:
+    """The suites that have runs below `logdir`, finished or not."""
+    return [s for s in suites.SUITES.values() if any((logdir / s.name).glob("*/seed*/config.json"))]
 
 
 def _trained(logdir: Path, suite: suites.Suite) -> list[suites.Task]:
@@ -100,20 +107,17 @@ def table(suite: suites.Suite, rows: Sequence[TaskScores]) -> Table:
     return view
 
 
-def as_json(suite: suites.Suite, rows: Sequence[TaskScores]) -> str:
-    """The same as JSON: per task the scores and success rates by seed, and the aggregates."""
+def as_dict(suite: suites.Suite, rows: Sequence[TaskScores]) -> dict[str, Any]:
+    """The same for JSON: per task the scores and success rates by seed, and the aggregates."""
     done = {row.task.name: list(row.scores.values()) for row in rows if row.scores}
     aggregate = suite.aggregate(done) if done else None
     success = {row.task.name: {str(k): v for k, v in row.success.items()} for row in rows if row.success}
-    return json.dumps(
-        {
-            "suite": suite.name,
-            "tasks": {row.task.name: {str(k): v for k, v in row.scores.items()} for row in rows},
-            "success": success or None,
-            "human_normalized": None if aggregate is None else vars(aggregate),
-        },
-        indent=2,
-    )
+    return {
+        "suite": suite.name,
+        "tasks": {row.task.name: {str(k): v for k, v in row.scores.items()} for row in rows},
+        "success": success or None,
+        "human_normalized": None if aggregate is None else vars(aggregate),
+    }
 
 
 def show(suite: suites.Suite, rows: Sequence[TaskScores]) -> None:
@@ -125,18 +129,25 @@ def show(suite: suites.Suite, rows: Sequence[TaskScores]) -> None:
 
 def main() -> None:
     parser = Arguments("python -m hdfast.report", __doc__)
-    parser.add_argument("--suite", default="atari100k", help="which suite")
+    parser.add_argument("--suite", help="which suite, all that have runs if left out")
     parser.add_argument("--logdir", type=given_path, default=Path("runs"), help="folder that holds all runs")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON instead: one suite, or a list of them"
+    )
     args = parser.parse_args()
-    suite = suites.get(args.suite)
+    chosen = [suites.get(args.suite)] if args.suite is not None else []
     if not args.logdir.is_dir():
         raise errors.ConfigError(f"there is no folder {args.logdir}", where="--logdir")
-    rows = collect(args.logdir, suite)
+    if not (chosen := chosen or with_runs(args.logdir)):
+        hint = "a run is <logdir>/<suite>/<task>/seed<k>, of python -m hdfast.train --logdir"
+        raise errors.RunError("there are no runs in this folder", where=args.logdir, hint=hint)
+    found = [(suite, collect(args.logdir, suite)) for suite in chosen]
     if args.json:
-        sys.stdout.write(as_json(suite, rows) + "\n")
+        about = [as_dict(suite, rows) for suite, rows in found]
+        sys.stdout.write(json.dumps(plain(about if args.suite is None else about[0]), indent=2) + "\n")
     else:
-        show(suite, rows)
+        for suite, rows in found:
+            show(suite, rows)
 
 
 def _mean(values: Collection[float]) -> float:
