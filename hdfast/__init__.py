@@ -5,6 +5,6 @@ import sys
 __version__ = "0.1.0"
 
 if sys.argv[:1] == ["-m"]:  # `python -m hdfast.train`, which imports all it needs before its `errors.main`
-    from hdfast.runtime.errors import tell_missing_packages
+    from hdfast.runtime import errors
 
-    tell_missing_packages()
+    errors.begin()

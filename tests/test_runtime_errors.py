@@ -111,6 +111,19 @@ def test_main_tells_what_is_logged_as_a_warning():
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_main_tells_a_warning_of_python_in_one_line_without_its_place():
+    result = run_door("import warnings; warnings.warn('\\x1b[33mWARN: it\\nis odd\\x1b[0m')")
+    assert (result.returncode, result.stderr) == (0, "warning: it is odd\n")
+
+
+def test_ctrl_c_while_a_door_is_imported_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    command, environment = [sys.executable, "-m", "hdfast.train"], {**os.environ, "PYTHONPATH": path}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert (result.returncode, result.stderr) == (130, "error: stopped by SIGINT\n")
+
+
 def test_main_keeps_the_traceback_of_the_unexpected():
     for body in (
         "1 / 0",

@@ -10,10 +10,12 @@ import errno
 import io
 import logging
 import os
+import re
 import select
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -158,15 +160,27 @@ def missing_package(error: ImportError) -> MissingLibraryError | None:
     return None
 
 
-def tell_missing_packages() -> None:
-    """From now on, an import that fails where no `main` is around it yet ends as `main` would end it."""
+def begin() -> None:
+    """From now on, a missing package and Ctrl-C end the process as in `main`, where no `main` is around it yet."""
 
     def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, ImportError) and (told := missing_package(error)) is not None:
             sys.exit(_report(told))  # an excepthook may: it sets the exit code
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit(_report(Interrupted(signal.SIGINT, hint="")))
         sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = tell
+
+
+def tell_warnings() -> None:
+    """From now on, a Python warning of this process is one line without its place and colours."""
+
+    def show(message: Warning | str, *_: object) -> None:
+        text = re.sub(r"\x1b\[\d*m", "", str(message))
+        warn(re.sub(r"^WARN: ", "", text))  # gymnasium's
+
+    warnings.showwarning = show
 
 
 class _Warnings(logging.Handler):
@@ -181,8 +195,9 @@ def main(door: Callable[[], int | None]) -> NoReturn:
 
     A full disk and a missing package are answered with one line wherever they are met, Ctrl-C with 130, a closed pipe
     (`... | head`) silently with 141; a closed terminal changes nothing. Every other exception keeps its
-    traceback. Log records of level WARNING and above, of any package, become warnings.
+    traceback. Python's warnings, and log records of level WARNING and above, of any package, are a line each.
     """
+    tell_warnings()
     logging.basicConfig(handlers=[_Warnings()], level=logging.WARNING)
     try:
         code = _code_of(door)
