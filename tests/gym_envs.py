@@ -5,6 +5,7 @@
 
 import os
 import time
+import warnings
 from typing import Any
 
 import gymnasium
@@ -61,6 +62,39 @@ class Broken(Count):
         return super().step(action)
 
 
+class Wrong(Count):
+    """From age 2 on it does something wrong; `how` says what."""
+
+    def __init__(self, how: str, **settings: Any) -> None:
+        super().__init__(spaces.Dict({"image": pixels(8, 8, 3), "arm": box(2, high=9)}), **settings)
+        self.how = how
+        if how == "init":
+            raise ValueError("no such map")
+        if how == "needs":
+            import no_such_package_at_all  # noqa: F401
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, reward, *rest = super().step(action)
+        if self.age == 2:
+            match self.how:
+                case "nan":
+                    obs["arm"][1] = np.nan
+                case "long":
+                    obs["arm"] = np.zeros(3, np.float32)
+                case "float":
+                    obs["image"] = np.zeros((8, 8, 3))
+                case "reward":
+                    reward = float("nan")
+                case "odd":
+                    warnings.warn("the joints\nare odd", stacklevel=2)
+                    raise RuntimeError("very odd")
+                case "none":
+                    reward = None
+                case "exit":
+                    raise SystemExit(3)
+        return obs, reward, *rest
+
+
 class Solved(Count):
     """Its `info` tells success as `tell` says; a row of every second episode succeeds, the one at age 2."""
 
@@ -107,10 +141,13 @@ GOALS = spaces.Dict(
     {"image": pixels(30, 20, 3), "depth": pixels(64, 64, 1), "arm": box(2, 2), "goal": spaces.Discrete(7)}
 )
 
+WRONG = ("init", "needs", "nan", "long", "float", "reward", "none", "odd", "exit")
+
 for name, kind, settings in (
     ("Count", Count, {}),
     ("Broken", Broken, {}),
     ("Seeded", Seeded, {}),
+    *((f"Wrong{how.title()}", Wrong, {"how": how}) for how in WRONG),
     ("Solved", Solved, {}),
     ("SolvedAtTheEnd", Solved, {"tell": "at the end"}),
     ("SolvedNow", Solved, {"tell": "when it does"}),
