@@ -353,7 +353,10 @@ def validate(config: Config) -> Config:
         ConfigError: naming the flag, its value and the bound it breaks.
     """
     suite = suites.get(config.suite)
-    config = dataclasses.replace(config, suite=suite.name, logdir=config.logdir.expanduser())
+    try:
+        config = dataclasses.replace(config, suite=suite.name, logdir=config.logdir.expanduser())
+    except RuntimeError:
+        raise ConfigError(f"--logdir {config.logdir}: there is no such home directory") from None
     if config.task is not None:
         config = dataclasses.replace(config, task=suite.task(config.task).name)
     bounds: dict[str, tuple[float, float]] = {

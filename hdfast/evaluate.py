@@ -21,7 +21,7 @@ from hdfast.loop import fitting, make_envs, stream_seed
 from hdfast.runtime import checkpoint, errors, rundir
 from hdfast.runtime.arguments import Arguments, given_path, natural, positive
 from hdfast.runtime.device import prepare_device, resolve_device, resolve_precision
-from hdfast.runtime.errors import CheckpointError, ConfigError
+from hdfast.runtime.errors import CheckpointError, ConfigError, disk_errors
 from hdfast.runtime.video import encode_gif, save_gif
 
 
@@ -66,7 +66,9 @@ def load(run: str | Path, *, num_envs: int = 1, seed: int = 0, device: str = "au
         configuration or environments. ConfigError: a directory of several runs, or no such device.
     """
     run = Path(run)
-    if not (run / "config.json").exists() and (below := sorted(run.glob("**/config.json"))):
+    with disk_errors(run, "read the run"):
+        below = [] if (run / "config.json").exists() else sorted(run.glob("**/config.json"))
+    if below:
         raise ConfigError(
             f"this is not a run, it holds {len(below)}", where=run, hint=f"try {below[0].parent}"
         )

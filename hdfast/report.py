@@ -15,6 +15,7 @@ from hdfast import suites
 from hdfast.runtime import errors, rundir
 from hdfast.runtime.arguments import Arguments, given_path
 from hdfast.runtime.console import Console
+from hdfast.runtime.errors import ConfigError, RunError, disk_errors
 from hdfast.runtime.files import plain
 
 
@@ -136,11 +137,12 @@ def main() -> None:
     )
     args = parser.parse_args()
     chosen = [suites.get(args.suite)] if args.suite is not None else []
-    if not args.logdir.is_dir():
-        raise errors.ConfigError(f"there is no folder {args.logdir}", where="--logdir")
+    with disk_errors(args.logdir, "read the folder"):
+        if not args.logdir.is_dir():
+            raise ConfigError(f"there is no folder {args.logdir}", where="--logdir")
     if not (chosen := chosen or with_runs(args.logdir)):
         hint = "a run is <logdir>/<suite>/<task>/seed<k>, of python -m hdfast.train --logdir"
-        raise errors.RunError("there are no runs in this folder", where=args.logdir, hint=hint)
+        raise RunError("there are no runs in this folder", where=args.logdir, hint=hint)
     found = [(suite, collect(args.logdir, suite)) for suite in chosen]
     if args.json:
         about = [as_dict(suite, rows) for suite, rows in found]

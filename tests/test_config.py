@@ -174,6 +174,7 @@ def test_every_field_is_a_typed_flag(name):
         ("--rssm.deter", "--rssm.deter needs a value"),
         ("--seed --dry-run", "--seed needs a value"),
         ("--logdir=", "--logdir needs a value, got an empty one"),
+        ("--logdir ~nobody-at-all/runs", "--logdir ~nobody-at-all/runs: there is no such home directory"),
         (
             "--seed 2147483647 --seeds 2",
             "--seed 2147483647 --seeds 2 ends at seed 2,147,483,648, out of range: right is up to 2,147,483,647",

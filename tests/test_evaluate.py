@@ -210,6 +210,7 @@ def test_evaluate_tells_what_is_wrong_in_one_line(run, tmp_path, monkeypatch, ca
             f"{new.path}: there is no checkpoint yet; the first is written after 1e+09 seconds of training",
         ),
         ([], 2, "the following arguments are required: run"),
+        (["x" * 300], 1, f"{'x' * 300}: cannot read the run: File name too long"),
         ([""], 2, "argument run: it is empty; '.' is the current folder"),
         (
             [str(path_of(run)), "--episodes", "0"],

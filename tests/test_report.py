@@ -122,6 +122,9 @@ def test_the_door(tmp_path, monkeypatch, capfd):
     missing = tmp_path / "rnus"
     code, out, err = door(report.main, ["--logdir", str(missing)], monkeypatch, capfd)
     assert (code, out, err) == (2, "", f"error: --logdir: there is no folder {missing}\n")
+    code, out, err = door(report.main, ["--logdir", "x" * 300], monkeypatch, capfd)
+    assert (code, out) == (1, "")
+    assert err == f"error: {'x' * 300}: cannot read the folder: File name too long\n"
     code, out, err = door(report.main, ["--logdir", ""], monkeypatch, capfd)
     assert (code, out) == (2, "")
     assert err == "error: argument --logdir: it is empty; '.' is the current folder\n"
