@@ -64,6 +64,9 @@ def test_disk_errors_tell_a_full_disk_from_another_trouble():
         raise denied
 
 
+SMALLER = "a smaller --size, --replay.batch, --replay.length or --replay.capacity takes less"
+
+
 def run_door(body):
     code = f"import errno, signal\nfrom hdfast.runtime.errors import *\ndef door():\n {body}\nmain(door)"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -79,6 +82,17 @@ def run_door(body):
         ("raise CheckpointError('stop')", 3, "error: stop\n"),
         ("raise NonFiniteError('nan')", 5, "error: nan\n"),
         ("raise MissingLibraryError('gl')", 6, "error: gl\n"),
+        ("raise MemoryError", 1, f"error: there is not enough memory; {SMALLER}\n"),
+        (
+            "import torch; torch.empty(2**60, dtype=torch.uint8)",
+            1,
+            f"error: there is not enough memory for 1152921504606846976 bytes; {SMALLER}\n",
+        ),
+        (
+            "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.5 GiB. GPU 0')",
+            1,
+            f"error: there is not enough memory for 2.5 GiB; {SMALLER}\n",
+        ),
         (
             "from rich import no_such_name as _",
             6,

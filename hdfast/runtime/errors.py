@@ -160,6 +160,21 @@ def missing_package(error: ImportError) -> MissingLibraryError | None:
     return None
 
 
+def _memory(error: BaseException) -> RunError | None:
+    """What to tell where there is not enough memory, of this machine or of its GPU; None about any other error."""
+    text = str(error)
+    if not (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in text)
+    ):
+        return None
+    wanted = re.search(r"[Tt]ried to allocate (.*?)\.(?: |$)", text)
+    what = f"there is not enough memory{f' for {wanted[1]}' if wanted else ''}"
+    hint = "a smaller --size, --replay.batch, --replay.length or --replay.capacity takes less"
+    return RunError(what, hint=hint)
+
+
 def begin() -> None:
     """From now on, a missing package and Ctrl-C end the process as in `main`, where no `main` is around it yet."""
 
@@ -193,7 +208,7 @@ class _Warnings(logging.Handler):
 def main(door: Callable[[], int | None]) -> NoReturn:
     """Run a door and exit with its return value (None is 0), or after one line with its HdfastError's code.
 
-    A full disk and a missing package are answered with one line wherever they are met, Ctrl-C with 130, a closed pipe
+    A full disk, too little memory, a missing package: one line wherever they are met. Ctrl-C gives 130, a closed pipe
     (`... | head`) silently with 141; a closed terminal changes nothing. Every other exception keeps its
     traceback. Python's warnings, and log records of level WARNING and above, of any package, are a line each.
     """
@@ -224,6 +239,10 @@ def _code_of(door: Callable[[], int | None]) -> int:
         return _report(told)
     except KeyboardInterrupt:
         return _report(Interrupted(signal.SIGINT, hint=""))
+    except (MemoryError, RuntimeError) as error:
+        if (told := _memory(error)) is None:
+            raise
+        return _report(told)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
