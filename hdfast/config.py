@@ -16,6 +16,7 @@ from hdfast.runtime.errors import ConfigError, suggest
 
 Size = Literal["tiny", "small", "medium", "large", "xlarge"]
 LAST_SEED = 2**31 - 1
+MOST_ENVS = 4096
 
 
 @dataclass(frozen=True)
@@ -363,7 +364,7 @@ def validate(config: Config) -> Config:
         "seed": (0, LAST_SEED),
         "seeds": (1, 10_000),
         "agent_steps": (1, 2**40),
-        "env.num_envs": (1, 4096),
+        "env.num_envs": (1, MOST_ENVS),
         "env.threads": (0, 4096),
         "replay.batch": (1, 2**20),
         "replay.length": (2, 2**16),
@@ -395,7 +396,7 @@ def validate(config: Config) -> Config:
         },
         "eval.every": (0, 2**40),
         "eval.episodes": (1, 1_000_000),
-        "eval.num_envs": (1, 4096),
+        "eval.num_envs": (1, MOST_ENVS),
         "checkpoint.seconds": (0, 1e9),
         "checkpoint.keep": (1, 1000),
         "log.every": (1, 2**40),

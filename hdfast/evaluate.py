@@ -15,7 +15,7 @@ import numpy as np
 from hdfast import evaluation, suites
 from hdfast.agent.learner import Learner
 from hdfast.agent.policy import Policy
-from hdfast.config import Config, apply_overrides, validate
+from hdfast.config import MOST_ENVS, Config, apply_overrides, validate
 from hdfast.envs.base import BatchEnv, EnvStep
 from hdfast.loop import fitting, make_envs, stream_seed
 from hdfast.runtime import checkpoint, errors, rundir
@@ -63,9 +63,11 @@ def load(run: str | Path, *, num_envs: int = 1, seed: int = 0, device: str = "au
 
     Raises:
         RunError: there is no run. CheckpointError: it has no checkpoint yet, all are damaged, or they do not fit its
-        configuration or environments. ConfigError: a directory of several runs, or no such device.
+        configuration or environments. ConfigError: a directory of several runs, no such device, too many environments.
     """
     run = Path(run)
+    if not 1 <= num_envs <= MOST_ENVS:
+        raise ConfigError(f"--num-envs {num_envs} is out of range: right is 1 to {MOST_ENVS:,}")
     with disk_errors(run, "read the run"):
         below = [] if (run / "config.json").exists() else sorted(run.glob("**/config.json"))
     if below:

@@ -30,10 +30,12 @@ def parse_flags(argv: Sequence[str], default: T, prog: str) -> T:
         name = arg.partition("=")[0].replace("_", "-")
         if name.startswith("--") and name not in (*flags, *negated, "--help"):
             raise ConfigError(f"there is no option {name}{suggest(name, flags)}")
-    for arg, value in itertools.pairwise([*argv, "-"]):
+    for arg, value in itertools.pairwise(["-", *argv, "-"]):
         if (arg.startswith("--") and not value) or re.fullmatch("--[^=]+=", arg):
             # Path("") would be the current folder
             raise ConfigError(f"{arg.removesuffix('=')} needs a value, got an empty one")
+        if not value:
+            raise ConfigError("there is no argument ''")
     if {"-h", "--help"} & set(argv):
         sys.stdout.write(usage(default, prog) + "\n")
         raise SystemExit(0)

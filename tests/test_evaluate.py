@@ -217,6 +217,11 @@ def test_evaluate_tells_what_is_wrong_in_one_line(run, tmp_path, monkeypatch, ca
             2,
             "argument --episodes: 0 is out of range: right is 1 or more",
         ),
+        (
+            [str(path_of(run)), "--episodes", "99999", "--num-envs", "9999"],
+            2,
+            "--num-envs 9999 is out of range: right is 1 to 4,096",
+        ),
         ([str(path_of(run)), "--seed", "x"], 2, "argument --seed: 'x' is not a whole number"),
         (
             [str(path_of(run)), "--episods", "3"],

@@ -77,6 +77,7 @@ def test_profile_tells_what_is_wrong_in_one_line(tmp_path, monkeypatch, capfd):
             1,
             f"{missing}: cannot write the trace: No such file or directory",
         ),
+        ([*flags(), "--trace", str(tmp_path)], 1, f"{tmp_path}: cannot write the trace: Is a directory"),
     ):
         got, out, err = door(profile.main, argv, monkeypatch, capfd)
         assert (got, out) == (code, "")
