@@ -252,6 +252,12 @@ def test_an_environment_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RunError, match=r"^torn: it raised SyntaxError: "):
         envs.check("gym", "torn:Any-v0")
+    (tmp_path / "closed.py").write_text("raise PermissionError('not here')\n")
+    with pytest.raises(RunError, match=r"^closed: it raised PermissionError: not here$") as error:
+        envs.check("gym", "closed:Any-v0")
+    assert error.value.details == (
+        f"{tmp_path / 'closed.py'}:1 in <module>: raise PermissionError('not here')",
+    )
 
 
 @pytest.mark.parametrize("threads", ["0", "1"])

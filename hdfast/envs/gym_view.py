@@ -4,6 +4,7 @@ Axes: H, W pixels.
 """
 
 import contextlib
+import importlib
 import math
 import os
 import signal
@@ -45,7 +46,10 @@ def told(name: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise MissingLibraryError(f"{name} needs {error.name}", hint=f"pip install {error.name}") from error
     except (Exception, SystemExit) as error:
-        ours = (Path(gymnasium.__file__).parent, Path(__file__).parents[1])
+        ours = (
+            *(Path(module.__file__).parent for module in (gymnasium, importlib)),
+            Path(__file__).parents[1],
+        )
         frames = [
             f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
             for frame in traceback.extract_tb(error.__traceback__)
