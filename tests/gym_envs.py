@@ -94,6 +94,10 @@ class Wrong(Count):
                     raise SystemExit(3)
         return obs, reward, *rest
 
+    def close(self) -> None:
+        if self.how == "close":
+            raise RuntimeError("still in use")
+
 
 class Solved(Count):
     """Its `info` tells success as `tell` says; a row of every second episode succeeds, the one at age 2."""
@@ -141,7 +145,7 @@ GOALS = spaces.Dict(
     {"image": pixels(30, 20, 3), "depth": pixels(64, 64, 1), "arm": box(2, 2), "goal": spaces.Discrete(7)}
 )
 
-WRONG = ("init", "needs", "nan", "long", "float", "reward", "none", "odd", "exit")
+WRONG = ("init", "needs", "nan", "long", "float", "reward", "none", "odd", "exit", "close")
 
 for name, kind, settings in (
     ("Count", Count, {}),

@@ -137,6 +137,13 @@ class Seen(gymnasium.ObservationWrapper):
                 raise RunError(f"its reward is {reward!r:.50}, right is a finite number", where=self._name)
             return obs, float(number.item()), bool(terminated), bool(truncated), _success(info)
 
+    def close(self) -> None:
+        try:
+            with told(self._name):
+                super().close()
+        except HdfastError as error:  # whatever came of it has been saved
+            warnings.warn(f"{error}; it was being closed", stacklevel=2)
+
     def observation(self, observation: Any) -> dict[str, np.ndarray]:
         parts = {_key(self.env.observation_space): observation} if self._whole else observation
         return {
