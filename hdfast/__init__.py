@@ -1,3 +1,10 @@
 """hdfast: HarmonyDream at the speed of the hardware."""
 
+import sys
+
 __version__ = "0.1.0"
+
+if sys.argv[:1] == ["-m"]:  # `python -m hdfast.train`, which imports all it needs before its `errors.main`
+    from hdfast.runtime import errors
+
+    errors.begin()

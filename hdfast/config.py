@@ -8,13 +8,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hdfast import suites
 from hdfast.flags import parse_flags, peek
 from hdfast.runtime.errors import ConfigError, suggest
 
 Size = Literal["tiny", "small", "medium", "large", "xlarge"]
+LAST_SEED = 2**31 - 1
+MOST_ENVS = 4096
 
 
 @dataclass(frozen=True)
@@ -285,18 +287,33 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def apply_overrides(config: Any, overrides: dict[str, Any], where: str = "config") -> Any:
-    """Returns `config` with a nested dict of fields replaced; an unknown field is a ConfigError."""
-    names = [f.name for f in dataclasses.fields(config)]
+    """Returns `config` with a nested dict of fields replaced, such as another one's `to_dict`.
+
+    Raises: ConfigError on a field that there is not, TypeError on a value that is not of the field's type.
+    """
+    kinds = get_type_hints(type(config))
     changes = {}
     for key, value in overrides.items():
-        if key not in names:
-            raise ConfigError(f"{where} has no field {key!r}{suggest(key, names)}")
-        current = getattr(config, key)
-        if dataclasses.is_dataclass(current) and isinstance(value, dict):
-            value = apply_overrides(current, value, f"{where}.{key}")
-        # 64 where a float belongs is what the flag makes of it, 64.0: config.json tells them apart
-        changes[key] = float(value) if isinstance(current, float) else value
+        if key not in kinds:
+            raise ConfigError(f"{where} has no field {key!r}{suggest(key, kinds)}")
+        nested = dataclasses.is_dataclass(kinds[key]) and isinstance(value, dict)
+        name = f"{where}.{key}"
+        changes[key] = (
+            apply_overrides(getattr(config, key), value, name) if nested else _typed(value, kinds[key], name)
+        )
     return dataclasses.replace(config, **changes)
+
+
+def _typed(value: Any, kind: Any, name: str) -> Any:
+    """`value` as the flag of a field of this type gives it. Raises: TypeError."""
+    if get_origin(kind) is Literal:
+        right = value in get_args(kind)
+    else:
+        also = {float: int, Path: str}.get(kind, kind)  # in JSON, and 64 where a float belongs is 64.0
+        right = isinstance(value, kind | also) and (kind is bool or not isinstance(value, bool))
+    if not right:
+        raise TypeError(f"{name} cannot be {value!r:.50}")
+    return kind(value) if kind in (float, Path) else value
 
 
 def default_config(suite: str = "atari100k", size: str | None = None) -> Config:
@@ -339,13 +356,17 @@ def validate(config: Config) -> Config:
         ConfigError: naming the flag, its value and the bound it breaks.
     """
     suite = suites.get(config.suite)
-    config = dataclasses.replace(config, suite=suite.name, logdir=config.logdir.expanduser())
+    try:
+        config = dataclasses.replace(config, suite=suite.name, logdir=config.logdir.expanduser())
+    except RuntimeError:
+        raise ConfigError(f"--logdir {config.logdir}: there is no such home directory") from None
     if config.task is not None:
         config = dataclasses.replace(config, task=suite.task(config.task).name)
     bounds: dict[str, tuple[float, float]] = {
+        "seed": (0, LAST_SEED),
         "seeds": (1, 10_000),
         "agent_steps": (1, 2**40),
-        "env.num_envs": (1, 4096),
+        "env.num_envs": (1, MOST_ENVS),
         "env.threads": (0, 4096),
         "replay.batch": (1, 2**20),
         "replay.length": (2, 2**16),
@@ -377,12 +398,11 @@ def validate(config: Config) -> Config:
         },
         "eval.every": (0, 2**40),
         "eval.episodes": (1, 1_000_000),
-        "eval.num_envs": (1, 4096),
+        "eval.num_envs": (1, MOST_ENVS),
         "checkpoint.seconds": (0, 1e9),
         "checkpoint.keep": (1, 1000),
         "log.every": (1, 2**40),
         "log.video_every": (0, 2**40),
-        "seed": (0, 2**31 - 1),
     }
     for name, (low, high) in bounds.items():
         value: Any = config
@@ -391,6 +411,9 @@ def validate(config: Config) -> Config:
         if not low <= value <= high:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} {value} is out of range: right is {low:,} to {high:,}")
+    if (last := config.seed + config.seeds - 1) > LAST_SEED:
+        asked = f"--seed {config.seed} --seeds {config.seeds}"
+        raise ConfigError(f"{asked} ends at seed {last:,}, out of range: right is up to {LAST_SEED:,}")
     plain = Config()
     for section, mode, names in (
         ("harmony", "fixed", ("reward", "image", "kl")),

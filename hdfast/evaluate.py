@@ -15,13 +15,13 @@ import numpy as np
 from hdfast import evaluation, suites
 from hdfast.agent.learner import Learner
 from hdfast.agent.policy import Policy
-from hdfast.config import Config, apply_overrides
+from hdfast.config import MOST_ENVS, Config, apply_overrides, validate
 from hdfast.envs.base import BatchEnv, EnvStep
 from hdfast.loop import fitting, make_envs, stream_seed
 from hdfast.runtime import checkpoint, errors, rundir
-from hdfast.runtime.arguments import Arguments, natural, positive
+from hdfast.runtime.arguments import Arguments, given_path, natural, positive
 from hdfast.runtime.device import prepare_device, resolve_device, resolve_precision
-from hdfast.runtime.errors import CheckpointError, ConfigError
+from hdfast.runtime.errors import CheckpointError, ConfigError, disk_errors
 from hdfast.runtime.video import encode_gif, save_gif
 
 
@@ -63,19 +63,22 @@ def load(run: str | Path, *, num_envs: int = 1, seed: int = 0, device: str = "au
 
     Raises:
         RunError: there is no run. CheckpointError: it has no checkpoint yet, all are damaged, or they do not fit its
-        configuration or environments. ConfigError: a directory of several runs, or no such device.
+        configuration or environments. ConfigError: a directory of several runs, no such device, too many environments.
     """
     run = Path(run)
-    if not (run / "config.json").exists() and (below := sorted(run.glob("**/config.json"))):
+    if not 1 <= num_envs <= MOST_ENVS:
+        raise ConfigError(f"--num-envs {num_envs} is out of range: right is 1 to {MOST_ENVS:,}")
+    with disk_errors(run, "read the run"):
+        below = [] if (run / "config.json").exists() else sorted(run.glob("**/config.json"))
+    if below:
         raise ConfigError(
             f"this is not a run, it holds {len(below)}", where=run, hint=f"try {below[0].parent}"
         )
-    record = rundir.read(run)
-    config = dataclasses.replace(apply_overrides(Config(), record.config), seed=seed)
+    config = dataclasses.replace(config_of(run), seed=seed)
     task = suites.get(config.suite).task(config.task)
     saved = checkpoint.load_latest(run / "checkpoints")
     if saved is None:
-        hint = f"the first is written after {record.config['checkpoint']['seconds']:g} seconds of training"
+        hint = f"the first is written after {config.checkpoint.seconds:g} seconds of training"
         raise CheckpointError("there is no checkpoint yet", where=run, hint=hint)
     where = resolve_device(device)
     prepare_device(where, config.little_work)
@@ -92,6 +95,23 @@ def load(run: str | Path, *, num_envs: int = 1, seed: int = 0, device: str = "au
     except BaseException:
         env.close()
         raise
+
+
+def config_of(run: Path) -> Config:
+    """The configuration of the run in directory `run`; fields that are newer than the run are as by default.
+
+    Raises: RunError, ConfigError.
+    """
+    file, saved = run / "config.json", rundir.read(run).config
+    try:
+        config = apply_overrides(Config(), saved)
+        if config.task is None:
+            raise TypeError("config.task is missing")
+        return validate(config)
+    except TypeError as error:
+        raise rundir.damaged(file, str(error)) from error
+    except ConfigError as error:
+        raise ConfigError(str(error), where=file, hint="did another version of hdfast write it?") from error
 
 
 def evaluate(
@@ -149,7 +169,7 @@ class Film:
 
 def main() -> None:
     parser = Arguments("python -m hdfast.evaluate", __doc__)
-    parser.add_argument("run", type=Path, help="directory of a run, such as runs/atari100k/Pong/seed0")
+    parser.add_argument("run", type=given_path, help="directory of a run, such as runs/atari100k/Pong/seed0")
     parser.add_argument("--episodes", type=positive, default=100, help="episodes to play")
     parser.add_argument("--seed", type=natural, default=0, help="of environments and policy")
     parser.add_argument("--num-envs", type=positive, default=8, help="environments stepped together")

@@ -93,6 +93,6 @@ def summarize(episodes: list[Episode]) -> dict[str, object]:
         "standard_error": error,
         "scores": scores,
     }
-    if episodes[0].success is not None:
+    if any(episode.success is not None for episode in episodes):
         summary["success"] = float(np.mean([bool(episode.success) for episode in episodes]))
     return summary

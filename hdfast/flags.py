@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from hdfast.runtime.errors import ConfigError, MissingLibraryError, suggest
+from hdfast.runtime.errors import ConfigError, suggest
 from hdfast.usage import usage
 
 T = TypeVar("T")
@@ -19,13 +19,10 @@ def parse_flags(argv: Sequence[str], default: T, prog: str) -> T:
     """The dataclass `default` with the fields that the flags in `argv` name, by tyro's parser.
 
     Raises:
-        ConfigError: tyro's errors as one line, with the nearest right name. MissingLibraryError: there is no tyro.
+        ConfigError: tyro's errors as one line, with the nearest right name.
         SystemExit: ``--help``, which is printed.
     """
-    try:
-        import tyro
-    except ImportError as error:
-        raise MissingLibraryError(f"cannot import tyro: {error}", hint="pip install tyro") from error
+    import tyro
 
     flags = [f"--{name.replace('_', '-')}" for name in field_names(default)]
     negated = [re.sub(r"([^.-][^.]*)$", r"no-\1", flag) for flag in flags]  # --log.no-tensorboard
@@ -33,6 +30,12 @@ def parse_flags(argv: Sequence[str], default: T, prog: str) -> T:
         name = arg.partition("=")[0].replace("_", "-")
         if name.startswith("--") and name not in (*flags, *negated, "--help"):
             raise ConfigError(f"there is no option {name}{suggest(name, flags)}")
+    for arg, value in itertools.pairwise(["-", *argv, "-"]):
+        if (arg.startswith("--") and not value) or re.fullmatch("--[^=]+=", arg):
+            # Path("") would be the current folder
+            raise ConfigError(f"{arg.removesuffix('=')} needs a value, got an empty one")
+        if not value:
+            raise ConfigError("there is no argument ''")
     if {"-h", "--help"} & set(argv):
         sys.stdout.write(usage(default, prog) + "\n")
         raise SystemExit(0)

@@ -141,6 +141,7 @@ def run(config: Config, task: Task) -> dict[str, Any]:
             config.seed,
             config.to_dict(),
             ignore=RESUMABLE_CHANGES,
+            defaults=Config().to_dict(),
             device=describe_device(device),
         ) as rundir,
     ):

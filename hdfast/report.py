@@ -1,4 +1,4 @@
-"""Prints the table of a suite, from the finished runs on disk, beside the published scores."""
+"""Prints the tables of the suites that have runs, from those that are finished, beside the published scores."""
 
 import json
 import math
@@ -6,14 +6,17 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from hdfast import suites
 from hdfast.runtime import errors, rundir
-from hdfast.runtime.arguments import Arguments
+from hdfast.runtime.arguments import Arguments, given_path
 from hdfast.runtime.console import Console
+from hdfast.runtime.errors import ConfigError, RunError, disk_errors
+from hdfast.runtime.files import plain
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,19 @@ def collect(
     return found
 
 
+def with_runs(logdir: Path) -> list[suites.Suite]:
+    """The suites that have runs below `logdir`, finished or not."""
+    return [s for s in suites.SUITES.values() if any((logdir / s.name).glob("*/seed*/config.json"))]
+
+
 def _trained(logdir: Path, suite: suites.Suite) -> list[suites.Task]:
-    configs = [
-        rundir.read(path.parent).config for path in sorted((logdir / suite.name).glob("*/seed*/config.json"))
-    ]
-    return [suite.task(name) for name in dict.fromkeys(config["task"] for config in configs)]
+    tasks = {}
+    for path in sorted((logdir / suite.name).glob("*/seed*/config.json")):
+        name = rundir.read(path.parent).config.get("task")
+        if not isinstance(name, str):
+            raise rundir.damaged(path, f"config.task is {name!r:.50}, right is a str")
+        tasks[name] = suite.task(name)
+    return list(tasks.values())
 
 
 def table(suite: suites.Suite, rows: Sequence[TaskScores]) -> Table:
@@ -97,20 +108,17 @@ def table(suite: suites.Suite, rows: Sequence[TaskScores]) -> Table:
     return view
 
 
-def as_json(suite: suites.Suite, rows: Sequence[TaskScores]) -> str:
-    """The same as JSON: per task the scores and success rates by seed, and the aggregates."""
+def as_dict(suite: suites.Suite, rows: Sequence[TaskScores]) -> dict[str, Any]:
+    """The same for JSON: per task the scores and success rates by seed, and the aggregates."""
     done = {row.task.name: list(row.scores.values()) for row in rows if row.scores}
     aggregate = suite.aggregate(done) if done else None
     success = {row.task.name: {str(k): v for k, v in row.success.items()} for row in rows if row.success}
-    return json.dumps(
-        {
-            "suite": suite.name,
-            "tasks": {row.task.name: {str(k): v for k, v in row.scores.items()} for row in rows},
-            "success": success or None,
-            "human_normalized": None if aggregate is None else vars(aggregate),
-        },
-        indent=2,
-    )
+    return {
+        "suite": suite.name,
+        "tasks": {row.task.name: {str(k): v for k, v in row.scores.items()} for row in rows},
+        "success": success or None,
+        "human_normalized": None if aggregate is None else vars(aggregate),
+    }
 
 
 def show(suite: suites.Suite, rows: Sequence[TaskScores]) -> None:
@@ -122,18 +130,26 @@ def show(suite: suites.Suite, rows: Sequence[TaskScores]) -> None:
 
 def main() -> None:
     parser = Arguments("python -m hdfast.report", __doc__)
-    parser.add_argument("--suite", default="atari100k", help="which suite")
-    parser.add_argument("--logdir", type=Path, default=Path("runs"), help="folder that holds all runs")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--suite", help="which suite, all that have runs if left out")
+    parser.add_argument("--logdir", type=given_path, default=Path("runs"), help="folder that holds all runs")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON instead: one suite, or a list of them"
+    )
     args = parser.parse_args()
-    suite = suites.get(args.suite)
-    if not args.logdir.is_dir():
-        raise errors.ConfigError(f"there is no folder {args.logdir}", where="--logdir")
-    rows = collect(args.logdir, suite)
+    chosen = [suites.get(args.suite)] if args.suite is not None else []
+    with disk_errors(args.logdir, "read the folder"):
+        if not args.logdir.is_dir():
+            raise ConfigError(f"there is no folder {args.logdir}", where="--logdir")
+    if not (chosen := chosen or with_runs(args.logdir)):
+        hint = "a run is <logdir>/<suite>/<task>/seed<k>, of python -m hdfast.train --logdir"
+        raise RunError("there are no runs in this folder", where=args.logdir, hint=hint)
+    found = [(suite, collect(args.logdir, suite)) for suite in chosen]
     if args.json:
-        sys.stdout.write(as_json(suite, rows) + "\n")
+        about = [as_dict(suite, rows) for suite, rows in found]
+        sys.stdout.write(json.dumps(plain(about if args.suite is None else about[0]), indent=2) + "\n")
     else:
-        show(suite, rows)
+        for suite, rows in found:
+            show(suite, rows)
 
 
 def _mean(values: Collection[float]) -> float:

@@ -248,7 +248,8 @@ def main() -> None:
         raise ConfigError(f"{given[0]} cannot stand behind --", hint="see python -m hdfast.sweep --help")
     suite = suites.get(args.suite)
     tasks = suite.select(args.tasks or [])
-    parsed = config.parse(["--suite", suite.name, *flags])
+    seeds = ["--seed", str(args.seed), "--seeds", str(args.seeds)]
+    parsed = config.parse(["--suite", suite.name, *seeds, *flags])
     logdir, threads = parsed.logdir, 1 if parsed.little_work else None
     jobs = jobs_of(suite, tasks, range(args.seed, args.seed + args.seeds), flags, logdir)
     pool = RayPool(args.ray) if args.ray else LocalPool(args.jobs, args.devices, threads=threads)

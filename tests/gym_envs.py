@@ -5,6 +5,7 @@
 
 import os
 import time
+import warnings
 from typing import Any
 
 import gymnasium
@@ -61,6 +62,69 @@ class Broken(Count):
         return super().step(action)
 
 
+class Wrong(Count):
+    """From age 2 on it does something wrong; `how` says what."""
+
+    def __init__(self, how: str, **settings: Any) -> None:
+        super().__init__(spaces.Dict({"image": pixels(8, 8, 3), "arm": box(2, high=9)}), **settings)
+        self.how = how
+        if how == "init":
+            raise ValueError("no such map")
+        if how == "needs":
+            import no_such_package_at_all  # noqa: F401
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, reward, *rest = super().step(action)
+        if self.age == 2:
+            match self.how:
+                case "nan":
+                    obs["arm"][1] = np.nan
+                case "long":
+                    obs["arm"] = np.zeros(3, np.float32)
+                case "float":
+                    obs["image"] = np.zeros((8, 8, 3))
+                case "reward":
+                    reward = float("nan")
+                case "odd":
+                    warnings.warn("the joints\nare odd", stacklevel=2)
+                    raise RuntimeError("very odd")
+                case "none":
+                    reward = None
+                case "exit":
+                    raise SystemExit(3)
+        return obs, reward, *rest
+
+    def close(self) -> None:
+        if self.how == "close":
+            raise RuntimeError("still in use")
+
+
+class Solved(Count):
+    """Its `info` tells success as `tell` says; a row of every second episode succeeds, the one at age 2."""
+
+    def __init__(self, tell: str = "success", **settings: Any) -> None:
+        super().__init__(**settings)
+        self.tell, self.episode, self.solved = tell, 0, False
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        self.episode, self.solved = self.episode + 1, False
+        return super().reset(seed=seed)[0], {"success": True}  # of no episode
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        *row, info = super().step(action)
+        now = self.age == 2 and self.episode % 2 == 0
+        self.solved |= now
+        if self.tell == "success":
+            info = {"success": np.float64(now), "is_success": True}
+        elif self.tell == "at the end" and row[2]:
+            info = {"is_success": self.solved}
+        elif self.tell == "when it does" and now:
+            info = {"is_success": np.array([True])}
+        elif self.tell == "in its own way":
+            info = {"success": "maybe", "ragged": np.zeros(self.age)}
+        return *row, info
+
+
 class Seeded(Count):
     """The reward of every step is drawn at random."""
 
@@ -81,10 +145,17 @@ GOALS = spaces.Dict(
     {"image": pixels(30, 20, 3), "depth": pixels(64, 64, 1), "arm": box(2, 2), "goal": spaces.Discrete(7)}
 )
 
+WRONG = ("init", "needs", "nan", "long", "float", "reward", "none", "odd", "exit", "close")
+
 for name, kind, settings in (
     ("Count", Count, {}),
     ("Broken", Broken, {}),
     ("Seeded", Seeded, {}),
+    *((f"Wrong{how.title()}", Wrong, {"how": how}) for how in WRONG),
+    ("Solved", Solved, {}),
+    ("SolvedAtTheEnd", Solved, {"tell": "at the end"}),
+    ("SolvedNow", Solved, {"tell": "when it does"}),
+    ("SolvedItsWay", Solved, {"tell": "in its own way"}),
     ("Tall", Count, {"observation": pixels(90, 40, 3)}),
     ("Grey", Count, {"observation": pixels(16, 16)}),
     ("Goals", Count, {"observation": GOALS}),

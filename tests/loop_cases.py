@@ -5,6 +5,7 @@ Axes: N environments.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from hdfast import loop, suites
+from hdfast.agent.learner import Learner
 from hdfast.config import Config, apply_overrides, default_config, validate
 from hdfast.envs.base import ArraySpec, BatchEnv, DiscreteActions, EnvStep
 from hdfast.runtime import checkpoint, errors
@@ -86,6 +88,43 @@ def differing(a: Checkpoint, b: Checkpoint) -> set[str]:
     }
     meta = (a.meta.keys() | b.meta.keys()) - {"seconds"}
     return wrong | {k for k in meta if a.meta.get(k) != b.meta.get(k)}
+
+
+def assert_one_history(config: Config, updates: int = 15) -> None:
+    """The logs of a finished run read as if it had never been stopped."""
+    metrics, scores = lines(config, "metrics"), lines(config, "scores")
+    steps = [line["agent_steps"] for line in metrics]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 40
+    assert [line["updates"] for line in metrics] == sorted(line["updates"] for line in metrics)
+    told = [line["agent_steps"] for line in scores]
+    assert told == sorted(told)
+    seconds = [line["seconds"] for line in metrics]
+    assert seconds == sorted(seconds)
+    evaluations = [line["agent_steps"] for line in scores if line["kind"] == "evaluation"]
+    assert evaluations == sorted(set(evaluations))
+    assert evaluations[-1] == 40
+    for episode in (line for line in scores if line["kind"] == "episode"):
+        assert 0 < episode["length"] < 10
+    final = saved(config)
+    assert final.meta["agent_steps"] == 40
+    assert int(final.tensors["learner.updates"]) == updates
+    assert int(final.tensors["replay.rows_added"]) == 20
+    assert json.loads((path_of(config) / "finished.json").read_text())["summary"]["updates"] == updates
+
+
+def stop_in(monkeypatch: pytest.MonkeyPatch, update: int, signum: int = signal.SIGTERM) -> list[int]:
+    """Sends this process a signal in the midst of that update; returns a list with an entry for every update."""
+    step, seen = Learner.step, []
+
+    def interrupted(self: Learner, sample: Any) -> None:
+        step(self, sample)
+        seen.append(signum)
+        if len(seen) == update:
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(Learner, "step", interrupted)
+    return seen
 
 
 def flags(**overrides: Any) -> list[str]:

@@ -13,12 +13,12 @@ import gymnasium
 import numpy as np
 import pytest
 
-from hdfast import envs, loop, report, suites
+from hdfast import envs, evaluation, loop, report, suites
 from hdfast.evaluate import evaluate
 from hdfast.runtime.errors import CheckpointError, ConfigError, Interrupted, RunError
 from hdfast.suites import UnknownName
 from tests import loop_cases
-from tests.loop_cases import one_thread, path_of, tiny  # noqa: F401
+from tests.loop_cases import lines, one_thread, path_of, tiny  # noqa: F401
 
 
 def make(name, num_envs=1, **settings):
@@ -52,6 +52,25 @@ def test_a_time_limit_ends_an_episode_that_could_go_on():
     assert np.flatnonzero(last).tolist() == [3]
     assert np.flatnonzero(first).tolist() == [0, 4]
     assert not terminal.any()
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "told", "rate"),
+    [
+        ("Solved", [False, True, False, True], 0.5),
+        ("SolvedAtTheEnd", [False, True, False, True], 0.5),
+        ("SolvedNow", [None, True, False, True], 0.5),  # not known before it has told
+        ("SolvedItsWay", [None] * 4, None),
+    ],
+)
+def test_success_is_that_of_any_row_where_the_environment_tells(name, threads, told, rate):
+    with make(name, 2, threads=threads) as env:
+        act = lambda obs, is_first: np.zeros(2, np.int32)  # noqa: E731
+        episodes = evaluation.play(env, act, 8)
+    for n in range(2):
+        assert [episode.success for episode in episodes if episode.env == n] == told
+    assert evaluation.summarize(episodes).get("success") == rate
 
 
 def test_reset_begins_anew_at_any_time():
@@ -188,29 +207,6 @@ def test_a_module_that_imports_what_is_missing_names_it(tmp_path, monkeypatch):
         envs.check("gym", "needs:Any-v0")
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # gymnasium tells the worker's traceback that way
-@pytest.mark.parametrize("threads", [0, 1])
-def test_what_an_environment_raises_is_passed_on(threads):
-    with make("Broken", 2, threads=threads) as env:
-        env.reset()
-        for _ in range(2):
-            env.step(np.zeros(2, np.int32))
-        with pytest.raises(ZeroDivisionError, match="at the third step"):
-            env.step(np.zeros(2, np.int32))
-
-
-def test_an_environment_whose_process_dies_is_one_line_and_can_be_closed():
-    with make("Broken", 2) as env:
-        env.reset()
-        for _ in range(2):
-            env.step(np.zeros(2, np.int32))
-        with pytest.raises(
-            RunError, match=r"Broken-v0: the process of an environment has ended .*--env.threads 1"
-        ):
-            env.step(np.array([2, 1], np.int32))
-    assert not any(process.is_alive() for process in env._vector.processes)
-
-
 def test_signals_of_the_terminal_are_for_the_learner_alone():
     with make("Broken", 2) as env:
         env.reset()
@@ -255,6 +251,19 @@ def test_a_run_whose_environment_has_changed_is_not_gone_on_with(tmp_path, monke
         loop_cases.train(config)
     assert {p: p.read_bytes() for p in before} == before
     assert not multiprocessing.active_children()
+
+
+def test_a_run_tells_how_often_it_succeeds(tmp_path):
+    task = "tests.gym_envs:SolvedAtTheEnd-v0"
+    config = tiny(tmp_path, suite="gym", task=task, env={"threads": 1}, eval={"episodes": 4})
+    summary = loop_cases.train(config)
+    assert summary["success"] == 0.5
+    config = dataclasses.replace(config, task="tests.gym_envs-SolvedAtTheEnd-v0")  # its folder
+    told = [line["success"] for line in lines(config, "scores", kind="episode")]
+    assert set(told) == {False, True}
+    assert evaluate(path_of(config), episodes=4, num_envs=2, device="cpu")["success"] == 0.5
+    (row,) = report.collect(tmp_path, suites.get("gym"))
+    assert row.success == {0: 0.5}
 
 
 def test_a_run_on_an_environment_of_ones_own(tmp_path):

@@ -1,5 +1,6 @@
 """Playing a run's newest checkpoint: the door, the video, the agent for a notebook."""
 
+import dataclasses
 import json
 import shutil
 import time
@@ -12,7 +13,7 @@ from PIL import Image
 
 from hdfast import evaluate, loop
 from hdfast.envs.base import ContinuousActions
-from hdfast.runtime.errors import RunError
+from hdfast.runtime.errors import ConfigError, RunError
 from tests import loop_cases
 from tests.loop_cases import (
     door,
@@ -136,6 +137,57 @@ def test_a_checkpoint_of_another_model_is_one_line(run, tmp_path, monkeypatch, c
     assert "size mismatch for" in detail
 
 
+@pytest.mark.parametrize(
+    ("changed", "code", "text"),
+    [
+        ({"rssm": 3}, 1, "the file is damaged (config.rssm cannot be 3); restore it"),
+        ({"rssm": {"deter": "512"}}, 1, "the file is damaged (config.rssm.deter cannot be '512')"),
+        ({"rssm": {"unimix": [0.1]}}, 1, "the file is damaged (config.rssm.unimix cannot be [0.1])"),
+        ({"suite": 5}, 1, "the file is damaged (config.suite cannot be 5)"),
+        ({"seed": True}, 1, "the file is damaged (config.seed cannot be True)"),
+        ({"size": "smal"}, 1, "the file is damaged (config.size cannot be 'smal')"),
+        ({"task": None}, 1, "the file is damaged (config.task is missing)"),
+        ({"task": "Pong"}, 2, "no task 'Pong' in suite demo; suite atari100k has it; did another version"),
+        ({"rssm": {"deter": -1}}, 2, "--rssm.deter -1 is out of range: right is 1 to 65,536; did another"),
+        ({"rssm": {"layers": 2}}, 2, "config.rssm has no field 'layers'; choose from"),
+    ],
+)
+def test_a_config_that_cannot_be_is_one_line(run, tmp_path, monkeypatch, capfd, changed, code, text):
+    copy = tmp_path / "seed0"
+    shutil.copytree(path_of(run), copy)
+    about = json.loads((copy / "config.json").read_text())
+    for key, value in changed.items():
+        about["config"][key] = {**about["config"][key], **value} if isinstance(value, dict) else value
+    (copy / "config.json").write_text(json.dumps(about))
+    got, out, err = door(evaluate.main, [str(copy), "--device", "cpu"], monkeypatch, capfd)
+    assert (got, out) == (code, "")
+    assert err.startswith(f"error: {copy}/config.json: {text}")
+    assert err.count("\n") == 1
+
+
+def test_a_run_of_an_older_version_is_played_and_gone_on_with(run, tmp_path, capfd):
+    """Its config.json lacks the fields that were added since, whose defaults are what it did."""
+    copy = tmp_path / "demo" / "Catch" / "seed0"
+    shutil.copytree(path_of(run), copy)
+    (copy / "finished.json").unlink()
+    about = json.loads((copy / "config.json").read_text())
+    for name in ("train.graph", "rssm.unimix", "loss"):
+        section, _, field = name.partition(".")
+        about["config"][section].pop(field) if field else about["config"].pop(section)
+    (copy / "config.json").write_text(json.dumps(about))
+    with evaluate.load(copy, device="cpu") as trained:
+        assert dataclasses.replace(trained.config, logdir=run.logdir) == run
+    capfd.readouterr()
+    loop_cases.train(tiny(tmp_path))
+    assert "going on at agent step 40" in capfd.readouterr().out
+    after = json.loads((copy / "config.json").read_text())
+    assert after["config"] == about["config"]
+    assert [line.partition(":")[0] for line in after["resumed"][-1]["changed"]] == ["logdir"]
+    with pytest.raises(ConfigError, match="another config") as error:
+        loop_cases.train(tiny(tmp_path, rssm={"unimix": 0.02}))
+    assert error.value.details == ("rssm.unimix: 0.01 -> 0.02",)
+
+
 def test_evaluate_knows_success_and_wants_images_for_a_video(tmp_path, monkeypatch):
     script(monkeypatch, actions=ContinuousActions(2), state=True)
     monkeypatch.setattr(evaluate, "make_envs", loop.make_envs)
@@ -158,10 +210,17 @@ def test_evaluate_tells_what_is_wrong_in_one_line(run, tmp_path, monkeypatch, ca
             f"{new.path}: there is no checkpoint yet; the first is written after 1e+09 seconds of training",
         ),
         ([], 2, "the following arguments are required: run"),
+        (["x" * 300], 1, f"{'x' * 300}: cannot read the run: File name too long"),
+        ([""], 2, "argument run: it is empty; '.' is the current folder"),
         (
             [str(path_of(run)), "--episodes", "0"],
             2,
             "argument --episodes: 0 is out of range: right is 1 or more",
+        ),
+        (
+            [str(path_of(run)), "--episodes", "99999", "--num-envs", "9999"],
+            2,
+            "--num-envs 9999 is out of range: right is 1 to 4,096",
         ),
         ([str(path_of(run)), "--seed", "x"], 2, "argument --seed: 'x' is not a whole number"),
         (

@@ -69,6 +69,7 @@ def test_profile_tells_what_is_wrong_in_one_line(tmp_path, monkeypatch, capfd):
     missing = tmp_path / "no" / "trace.json"
     for argv, code, text in (
         (["--updates", "0"], 2, "argument --updates: 0 is out of range: right is 1 or more"),
+        (["--trace", ""], 2, "argument --trace: it is empty; '.' is the current folder"),
         (["--suite", "dmo"], 2, "no suite 'dmo'; did you mean 'demo'"),
         (["--rssm.detr", "3"], 2, "there is no option --rssm.detr; did you mean '--rssm.deter'"),
         (
@@ -76,6 +77,7 @@ def test_profile_tells_what_is_wrong_in_one_line(tmp_path, monkeypatch, capfd):
             1,
             f"{missing}: cannot write the trace: No such file or directory",
         ),
+        ([*flags(), "--trace", str(tmp_path)], 1, f"{tmp_path}: cannot write the trace: Is a directory"),
     ):
         got, out, err = door(profile.main, argv, monkeypatch, capfd)
         assert (got, out) == (code, "")

@@ -78,7 +78,7 @@ def test_nothing_trained_yet(tmp_path):
     text = text_of(ATARI, report.collect(tmp_path, ATARI))
     assert cells(text, "Pong") == ["Pong", "0", "-", "-", "18.6", "16.1"]
     assert "human-norm. mean" not in text
-    assert json.loads(report.as_json(ATARI, report.collect(tmp_path, ATARI)))["human_normalized"] is None
+    assert report.as_dict(ATARI, report.collect(tmp_path, ATARI))["human_normalized"] is None
 
 
 def test_a_suite_without_humans(tmp_path):
@@ -100,9 +100,9 @@ def test_success_rates_stand_beside_the_scores(tmp_path):
     assert cells(text, "task") == ["task", "seeds", "score", "success"]
     assert cells(text, "lever-pull") == ["lever-pull", "2", "50.0", "75%"]
     assert cells(text, "reach") == ["reach", "0", "-", "-"]
-    about = json.loads(report.as_json(metaworld, rows))
+    about = report.as_dict(metaworld, rows)
     assert about["success"] == {"lever-pull": {"0": 0.5, "1": 1.0}}
-    assert json.loads(report.as_json(ATARI, report.collect(tmp_path, ATARI)))["success"] is None
+    assert report.as_dict(ATARI, report.collect(tmp_path, ATARI))["success"] is None
 
 
 def test_the_door(tmp_path, monkeypatch, capfd):
@@ -113,7 +113,7 @@ def test_the_door(tmp_path, monkeypatch, capfd):
     assert cells(out, "Pong")[:4] == ["Pong", "1", "14.6", "1.000"]
     code, out, _ = door(report.main, ["--logdir", str(tmp_path), "--json"], monkeypatch, capfd)
     assert code == 0
-    about = json.loads(out)
+    (about,) = json.loads(out)
     assert about["tasks"]["Pong"] == {"1": 14.6}
     assert about["human_normalized"] == {"mean": 1.0, "median": 1.0, "iqm": 1.0}
     code, out, err = door(report.main, ["--suite", "atari"], monkeypatch, capfd)
@@ -122,14 +122,50 @@ def test_the_door(tmp_path, monkeypatch, capfd):
     missing = tmp_path / "rnus"
     code, out, err = door(report.main, ["--logdir", str(missing)], monkeypatch, capfd)
     assert (code, out, err) == (2, "", f"error: --logdir: there is no folder {missing}\n")
+    code, out, err = door(report.main, ["--logdir", "x" * 300], monkeypatch, capfd)
+    assert (code, out) == (1, "")
+    assert err == f"error: {'x' * 300}: cannot read the folder: File name too long\n"
+    code, out, err = door(report.main, ["--logdir", ""], monkeypatch, capfd)
+    assert (code, out) == (2, "")
+    assert err == "error: argument --logdir: it is empty; '.' is the current folder\n"
     code, out, err = door(report.main, ["--jsn"], monkeypatch, capfd)
     assert (code, out, err) == (2, "", "error: there is no option --jsn; did you mean '--json'?\n")
 
 
-def test_a_damaged_run_is_told(tmp_path, monkeypatch, capfd):
-    path = finish(tmp_path, "Pong", 0, 1.0)
-    (path / "finished.json").write_text("{")
-    code, _, err = door(report.main, ["--logdir", str(tmp_path)], monkeypatch, capfd)
-    assert code == 1
-    assert err.startswith(f"error: {path / 'finished.json'}: the file is damaged")
+def test_without_a_suite_every_suite_that_has_runs_is_shown(tmp_path, monkeypatch, capfd):
+    argv = ["--logdir", str(tmp_path)]
+    (tmp_path / "notes").mkdir()
+    code, out, err = door(report.main, argv, monkeypatch, capfd)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {tmp_path}: there are no runs in this folder; a run is <logdir>/<suite>/")
     assert err.count("\n") == 1
+    finish(tmp_path, "Catch", 0, 0.96, suite="demo")
+    finish(tmp_path, "Catch", 1, math.nan, suite="demo")
+    finish(tmp_path, "walker_walk", 0, 900.0, suite="dmc", finished=False)
+    code, out, err = door(report.main, argv, monkeypatch, capfd)
+    assert (code, err) == (0, "")
+    assert [line.partition(":")[0] for line in out.splitlines() if ":" in line] == ["demo", "dmc"]
+    assert cells(out, "Catch") == ["Catch", "2", "-"]
+    assert cells(out, "walker_walk") == ["walker_walk", "0", "-"]
+    code, out, _ = door(report.main, [*argv, "--json"], monkeypatch, capfd)
+    assert [about["suite"] for about in json.loads(out)] == ["demo", "dmc"]
+    code, out, _ = door(report.main, [*argv, "--json", "--suite", "demo"], monkeypatch, capfd)
+    assert (code, json.loads(out)["tasks"]) == (0, {"Catch": {"0": 0.96, "1": "NaN"}})
+    code, out, _ = door(report.main, [*argv, "--suite", "atari100k"], monkeypatch, capfd)
+    assert (code, cells(out, "Pong")[:3]) == (0, ["Pong", "0", "-"])
+
+
+def test_a_damaged_run_is_told(tmp_path, monkeypatch, capfd):
+    for suite, task, name, text in (
+        ("atari100k", "Pong", "finished.json", "{"),
+        ("atari100k", "Pong", "finished.json", '{"summary": {"scores": [1]}}'),
+        ("gym", "Maze-v0", "config.json", '{"config": {"task": [3]}, "created": {}, "resumed": []}'),
+    ):
+        path = finish(tmp_path, task, 0, 1.0, suite=suite)
+        (path / name).write_text(text)
+        argv = ["--logdir", str(tmp_path), "--suite", suite]
+        code, out, err = door(report.main, argv, monkeypatch, capfd)
+        assert (code, out) == (1, "")
+        assert err.startswith(f"error: {path / name}: the file is damaged")
+        assert err.count("\n") == 1
+        (path / "finished.json").unlink()

@@ -6,7 +6,6 @@ midst of a run is a killed run; the last test kills real processes.
 
 import itertools
 import json
-import os
 import shutil
 import signal
 from types import SimpleNamespace
@@ -15,7 +14,6 @@ import pytest
 import torch
 
 from hdfast import loop, suites, train
-from hdfast.agent.learner import Learner
 from hdfast.replay import Replay
 from hdfast.runtime import checkpoint
 from hdfast.runtime.errors import CheckpointError, ConfigError, Interrupted, RunError
@@ -23,6 +21,7 @@ from hdfast.runtime.logger import Logger
 from hdfast.runtime.rundir import RunDir
 from tests import loop_cases
 from tests.loop_cases import (
+    assert_one_history,
     differing,
     door,
     flags,
@@ -31,6 +30,7 @@ from tests.loop_cases import (
     path_of,
     saved,
     script,
+    stop_in,
     tiny,
 )
 
@@ -55,43 +55,6 @@ def contents(session):
     state |= {f"rows.{k}": v for k, v in replay.gather(starts, rows).items()} if rows else {}
     counters = (session.agent_steps, session.learning_from, session.evaluated_at, session.evaluation)
     return state, counters
-
-
-def assert_one_history(config, updates=15):
-    """The logs of a finished run read as if it had never been stopped."""
-    metrics, scores = lines(config, "metrics"), lines(config, "scores")
-    steps = [line["agent_steps"] for line in metrics]
-    assert steps == sorted(set(steps))
-    assert steps[-1] == 40
-    assert [line["updates"] for line in metrics] == sorted(line["updates"] for line in metrics)
-    told = [line["agent_steps"] for line in scores]
-    assert told == sorted(told)
-    seconds = [line["seconds"] for line in metrics]
-    assert seconds == sorted(seconds)
-    evaluations = [line["agent_steps"] for line in scores if line["kind"] == "evaluation"]
-    assert evaluations == sorted(set(evaluations))
-    assert evaluations[-1] == 40
-    for episode in (line for line in scores if line["kind"] == "episode"):
-        assert 0 < episode["length"] < 10
-    final = saved(config)
-    assert final.meta["agent_steps"] == 40
-    assert int(final.tensors["learner.updates"]) == updates
-    assert int(final.tensors["replay.rows_added"]) == 20
-    assert json.loads((path_of(config) / "finished.json").read_text())["summary"]["updates"] == updates
-
-
-def stop_in(monkeypatch, update, signum=signal.SIGTERM):
-    """Sends this process a signal in the midst of that update; returns a list with an entry for every update."""
-    step, seen = Learner.step, []
-
-    def interrupted(self, sample):
-        step(self, sample)
-        seen.append(signum)
-        if len(seen) == update:
-            os.kill(os.getpid(), signum)
-
-    monkeypatch.setattr(Learner, "step", interrupted)
-    return seen
 
 
 def test_what_is_restored_is_what_was_saved(tmp_path, monkeypatch):
@@ -257,108 +220,6 @@ def test_when_all_checkpoints_are_damaged_nothing_is_overwritten(tmp_path, monke
     assert {p: p.read_bytes() for p in (path_of(config) / "replay").iterdir()} == replay
 
 
-@pytest.mark.parametrize(
-    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
-def test_a_signal_stops_at_the_next_step_with_a_checkpoint(tmp_path, monkeypatch, capfd, signum, code):
-    config = tiny(tmp_path, train={"ratio": 40.0})  # five updates an agent step
-    argv = [*flags(train={"ratio": 40.0}), "--logdir", str(tmp_path)]
-    with monkeypatch.context() as patch:
-        updates = stop_in(patch, 11, signum)
-        got, out, err = door(train.main, argv, monkeypatch, capfd)
-    assert (got, err) == (
-        code,
-        f"error: stopped by {signal.Signals(signum).name}; the same command resumes it\n",
-    )
-    assert len(updates) == 11  # it does not even finish the ten updates of its step
-    assert saved(config).meta["agent_steps"] == 14
-    assert int(saved(config).tensors["learner.updates"]) == 11
-    assert not (path_of(config) / "finished.json").exists()
-    assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
-    got, out, err = door(train.main, argv, monkeypatch, capfd)
-    assert (got, err) == (0, "")
-    assert "going on at agent step 14" in out
-    assert_one_history(config, updates=150)
-
-
-def test_a_terminal_that_closes_leaves_a_checkpoint(tmp_path):
-    """The kernel sends SIGHUP, the shell another, and whatever is printed from then on is an error."""
-    config = tiny(tmp_path, agent_steps=10_000)
-    argv = [*flags(agent_steps=10_000), "--logdir", str(tmp_path)]
-    ours, theirs = os.openpty()
-    login = ("-c", "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n" + RUN_TRAIN)
-    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-    process = loop_cases.start(argv, program=login, streams=streams, start_new_session=True)
-    os.close(theirs)
-    said = b""
-    while b"updates/s" not in said:
-        said += os.read(ours, 4096)
-    os.close(ours)
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(60) == 129
-    assert 0 < saved(config).meta["agent_steps"] < 10_000
-
-
-def test_nohup_keeps_a_run_from_hearing_of_its_terminal(tmp_path, monkeypatch):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        stop_in(monkeypatch, 6, signal.SIGHUP)
-        loop_cases.train(tiny(tmp_path))
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    assert_one_history(tiny(tmp_path))
-
-
-def test_a_reader_of_the_output_that_goes_leaves_a_checkpoint(tmp_path):
-    config = tiny(tmp_path, agent_steps=10_000)
-    process = loop_cases.start([*flags(agent_steps=10_000, eval={"every": 20}), "--logdir", str(tmp_path)])
-    assert any("phase=evaluate" in line for line in process.stdout)
-    process.stdout.close()  # as `| head -1`, or as `| tee log` after Ctrl-C
-    assert (process.stderr.read(), process.wait(60)) == ("", 141)
-    assert 0 < saved(config).meta["agent_steps"] < 10_000
-
-
-def test_a_signal_before_the_first_step(tmp_path, monkeypatch):
-    whole, config = tiny(tmp_path / "whole"), tiny(tmp_path / "stopped")
-    make = loop.make_envs
-
-    def interrupted(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return make(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "make_envs", interrupted)
-        with pytest.raises(Interrupted):
-            loop_cases.train(config)
-    assert saved(config).meta["agent_steps"] == 0
-    for each in (whole, config):
-        loop_cases.train(each)
-    assert differing(saved(whole), saved(config)) == set()  # nothing was lost, nothing drawn twice
-
-
-def test_a_signal_during_evaluation(tmp_path, monkeypatch):
-    config = tiny(tmp_path, eval={"every": 15, "episodes": 50})
-    play = loop.evaluation.play
-
-    def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return play(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.evaluation, "play", interrupted)
-        with pytest.raises(Interrupted):
-            loop_cases.train(config)
-    assert saved(config).meta["agent_steps"] == 16
-    assert lines(config, "scores", kind="evaluation") == []
-    loop_cases.train(config)
-    assert [x["agent_steps"] for x in lines(config, "scores", kind="evaluation")] == [
-        18,
-        30,
-        40,
-    ]  # made up for
-    assert_one_history(config)
-
-
 def test_another_config_is_refused_with_the_difference(tmp_path, monkeypatch, capfd):
     config = tiny(tmp_path)
     with monkeypatch.context() as patch:
@@ -407,8 +268,6 @@ def test_two_processes_cannot_train_one_run(tmp_path):
     ):
         loop_cases.train(config)
 
-
-RUN_TRAIN = "from hdfast import train\nfrom hdfast.runtime import errors\nerrors.main(train.main)"
 
 DIE = """
 import os, signal, sys

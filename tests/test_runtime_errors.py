@@ -1,6 +1,7 @@
 import errno
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -63,6 +64,9 @@ def test_disk_errors_tell_a_full_disk_from_another_trouble():
         raise denied
 
 
+SMALLER = "a smaller --size, --replay.batch, --replay.length or --replay.capacity takes less"
+
+
 def run_door(body):
     code = f"import errno, signal\nfrom hdfast.runtime.errors import *\ndef door():\n {body}\nmain(door)"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -78,6 +82,23 @@ def run_door(body):
         ("raise CheckpointError('stop')", 3, "error: stop\n"),
         ("raise NonFiniteError('nan')", 5, "error: nan\n"),
         ("raise MissingLibraryError('gl')", 6, "error: gl\n"),
+        ("raise MemoryError", 1, f"error: there is not enough memory; {SMALLER}\n"),
+        (
+            "import torch; torch.empty(2**60, dtype=torch.uint8)",
+            1,
+            f"error: there is not enough memory for 1152921504606846976 bytes; {SMALLER}\n",
+        ),
+        (
+            "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.5 GiB. GPU 0')",
+            1,
+            f"error: there is not enough memory for 2.5 GiB; {SMALLER}\n",
+        ),
+        (
+            "from rich import no_such_name as _",
+            6,
+            "error: rich does not load: cannot import name 'no_such_name' from 'rich' (PLACE); "
+            "pip install --force-reinstall rich\n",
+        ),
         (
             "raise Interrupted(signal.SIGTERM)",
             143,
@@ -93,7 +114,8 @@ def run_door(body):
 )
 def test_main_turns_errors_into_one_line_and_a_code(body, code, stderr):
     result = run_door(body)
-    assert (result.returncode, result.stderr) == (code, stderr)
+    said = re.sub(r"\(/\S+\)", "(PLACE)", result.stderr)
+    assert (result.returncode, said) == (code, stderr)
 
 
 def test_main_tells_what_is_logged_as_a_warning():
@@ -103,15 +125,59 @@ def test_main_tells_what_is_logged_as_a_warning():
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_main_tells_a_warning_of_python_in_one_line_without_its_place():
+    result = run_door("import warnings; warnings.warn('\\x1b[33mWARN: it\\nis odd\\x1b[0m')")
+    assert (result.returncode, result.stderr) == (0, "warning: it is odd\n")
+
+
+def test_ctrl_c_while_a_door_is_imported_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    command, environment = [sys.executable, "-m", "hdfast.train"], {**os.environ, "PYTHONPATH": path}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert (result.returncode, result.stderr) == (130, "error: stopped by SIGINT\n")
+
+
 def test_main_keeps_the_traceback_of_the_unexpected():
     for body in (
         "1 / 0",
+        "import hdfast.no_such_module",
+        "raise ImportError('of something else', name='else')",
         "raise BrokenPipeError(32, 'of an environment')",
         "raise OSError(errno.EIO, 'disk')",
     ):
         result = run_door(body)
         assert result.returncode == 1
         assert result.stderr.startswith("Traceback")
+
+
+@pytest.mark.parametrize(
+    ("hidden", "argv", "message"),
+    [
+        ("rich", ["report"], "hdfast needs rich; pip install rich"),
+        ("numpy", ["sweep", "--help"], "hdfast needs numpy; pip install numpy"),
+        ("PIL", ["profile"], "hdfast needs PIL; pip install pillow"),
+        ("safetensors", ["evaluate", "runs"], "hdfast needs safetensors; pip install safetensors"),
+        ("tyro", ["train", "--dry-run"], "hdfast needs tyro; pip install tyro"),
+        (
+            "gymnasium",
+            ["train", "--suite", "gym", "--task", "CartPole-v1", "--dry-run", "--device", "cpu"],
+            "hdfast needs gymnasium; pip install gymnasium",
+        ),
+        (
+            "typing_extensions",
+            ["train", "--help"],
+            "torch does not load: import of typing_extensions halted; None in sys.modules; pip install torch",
+        ),
+    ],
+)
+def test_a_package_that_is_not_there_is_one_line_of_every_door(tmp_path, hidden, argv, message):
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{hidden!r}] = None\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    command = [sys.executable, "-m", f"hdfast.{argv[0]}", *argv[1:]]
+    environment = {**os.environ, "PYTHONPATH": path}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert (result.returncode, result.stdout, result.stderr) == (6, "", f"error: {message}\n")
 
 
 def run_unread(body):

@@ -77,6 +77,24 @@ def test_before_its_first_checkpoint_a_run_takes_another_config(tmp_path):
     assert "env" not in record.config
 
 
+def test_a_field_that_is_newer_than_the_run_was_at_its_default(tmp_path):
+    with open_run(tmp_path) as run:
+        (run.checkpoints / "0000000001.safetensors").touch()
+    defaults = {"seed": 0, "fast": False, "rssm": {"deter": 1, "blocks": 8}, "mix": {"a": 1}}
+    newer = {**CONFIG, "fast": False, "rssm": {**CONFIG["rssm"], "blocks": 8}, "mix": {"a": 1}}
+    with open_run(tmp_path, newer, defaults=defaults) as run:
+        assert run.state == "resumable"
+        record = rundir.read(run.path)
+    assert record.config == {**CONFIG, "rssm": {"deter": 512, "layers": [1, 2]}}  # as it was saved
+    assert record.resumed[0]["changed"] == []
+    with pytest.raises(ConfigError, match="this run has another config") as error:
+        open_run(tmp_path, {**newer, "fast": True, "mix": {"a": 2}}, defaults=defaults)
+    assert error.value.details == ("fast: false -> true", "mix.a: 1 -> 2")
+    with pytest.raises(ConfigError, match="this run has another config") as error:  # the other way round
+        open_run(tmp_path, {"seed": 3, "device": "cpu", "rssm": {"deter": 512}}, defaults={"seed": 0})
+    assert error.value.details == ("log.every: 500 -> (absent)", "rssm.layers: [1, 2] -> (absent)")
+
+
 def test_fields_that_may_differ_are_recorded_when_they_do(tmp_path):
     with open_run(tmp_path):
         pass
@@ -193,12 +211,33 @@ def test_a_full_disk_while_creating_or_finishing_a_run(tmp_path):
         assert run.state == "new"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"config": {}}'])
-def test_a_damaged_config_is_told(tmp_path, text):
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        ("config", b"", "Expecting value"),
+        ("config", b"{", "Expecting property name"),
+        ("config", b"\xff", "'utf-8' codec can't decode"),
+        ("config", b"[]", r"it is \[\], right is a dict"),
+        ("config", b'{"config": {}}', "created is None, right is a dict"),
+        ("config", b'{"config": 3, "created": {}, "resumed": []}', "config is 3, right is a dict"),
+        ("config", b'{"config": {}, "created": {}, "resumed": "no"}', "resumed is 'no', right is a list"),
+        ("finished", b"", "Expecting value"),
+        ("finished", b"7", "it is 7, right is a dict"),
+        ("finished", b'{"summary": [1]}', r"summary is \[1\], right is a dict"),
+        ("finished", b'{"summary": {}}', "score is None, right is a number"),
+        ("finished", b'{"summary": {"score": "high"}}', "score is 'high', right is a number"),
+        ("finished", b'{"summary": {"score": 1, "success": true}}', "success is True, right is a number"),
+    ],
+)
+def test_a_damaged_file_is_told(tmp_path, name, text, why):
     with open_run(tmp_path) as run:
-        (run.path / "config.json").write_text(text)
-    with pytest.raises(RunError, match=r"config.json: the file is damaged \(.*; restore it"):
-        open_run(tmp_path)
+        run.mark_finished({"score": 1.0})
+        (run.path / f"{name}.json").write_bytes(text)
+    for access in (lambda: open_run(tmp_path), lambda: rundir.read(run.path)):
+        with pytest.raises(RunError, match=rf"{name}.json: the file is damaged \({why}") as error:
+            access()
+        assert "\n" not in str(error.value)
+    assert (run.path / f"{name}.json").read_bytes() == text
 
 
 def test_checkpoints_without_a_config_are_not_taken_for_a_new_run(tmp_path):

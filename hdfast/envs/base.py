@@ -80,7 +80,7 @@ class EnvStep:
 
     obs holds (N, ...) arrays as in `obs_specs`; reward is float32 (N,), received on arriving at this row
     and 0 where is_first; is_first, is_last and is_terminal are bool (N,), and is_terminal implies is_last.
-    info holds (N,) or (N, ...) arrays that no agent may see (`success` of Meta-World).
+    info holds (N,) or (N, ...) arrays that no agent may see (`success` of Meta-World and gym).
     """
 
     obs: dict[str, np.ndarray]

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from hdfast.runtime.errors import ConfigError, suggest
@@ -41,6 +42,13 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """An integer of at least 0, as the `type` of a flag."""
     return _at_least(0, text)
+
+
+def given_path(text: str) -> Path:
+    """A path that is not empty, as the `type` of a flag."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; '.' is the current folder")
+    return Path(text)
 
 
 def _at_least(low: int, text: str) -> int:

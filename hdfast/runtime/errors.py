@@ -10,13 +10,22 @@ import errno
 import io
 import logging
 import os
+import re
 import select
 import signal
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn, TextIO
 
+# What hdfast is installed with: name in an import -> name that pip knows.
+PACKAGES = {"PIL": "pillow"} | {
+    name: name
+    for name in ("envpool", "gymnasium", "numpy", "rich", "safetensors", "tensorboard", "torch", "tyro")
+}
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -136,6 +145,59 @@ def disk_errors(path: str | Path, doing: str, *, hint: str = "") -> Iterator[Non
         raise RunError(f"cannot {doing}: {reason}", where=path, hint=hint) from error
 
 
+def missing_package(error: ImportError) -> MissingLibraryError | None:
+    """What to tell where one of PACKAGES is missing, or cannot be imported; None about any other import."""
+    wanted = (error.name or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and wanted in PACKAGES:
+        return MissingLibraryError(f"hdfast needs {wanted}", hint=f"pip install {PACKAGES[wanted]}")
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    importing = [name.partition(".")[0] for name in modules if not name.startswith("importlib")]
+    for package in (wanted, *importing[-1:]):
+        if package in PACKAGES:
+            again = "" if isinstance(error, ModuleNotFoundError) else "--force-reinstall "
+            hint = f"pip install {again}{PACKAGES[package]}"
+            return MissingLibraryError(f"{package} does not load: {error}", hint=hint)
+    return None
+
+
+def _memory(error: BaseException) -> RunError | None:
+    """What to tell where there is not enough memory, of this machine or of its GPU; None about any other error."""
+    text = str(error)
+    if not (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in text)
+    ):
+        return None
+    wanted = re.search(r"[Tt]ried to allocate (.*?)\.(?: |$)", text)
+    what = f"there is not enough memory{f' for {wanted[1]}' if wanted else ''}"
+    hint = "a smaller --size, --replay.batch, --replay.length or --replay.capacity takes less"
+    return RunError(what, hint=hint)
+
+
+def begin() -> None:
+    """From now on, a missing package and Ctrl-C end the process as in `main`, where no `main` is around it yet."""
+
+    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, ImportError) and (told := missing_package(error)) is not None:
+            sys.exit(_report(told))  # an excepthook may: it sets the exit code
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit(_report(Interrupted(signal.SIGINT, hint="")))
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = tell
+
+
+def tell_warnings() -> None:
+    """From now on, a Python warning of this process is one line without its place and colours."""
+
+    def show(message: Warning | str, *_: object) -> None:
+        text = re.sub(r"\x1b\[\d*m", "", str(message))
+        warn(re.sub(r"^WARN: ", "", text))  # gymnasium's
+
+    warnings.showwarning = show
+
+
 class _Warnings(logging.Handler):
     """Tells what is logged as every other warning is told."""
 
@@ -146,10 +208,11 @@ class _Warnings(logging.Handler):
 def main(door: Callable[[], int | None]) -> NoReturn:
     """Run a door and exit with its return value (None is 0), or after one line with its HdfastError's code.
 
-    A full disk is answered with one line wherever it was met, Ctrl-C with 130, a closed output pipe
+    A full disk, too little memory, a missing package: one line wherever they are met. Ctrl-C gives 130, a closed pipe
     (`... | head`) silently with 141; a closed terminal changes nothing. Every other exception keeps its
-    traceback. Log records of level WARNING and above, of any package, become warnings.
+    traceback. Python's warnings, and log records of level WARNING and above, of any package, are a line each.
     """
+    tell_warnings()
     logging.basicConfig(handlers=[_Warnings()], level=logging.WARNING)
     try:
         code = _code_of(door)
@@ -170,8 +233,16 @@ def _code_of(door: Callable[[], int | None]) -> int:
         return door() or 0
     except HdfastError as error:
         return _report(error)
+    except ImportError as error:
+        if (told := missing_package(error)) is None:
+            raise
+        return _report(told)
     except KeyboardInterrupt:
         return _report(Interrupted(signal.SIGINT, hint=""))
+    except (MemoryError, RuntimeError) as error:
+        if (told := _memory(error)) is None:
+            raise
+        return _report(told)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise

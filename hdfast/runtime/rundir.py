@@ -1,7 +1,7 @@
 """The directory of one run, `<logdir>/<suite>/<task>/seed<k>/`: its lock, its config, whether it is finished.
 
 config.json: {"config": as first resolved, "created": provenance, "resumed": [provenance + "changed", ...]}.
-finished.json: {"summary": ..., "time": ...}, written once, when the run is done.
+finished.json: {"summary": {"score": number, ...}, "time": ...}, written once, when the run is done.
 """
 
 import fcntl
@@ -66,6 +66,7 @@ class RunDir:
         config: Mapping[str, Any],
         *,
         ignore: Collection[str] = (),
+        defaults: Mapping[str, Any] | None = None,
         device: Mapping[str, Any] | None = None,
         warn: Callable[[str], None] = errors.warn,
     ) -> Self:
@@ -73,6 +74,7 @@ class RunDir:
 
         config: the resolved configuration, nested and JSON-able.
         ignore: dotted fields that may differ on resuming ("device", "log.every"); "log" covers all below it.
+        defaults: what a field meant before there was one: its value in a saved config that does not hold it.
         device: `describe_device(...)`, kept with the provenance.
 
         Raises: ConfigError when the run has checkpoints of another config, one detail line per field; RunError
@@ -90,14 +92,20 @@ class RunDir:
             path.mkdir(parents=True, exist_ok=True)
             lock = _lock(path, warn)
             try:
-                return cls._open_locked(path, requested, ignore, dict(device or {}), lock)
+                return cls._open_locked(path, requested, ignore, defaults or {}, dict(device or {}), lock)
             except BaseException:
                 os.close(lock)
                 raise
 
     @classmethod
     def _open_locked(
-        cls, path: Path, requested: dict[str, Any], ignore: Collection[str], device: dict[str, Any], lock: int
+        cls,
+        path: Path,
+        requested: dict[str, Any],
+        ignore: Collection[str],
+        defaults: Mapping[str, Any],
+        device: dict[str, Any],
+        lock: int,
     ) -> Self:
         for name in FOLDERS:
             (path / name).mkdir(exist_ok=True)
@@ -107,7 +115,8 @@ class RunDir:
         if record is None and begun:
             hint = "restore config.json or remove the directory"
             raise RunError("there are checkpoints but no config.json", where=path, hint=hint)
-        lines = difference(record.config, requested, ignore) if record is not None else []
+        saved = _filled(record.config, defaults) if record is not None else requested
+        lines = difference(saved, requested, ignore)
         # Until its first checkpoint a run has learnt nothing, and its config may still change.
         if record is None or (lines and not begun):
             write_json(path / "config.json", {"config": requested, "created": origin, "resumed": []})
@@ -117,7 +126,7 @@ class RunDir:
             raise ConfigError("this run has another config", where=path, hint=hint, details=lines)
         if record.summary is not None:
             return cls(path, "finished", record.summary, lock)
-        resumed = [*record.resumed, {**origin, "changed": difference(record.config, requested)}]
+        resumed = [*record.resumed, {**origin, "changed": difference(saved, requested)}]
         written = {"config": record.config, "created": record.created, "resumed": resumed}
         write_json(path / "config.json", written)
         return cls(path, "resumable", None, lock)
@@ -151,9 +160,12 @@ def read(path: Path) -> Record:
     with disk_errors(path, "read the run"):
         if not (path / "config.json").exists():
             raise RunError("there is no run here (no config.json)", where=path)
-        about = _read_json(path / "config.json", "config", "created", "resumed")
+        try:
+            about = _read_json(path / "config.json", config=dict, created=dict, resumed=list)
+        except ValueError as error:
+            raise damaged(path / "config.json", str(error)) from None
         finished = path / "finished.json"
-        summary = _read_json(finished, "summary")["summary"] if finished.exists() else None
+        summary = _read_summary(finished) if finished.exists() else None
     return Record(path, about["config"], about["created"], about["resumed"], summary)
 
 
@@ -231,17 +243,45 @@ def _lock(path: Path, warn: Callable[[str], None]) -> int:
     return descriptor
 
 
-def _read_json(path: Path, *fields: str) -> dict[str, Any]:
+def damaged(path: Path, why: str, *, hint: str = "restore it or remove the run's directory") -> RunError:
+    """The error to raise about a file of a run that does not hold what it should."""
+    return RunError(f"the file is damaged ({why})", where=path, hint=hint)
+
+
+def _read_json(path: Path, **kinds: type) -> dict[str, Any]:
+    """The fields of an object, each of its type. Raises: ValueError."""
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError(f"it is {content!r:.50}, right is a dict")
+    for field, kind in kinds.items():
+        if not isinstance(content.get(field), kind):
+            raise ValueError(f"{field} is {content.get(field)!r:.50}, right is a {kind.__name__}")
+    return content
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
-        return {field: content[field] for field in fields}
-    except (ValueError, KeyError, TypeError) as error:
-        hint = "restore it or remove the run's directory"
-        raise RunError(f"the file is damaged ({error!r})", where=path, hint=hint) from None
+        summary = _read_json(path, summary=dict)["summary"]
+        for name, value in {"score": None, **summary}.items():
+            numeric = _is_number(value) or value in ("NaN", "Infinity", "-Infinity")
+            if name in ("score", "success") and not numeric:
+                raise ValueError(f"{name} is {value!r:.50}, right is a number")
+    except ValueError as error:
+        raise damaged(path, str(error), hint="remove it, and the run's command writes it anew") from None
+    return summary
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested `config` with the fields of `defaults` that it lacks."""
+    filled = {**defaults, **config}
+    for name, default in defaults.items():
+        if isinstance(default, Mapping) and isinstance(filled[name], Mapping):
+            filled[name] = _filled(filled[name], default)
+    return filled
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -1,0 +1,102 @@
+"""Environments of users' own that do not behave: what they raise, give wrong, warn of, and how they end."""
+
+import re
+
+import numpy as np
+import pytest
+
+from hdfast import envs
+from hdfast.runtime.errors import RunError
+from tests import loop_cases
+from tests.loop_cases import flags
+
+
+def make(name, num_envs=1, **settings):
+    return envs.make("gym", f"tests.gym_envs:{name}-v0", num_envs=num_envs, **{"seed": 0, **settings})
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_what_an_environment_raises_is_one_line_with_its_own_frames(threads):
+    with make("Broken", 2, threads=threads) as env:
+        env.reset()
+        for _ in range(2):
+            env.step(np.zeros(2, np.int32))
+        with pytest.raises(RunError, match=r"^Broken-v0: it raised ZeroDivisionError: at the third") as error:
+            env.step(np.zeros(2, np.int32))
+    (frame,) = error.value.details
+    assert re.search(r"gym_envs.py:\d+ in step: raise ZeroDivisionError", frame)
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("nan", "observation 'arm' has numbers that are not finite"),
+        ("long", "observation 'arm' has 3 numbers, right are 2"),
+        ("float", "observation 'image' is (8, 8, 3) float64, its space says (8, 8, 3) uint8"),
+        ("reward", "its reward is nan, right is a finite number"),
+        ("none", "its reward is None, right is a finite number"),
+        ("exit", "it raised SystemExit: 3"),
+    ],
+)
+def test_what_an_environment_gives_wrong_never_reaches_the_agent(how, text, threads):
+    with make(f"Wrong{how.title()}", 2, threads=threads, obs="both") as env:
+        env.reset()
+        env.step(np.zeros(2, np.int32))
+        with pytest.raises(RunError) as error:
+            env.step(np.zeros(2, np.int32))
+    assert str(error.value) == f"Wrong{how.title()}-v0: {text}"
+
+
+def test_an_environment_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    with pytest.raises(RunError, match=r"^WrongInit-v0: it raised ValueError: no such map$") as error:
+        make("WrongInit")
+    assert "in __init__: raise ValueError" in error.value.details[-1]
+    needed = "^WrongNeeds-v0 needs no_such_package_at_all; pip install no_such_package_at_all$"
+    with pytest.raises(envs.MissingLibraryError, match=needed):
+        make("WrongNeeds")
+    (tmp_path / "torn.py").write_text("def half(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RunError, match=r"^torn: it raised SyntaxError: "):
+        envs.check("gym", "torn:Any-v0")
+    (tmp_path / "closed.py").write_text("raise PermissionError('not here')\n")
+    with pytest.raises(RunError, match=r"^closed: it raised PermissionError: not here$") as error:
+        envs.check("gym", "closed:Any-v0")
+    assert error.value.details == (
+        f"{tmp_path / 'closed.py'}:1 in <module>: raise PermissionError('not here')",
+    )
+
+
+@pytest.mark.parametrize("threads", ["0", "1"])
+def test_warnings_of_environments_are_a_line_each_and_told_once(tmp_path, threads):
+    """Of four processes, too."""
+    task = ["--suite", "gym", "--task", "tests.gym_envs:WrongOdd-v0", "--env.num-envs", "4"]
+    argv = [*flags()[2:], *task, "--env.threads", threads, "--logdir", str(tmp_path)]
+    process = loop_cases.start(argv)
+    _, err = process.communicate(timeout=300)
+    said, end, frame = err.splitlines()
+    assert process.returncode == 1
+    assert said == "warning: the joints are odd"
+    assert end == "error: WrongOdd-v0: it raised RuntimeError: very odd"
+    assert frame.startswith("  ")
+
+
+@pytest.mark.parametrize("threads", ["0", "1"])
+def test_an_environment_that_cannot_be_closed_is_a_warning(tmp_path, threads):
+    task = ["--suite", "gym", "--task", "tests.gym_envs:WrongClose-v0"]
+    process = loop_cases.start([*flags()[2:], *task, "--env.threads", threads, "--logdir", str(tmp_path)])
+    _, err = process.communicate(timeout=300)
+    said = "warning: WrongClose-v0: it raised RuntimeError: still in use; it was being closed"
+    assert (process.returncode, set(err.splitlines())) == (0, {said})
+
+
+def test_an_environment_whose_process_dies_is_one_line_and_can_be_closed():
+    with make("Broken", 2) as env:
+        env.reset()
+        for _ in range(2):
+            env.step(np.zeros(2, np.int32))
+        with pytest.raises(
+            RunError, match=r"Broken-v0: the process of an environment has ended .*--env.threads 1"
+        ):
+            env.step(np.array([2, 1], np.int32))
+    assert not any(process.is_alive() for process in env._vector.processes)

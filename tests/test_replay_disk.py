@@ -1,0 +1,230 @@
+"""The log on a disk that is full, fails or may not be written, and under a process that is killed.
+
+`python -m tests.test_replay_disk DIRECTORY` is the program that one of the tests kills.
+"""
+
+import errno
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from hdfast.replay import ReplayError
+from tests.replay_log_cases import (
+    check_content,
+    chunks,
+    extend,
+    loaded,
+    make_blocks_small,
+    nbytes,
+    new_replay,
+)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Records of 4 rows, chunks of about 20 rows."""
+    make_blocks_small(monkeypatch.setattr)
+
+
+def test_flush_is_durable_and_costs_nothing_when_nothing_is_new(tmp_path, monkeypatch):
+    synced = []
+    real = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")) or real(file)
+    )
+    replay = extend(new_replay(tmp_path), 3)
+    assert synced == [str(tmp_path)]  # the new directory's entry
+    replay.flush()
+    assert synced[1:] == [str(chunks(tmp_path)[0]), str(tmp_path / "replay")]
+    replay.flush()
+    replay.state_dict()
+    assert len(synced) == 3
+    replay.close()
+    replay.close()
+    assert len(synced) == 3
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path, small_blocks, monkeypatch, error):
+    """The disk takes 100 more bytes, then has room again; the second time a torn tail stays behind."""
+    replay = extend(new_replay(tmp_path), 22)
+    state, size = replay.state_dict(), nbytes(tmp_path)
+    for cut_fails in (False, True):
+        room = [100]
+
+        def full(file, data, offset, real=os.pwrite, room=room):
+            if not room[0]:
+                raise OSError(error, os.strerror(error))
+            written = real(file, data[: room[0]], offset)
+            room[0] -= written
+            return written
+
+        def cannot(*args):
+            raise OSError(error, os.strerror(error))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", full)
+            if cut_fails:
+                patch.setattr(os, "ftruncate", cannot)
+            before = replay.rows_added
+            with pytest.raises(ReplayError, match=re.escape(os.strerror(error))) as caught:
+                extend(replay, 10)
+            assert caught.value.errno == error
+            assert str(chunks(tmp_path)[-1]) in str(caught.value)
+            assert replay.rows_added == before + 4, "the row at which the disk failed was added"
+            with pytest.raises(ReplayError):
+                replay.flush()
+            with pytest.raises(ReplayError):
+                replay.state_dict()
+        assert nbytes(tmp_path) == size + (100 if cut_fails else 0)
+        copy = tmp_path / f"copy-{cut_fails}"
+        (copy / "replay").mkdir(parents=True)
+        for path in chunks(tmp_path):
+            (copy / "replay" / path.name).write_bytes(path.read_bytes())
+        check_content(loaded(copy, state), int(state["rows_added"]))
+        check_content(replay, replay.rows_added)
+        state = extend(replay, 3).state_dict()  # there is room again
+        size = nbytes(tmp_path)
+        check_content(loaded(tmp_path, state), replay.rows_added)
+
+
+def test_a_file_size_limit_cuts_a_real_write_short(tmp_path):
+    replay = extend(new_replay(tmp_path), 10)
+    state = replay.state_dict()
+    size = chunks(tmp_path)[0].stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    extend(replay, 10)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 500, hard))
+    try:
+        with pytest.raises(ReplayError, match="File too large") as caught:
+            replay.flush()
+        assert caught.value.errno == errno.EFBIG
+        assert chunks(tmp_path)[0].stat().st_size == size
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    later = replay.state_dict()
+    check_content(loaded(tmp_path, later), 20)
+    check_content(loaded(tmp_path, state), 10)
+
+
+def test_after_a_failed_sync_no_state_is_given_out(tmp_path, monkeypatch):
+    replay = extend(new_replay(tmp_path), 5)
+
+    def fails(file):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        with pytest.raises(ReplayError, match="Input/output error"):
+            replay.flush()
+    with pytest.raises(ReplayError, match="the disk failed before"):
+        replay.state_dict()
+    with pytest.raises(ReplayError, match="the disk failed before"):
+        replay.close()
+
+
+def test_directories_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ReplayError, match=r"cannot create the replay in .*file/replay: Not a directory"):
+        new_replay(tmp_path / "file")
+    real = os.open
+
+    def refuses(path, flags, *args):
+        if flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path, flags, *args)
+
+    replay = extend(new_replay(tmp_path), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuses)
+        with pytest.raises(
+            ReplayError, match=r"cannot create the replay in .*rows-0+\.log: Permission denied"
+        ):
+            replay.flush()
+    check_content(loaded(tmp_path, replay.state_dict()), 1)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_without_permission(tmp_path):
+    replay = extend(new_replay(tmp_path), 1)
+    (tmp_path / "replay").chmod(0o500)
+    with pytest.raises(ReplayError, match="Permission denied"):
+        replay.flush()
+
+
+def test_kill_before_any_change_of_the_disk(tmp_path):
+    command = [sys.executable, "-m", __name__, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    output = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
+    assert output.returncode == 0, output.stdout + output.stderr
+    rows, nbytes_cut = zip(*(map(int, line.split()) for line in output.stdout.splitlines()), strict=True)
+    assert len(rows) > 50
+    assert list(rows) == sorted(rows)
+    assert rows[-1] > 200, "the runs that were killed did not go on"
+    assert sum(nbytes > 0 for nbytes in nbytes_cut) > 30, "hardly a kill left anything behind the position"
+
+
+CHANGES = ("mkdir", "open", "pwrite", "fsync", "ftruncate", "truncate", "unlink", "replace")
+
+
+def _die_before_change(number: int) -> None:
+    """From now on this process counts its calls that may change the disk and dies by kill -9 before that one."""
+    changes = count(1)
+
+    def watch(frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and function.__name__ in CHANGES and next(changes) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(watch)
+
+
+def _add_rows(directory: Path) -> None:
+    """Resume, then add rows and save a state every few of them, as a run does."""
+    checkpoint = directory / "state.safetensors"
+    replay = new_replay(directory)
+    if checkpoint.exists():
+        replay.load_state_dict(load_file(checkpoint))
+    for rows in (2, 13, 8):
+        extend(replay, rows)
+        replay.flush()
+        save_file(replay.state_dict(), directory / "new")
+        os.replace(directory / "new", checkpoint)
+
+
+def _kill_and_check(directory: Path) -> None:
+    """Fork `_add_rows` on what the last one left, killed before its first, second, ... change, until one is through.
+
+    Prints what comes back after each: its rows, and the bytes behind them that were cut off.
+    """
+    make_blocks_small()
+    pwrite = os.pwrite
+    os.pwrite = lambda file, data, offset: pwrite(file, data[:150], offset)  # a record takes several writes
+    for number in count(1):
+        if (child := os.fork()) == 0:
+            _die_before_change(number)
+            _add_rows(directory)
+            os._exit(0)
+        survived = os.WIFEXITED(os.waitpid(child, 0)[1])
+        checkpoint = directory / "state.safetensors"
+        state = load_file(checkpoint) if checkpoint.exists() else new_replay(directory).state_dict()
+        before = nbytes(directory)
+        replay = loaded(directory, state)
+        check_content(replay, int(state["rows_added"]))
+        print(replay.rows_added, before - nbytes(directory), flush=True)
+        if survived:
+            break
+
+
+if __name__ == "__main__":
+    _kill_and_check(Path(sys.argv[1]))

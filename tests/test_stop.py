@@ -1,0 +1,126 @@
+"""A run that is asked to stop: by a signal, by its terminal, by whoever reads its output."""
+
+import os
+import signal
+
+import pytest
+
+from hdfast import loop, train
+from hdfast.runtime.errors import Interrupted
+from tests import loop_cases
+from tests.loop_cases import (
+    assert_one_history,
+    differing,
+    door,
+    flags,
+    lines,
+    one_thread,  # noqa: F401
+    path_of,
+    saved,
+    stop_in,
+    tiny,
+)
+
+RUN_TRAIN = "from hdfast import train\nfrom hdfast.runtime import errors\nerrors.main(train.main)"
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_stops_at_the_next_step_with_a_checkpoint(tmp_path, monkeypatch, capfd, signum, code):
+    config = tiny(tmp_path, train={"ratio": 40.0})  # five updates an agent step
+    argv = [*flags(train={"ratio": 40.0}), "--logdir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        updates = stop_in(patch, 11, signum)
+        got, out, err = door(train.main, argv, monkeypatch, capfd)
+    assert (got, err) == (
+        code,
+        f"error: stopped by {signal.Signals(signum).name}; the same command resumes it\n",
+    )
+    assert len(updates) == 11  # it does not even finish the ten updates of its step
+    assert saved(config).meta["agent_steps"] == 14
+    assert int(saved(config).tensors["learner.updates"]) == 11
+    assert not (path_of(config) / "finished.json").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    got, out, err = door(train.main, argv, monkeypatch, capfd)
+    assert (got, err) == (0, "")
+    assert "going on at agent step 14" in out
+    assert_one_history(config, updates=150)
+
+
+def test_a_terminal_that_closes_leaves_a_checkpoint(tmp_path):
+    """The kernel sends SIGHUP, the shell another, and whatever is printed from then on is an error."""
+    config = tiny(tmp_path, agent_steps=10_000)
+    argv = [*flags(agent_steps=10_000), "--logdir", str(tmp_path)]
+    ours, theirs = os.openpty()
+    login = ("-c", "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n" + RUN_TRAIN)
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    process = loop_cases.start(argv, program=login, streams=streams, start_new_session=True)
+    os.close(theirs)
+    said = b""
+    while b"updates/s" not in said:
+        said += os.read(ours, 4096)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 129
+    assert 0 < saved(config).meta["agent_steps"] < 10_000
+
+
+def test_nohup_keeps_a_run_from_hearing_of_its_terminal(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop_in(monkeypatch, 6, signal.SIGHUP)
+        loop_cases.train(tiny(tmp_path))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert_one_history(tiny(tmp_path))
+
+
+def test_a_reader_of_the_output_that_goes_leaves_a_checkpoint(tmp_path):
+    config = tiny(tmp_path, agent_steps=10_000)
+    process = loop_cases.start([*flags(agent_steps=10_000, eval={"every": 20}), "--logdir", str(tmp_path)])
+    assert any("phase=evaluate" in line for line in process.stdout)
+    process.stdout.close()  # as `| head -1`, or as `| tee log` after Ctrl-C
+    assert (process.stderr.read(), process.wait(60)) == ("", 141)
+    assert 0 < saved(config).meta["agent_steps"] < 10_000
+
+
+def test_a_signal_before_the_first_step(tmp_path, monkeypatch):
+    whole, config = tiny(tmp_path / "whole"), tiny(tmp_path / "stopped")
+    make = loop.make_envs
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return make(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_envs", interrupted)
+        with pytest.raises(Interrupted):
+            loop_cases.train(config)
+    assert saved(config).meta["agent_steps"] == 0
+    for each in (whole, config):
+        loop_cases.train(each)
+    assert differing(saved(whole), saved(config)) == set()  # nothing was lost, nothing drawn twice
+
+
+def test_a_signal_during_evaluation(tmp_path, monkeypatch):
+    config = tiny(tmp_path, eval={"every": 15, "episodes": 50})
+    play = loop.evaluation.play
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return play(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.evaluation, "play", interrupted)
+        with pytest.raises(Interrupted):
+            loop_cases.train(config)
+    assert saved(config).meta["agent_steps"] == 16
+    assert lines(config, "scores", kind="evaluation") == []
+    loop_cases.train(config)
+    assert [x["agent_steps"] for x in lines(config, "scores", kind="evaluation")] == [
+        18,
+        30,
+        40,
+    ]  # made up for
+    assert_one_history(config)
