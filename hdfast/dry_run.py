@@ -13,11 +13,11 @@ from hdfast.agent.learner import Learner
 from hdfast.agent.world_model import WorldModel
 from hdfast.config import Config
 from hdfast.envs.base import BatchEnv, DiscreteActions
-from hdfast.loop import make_envs
 from hdfast.replay import Replay
 from hdfast.replay.contents import replay_specs
 from hdfast.runtime import graphs
 from hdfast.runtime.device import describe_device, resolve_device, resolve_precision
+from hdfast.streams import make_envs
 from hdfast.suites import Task
 
 

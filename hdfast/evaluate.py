@@ -17,12 +17,12 @@ from hdfast.agent.learner import Learner
 from hdfast.agent.policy import Policy
 from hdfast.config import MOST_ENVS, Config, apply_overrides, validate
 from hdfast.envs.base import BatchEnv, EnvStep
-from hdfast.loop import fitting, make_envs, stream_seed
 from hdfast.runtime import checkpoint, errors, rundir
 from hdfast.runtime.arguments import Arguments, given_path, natural, positive
 from hdfast.runtime.device import prepare_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import CheckpointError, ConfigError, disk_errors
 from hdfast.runtime.video import encode_gif, save_gif
+from hdfast.streams import make_envs, stream_seed
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def load(run: str | Path, *, num_envs: int = 1, seed: int = 0, device: str = "au
         for name, module in (("model", learner.model), ("behavior", learner.behavior)):
             prefix = f"learner.{name}."
             parameters = {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}
-            with fitting(saved.path):
+            with checkpoint.fitting(saved.path):
                 module.load_state_dict(parameters)
         return Trained(config, env, Policy(learner, num_envs, stream_seed(seed, "evaluate")), saved)
     except BaseException:

@@ -7,7 +7,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,8 @@ from hdfast.runtime import checkpoint, graphs
 from hdfast.runtime.device import describe_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import (
     NO_ROOM,
-    CheckpointError,
     DiskFullError,
+    EnvError,
     Interrupted,
     NonFiniteError,
     RunError,
@@ -39,6 +38,7 @@ from hdfast.runtime.progress import Progress
 from hdfast.runtime.rundir import RunDir
 from hdfast.runtime.signals import StopRequest
 from hdfast.runtime.video import open_loop_grid
+from hdfast.streams import make_envs, stream_seed
 from hdfast.suites import Suite, Task, get
 from hdfast.tuning.search import settle
 from hdfast_kernels import dispatch
@@ -64,12 +64,6 @@ VIDEO_EXAMPLES = 6
 VIDEO_CONTEXT = 5
 
 
-def stream_seed(seed: int, stream: str, *numbers: int) -> int:
-    """A seed for one use of randomness, so that no two uses share a sequence."""
-    words = [seed, *stream.encode(), *numbers]
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
 @contextlib.contextmanager
 def replay_errors() -> Iterator[None]:
     """Turns what replay raises into the one-line errors of the doors."""
@@ -79,38 +73,6 @@ def replay_errors() -> Iterator[None]:
         if error.errno in NO_ROOM:
             raise DiskFullError(str(error), hint="make room and run it again") from error
         raise RunError(str(error)) from error
-
-
-@contextlib.contextmanager
-def fitting(path: Path) -> Iterator[None]:
-    """Turns what torch says of parameters of other names or shapes into one line about the checkpoint at `path`."""
-    try:
-        yield
-    except RuntimeError as error:
-        first, *_, example = str(error).splitlines()
-        if "loading state_dict" not in first:
-            raise
-        hint = "is its environment, or config.json, another than in training?"
-        raise CheckpointError(
-            "the checkpoint does not fit", where=path, hint=hint, details=[example.strip()]
-        ) from error
-
-
-def make_envs(config: Config, task: Task, *, num_envs: int, stream: str, agent_steps: int = 0) -> BatchEnv:
-    """The environments of `task`, seeded for `stream` ("train", "eval") and for the agent step at which they begin.
-
-    A run that goes on would otherwise meet its first episodes again.
-    """
-    return envs.make(
-        config.suite,
-        task.name,
-        num_envs=num_envs,
-        seed=stream_seed(config.seed, stream, agent_steps) % 2**31,
-        source=config.env.source,
-        obs=config.env.obs,
-        render=config.env.render,
-        threads=config.env.threads,
-    )
 
 
 def say(text: str) -> None:
@@ -254,6 +216,7 @@ class Session:
 
         Raises:
             Interrupted: a signal came; the run is saved.
+            EnvError: an environment misbehaves; the run is saved.
             BrokenPipeError: nobody reads the output any more (`... | head`); the run is saved.
             NonFiniteError: too many updates were skipped; the run and the offending batch are saved.
         """
@@ -267,7 +230,7 @@ class Session:
                 self.train(total)
             if self.evaluation is None or self.evaluated_at != self.agent_steps:
                 self._evaluate()
-        except (Interrupted, NonFiniteError, BrokenPipeError):
+        except (Interrupted, NonFiniteError, EnvError, BrokenPipeError):
             self._save()
             raise
         self._save()
@@ -428,7 +391,7 @@ class Session:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
         self.replay.load_state_dict(part("replay."))
-        with fitting(self.rundir.checkpoints):
+        with checkpoint.fitting(self.rundir.checkpoints):
             self.learner.load_state_dict(part("learner."))
         self.policy.generator.set_state(tensors["policy.generator"])
         self.agent_steps, self.learning_from = meta["agent_steps"], meta["learning_from"]

@@ -25,7 +25,7 @@ from hdfast import config as configs
 from hdfast import suites
 from hdfast.agent.learner import Learner
 from hdfast.config import Config
-from hdfast.loop import make_envs, say, stream_seed
+from hdfast.loop import say
 from hdfast.replay import Replay
 from hdfast.replay.contents import random_row, replay_specs
 from hdfast.runtime import errors
@@ -34,6 +34,7 @@ from hdfast.runtime.console import Console
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import disk_errors
 from hdfast.runtime.profiling import annotate
+from hdfast.streams import make_envs, stream_seed
 from hdfast.tuning.search import settle
 
 PHASES = ("sample", "world model", "imagination", "actor-critic", "optimizers")

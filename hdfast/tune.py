@@ -13,13 +13,13 @@ from rich.table import Table
 from hdfast import config as configs
 from hdfast import suites
 from hdfast.config import Config
-from hdfast.loop import make_envs
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments
 from hdfast.runtime.console import Console
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import RunError
 from hdfast.runtime.signals import StopRequest
+from hdfast.streams import make_envs
 from hdfast.tuning.choice import Choice, alone, key_of, path_of, remember, remembered
 from hdfast.tuning.search import DEFINITION, FINE, GRAPH, TIMES, Job, TuningError, search, summary
 

@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
                 "loop",
                 "replay",
                 "runtime",
+                "streams",
                 "suites",
                 "tuning",
             )

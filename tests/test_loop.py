@@ -15,7 +15,7 @@ from hdfast import loop
 from hdfast.agent.learner import Learner
 from hdfast.agent.policy import Policy
 from hdfast.envs.base import ContinuousActions
-from hdfast.loop import stream_seed
+from hdfast.streams import stream_seed
 from tests.loop_cases import (
     differing,
     lines,

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from hdfast import loop, train
-from hdfast.runtime.errors import Interrupted
+from hdfast.runtime.errors import EnvError, Interrupted
 from tests import loop_cases
 from tests.loop_cases import (
     assert_one_history,
@@ -17,6 +17,7 @@ from tests.loop_cases import (
     one_thread,  # noqa: F401
     path_of,
     saved,
+    script,
     stop_in,
     tiny,
 )
@@ -83,6 +84,25 @@ def test_a_reader_of_the_output_that_goes_leaves_a_checkpoint(tmp_path):
     process.stdout.close()  # as `| head -1`, or as `| tee log` after Ctrl-C
     assert (process.stderr.read(), process.wait(60)) == ("", 141)
     assert 0 < saved(config).meta["agent_steps"] < 10_000
+
+
+def test_an_environment_that_raises_costs_no_step(tmp_path, monkeypatch):
+    recv = loop_cases.Scripted._recv
+
+    def broken(self):
+        if len(self.sent) == 15:
+            raise EnvError("it raised ZeroDivisionError", where="Maze-v0")
+        return recv(self)
+
+    script(monkeypatch)
+    config = tiny(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_cases.Scripted, "_recv", broken)
+        with pytest.raises(EnvError, match="Maze-v0"):
+            loop_cases.train(config)
+    assert saved(config).meta["agent_steps"] == 30
+    loop_cases.train(config)
+    assert saved(config).meta["agent_steps"] == 40
 
 
 def test_a_signal_before_the_first_step(tmp_path, monkeypatch):

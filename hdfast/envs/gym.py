@@ -27,7 +27,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from hdfast.envs.base import ArraySpec, BatchEnv, EnvStep, env_seeds
 from hdfast.envs.gym_view import Maker, actions_of, told
-from hdfast.runtime.errors import HdfastError, RunError, suggest
+from hdfast.runtime.errors import EnvError, HdfastError, suggest
 from hdfast.suites import Task, UnknownName
 
 
@@ -35,7 +35,7 @@ def find(env_id: str) -> EnvSpec:
     """What is registered under `env_id`, its module imported.
 
     Raises UnknownName, listing the nearest, where there is no such module or environment; MissingLibraryError where
-    the module imports what is not there; RunError for what it raises.
+    the module imports what is not there; EnvError for what it raises.
     """
     module, _, name = env_id.rpartition(":")
     if module:
@@ -63,7 +63,7 @@ class GymEnv(BatchEnv):
     works. obs: `image`, `state` (the vectors) or `both`.
 
     Raises UnknownName; MissingLibraryError where a package that the environment needs is missing; ConfigError for
-    observations or actions that the agent cannot take, with what would be right; RunError, also later, for what an
+    observations or actions that the agent cannot take, with what would be right; EnvError, also later, for what an
     environment raises, for numbers that are not finite, and where its process dies.
     """
 
@@ -158,7 +158,7 @@ class GymEnv(BatchEnv):
                 raise
             self._broken = True
             hint = "with --env.threads 1 all are in one process, which may tell more"
-            raise RunError(
+            raise EnvError(
                 f"the process of an environment has ended ({error!r})", where=self.name, hint=hint
             ) from error
 

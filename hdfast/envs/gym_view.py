@@ -23,7 +23,7 @@ from gymnasium.wrappers import AddRenderObservation
 from PIL import Image
 
 from hdfast.envs.base import ContinuousActions, DiscreteActions
-from hdfast.runtime.errors import ConfigError, HdfastError, MissingLibraryError, RunError, tell_warnings
+from hdfast.runtime.errors import ConfigError, EnvError, HdfastError, MissingLibraryError, tell_warnings
 
 SIZE = 64
 _AS_THEY_ARE = (8, 16, 32, 64)  # sides of images that are not resized
@@ -35,7 +35,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 def told(name: str) -> Iterator[None]:
     """Turns what environment `name` raises in the block into one line; its own frames are the details.
 
-    Raises: RunError; MissingLibraryError where it imports what is not there. Errors that are one line already pass.
+    Raises: EnvError; MissingLibraryError where it imports what is not there. Errors that are one line already pass.
     """
     try:
         yield
@@ -57,7 +57,7 @@ def told(name: str) -> Iterator[None]:
             and not any(Path(frame.filename).is_relative_to(folder) for folder in ours)
         ]
         what = f"it raised {type(error).__name__}: {error}"
-        raise RunError(what, where=name, details=frames) from error
+        raise EnvError(what, where=name, details=frames) from error
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Seen(gymnasium.ObservationWrapper):
             obs, reward, terminated, truncated, info = super().step(action)
             number = np.asarray(reward)
             if not (number.size == 1 and number.dtype.kind in "biuf" and abs(number.item()) <= _LARGEST):
-                raise RunError(f"its reward is {reward!r:.50}, right is a finite number", where=self._name)
+                raise EnvError(f"its reward is {reward!r:.50}, right is a finite number", where=self._name)
             return obs, float(number.item()), bool(terminated), bool(truncated), _success(info)
 
     def close(self) -> None:
@@ -155,18 +155,18 @@ class Seen(gymnasium.ObservationWrapper):
         vector = spaces.flatten(self._vectors[key], value).astype(np.float32)
         right = self.observation_space[key].shape
         if vector.shape != right:
-            raise RunError(
+            raise EnvError(
                 f"observation {key!r} has {len(vector)} numbers, right are {right[0]}", where=self._name
             )
         if not np.isfinite(vector).all():
-            raise RunError(f"observation {key!r} has numbers that are not finite", where=self._name)
+            raise EnvError(f"observation {key!r} has numbers that are not finite", where=self._name)
         return vector
 
     def _image(self, key: str, value: Any) -> np.ndarray:
         image, space = np.asarray(value), self._images[key]
         if image.dtype != np.uint8 or (image.ndim, image.shape[2:]) != (len(space.shape), space.shape[2:]):
             what = f"observation {key!r} is {image.shape} {image.dtype}, its space says {space.shape} uint8"
-            raise RunError(what, where=self._name)
+            raise EnvError(what, where=self._name)
         return self._resized(image)
 
     def _image_space(self, space: spaces.Box) -> spaces.Box:

@@ -4,6 +4,7 @@ The checksum is BLAKE2b over the whole file, its own digits read as zeros: names
 Tensors are streamed to disk one at a time, so saving needs host memory for the largest of them only.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -175,3 +176,18 @@ def _chunks(file: Any) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     while count := file.readinto(buffer):
         yield buffer[:count]
+
+
+@contextlib.contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Turns what torch says of parameters of other names or shapes into one line about the checkpoint at `path`."""
+    try:
+        yield
+    except RuntimeError as error:
+        first, *_, example = str(error).splitlines()
+        if "loading state_dict" not in first:
+            raise
+        hint = "is its environment, or config.json, another than in training?"
+        raise CheckpointError(
+            "the checkpoint does not fit", where=path, hint=hint, details=[example.strip()]
+        ) from error

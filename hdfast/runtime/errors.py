@@ -61,6 +61,10 @@ class RunError(HdfastError):
     """The run cannot start or go on: its directory is unusable or in use by another process."""
 
 
+class EnvError(RunError):
+    """An environment raises, or gives what no environment of its spaces does."""
+
+
 class CheckpointError(HdfastError):
     """There are checkpoints, and none of them can be loaded."""
 

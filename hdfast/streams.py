@@ -1,0 +1,31 @@
+"""What a run draws from: a seed for each use of randomness, and the environments that are seeded so."""
+
+import numpy as np
+
+from hdfast import envs
+from hdfast.config import Config
+from hdfast.envs.base import BatchEnv
+from hdfast.suites import Task
+
+
+def stream_seed(seed: int, stream: str, *numbers: int) -> int:
+    """A seed for one use of randomness, so that no two uses share a sequence."""
+    words = [seed, *stream.encode(), *numbers]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def make_envs(config: Config, task: Task, *, num_envs: int, stream: str, agent_steps: int = 0) -> BatchEnv:
+    """The environments of `task`, seeded for `stream` ("train", "eval") and for the agent step at which they begin.
+
+    A run that goes on would otherwise meet its first episodes again.
+    """
+    return envs.make(
+        config.suite,
+        task.name,
+        num_envs=num_envs,
+        seed=stream_seed(config.seed, stream, agent_steps) % 2**31,
+        source=config.env.source,
+        obs=config.env.obs,
+        render=config.env.render,
+        threads=config.env.threads,
+    )
