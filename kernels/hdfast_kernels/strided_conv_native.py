@@ -1,7 +1,8 @@
 """strided_conv on the CPU: ours where that is faster, else PyTorch's.
 
-float32 activations are halved and doubled, forward and as the gradient of the other, with 9 multiplications in place
-of 16 (csrc/ops/strided_conv_winograd.cpp); the gradient of the kernel is csrc/ops/strided_conv.cpp in both dtypes.
+Each direction is the gradient of the other. float32 maps are halved and doubled with 9 multiplications in place of 16
+(csrc/ops/strided_conv_winograd.cpp), bfloat16 maps are doubled (strided_conv_double.cpp); the gradient of the kernel is
+strided_conv.cpp in both.
 """
 
 import torch
@@ -19,12 +20,13 @@ def _constants(transposed: bool) -> tuple:
 class _StridedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
-        x, low = x.contiguous(), weight.to(x.dtype)
+        x, low = x.contiguous(), weight
+        if x.dtype != weight.dtype:
+            low = weight.to(x.dtype, memory_format=torch.channels_last)
         out = _convolve(x, low, transposed)
         if out is None:
-            low = low.contiguous(memory_format=torch.channels_last)
-            out = torch.ops.aten.convolution(x.permute(0, 3, 1, 2), low, None, *_constants(transposed))
-            out = out.permute(0, 2, 3, 1)
+            maps = x.permute(0, 3, 1, 2), low.contiguous(memory_format=torch.channels_last)
+            out = torch.ops.aten.convolution(*maps, None, *_constants(transposed)).permute(0, 2, 3, 1)
         ctx.save_for_backward(x, low)
         ctx.transposed, ctx.weight_dtype = transposed, weight.dtype
         return out
@@ -49,22 +51,24 @@ class _StridedConv(torch.autograd.Function):
 
 
 def _convolve(x: Tensor, weight: Tensor, doubling: bool) -> Tensor | None:
-    """Of float32 x, halved or doubled; None where it is for PyTorch to compute."""
-    images, height, width, channels = x.shape
-    small, large = weight.shape[:2]
-    if x.dtype != torch.float32 or (not doubling and (height % 2 or width % 2)):
+    """x halved, or doubled; None where it is for PyTorch to compute."""
+    (images, height, width, channels), (small, large) = x.shape, weight.shape[:2]
+    if not doubling and (height % 2 or width % 2 or native.is_bf16(x)):
         return None
-    if not doubling:
-        height, width = height // 2, width // 2
-    out = (
-        native.empty(images, 2 * height, 2 * width, large)
-        if doubling
-        else native.empty(images, height, width, small)
-    )
-    done = native.module().strided_conv_winograd(
-        native.ptr(x), native.ptr(weight.contiguous()), native.ptr(out), images, height, width, channels,
-        out.shape[-1], doubling, native.threads(),
-    )  # fmt: skip
+    height, width = (height, width) if doubling else (height // 2, width // 2)
+    out = x.new_empty((images, 2 * height, 2 * width, large) if doubling else (images, height, width, small))
+    if native.is_bf16(x):
+        weight = weight.permute(0, 2, 3, 1).contiguous()
+        done = native.module().strided_conv_double(
+            native.ptr(x), native.ptr(weight), native.ptr(out), images, height, width, channels, large,
+            native.threads(),
+        )  # fmt: skip
+    else:
+        weight = weight.contiguous()
+        done = native.module().strided_conv_winograd(
+            native.ptr(x), native.ptr(weight), native.ptr(out), images, height, width, channels, out.shape[-1],
+            doubling, native.threads(),
+        )  # fmt: skip
     return out if done else None
 
 

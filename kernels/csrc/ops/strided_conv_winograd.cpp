@@ -66,8 +66,8 @@ struct Layout {
   int64_t weights_at(int64_t phase, int64_t f, int64_t p) const {
     return ((phase * products_of_tile + f) * panels + p) * C * panel;
   }
-  int64_t inputs_at(int64_t f) const { return f * (C * block + 8 * group); }
-  int64_t products_at(int64_t f) const { return f * (panels * panel * block + 8 * group); }
+  int64_t inputs_at(int64_t f) const { return f * (C * block + 8 * group<float>); }
+  int64_t products_at(int64_t f) const { return f * (panels * panel * block + 8 * group<float>); }
 };
 
 // By all threads together. The weight is (channels of the smaller map, of the larger one, 4, 4).
@@ -126,7 +126,7 @@ void transform_inputs(const Layout& at, const float* x, int64_t phase, int64_t f
                  e = load(pixel[i][2] + c, Whole{});
         d[i][0] = a - b, d[i][1] = b, d[i][2] = b - e;
       }
-      float* const out = inputs + (c / group * at.block + t) * group + c % group;
+      float* const out = inputs + (c / group<float> * at.block + t) * group<float> + c % group<float>;
       for (int64_t j = 0; j < 3; j++) {
         store(out + at.inputs_at(j), d[0][j] - d[1][j], Whole{});
         store(out + at.inputs_at(3 + j), d[1][j], Whole{});
@@ -136,41 +136,25 @@ void transform_inputs(const Layout& at, const float* x, int64_t phase, int64_t f
   }
 }
 
-// Asks for the pixels of the next block, a few at a time, while this one is multiplied and the memory is idle. The
-// hardware does not foresee the pixels of a phase, which are no neighbours: halving the largest maps took 1.8 times as long.
-class Ahead {
- public:
-  Ahead(const Layout& at, const float* x, int64_t first, int64_t last, int64_t calls)
-      : next_(x + start_of(at, first)), end_(x + start_of(at, last)), step_((end_ - next_) / calls + 1) {}
-
-  HDFAST_INLINE void go_on() {
-    for (const float* const to = std::min(next_ + step_, end_); next_ < to; next_ += 16)
-      __builtin_prefetch(next_, 0, 2);
-  }
-
- private:
-  static int64_t start_of(const Layout& at, int64_t t) {
-    const Tile tile(at, t);
-    return (tile.image * at.height + 2 * tile.down) * at.step_in * at.step_in * at.width * at.C;
-  }
-
-  const float *next_, *end_;
-  int64_t step_;
-};
+// Where the row of pixels begins that a tile takes first.
+const float* start_of(const Layout& at, const float* x, int64_t t) {
+  const Tile tile(at, t);
+  return x + (tile.image * at.height + 2 * tile.down) * at.step_in * at.step_in * at.width * at.C;
+}
 
 void multiply(const Layout& at, const float* inputs, const float* weights, int64_t phase, int64_t count, bool fresh,
-              float* products, Ahead& ahead) {
+              float* products, Ahead<float>& ahead) {
   for (int64_t f = 0; f < products_of_tile; f++)
     for (int64_t p = 0; p < at.panels; p++)
       for (int64_t t = 0; t < count; t += tile_rows) {
-        const float* const left = inputs + at.inputs_at(f) + t * group;
+        const float* const left = inputs + at.inputs_at(f) + t * group<float>;
         const float* const right = weights + at.weights_at(phase, f, p);
         float* const sums = products + at.products_at(f) + (p * at.block + t) * panel;
         ahead.go_on();
         if (at.O - p * panel >= panel)
-          multiply_tile<2>(left, at.block * group, right, at.C / group, sums, fresh);
+          multiply_tile<2>(left, at.block * group<float>, right, at.C / group<float>, sums, fresh);
         else
-          multiply_tile<1>(left, at.block * group, right, at.C / group, sums, fresh);
+          multiply_tile<1>(left, at.block * group<float>, right, at.C / group<float>, sums, fresh);
       }
 }
 
@@ -218,8 +202,8 @@ bool strided_conv_winograd(const float* x, const float* weight, float* y, int64_
       for (int64_t first = at.tiles * mine / team; first < last; first += at.block) {
         const int64_t count = std::min(at.block, last - first), next = first + count;
         const int64_t whole = (count + tile_rows - 1) / tile_rows * tile_rows;
-        Ahead ahead(at, x, next, std::min(next + at.block, last),
-                    phases * products_of_tile * at.panels * (whole / tile_rows));
+        Ahead<float> ahead(start_of(at, x, next), start_of(at, x, std::min(next + at.block, last)),
+                           phases * products_of_tile * at.panels * (whole / tile_rows));
         for (int64_t phase = 0; phase < phases; phase++) {
           transform_inputs(at, x, phase, first, whole, zeros, inputs);
           multiply(at, inputs, weights, phase, whole, doubling || phase == 0, products, ahead);
