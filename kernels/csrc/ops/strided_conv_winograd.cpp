@@ -20,7 +20,7 @@
 //
 // In two dimensions a tile of 2 x 2 results takes 9, each a product of matrices over all channels of many tiles. A
 // block of tiles is transformed, multiplied and transformed back in the second cache. Only for float: bfloat16 would
-// round the differences.
+// round the differences. Where a number is infinite, all results of its tiles are NaN.
 //
 // Axes: phase (4), f products of a tile (9), t tiles, C channels of x, O of y.
 
@@ -28,9 +28,9 @@ namespace HDFAST_ISA {
 namespace {
 
 constexpr int64_t phases = 4, products_of_tile = 9;
-constexpr int64_t block_bytes = 768 << 10;           // what a block takes of the second cache
-constexpr int64_t largest_block = 8 * tile_rows;     // tiles; more would not help
-constexpr int64_t least_tiles_of_thread = 64;        // fewer do not make up for the transform of the weights
+constexpr int64_t block_bytes = 768 << 10;        // what a block takes of the second cache
+constexpr int64_t largest_block = 8 * tile_rows;  // tiles; more would not help
+constexpr int64_t least_tiles_of_thread = 64;     // fewer do not make up for the transform of the weights
 
 struct Layout {
   bool doubling;
@@ -43,7 +43,7 @@ struct Layout {
       : doubling(doubling), height(height), width(width), C(C), O(O), tiles_down((height + 1) / 2),
         tiles_across((width + 1) / 2), tiles(images * tiles_down * tiles_across), step_in(doubling ? 1 : 2),
         step_out(doubling ? 2 : 1), panels((O + panel - 1) / panel) {
-    const int64_t pixels = 2 * 4 * step_in * step_in;  // of x: of this block and of the next
+    const int64_t pixels = 2 * 4 * step_in * step_in;  // of x, for a tile of this block and for one of the next
     const int64_t tile_bytes = (products_of_tile * (C + O) + pixels * C) * int64_t(sizeof(float));
     // Weights too large for the last cache come from memory for every block: then the fewer blocks, the better.
     const bool far = weights_at(phases, 0, 0) * int64_t(sizeof(float)) > far_bytes;
