@@ -56,6 +56,18 @@ void image_loss_backward(const float* grad, const void* pred, const uint8_t* ima
 void image_deconv_forward(const void* x, const float* weight, const float* bias, void* y, int64_t images,
                           int64_t height, int64_t width, int64_t inputs, int64_t channels, bool is_bf16, int threads);
 
+// Convolution, kernel 4, stride 2, padding 1: x (images, 2 * height, 2 * width, channels_in) -> y (images, height, width,
+// channels_out); the transposed one if `doubling`: x (images, height, width, channels_in) -> y (images, 2 * height,
+// 2 * width, channels_out). weight (channels of the smaller map, of the larger one, 4, 4). False, having computed nothing,
+// where libraries are faster: for channels that are no multiples of 16, few tiles of 2 x 2 pixels and sides that waste them.
+bool strided_conv_winograd(const float* x, const float* weight, float* y, int64_t images, int64_t height, int64_t width,
+                           int64_t channels_in, int64_t channels_out, bool doubling, int threads);
+
+// The transposed one in bfloat16, weight (channels_in, 4, 4, channels_out). False, having computed nothing, without
+// instructions for it, for channels_in that are no multiples of 32 and few pixels.
+bool strided_conv_double(const void* x, const void* weight, void* y, int64_t images, int64_t height, int64_t width,
+                         int64_t channels_in, int64_t channels_out, int threads);
+
 // Gradient of the kernel of a convolution, kernel 4, stride 2, padding 1, from large (images, 2 * height, 2 * width,
 // large_channels) to small (images, height, width, small_channels), or back: grad (small_channels, large_channels, 4, 4).
 // False, having computed nothing, where it has no fast way: for channels that are no multiples of 16, and for bfloat16
@@ -127,6 +139,8 @@ void rssm_observe_backward(const RssmObserve& p, int threads);
   X(image_loss_forward) \
   X(image_loss_backward) \
   X(image_deconv_forward) \
+  X(strided_conv_winograd) \
+  X(strided_conv_double) \
   X(strided_conv_weight_grad) \
   X(kl_balance_forward) \
   X(kl_balance_backward) \

@@ -1,4 +1,9 @@
-"""strided_conv on the CPU: PyTorch's, but for the gradient of the kernel (csrc/ops/strided_conv.cpp)."""
+"""strided_conv on the CPU: ours where that is faster, else PyTorch's.
+
+Each direction is the gradient of the other. float32 maps are halved and doubled with 9 multiplications in place of 16
+(csrc/ops/strided_conv_winograd.cpp), bfloat16 maps are doubled (strided_conv_double.cpp); the gradient of the kernel is
+strided_conv.cpp in both.
+"""
 
 import torch
 from torch import Tensor
@@ -15,26 +20,62 @@ def _constants(transposed: bool) -> tuple:
 class _StridedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
-        x, low = x.contiguous(), weight.to(x.dtype, memory_format=torch.channels_last)
-        out = torch.ops.aten.convolution(x.permute(0, 3, 1, 2), low, None, *_constants(transposed))
+        x, low = x.contiguous(), weight
+        if x.dtype != weight.dtype:
+            low = weight.to(x.dtype, memory_format=torch.channels_last)
+        out = _convolve(x, low, transposed)
+        if out is None:
+            maps = x.permute(0, 3, 1, 2), low.contiguous(memory_format=torch.channels_last)
+            out = torch.ops.aten.convolution(*maps, None, *_constants(transposed)).permute(0, 2, 3, 1)
         ctx.save_for_backward(x, low)
         ctx.transposed, ctx.weight_dtype = transposed, weight.dtype
-        return out.permute(0, 2, 3, 1)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (x, low), grad, grad_weight = ctx.saved_tensors, grad.contiguous(), None
-        left = ctx.needs_input_grad[1]
-        if left and (grad_weight := _weight_grad(x, grad, ctx.transposed)) is not None:
-            grad_weight, left = grad_weight.to(ctx.weight_dtype), False
-        wanted = [ctx.needs_input_grad[0], left, False]
-        grad_x, other, _ = torch.ops.aten.convolution_backward(
-            grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), low, None, *_constants(ctx.transposed), wanted
-        )
-        if left:
-            grad_weight = other.to(ctx.weight_dtype)
-        return grad_x if grad_x is None else grad_x.permute(0, 2, 3, 1), grad_weight, None
+        (x, low), grad, grad_x, grad_weight = ctx.saved_tensors, grad.contiguous(), None, None
+        wanted = list(ctx.needs_input_grad)
+        if wanted[0] and (grad_x := _grad_x(x, grad, low, ctx.transposed)) is not None:
+            wanted[0] = False
+        if wanted[1] and (grad_weight := _weight_grad(x, grad, ctx.transposed)) is not None:
+            wanted[1] = False
+        if any(wanted):
+            maps = (tensor.permute(0, 3, 1, 2) for tensor in (grad, x))
+            low = low.contiguous(memory_format=torch.channels_last)
+            constants = _constants(ctx.transposed)
+            of_x, of_weight, _ = torch.ops.aten.convolution_backward(*maps, low, None, *constants, wanted)
+            grad_x = of_x.permute(0, 2, 3, 1) if wanted[0] else grad_x
+            grad_weight = of_weight if wanted[1] else grad_weight
+        return grad_x, grad_weight if grad_weight is None else grad_weight.to(ctx.weight_dtype), None
+
+
+def _convolve(x: Tensor, weight: Tensor, doubling: bool) -> Tensor | None:
+    """x halved, or doubled; None where it is for PyTorch to compute."""
+    (images, height, width, channels), (small, large) = x.shape, weight.shape[:2]
+    if not doubling and (height % 2 or width % 2 or native.is_bf16(x)):
+        return None
+    height, width = (height, width) if doubling else (height // 2, width // 2)
+    out = x.new_empty((images, 2 * height, 2 * width, large) if doubling else (images, height, width, small))
+    if native.is_bf16(x):
+        weight = weight.permute(0, 2, 3, 1).contiguous()
+        done = native.module().strided_conv_double(
+            native.ptr(x), native.ptr(weight), native.ptr(out), images, height, width, channels, large,
+            native.threads(),
+        )  # fmt: skip
+    else:
+        weight = weight.contiguous()
+        done = native.module().strided_conv_winograd(
+            native.ptr(x), native.ptr(weight), native.ptr(out), images, height, width, channels, out.shape[-1],
+            doubling, native.threads(),
+        )  # fmt: skip
+    return out if done else None
+
+
+def _grad_x(x: Tensor, grad: Tensor, weight: Tensor, transposed: bool) -> Tensor | None:
+    """Halved where x was doubled, doubled where it was halved; None where it is for PyTorch to compute."""
+    sides = [2 * side for side in grad.shape[1:3]]
+    return _convolve(grad, weight, not transposed) if transposed or list(x.shape[1:3]) == sides else None
 
 
 def _weight_grad(x: Tensor, grad: Tensor, transposed: bool) -> Tensor | None:

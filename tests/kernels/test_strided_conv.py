@@ -12,7 +12,9 @@ from hdfast_kernels.strided_conv import strided_conv_reference
 ISAS = native.isas() if dispatch.native_built() else []
 
 # images, H and W of the smaller map, channels of the smaller and of the larger map: one pixel; odd; an image; those of
-# the layers, a block of several images, a row in several blocks, every width of a tile; none
+# the layers, a block of several images, a row in several blocks, every width of a tile; none. The last have tiles of
+# 2 x 2 enough, on two threads, for 9 multiplications in place of 16: the layers; sides and blocks that are not whole;
+# every width of a panel
 SHAPES = [
     (1, 1, 1, 16, 16),
     (3, 5, 7, 5, 6),
@@ -23,6 +25,13 @@ SHAPES = [
     (1, 3, 150, 16, 32),
     (5, 3, 5, 112, 16),
     (0, 4, 4, 16, 16),
+    (2, 16, 16, 64, 32),
+    (10, 8, 8, 128, 64),
+    (35, 4, 4, 256, 128),
+    (13, 7, 9, 80, 48),
+    (9, 7, 9, 64, 48),
+    (5, 10, 13, 16, 112),
+    (131, 2, 2, 48, 16),
 ]
 
 
@@ -42,34 +51,82 @@ def inputs(shape, transposed, dtype, device="cpu"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["halve", "double"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_errs_no_more_than_twice_plain_pytorch(shape, transposed, dtype, backend):
+def test_errs_no_more_than_twice_plain_pytorch(shape, transposed, dtype, backend, monkeypatch):
+    monkeypatch.setattr(native, "threads", lambda: 2)
     op = partial(strided_conv, backend=backend.name)
     check_against_fp64(op, strided_conv_reference, inputs(shape, transposed, dtype, backend.device))
 
 
-@pytest.mark.skipif("avx512" not in ISAS, reason="needs AVX512-BF16")
-def test_what_is_native_is_not_pytorchs(monkeypatch):
-    """The gradient of the kernel is ours, in both dtypes, and keeps the digits that bfloat16 would round away."""
-    for dtype in (torch.float32, torch.bfloat16):
-        arguments = inputs((4, 8, 8, 32, 32), False, dtype)
-        with Calls() as calls:
-            strided_conv(**arguments, backend="native").float().square().sum().backward()
-        masks = [given[-1] for name, given in calls.made if "convolution_backward" in name]
-        assert masks == [[True, False, False]]
+def asked_of_pytorch(arguments):
+    """The convolutions that are left to PyTorch: "forward", and the inputs whose gradients it is asked for."""
+    with Calls() as calls:
+        strided_conv(**arguments, backend="native").float().square().sum().backward()
+    asked = {"forward" for name, _ in calls.made if "aten.convolution.default" in name}
+    for name, given in calls.made:
+        if "convolution_backward" in name:
+            asked |= {of for of, wanted in zip(("x", "weight", "bias"), given[-1], strict=True) if wanted}
+    return asked
+
+
+needs_avx512 = pytest.mark.skipif("avx512" not in ISAS, reason="needs AVX512-BF16")
+
+
+@needs_avx512
+@pytest.mark.parametrize("transposed", [False, True], ids=["halve", "double"])
+def test_what_is_native_is_not_pytorchs(transposed, monkeypatch):
+    """All but halving in bfloat16; and the gradient of the kernel keeps the digits that would be rounded away."""
+    monkeypatch.setattr(native, "threads", lambda: 2)
+    for dtype, left in ((torch.float32, set()), (torch.bfloat16, {"x"} if transposed else {"forward"})):
+        arguments = inputs((8, 8, 8, 32, 32), transposed, dtype)
+        assert asked_of_pytorch(arguments) == left
         grad = arguments["weight"].grad
         assert not torch.equal(grad, grad.bfloat16().float())
 
 
+@needs_avx512
+@pytest.mark.parametrize("transposed", [False, True], ids=["halve", "double"])
+def test_what_pytorch_computes_faster_is_pytorchs(transposed, monkeypatch):
+    """Few tiles for each thread; sides of which tiles waste much; channels that do not fill the vectors."""
+    monkeypatch.setattr(native, "threads", lambda: 2)
+    for shape in ((7, 8, 8, 32, 32), (64, 5, 5, 32, 32), (64, 1, 8, 32, 32)):
+        assert asked_of_pytorch(inputs(shape, transposed, torch.float32)) == {"forward", "x"}
+    arguments = inputs((8, 8, 8, 32, 24), transposed, torch.float32)
+    assert asked_of_pytorch(arguments) == {"forward", "x", "weight"}
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["halve", "double"])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_every_instruction_set_on_threads(isa, dtype, threads, monkeypatch):
+def test_every_instruction_set_on_threads(isa, dtype, transposed, threads, monkeypatch):
     monkeypatch.setattr(native, "threads", lambda: threads)
-    arguments = inputs((23, 4, 4, 48, 16), True, dtype)
+    arguments = inputs((53, 4, 4, 64, 16), transposed, dtype)
     with native.force_isa(isa):
         op = partial(strided_conv, backend="native")
         first, second = (check_against_fp64(op, strided_conv_reference, arguments) for _ in range(2))
-    assert torch.equal(first["grad weight"], second["grad weight"])
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.skipif(not ISAS, reason="the C++ module is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["halve", "double"])
+def test_maps_larger_than_the_caches(transposed, dtype):
+    """They are stored past the caches, in many blocks; each image is as it is among few."""
+    x = random(1040, 8, 8, 32) if transposed else random(1040, 32, 32, 16)
+    weight = random(*((32, 64) if transposed else (64, 16)), 4, 4, seed=1, scale=0.1).float()
+    op = partial(strided_conv, weight=weight, transposed=transposed, backend="native")
+    many = op(x.to(dtype))
+    assert many.numel() * many.element_size() >= 32 << 20
+    for few in (slice(16), slice(-16, None)):
+        assert torch.equal(many[few], op(x[few].to(dtype)))
+
+
+@pytest.mark.skipif(not ISAS, reason="the C++ module is not built")
+@pytest.mark.parametrize("transposed", [False, True], ids=["halve", "double"])
+def test_weights_larger_than_the_caches(transposed, monkeypatch):
+    monkeypatch.setattr(native, "threads", lambda: 1)
+    op = partial(strided_conv, backend="native")
+    check_against_fp64(op, strided_conv_reference, inputs((64, 2, 2, 512, 480), transposed, torch.float32))
 
 
 @pytest.mark.parametrize("backend", backends("strided_conv"))

@@ -1,0 +1,62 @@
+// The inner loops of a product of matrices whose operands were laid out for it, near the peak of the machine: a tile of
+// sums stays in the registers, and every distance within it is a constant, so that one pointer reaches each operand.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace HDFAST_ISA {
+namespace {
+
+constexpr int tile_rows = W == 16 ? 14 : 6;  // with two vectors each, a row of `right` and a number: all registers
+constexpr int64_t panel = 2 * W;             // columns of `right` and `sums`, of which the last half may be empty
+template <class T>
+constexpr int64_t group = 64 / sizeof(T);  // depths of `left` that lie together: a line of the cache
+// Groups that are summed by themselves: a sum's error grows with its length, and what it takes to add them is hidden.
+constexpr int64_t chain = 2;
+
+// sums[m, n] = sum over k of left[k / group, m, k % group] * right[k, n]        m < tile_rows, n < vectors * W
+//
+// Rows of `left` lie side by side, its groups `left_step` apart. The sums are added to those there, unless `fresh`.
+template <int vectors>
+HDFAST_INLINE void multiply_tile(const float* left, int64_t left_step, const float* right, int64_t groups, float* sums,
+                                 bool fresh) {
+  for (; groups > 0; groups -= chain, fresh = false) {
+    Vf tile[tile_rows][vectors] = {};
+    for (int64_t i = std::min(groups, chain); i > 0; i--, left += left_step)
+      for (int64_t k = 0; k < group<float>; k++, right += panel) {
+        Vf row[vectors];
+        for (int v = 0; v < vectors; v++) row[v] = load(right + v * W, Whole{});
+#pragma GCC unroll 14
+        for (int m = 0; m < tile_rows; m++)
+          for (int v = 0; v < vectors; v++) tile[m][v] += left[m * group<float> + k] * row[v];
+      }
+#pragma GCC unroll 14
+    for (int m = 0; m < tile_rows; m++)
+      for (int v = 0; v < vectors; v++) {
+        float* const sum = sums + m * panel + v * W;
+        store(sum, fresh ? tile[m][v] : tile[m][v] + load(sum, Whole{}), Whole{});
+      }
+  }
+}
+
+// Asks for what lies ahead, a few lines at each of `calls` calls, while products leave the memory idle: the hardware
+// does not foresee what is taken in another order than it lies in.
+template <class T>
+class Ahead {
+ public:
+  Ahead(const T* next, const T* end, int64_t calls) : next_(next), end_(end), step_((end - next) / calls + 1) {}
+
+  HDFAST_INLINE void go_on() {
+    for (const T* const to = std::min(next_ + step_, end_); next_ < to; next_ += group<T>)
+      __builtin_prefetch(next_, 0, 2);
+  }
+
+ private:
+  const T *next_, *end_;
+  const int64_t step_;
+};
+
+}  // namespace
+}  // namespace HDFAST_ISA
