@@ -2,7 +2,7 @@
 
 Axes: N images, H x W pixels, C channels in, O channels out.
 
-Source: HarmonyDream's encoder and decoder (ALGORITHM §3). The convolutions are PyTorch's.
+Source: HarmonyDream's encoder and decoder (ALGORITHM §3). On CUDA the convolutions are PyTorch's.
 """
 
 import torch
