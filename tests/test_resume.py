@@ -295,7 +295,7 @@ def test_kill_9(tmp_path):
     lost = f"warning: {path_of(config) / 'replay'}: deleting rows that no checkpoint was loaded for\n"
     for owner, name, number, said, begins in (
         ("os", "pwrite", 2, "", "new run"),  # 1 is the lock, 2 the first rows of the replay
-        ("os", "replace", 12, lost, "new run"),  # a checkpoint that is complete but for its name
+        ("os", "replace", 13, lost, "new run"),  # a checkpoint that is complete but for its name
         ("Learner", "step", 20, "", "going on at agent step 20"),
     ):
         process = loop_cases.start(argv, program=("-c", DIE, owner, name, str(number)))

@@ -45,7 +45,6 @@ INPUTS: dict[tuple[str, int], Inputs] = {
     ("image_loss", OBSERVE): lambda n, *of: test_image_loss.inputs((n, 64, 64, 3), *of),
     ("kl_balance", OBSERVE): lambda n, *of: test_kl_balance.inputs((n,), 32, 32, *of),
     ("sample_onehot", IMAGINE): lambda n, *of: test_sample_onehot.inputs((n,), 32, 32, *of),
-    ("sample_index", IMAGINE): lambda n, *of: test_sample_onehot.inputs((n,), 32, 32, *of),
     ("onehot_linear", OBSERVE): lambda n, *of: test_onehot_linear.inputs((n,), 32, 32, 512, *of),
     ("lambda_return", IMAGINE): lambda n, *of: test_lambda_return.inputs(15, n // 16, *of),
     ("harmony_loss", OBSERVE): lambda n, *of: test_harmony_loss.inputs((n // 16, 16), *of),
@@ -75,7 +74,8 @@ def test_errs_no_more_than_twice_plain_pytorch(name, rows, backend, dtype):
 
 def test_every_op_with_a_kernel_is_here():
     kernels = {name for name in dispatch.ops() if "triton" in dispatch._ops[name].implementations}
-    assert kernels == {name for name, _ in INPUTS} | {"rssm_observe"}
+    # sample_index draws what sample_onehot draws: tests/kernels/test_sample_onehot.py
+    assert kernels == {name for name, _ in INPUTS} | {"rssm_observe", "sample_index"}
 
 
 SMALL = Sizes(T=3, B=5, D=32, U=48, S=4, K=8)
