@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hdfast.agent.learner import Learner
 from hdfast.agent.policy import Policy
-from hdfast.config import Config, apply_overrides, default_config
+from hdfast.config import Config, default_config
 from hdfast.envs.base import ArraySpec, DiscreteActions
+from hdfast.overrides import apply_overrides
 from hdfast.replay import Replay
 from hdfast.runtime.device import prepare_device
 from hdfast.runtime.graphs import CapturedStep

@@ -26,7 +26,8 @@ from bench.agent import ACTIONS, IMAGE, Bench, config_of, gflop, random_row
 from bench.gpu_tools import LASTING, occupied
 from bench.machine import copy_gb_per_second, gemm_gflop_per_second
 from hdfast.agent.policy import Policy
-from hdfast.config import Config, apply_overrides
+from hdfast.config import Config
+from hdfast.overrides import apply_overrides
 from hdfast.runtime.device import resolve_device
 from hdfast.runtime.graphs import WARMUP, CapturedStep
 from hdfast.tuning.search import Job, search

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from bench.agent import backend
 from hdfast import suites
-from hdfast.config import Config, apply_overrides, default_config, validate
+from hdfast.config import Config, default_config, validate
 from hdfast.loop import Session
+from hdfast.overrides import apply_overrides
 from hdfast.runtime.device import resolve_device
 from hdfast.runtime.rundir import RunDir
 from hdfast.runtime.signals import StopRequest

@@ -8,22 +8,32 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 from hdfast import suites
 from hdfast.flags import parse_flags, peek
+from hdfast.overrides import Range, apply_overrides, check_ranges
 from hdfast.runtime.errors import ConfigError, suggest
 
 Size = Literal["tiny", "small", "medium", "large", "xlarge"]
 LAST_SEED = 2**31 - 1
 MOST_ENVS = 4096
 
+Envs = Annotated[int, Range(1, MOST_ENVS)]
+Steps = Annotated[int, Range(0, 2**40)]
+SomeSteps = Annotated[int, Range(1, 2**40)]
+Width = Annotated[int, Range(1, 2**16)]
+Layers = Annotated[int, Range(1, 64)]
+Share = Annotated[float, Range(0, 1)]
+Scale = Annotated[float, Range(0, 1e9)]
+Positive = Annotated[float, Range(1e-30, 1e9)]
+
 
 @dataclass(frozen=True)
 class EnvConfig:
     """Where data comes from."""
 
-    num_envs: int = 1
+    num_envs: Envs = 1
     """Environments stepped together."""
     source: Literal["auto", "envpool", "ale"] = "auto"
     """Which package emulates Atari; auto takes envpool where it is installed."""
@@ -31,7 +41,7 @@ class EnvConfig:
     """What a robotic task, or one of gym, is seen through."""
     render: Literal["full", "fast"] = "full"
     """fast drops shadows and antialiasing of MuJoCo scenes: same physics, slightly other images."""
-    threads: int = 0
+    threads: Annotated[int, Range(0, 4096)] = 0
     """Environment threads; 0 lets the source choose. Of gym: a process each, or 1 for none."""
 
 
@@ -39,11 +49,11 @@ class EnvConfig:
 class ReplayConfig:
     """Where data rests, and how much of it one update reads."""
 
-    capacity: int = 1_000_000
+    capacity: Annotated[int, Range(1, 2**40)] = 1_000_000
     """Rows kept, all environments together."""
-    batch: int = 16
+    batch: Annotated[int, Range(1, 2**20)] = 16
     """Windows per update (B)."""
-    length: int = 64
+    length: Annotated[int, Range(2, 2**16)] = 64
     """Rows per window (T)."""
 
 
@@ -51,15 +61,15 @@ class ReplayConfig:
 class TrainConfig:
     """How often the agent learns."""
 
-    ratio: float = 1024.0
+    ratio: Annotated[float, Range(0, 2**20)] = 1024.0
     """Rows replayed per agent step: 1024 at B16 x T64 is one update per agent step."""
-    prefill: int = 1024
+    prefill: SomeSteps = 1024
     """Windows that a random policy collects before learning starts."""
     graph: Literal["auto", "on", "off"] = "auto"
     """Update and acting as CUDA graphs; auto where they were found right and faster."""
     tune: bool = True
     """On CUDA, find the fastest kernels that are right, once for a machine and model; hdfast.tune shows them."""
-    nonfinite_limit: int = 10
+    nonfinite_limit: Annotated[int, Range(1, 2**31)] = 10
     """Updates skipped for a NaN or infinite loss before the run stops."""
 
 
@@ -67,15 +77,15 @@ class TrainConfig:
 class RSSMConfig:
     """The recurrent state-space model."""
 
-    deter: int = 512
+    deter: Width = 512
     """Width of the recurrent state (D)."""
-    units: int = 512
+    units: Width = 512
     """Width of its hidden layers (U)."""
-    stoch: int = 32
+    stoch: Annotated[int, Range(1, 1024)] = 32
     """Categorical latents (S)."""
-    classes: int = 32
+    classes: Annotated[int, Range(2, 1024)] = 32
     """Classes of each latent (K)."""
-    unimix: float = 0.01
+    unimix: Annotated[float, Range(0, 0.5)] = 0.01
     """Share of the uniform distribution mixed into every categorical."""
 
 
@@ -83,17 +93,17 @@ class RSSMConfig:
 class NetworkConfig:
     """Encoder, decoder and heads."""
 
-    units: int = 512
+    units: Width = 512
     """Width of the heads, actor and critic."""
-    layers: int = 2
+    layers: Layers = 2
     """Hidden layers of the heads, actor and critic."""
-    depth: int = 32
+    depth: Annotated[int, Range(1, 4096)] = 32
     """Channels of the first convolution; doubled at each of the next."""
-    mlp_layers: int = 5
+    mlp_layers: Layers = 5
     """Hidden layers of the vector encoder and decoder."""
-    mlp_units: int = 1024
+    mlp_units: Width = 1024
     """Width of the vector encoder and decoder."""
-    bins: int = 255
+    bins: Annotated[int, Range(3, 4096)] = 255
     """Bins of the two-hot reward and value distributions."""
 
 
@@ -103,11 +113,11 @@ class HarmonyConfig:
 
     mode: Literal["learned", "fixed", "off"] = "learned"
     """learned: three scalars; fixed: the constants below; off: DreamerV3's own loss scales."""
-    reward: float = 1.0
+    reward: Scale = 1.0
     """Constant weight of the reward loss (mode fixed)."""
-    image: float = 1.0
+    image: Scale = 1.0
     """Constant weight of the image loss (mode fixed)."""
-    kl: float = 1.0
+    kl: Scale = 1.0
     """Constant weight of the two KL losses (mode fixed)."""
 
 
@@ -115,13 +125,13 @@ class HarmonyConfig:
 class LossConfig:
     """Loss scales of the world model; reward and image where harmony is off; dyn : rep also splits its KL."""
 
-    dyn: float = 0.5
-    rep: float = 0.1
-    reward: float = 1.0
-    cont: float = 1.0
-    image: float = 1.0
-    vector: float = 1.0
-    free_nats: float = 1.0
+    dyn: Scale = 0.5
+    rep: Scale = 0.1
+    reward: Scale = 1.0
+    cont: Scale = 1.0
+    image: Scale = 1.0
+    vector: Scale = 1.0
+    free_nats: Scale = 1.0
     """KL below this many nats is not pushed further down."""
     cont_gradient: bool = True
     """Whether the continuation loss shapes the latents too, not its head alone."""
@@ -131,44 +141,47 @@ class LossConfig:
 class BehaviorConfig:
     """Actor and critic, trained in imagination."""
 
-    horizon: int = 15
+    horizon: Annotated[int, Range(1, 1024)] = 15
     """Imagined agent steps (H)."""
-    discount_horizon: float = 333.0
-    """Discount is 1 - 1 / discount_horizon."""
-    lam: float = 0.95
+    discount_horizon: Annotated[float, Range(1.001, 1e9)] = 333.0
+    """Discount is 1 - 1 / discount_horizon (at 1 it would be 0)."""
+    lam: Share = 0.95
     """Lambda of the lambda-return."""
-    entropy: float = 3e-4
+    entropy: Scale = 3e-4
     """Scale of the actor's entropy bonus."""
-    slow_rate: float = 0.02
+    slow_rate: Share = 0.02
     """How far the slow critic moves towards the critic at each update."""
-    return_decay: float = 0.99
+    return_decay: Share = 0.99
     """Decay of the running 5% and 95% percentiles of the returns."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam for each of the three parts."""
+    """Adam for each of the three parts.
 
-    model_lr: float = 1e-4
-    model_eps: float = 1e-8
-    model_clip: float = 1000.0
-    actor_lr: float = 3e-5
-    actor_eps: float = 1e-5
-    actor_clip: float = 100.0
-    critic_lr: float = 3e-5
-    critic_eps: float = 1e-5
-    critic_clip: float = 100.0
+    An eps of 0 would divide by the zeros of parameters without gradient, and a clip of 0 learn nothing.
+    """
+
+    model_lr: Scale = 1e-4
+    model_eps: Positive = 1e-8
+    model_clip: Positive = 1000.0
+    actor_lr: Scale = 3e-5
+    actor_eps: Positive = 1e-5
+    actor_clip: Positive = 100.0
+    critic_lr: Scale = 3e-5
+    critic_eps: Positive = 1e-5
+    critic_clip: Positive = 100.0
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """Evaluation on environments of its own, with sampled actions."""
 
-    every: int = 5_000
+    every: Steps = 5_000
     """Agent steps between evaluations; 0 evaluates at the end only."""
-    episodes: int = 100
+    episodes: Annotated[int, Range(1, 1_000_000)] = 100
     """Episodes per evaluation."""
-    num_envs: int = 8
+    num_envs: Envs = 8
     """Evaluation environments stepped together."""
 
 
@@ -176,9 +189,9 @@ class EvalConfig:
 class CheckpointConfig:
     """How much a killed run can lose."""
 
-    seconds: float = 120.0
+    seconds: Scale = 120.0
     """Wall time between checkpoints."""
-    keep: int = 2
+    keep: Annotated[int, Range(1, 1000)] = 2
     """Checkpoints kept."""
 
 
@@ -186,9 +199,9 @@ class CheckpointConfig:
 class LogConfig:
     """What a run says while it runs."""
 
-    every: int = 500
+    every: SomeSteps = 500
     """Agent steps between log lines."""
-    video_every: int = 10_000
+    video_every: Steps = 10_000
     """Agent steps between videos of open-loop prediction; 0 writes none."""
     tensorboard: bool = True
     """Write TensorBoard files beside the JSON lines."""
@@ -202,9 +215,9 @@ class Config:
     """atari100k, dmc, metaworld or demo; gym for your own environments."""
     task: str | None = None
     """One task of the suite; all of them in turn if left out. Of gym: what gymnasium.make takes."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, LAST_SEED)] = 0
     """First random seed."""
-    seeds: int = 1
+    seeds: Annotated[int, Range(1, 10_000)] = 1
     """Seeds trained in turn, counting up from --seed."""
     logdir: Path = Path("runs")
     """Folder that holds all runs."""
@@ -214,7 +227,7 @@ class Config:
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix work; parameters, statistics and losses stay float32."""
-    agent_steps: int = 100_000
+    agent_steps: SomeSteps = 100_000
     """Agent steps of a run, random ones included (frames are agent steps times the action repeat)."""
     dry_run: bool = False
     """Build everything, print it as JSON and exit."""
@@ -286,40 +299,6 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def apply_overrides(config: Any, overrides: dict[str, Any], where: str = "config") -> Any:
-    """Returns `config` with a nested dict of fields replaced, such as another one's `to_dict`.
-
-    Raises: ConfigError on a field that there is not, TypeError on a value that is not of the field's type.
-    """
-    kinds = get_type_hints(type(config))
-    changes = {}
-    for key, value in overrides.items():
-        if key not in kinds:
-            raise ConfigError(f"{where} has no field {key!r}{suggest(key, kinds)}")
-        nested = dataclasses.is_dataclass(kinds[key]) and isinstance(value, dict)
-        name = f"{where}.{key}"
-        changes[key] = (
-            apply_overrides(getattr(config, key), value, name) if nested else _typed(value, kinds[key], name)
-        )
-    return dataclasses.replace(config, **changes)
-
-
-def _typed(value: Any, kind: Any, name: str) -> Any:
-    """`value` as the flag of a field of this type gives it. Raises: TypeError."""
-    if get_origin(kind) is Literal:
-        if isinstance(value, bool) and "on" in get_args(
-            kind
-        ):  # what it was called before there was a third way
-            value = "on" if value else "off"
-        right = value in get_args(kind)
-    else:
-        also = {float: int, Path: str}.get(kind, kind)  # in JSON, and 64 where a float belongs is 64.0
-        right = isinstance(value, kind | also) and (kind is bool or not isinstance(value, bool))
-    if not right:
-        raise TypeError(f"{name} cannot be {value!r:.50}")
-    return kind(value) if kind in (float, Path) else value
-
-
 def default_config(suite: str = "atari100k", size: str | None = None) -> Config:
     """The configuration a suite starts from.
 
@@ -366,55 +345,7 @@ def validate(config: Config) -> Config:
         raise ConfigError(f"--logdir {config.logdir}: there is no such home directory") from None
     if config.task is not None:
         config = dataclasses.replace(config, task=suite.task(config.task).name)
-    bounds: dict[str, tuple[float, float]] = {
-        "seed": (0, LAST_SEED),
-        "seeds": (1, 10_000),
-        "agent_steps": (1, 2**40),
-        "env.num_envs": (1, MOST_ENVS),
-        "env.threads": (0, 4096),
-        "replay.batch": (1, 2**20),
-        "replay.length": (2, 2**16),
-        "train.ratio": (0, 2**20),
-        "train.prefill": (1, 2**40),
-        "train.nonfinite_limit": (1, 2**31),
-        "rssm.deter": (1, 2**16),
-        "rssm.units": (1, 2**16),
-        "rssm.stoch": (1, 1024),
-        "rssm.classes": (2, 1024),
-        "rssm.unimix": (0, 0.5),
-        "network.units": (1, 2**16),
-        "network.layers": (1, 64),
-        "network.depth": (1, 4096),
-        "network.mlp_layers": (1, 64),
-        "network.mlp_units": (1, 2**16),
-        "network.bins": (3, 4096),
-        "behavior.horizon": (1, 1024),
-        "behavior.discount_horizon": (1.001, 1e9),  # at 1 the discount would be 0
-        "behavior.lam": (0, 1),
-        "behavior.entropy": (0, 1e9),
-        "behavior.slow_rate": (0, 1),
-        "behavior.return_decay": (0, 1),
-        **{f"harmony.{name}": (0, 1e9) for name in ("reward", "image", "kl")},
-        **{f"loss.{f.name}": (0, 1e9) for f in dataclasses.fields(LossConfig)},
-        **{  # an eps of 0 divides by the zeros of parameters without gradient, a clip of 0 learns nothing
-            f"optimizer.{f.name}": (0 if f.name.endswith("lr") else 1e-30, 1e9)
-            for f in dataclasses.fields(OptimizerConfig)
-        },
-        "eval.every": (0, 2**40),
-        "eval.episodes": (1, 1_000_000),
-        "eval.num_envs": (1, MOST_ENVS),
-        "checkpoint.seconds": (0, 1e9),
-        "checkpoint.keep": (1, 1000),
-        "log.every": (1, 2**40),
-        "log.video_every": (0, 2**40),
-    }
-    for name, (low, high) in bounds.items():
-        value: Any = config
-        for part in name.split("."):
-            value = getattr(value, part)
-        if not low <= value <= high:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} {value} is out of range: right is {low:,} to {high:,}")
+    check_ranges(config)
     if (last := config.seed + config.seeds - 1) > LAST_SEED:
         asked = f"--seed {config.seed} --seeds {config.seeds}"
         raise ConfigError(f"{asked} ends at seed {last:,}, out of range: right is up to {LAST_SEED:,}")

@@ -15,8 +15,9 @@ import numpy as np
 from hdfast import evaluation, suites
 from hdfast.agent.learner import Learner
 from hdfast.agent.policy import Policy
-from hdfast.config import MOST_ENVS, Config, apply_overrides, validate
+from hdfast.config import MOST_ENVS, Config, validate
 from hdfast.envs.base import BatchEnv, EnvStep
+from hdfast.overrides import apply_overrides
 from hdfast.runtime import checkpoint, errors, rundir
 from hdfast.runtime.arguments import Arguments, given_path, natural, positive
 from hdfast.runtime.device import prepare_device, resolve_device, resolve_precision

@@ -40,7 +40,8 @@ from hdfast.runtime.signals import StopRequest
 from hdfast.runtime.video import open_loop_grid
 from hdfast.streams import make_envs, stream_seed
 from hdfast.suites import Suite, Task, get
-from hdfast.tuning.search import settle
+from hdfast.tuning.search import Job
+from hdfast.tuning.settle import settle
 from hdfast_kernels import dispatch
 
 # What may differ between the sessions of one run: where it runs and how it reports, not what it computes.
@@ -148,7 +149,7 @@ class Session:
         """All that is made for the environments that are there, as it was when `saved` was."""
         config, rundir, dtype = self.config, self.rundir, resolve_precision(self.config.precision, device)
         seen = self.env.obs_specs, self.env.actions
-        choice = settle(*seen, config, device, dtype, check=self.stop.check, say=say)
+        choice = settle(Job(*seen, config, device, dtype), check=self.stop.check, say=say)
         choice.use(device)
         self.graph = config.train.graph == "on" or (config.train.graph == "auto" and choice.graph)
         seed = stream_seed(config.seed, "learner")

@@ -35,7 +35,8 @@ from hdfast.runtime.device import describe_device, prepare_device, resolve_devic
 from hdfast.runtime.errors import disk_errors
 from hdfast.runtime.profiling import annotate
 from hdfast.streams import make_envs, stream_seed
-from hdfast.tuning.search import settle
+from hdfast.tuning.search import Job
+from hdfast.tuning.settle import settle
 
 PHASES = ("sample", "world model", "imagination", "actor-critic", "optimizers")
 
@@ -51,7 +52,8 @@ def build(config: Config) -> tuple[Learner, Callable[[], None]]:
     batch, length = config.replay.batch, config.replay.length
     with make_envs(config, task, num_envs=config.env.num_envs, stream="profile") as env:
         dtype = resolve_precision(config.precision, device)
-        settle(env.obs_specs, env.actions, config, device, dtype, check=lambda: None, say=say).use(device)
+        job = Job(env.obs_specs, env.actions, config, device, dtype)
+        settle(job, check=lambda: None, say=say).use(device)
         learner = Learner(env.obs_specs, env.actions, config, device=device, dtype=dtype, seed=config.seed)
         capacity = 2 * length * env.num_envs
         specs = replay_specs(env.obs_specs, env.actions)

@@ -20,8 +20,9 @@ from hdfast.runtime.device import describe_device, prepare_device, resolve_devic
 from hdfast.runtime.errors import RunError
 from hdfast.runtime.signals import StopRequest
 from hdfast.streams import make_envs
-from hdfast.tuning.choice import Choice, alone, key_of, path_of, remember, remembered
-from hdfast.tuning.search import DEFINITION, FINE, GRAPH, TIMES, Job, TuningError, search, summary
+from hdfast.tuning.choice import Choice
+from hdfast.tuning.search import DEFINITION, FINE, GRAPH, TIMES, Job, TuningError
+from hdfast.tuning.settle import find, summary
 
 
 def tune(config: Config, console: Console, *, again: bool) -> Choice:
@@ -35,28 +36,23 @@ def tune(config: Config, console: Console, *, again: bool) -> Choice:
     task = suites.get(config.suite).select([config.task] if config.task else [])[0]
     with make_envs(config, task, num_envs=config.env.num_envs, stream="tune") as env:
         seen = dict(env.obs_specs), env.actions
-    key = key_of(*seen, config, device, dtype)
-    precision = str(dtype).removeprefix("torch.")
+    job = Job(*seen, config, device, dtype)
     shape = f"{config.size}, B{config.replay.batch} T{config.replay.length} H{config.behavior.horizon}"
-    console.print(f"{describe_device(device)['name']}, {task.name}, {shape}, {precision}", soft_wrap=True)
+    precision = str(dtype).removeprefix("torch.")
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, soft_wrap=True)
 
     def tell(line: Mapping[str, Any]) -> None:
         if "end" in line:
-            why = line.get("why")
-            word = "right" if line["right"] else f"no: {why}"
-            console.print(f"  {line['end']}: {word}", markup=False, soft_wrap=True)
+            say(f"  {line['end']}: {'right' if line['right'] else 'no: ' + str(line.get('why'))}")
 
-    with StopRequest() as stop, alone(key, stop.check):
-        found = None if again else remembered(key)
-        if found is not None:
-            return found
+    say(f"{describe_device(device)['name']}, {task.name}, {shape}, {precision}")
+    with StopRequest() as stop:
         try:
-            found = search(Job(*seen, config, device, dtype), check=stop.check, tell=tell)
+            return find(job, check=stop.check, tell=tell, again=again)
         except TuningError as error:
             raise RunError(f"not even plain PyTorch could be tried: {error}") from error
-        if remember(key, found) is None:
-            errors.warn(f"{path_of(key).parent}: the choice could not be kept; it will be sought again")
-    return found
 
 
 def table(choice: Choice) -> Table:

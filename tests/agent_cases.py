@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from hdfast.agent.learner import Learner
-from hdfast.config import Config, apply_overrides
+from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
+from hdfast.overrides import apply_overrides
 
 IMAGE = ArraySpec((8, 8, 3), np.uint8)
 VECTOR = ArraySpec((4,), np.float32)

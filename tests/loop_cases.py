@@ -18,8 +18,9 @@ import torch
 
 from hdfast import loop, suites
 from hdfast.agent.learner import Learner
-from hdfast.config import Config, apply_overrides, default_config, validate
+from hdfast.config import Config, default_config, validate
 from hdfast.envs.base import ArraySpec, BatchEnv, DiscreteActions, EnvStep
+from hdfast.overrides import apply_overrides
 from hdfast.runtime import checkpoint, errors
 from hdfast.runtime.checkpoint import Checkpoint
 

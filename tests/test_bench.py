@@ -11,7 +11,7 @@ import torch
 
 from bench import machine, table
 from bench.agent import PARTS, Bench, backend, config_of, gflop
-from hdfast.config import apply_overrides
+from hdfast.overrides import apply_overrides
 from hdfast.runtime.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]

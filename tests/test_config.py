@@ -5,20 +5,14 @@ import itertools
 import json
 import re
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
 from hdfast import suites
-from hdfast.config import (
-    SIZES,
-    Config,
-    apply_overrides,
-    default_config,
-    parse,
-    validate,
-)
+from hdfast.config import SIZES, Config, default_config, parse, validate
 from hdfast.flags import field_names
+from hdfast.overrides import apply_overrides, ranges
 from hdfast.runtime.errors import ConfigError
 
 
@@ -112,11 +106,9 @@ def test_sizes_grow():
 
 def another(config, name):
     """A flag's text and the value it stands for, other than the default."""
-    fields = {
-        f.name: f
-        for f in dataclasses.fields(value_of(config, name.rpartition(".")[0]) if "." in name else config)
-    }
-    kind, value = fields[name.rpartition(".")[2]].type, value_of(config, name)
+    section, _, field = name.rpartition(".")
+    kind = get_type_hints(type(value_of(config, section) if section else config))[field]
+    value = value_of(config, name)
     if name in ("suite", "task"):
         return {"suite": ("demo", "demo"), "task": ("pong", "Pong")}[name]
     if get_origin(kind) is Literal:
@@ -127,6 +119,13 @@ def another(config, name):
     if kind is int:
         return str(value + 1), value + 1
     return "other", kind("other")
+
+
+def test_every_number_has_a_range():
+    numbers = {n for n in field_names(Config()) if type(value_of(Config(), n)) in (int, float)}
+    assert {name for name, _ in ranges(Config)} == numbers
+    for name, right in ranges(Config):
+        assert right.low <= value_of(Config(), name) <= right.high
 
 
 @pytest.mark.parametrize("name", field_names(Config()))

@@ -12,7 +12,7 @@ import torch
 
 from bench import gpu_record, gpu_tools, gpu_work
 from bench.agent import Bench
-from hdfast.config import apply_overrides
+from hdfast.overrides import apply_overrides
 from hdfast.runtime.graphs import WARMUP
 from hdfast_kernels import dispatch
 from tests.gpu_samples import FORBIDDEN, MEMCHECK, NO_CALLS, RAW

@@ -15,14 +15,13 @@ from hdfast import tune
 from hdfast.runtime.errors import Interrupted
 from hdfast.tuning import choice as choices
 from hdfast.tuning import search as searching
-from hdfast.tuning import trials as trying
+from hdfast.tuning import settle as settling
 from hdfast.tuning.choice import Choice, alone, key_of, path_of, remember, remembered
-from hdfast.tuning.search import FINE, GRAPH, TIMES, Job, TuningError, chosen, leave_out, settle, summary
-from hdfast.tuning.trials import Trials
+from hdfast.tuning.search import FINE, GRAPH, TIMES, Job, TuningError, chosen, leave_out
+from hdfast.tuning.settle import settle, summary
 from hdfast_kernels import dispatch
 from tests.agent_cases import SPECS, make_actions, one_thread, small_config  # noqa: F401
 from tests.loop_cases import door
-from tests.recorder import CaptureError, record_instead_of_capturing
 
 CPU = torch.device("cpu")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -42,129 +41,10 @@ def own_defaults():
     dispatch.use("cpu", before)
 
 
-def make_trials(dtype=torch.float32, device=CPU, continuous=False) -> Trials:
-    trials = Trials(SPECS, make_actions(continuous), small_config(**SIZES), torch.device(device), dtype)
-    trials.measure_definition()
-    return trials
-
-
 def job(device="cpu", **options) -> Job:
     return Job(
         SPECS, make_actions(False), small_config(**SIZES), torch.device(device), torch.float32, **options
     )
-
-
-@pytest.mark.parametrize("continuous", [False, True], ids=["discrete", "continuous"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("device", DEVICES)
-def test_every_op_is_right(device, dtype, continuous):
-    trials = make_trials(dtype, device, continuous)
-    ops = trials.candidates()
-    assert set(ops.values()) == {trying.FUSED[device]}
-    assert {op: trials.judge({op: backend}).why for op, backend in ops.items()} == dict.fromkeys(ops, "")
-    assert trials.judge(ops).right, "all together"
-
-
-def scaled(op: str, factor: float):
-    """The definition of an op, its first tensor, and so its gradient, too large or too small."""
-
-    def wrong(*args, **kwargs):
-        out = dispatch._ops[op].implementations["reference"](*args, **kwargs)
-        if isinstance(out, torch.Tensor):
-            return out * factor
-        first, *rest = out
-        return type(out)(first * factor, *rest) if hasattr(out, "_fields") else (first * factor, *rest)
-
-    return wrong
-
-
-WRONG = (
-    "layer_norm_silu",
-    "layer_norm_gru",
-    "two_hot_loss",
-    "lambda_return",
-    "image_loss",
-    "linear",
-    "strided_conv",
-)
-
-
-@pytest.mark.parametrize("op", WRONG)
-def test_a_wrong_op_is_found_out(op, monkeypatch):
-    monkeypatch.setitem(dispatch._ops[op].implementations, "native", scaled(op, 1.1))
-    trials = make_trials(torch.bfloat16)
-    found = trials.judge({op: "native"})
-    assert not found.right
-    assert found.why.startswith("float32: ")
-    assert " is off by " in found.why
-    assert trials.judge({op: "reference"}).right
-
-
-def test_an_op_that_is_not_finite_is_found_out(monkeypatch):
-    monkeypatch.setitem(
-        dispatch._ops["kl_balance"].implementations, "native", scaled("kl_balance", float("nan"))
-    )
-    assert not make_trials().judge({"kl_balance": "native"}).right
-
-
-def test_an_optimizer_that_steps_too_far_is_found_out(monkeypatch):
-    reference = dispatch._ops["adam_step"].implementations["reference"]
-
-    def far(parameters, gradients, mean, square, steps, lr, *rest, **kwargs):
-        return reference(parameters, gradients, mean, square, steps, 1.2 * lr, *rest, **kwargs)
-
-    monkeypatch.setitem(dispatch._ops["adam_step"].implementations, "native", far)
-    assert make_trials().judge({"adam_step": "native"}).why.startswith("float32: step of ")
-
-
-def test_nothing_is_tried_where_the_environment_decides(monkeypatch):
-    monkeypatch.setenv("HDFAST_BACKEND", "reference")
-    assert make_trials().candidates() == {}
-
-
-def test_a_captured_update_and_action_are_right(monkeypatch):
-    made = record_instead_of_capturing(monkeypatch)
-    assert make_trials().judge_graph({}).right
-    assert all(step.recording is not None for step in made), "both were replayed"
-    assert len(made) == 2
-
-
-def test_a_wrong_capture_is_found_out(monkeypatch):
-    record_instead_of_capturing(monkeypatch)
-    trials = make_trials()
-
-    def draws_nothing(learner):
-        pass
-
-    def learns_nothing(learner):
-        for shape in ((8, 4, 4), (4, 32, 4), (4, 32)):
-            torch.rand(shape, generator=learner.generator)
-
-    def captured_as(replay):
-        def captured(learner, sample, generators):
-            calls = []
-
-            def step():
-                calls.append(1)
-                learner.step(sample) if len(calls) <= trying.WARMUP else replay(learner)
-
-            return step
-
-        return captured
-
-    monkeypatch.setattr(trying, "captured_update", captured_as(draws_nothing))
-    assert trials.judge_graph({}).why == "a captured update draws other random numbers"
-    monkeypatch.setattr(trying, "captured_update", captured_as(learns_nothing))
-    assert " is off by " in trials.judge_graph({}).why
-
-
-def test_what_a_graph_cannot_hold_is_told(monkeypatch):
-    record_instead_of_capturing(monkeypatch)
-    trials = make_trials()
-    step = trials.learner.step
-    monkeypatch.setattr(trials.learner, "step", lambda sample: (step(sample), trials.learner.skipped.item()))
-    with pytest.raises(CaptureError):
-        trials.judge_graph({})
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -368,7 +248,8 @@ def test_one_process_tries_and_the_others_wait():
 
 def settled(say, **changes) -> Choice:
     config = small_config(**{**SIZES, **changes})
-    return settle(SPECS, make_actions(False), config, CPU, torch.float32, check=lambda: None, say=say.append)
+    job = Job(SPECS, make_actions(False), config, CPU, torch.float32)
+    return settle(job, check=lambda: None, say=say.append)
 
 
 def test_a_run_searches_once_where_it_does_so_by_itself(monkeypatch):
@@ -379,10 +260,10 @@ def test_a_run_searches_once_where_it_does_so_by_itself(monkeypatch):
         searched.append(job)
         return found
 
-    monkeypatch.setattr(searching, "search", search)
+    monkeypatch.setattr(settling, "search", search)
     assert settled(said) == Choice()
     assert (said, searched) == ([], []), "not on the CPU"
-    monkeypatch.setattr(searching, "AUTOMATIC", ("cpu",))
+    monkeypatch.setattr(settling, "AUTOMATIC", ("cpu",))
     assert settled(said, train={"tune": False}) == Choice()
     assert not searched
     assert settled(said) == found
@@ -398,8 +279,8 @@ def test_a_run_goes_on_where_the_search_fails(monkeypatch, capsys):
     def search(job, *, check, tell):
         raise TuningError("no memory")
 
-    monkeypatch.setattr(searching, "AUTOMATIC", ("cpu",))
-    monkeypatch.setattr(searching, "search", search)
+    monkeypatch.setattr(settling, "AUTOMATIC", ("cpu",))
+    monkeypatch.setattr(settling, "search", search)
     assert settled([]) == Choice()
     assert "plain PyTorch: no memory" in capsys.readouterr().err
     assert remembered(a_key(config=SIZES)) is None
@@ -430,7 +311,7 @@ def test_the_door_tells_and_remembers(monkeypatch, capfd):
         tell({"end": "linear", "right": False, "why": "off"})
         return Choice({"kl_balance": "native"}, False, report)
 
-    monkeypatch.setattr(tune, "search", search)
+    monkeypatch.setattr(settling, "search", search)
     code, out, err = door(tune.main, ["--suite", "demo"], monkeypatch, capfd)
     assert (code, err) == (0, "")
     assert "linear: no: off" in out

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,16 +22,12 @@ import torch
 import hdfast
 from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
-from hdfast.runtime.device import describe_device, prepare_device
-from hdfast.runtime.errors import warn
-from hdfast.tuning.choice import POLL_SECONDS, Choice, alone, key_of, remember, remembered
+from hdfast.runtime.device import prepare_device
+from hdfast.tuning.choice import POLL_SECONDS, Choice, key_of
 from hdfast.tuning.trials import WORTH, Trials, Verdict
 
 LIMIT = 180.0  # seconds for one trial; the first of an op compiles its kernels
 BUDGET = 600.0  # seconds for all; a run that is to begin has waited long enough by then
-AUTOMATIC = (
-    "cuda",
-)  # types of devices on which a run searches by itself; on the CPU the defaults are measured
 DEFINITION, GRAPH, TIMES, FINE = "plain PyTorch", "CUDA graphs", "times", "times without each"
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -52,6 +47,11 @@ class Job:
     device: torch.device
     dtype: torch.dtype
     known: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the choice depends on."""
+        return key_of(self.obs_specs, self.actions, self.config, self.device, self.dtype)
 
 
 def search(
@@ -84,54 +84,6 @@ def search(
         tell(job.known[begun])
         if time.monotonic() > end:
             return chosen(job.known)
-
-
-def settle(
-    obs_specs: Mapping[str, ArraySpec],
-    actions: DiscreteActions | ContinuousActions,
-    config: Config,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    check: Callable[[], None],
-    say: Callable[[str], None],
-) -> Choice:
-    """How a run is to compute: what is remembered for this machine and model, on CUDA else what a search finds.
-
-    A search is announced and told with `say`; where it fails, a run goes on as it would without.
-    """
-    if not config.train.tune:
-        return Choice()
-    key = key_of(obs_specs, actions, config, device, dtype)
-    if (found := remembered(key)) is not None or device.type not in AUTOMATIC:
-        return found or Choice()
-    with alone(key, check):
-        if (found := remembered(key)) is not None:
-            return found
-        name = describe_device(device)["name"]
-        say(
-            f"{name}: finding the fastest kernels for this model, once; takes a minute or two (--train.no-tune: not)"
-        )
-        try:
-            found = search(
-                Job(obs_specs, actions, config, device, dtype), check=check, tell=lambda line: None
-            )
-        except TuningError as error:
-            warn(f"nothing could be tried, so the run uses plain PyTorch: {error}")
-            return Choice()
-        path = remember(key, found)
-        say(f"{summary(found)}; {f'kept in {path}' if path else 'it could not be kept'}")
-        return found
-
-
-def summary(choice: Choice) -> str:
-    """What was chosen and what it is worth, in one line."""
-    ms = choice.report.get(TIMES, {}).get("ms", {})
-    fused = Counter((choice.ops or {}).values())
-    parts = [f"{count} ops in {backend}" for backend, count in sorted(fused.items())] or ["plain PyTorch"]
-    parts += ["as a CUDA graph"] if choice.graph else []
-    times = ", ".join(f"{name} {one:.3g}" for name, one in ms.items())
-    return ", ".join(parts) + (f" (ms an update: {times})" if times else "")
 
 
 def chosen(known: Mapping[str, Mapping[str, Any]]) -> Choice:

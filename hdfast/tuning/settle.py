@@ -1,0 +1,69 @@
+"""How a run computes: what is remembered for its machine and model, or what a search finds, which is remembered."""
+
+from collections import Counter
+from collections.abc import Callable
+
+from hdfast.runtime.device import describe_device
+from hdfast.runtime.errors import warn
+from hdfast.tuning.choice import Choice, alone, path_of, remember, remembered
+from hdfast.tuning.search import TIMES, Job, Report, TuningError, search
+
+AUTOMATIC = ("cuda",)  # types of devices on which a run searches by itself; the CPU's defaults are measured
+
+
+def settle(job: Job, *, check: Callable[[], None], say: Callable[[str], None]) -> Choice:
+    """How a run is to compute: what is remembered for this machine and model, on CUDA else what a search finds.
+
+    check: called while waiting; what it raises ends the search. say: is given a line before and after a search.
+    Where the search fails, a run goes on as it would without.
+    """
+    if not job.config.train.tune:
+        return Choice()
+    if job.device.type not in AUTOMATIC:
+        return remembered(job.key) or Choice()
+    try:
+        return find(job, check=check, say=say)
+    except TuningError as error:
+        warn(f"nothing could be tried, so the run uses plain PyTorch: {error}")
+        return Choice()
+
+
+def find(
+    job: Job,
+    *,
+    check: Callable[[], None],
+    say: Callable[[str], None] = lambda line: None,
+    tell: Report = lambda line: None,
+    again: bool = False,
+) -> Choice:
+    """What is remembered, else or if `again` what a search finds; one process searches while the others wait for it.
+
+    check, say: as for `settle`. tell: is given every line of the search itself.
+
+    Raises: TuningError.
+    """
+    if not again and (found := remembered(job.key)) is not None:
+        return found
+    with alone(job.key, check):
+        if not again and (found := remembered(job.key)) is not None:
+            return found
+        name = describe_device(job.device)["name"]
+        say(
+            f"{name}: finding the fastest kernels for this model, once; takes a minute or two (--train.no-tune: not)"
+        )
+        found = search(job, check=check, tell=tell)
+        path = remember(job.key, found)
+        say(summary(found) + (f"; kept in {path}" if path else ""))
+    if path is None:
+        warn(f"{path_of(job.key).parent}: what was found cannot be kept here; it will be sought again")
+    return found
+
+
+def summary(choice: Choice) -> str:
+    """What was chosen and what it is worth, in one line."""
+    ms = choice.report.get(TIMES, {}).get("ms", {})
+    fused = Counter((choice.ops or {}).values())
+    parts = [f"{count} ops in {backend}" for backend, count in sorted(fused.items())] or ["plain PyTorch"]
+    parts += ["as a CUDA graph"] if choice.graph else []
+    times = ", ".join(f"{name} {one:.3g}" for name, one in ms.items())
+    return ", ".join(parts) + (f" (ms an update: {times})" if times else "")

@@ -1,0 +1,138 @@
+"""Whether an op or a captured graph is right: what is wrong is found out, what is right is not accused."""
+
+import pytest
+import torch
+
+from hdfast.tuning import trials as trying
+from hdfast.tuning.trials import Trials
+from hdfast_kernels import dispatch
+from tests.agent_cases import SPECS, make_actions, one_thread, small_config  # noqa: F401
+from tests.recorder import CaptureError, record_instead_of_capturing
+
+CPU = torch.device("cpu")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SIZES = {"replay": {"batch": 4, "length": 8}}
+
+
+@pytest.fixture(autouse=True)
+def _no_backend_forced(monkeypatch):
+    monkeypatch.delenv("HDFAST_BACKEND", raising=False)
+
+
+def make_trials(dtype=torch.float32, device=CPU, continuous=False) -> Trials:
+    trials = Trials(SPECS, make_actions(continuous), small_config(**SIZES), torch.device(device), dtype)
+    trials.measure_definition()
+    return trials
+
+
+@pytest.mark.parametrize("continuous", [False, True], ids=["discrete", "continuous"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_op_is_right(device, dtype, continuous):
+    trials = make_trials(dtype, device, continuous)
+    ops = trials.candidates()
+    assert set(ops.values()) == {trying.FUSED[device]}
+    assert {op: trials.judge({op: backend}).why for op, backend in ops.items()} == dict.fromkeys(ops, "")
+    assert trials.judge(ops).right, "all together"
+
+
+def scaled(op: str, factor: float):
+    """The definition of an op, its first tensor, and so its gradient, too large or too small."""
+
+    def wrong(*args, **kwargs):
+        out = dispatch._ops[op].implementations["reference"](*args, **kwargs)
+        if isinstance(out, torch.Tensor):
+            return out * factor
+        first, *rest = out
+        return type(out)(first * factor, *rest) if hasattr(out, "_fields") else (first * factor, *rest)
+
+    return wrong
+
+
+WRONG = (
+    "layer_norm_silu",
+    "layer_norm_gru",
+    "two_hot_loss",
+    "lambda_return",
+    "image_loss",
+    "linear",
+    "strided_conv",
+)
+
+
+@pytest.mark.parametrize("op", WRONG)
+def test_a_wrong_op_is_found_out(op, monkeypatch):
+    monkeypatch.setitem(dispatch._ops[op].implementations, "native", scaled(op, 1.1))
+    trials = make_trials(torch.bfloat16)
+    found = trials.judge({op: "native"})
+    assert not found.right
+    assert found.why.startswith("float32: ")
+    assert " is off by " in found.why
+    assert trials.judge({op: "reference"}).right
+
+
+def test_an_op_that_is_not_finite_is_found_out(monkeypatch):
+    monkeypatch.setitem(
+        dispatch._ops["kl_balance"].implementations, "native", scaled("kl_balance", float("nan"))
+    )
+    assert not make_trials().judge({"kl_balance": "native"}).right
+
+
+def test_an_optimizer_that_steps_too_far_is_found_out(monkeypatch):
+    reference = dispatch._ops["adam_step"].implementations["reference"]
+
+    def far(parameters, gradients, mean, square, steps, lr, *rest, **kwargs):
+        return reference(parameters, gradients, mean, square, steps, 1.2 * lr, *rest, **kwargs)
+
+    monkeypatch.setitem(dispatch._ops["adam_step"].implementations, "native", far)
+    assert make_trials().judge({"adam_step": "native"}).why.startswith("float32: step of ")
+
+
+def test_nothing_is_tried_where_the_environment_decides(monkeypatch):
+    monkeypatch.setenv("HDFAST_BACKEND", "reference")
+    assert make_trials().candidates() == {}
+
+
+def test_a_captured_update_and_action_are_right(monkeypatch):
+    made = record_instead_of_capturing(monkeypatch)
+    assert make_trials().judge_graph({}).right
+    assert all(step.recording is not None for step in made), "both were replayed"
+    assert len(made) == 2
+
+
+def test_a_wrong_capture_is_found_out(monkeypatch):
+    record_instead_of_capturing(monkeypatch)
+    trials = make_trials()
+
+    def draws_nothing(learner):
+        pass
+
+    def learns_nothing(learner):
+        for shape in ((8, 4, 4), (4, 32, 4), (4, 32)):
+            torch.rand(shape, generator=learner.generator)
+
+    def captured_as(replay):
+        def captured(learner, sample, generators):
+            calls = []
+
+            def step():
+                calls.append(1)
+                learner.step(sample) if len(calls) <= trying.WARMUP else replay(learner)
+
+            return step
+
+        return captured
+
+    monkeypatch.setattr(trying, "captured_update", captured_as(draws_nothing))
+    assert trials.judge_graph({}).why == "a captured update draws other random numbers"
+    monkeypatch.setattr(trying, "captured_update", captured_as(learns_nothing))
+    assert " is off by " in trials.judge_graph({}).why
+
+
+def test_what_a_graph_cannot_hold_is_told(monkeypatch):
+    record_instead_of_capturing(monkeypatch)
+    trials = make_trials()
+    step = trials.learner.step
+    monkeypatch.setattr(trials.learner, "step", lambda sample: (step(sample), trials.learner.skipped.item()))
+    with pytest.raises(CaptureError):
+        trials.judge_graph({})
