@@ -88,7 +88,16 @@ HDFAST_INLINE Vf widen(Vh v) {
 #endif
   return bit_cast<Vf>(bits << 16);
 }
-HDFAST_INLINE Vf widen(Vb v) { return __builtin_convertvector(__builtin_convertvector(v, Vi), Vf); }
+HDFAST_INLINE Vf widen(Vb v) {
+#if defined(__AVX512F__)
+  const Vi whole = bit_cast<Vi>(_mm512_cvtepu8_epi32(bit_cast<__m128i>(v)));
+#elif defined(__AVX2__)
+  const Vi whole = bit_cast<Vi>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bit_cast<int64_t>(v))));
+#else
+  const Vi whole = __builtin_convertvector(v, Vi);
+#endif
+  return __builtin_convertvector(whole, Vf);
+}
 
 HDFAST_INLINE Vf narrow(Vf v, float) { return v; }
 HDFAST_INLINE Vh narrow(Vf v, bf16) {
