@@ -67,6 +67,10 @@ def eager_two_hot_mean(logits):
     return torch.sign(mean) * torch.expm1(mean.abs())
 
 
+def eager_image_input(image, dtype):
+    return (image.float() / 255 - 0.5).to(dtype)
+
+
 def eager_image_loss(pred, image):
     return (pred.float() - image.float() / 255).square().sum((-3, -2, -1))
 
@@ -186,6 +190,10 @@ CASES = [
         for role, rows in {"observe": OBSERVE, "imagine": IMAGINE}.items()
     ),
     Case(
+        "image_input", "observe", eager_image_input,
+        lambda t: (torch.randint(256, (1024, 64, 64, 3), device=DEVICE).byte(), t),
+    ),
+    Case(
         "image_loss", "observe", eager_image_loss,
         lambda t: (number(1024, 64, 64, 3, dtype=t), torch.randint(256, (1024, 64, 64, 3), device=DEVICE).byte()),
     ),
@@ -237,7 +245,7 @@ def tensors(values: Any) -> list[Tensor]:
 
 def both_directions(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Callable[[], None]:
     """Forward, and backward from fixed gradients of every differentiable output to every input that wants one."""
-    leaves = [x for x in inputs if x.requires_grad]
+    leaves = [x for x in tensors(inputs) if x.requires_grad]
     if not leaves:
         return lambda: function(*inputs)
     slopes = [torch.randn_like(y) for y in tensors(function(*inputs)) if y.requires_grad]
@@ -251,7 +259,7 @@ def both_directions(function: Callable[..., Any], inputs: tuple[Tensor, ...]) ->
 
 def least_bytes(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> int:
     """Every direction there is reads the inputs; forward writes the outputs; backward reads and writes gradients."""
-    outputs = tensors(function(*inputs))
+    inputs, outputs = tensors(inputs), tensors(function(*inputs))
     directions = 2 if any(x.requires_grad for x in inputs) else 1
     moved = directions * sum(x.nbytes for x in inputs) + sum(y.nbytes for y in outputs)
     return moved + sum(x.nbytes for x in (*inputs, *outputs) if x.requires_grad)

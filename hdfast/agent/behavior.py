@@ -181,7 +181,7 @@ class Behavior(nn.Module):
             weights = model.rssm.cast(dtype)
             # Of weights that are cast once, gradients would be added up over the steps in the type of the cast.
             decide = self.actor.at(dtype) if self.discrete else partial(self.actor, dtype=dtype)
-            latents, decisions = [start], []
+            latents, decisions = [start.round_once(dtype)], []
             for t in range(self.horizon):
                 decisions.append(decide(latents[-1], draws.action[t]))
                 action = decisions[-1].action
@@ -189,7 +189,8 @@ class Behavior(nn.Module):
             if self.discrete:
                 latents = [latent.detach() for latent in latents]
             actions, entropies = zip(*decisions, strict=True)
-            return _stack(latents), torch.stack(actions), None if self.discrete else torch.stack(entropies)
+            latent = _stack(latents).round_once(dtype)
+            return latent, torch.stack(actions), None if self.discrete else torch.stack(entropies)
 
     def score(self, trajectory: Trajectory, dtype: torch.dtype) -> Scores:
         """Values, lambda-returns and discount weights of a trajectory.
@@ -257,7 +258,7 @@ class Behavior(nn.Module):
 
 
 def _stack(latents: list[Latent]) -> Latent:
-    """H+1 latents (N, ...) -> one latent (H+1, N, ...); the straight-through sample is kept if every state has one."""
+    """H+1 latents (N, ...) -> one latent (H+1, N, ...), with a straight-through sample if every state has one."""
     deter = torch.stack([latent.deter for latent in latents])
     index = torch.stack([latent.index for latent in latents])
     if any(latent.stoch is None for latent in latents[1:]):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hdfast_kernels import image_deconv, layer_norm_silu, linear, onehot_linear, strided_conv
+from hdfast_kernels import image_deconv, image_input, layer_norm_silu, linear, onehot_linear, strided_conv
 
 EPS = 1e-3
 _TRUNCATION_STD = 0.87962566103423978  # standard deviation of a unit normal truncated at two
@@ -23,16 +23,29 @@ class Latent(NamedTuple):
     """A state of the world model.
 
     deter: (..., D) float32. index: (..., S) int64, the classes drawn. stoch: (..., S, K), the same as a
-    straight-through one-hot sample, or None where no gradient may flow through the draw.
+    straight-through one-hot sample, or None where no gradient may flow through the draw. rounded: deter in the type
+    of the matrix work, where many layers read it and no gradient flows; or None.
     """
 
     deter: Tensor
     index: Tensor
     stoch: Tensor | None = None
+    rounded: Tensor | None = None
+
+    def deter_as(self, dtype: torch.dtype) -> Tensor:
+        """deter in the type of the matrix work."""
+        known = self.rounded is not None and self.rounded.dtype == dtype
+        return self.rounded if known else self.deter.to(dtype)
+
+    def round_once(self, dtype: torch.dtype) -> "Latent":
+        """The same state, with what `deter_as` returns kept for all who ask, unless gradients flow."""
+        if torch.is_grad_enabled() or dtype == self.deter.dtype:
+            return self
+        return self._replace(rounded=self.deter_as(dtype))
 
     def detach(self) -> "Latent":
         """The same state without gradients."""
-        return Latent(self.deter.detach(), self.index, None)
+        return Latent(self.deter.detach(), self.index, None, self.rounded)
 
     def before_last(self) -> "Latent":
         """All states but the last along the first axis."""
@@ -40,8 +53,7 @@ class Latent(NamedTuple):
 
     def flatten(self, start: int = 0, end: int = 1) -> "Latent":
         """Merges the leading axes `start`..`end` of every part."""
-        stoch = None if self.stoch is None else self.stoch.flatten(start, end)
-        return Latent(self.deter.flatten(start, end), self.index.flatten(start, end), stoch)
+        return Latent(*(None if part is None else part.flatten(start, end) for part in self))
 
 
 def init_normal_(weight: Tensor, fan_in: int, fan_out: int) -> Tensor:
@@ -123,7 +135,7 @@ class LatentProjection(nn.Module):
         bias = None if self.bias is None else self.bias.to(dtype)
 
         def project(latent: Latent) -> Tensor:
-            deter = linear(latent.deter.to(dtype), deter_weight, bias)
+            deter = linear(latent.deter_as(dtype), deter_weight, bias)
             return deter + onehot_linear(latent.index, stoch_weight, straight_through=latent.stoch)
 
         return project
@@ -201,7 +213,7 @@ class ImageEncoder(nn.Module):
         self.outputs = 16 * widths[-1]
 
     def forward(self, image: Tensor, dtype: torch.dtype) -> Tensor:
-        x = (image.float() / 255 - 0.5).to(dtype)
+        x = image_input(image, dtype)
         for kernel, norm in zip(self.kernels, self.norms, strict=True):
             x = norm.silu(strided_conv(x, kernel))
         return x.flatten(1)

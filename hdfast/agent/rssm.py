@@ -162,7 +162,9 @@ class RSSM(nn.Module):
     def imagine_step(self, latent: Latent, action: Tensor, uniform: Tensor, weights: CastWeights) -> Latent:
         """The prior after `action`: (N, ...) latents, (N,) or (N, A) actions, (N, S) uniform numbers."""
         deter = self._recur(latent, self.project_action(action, weights), weights)
-        return self._draw(deter, self._prior_logits(deter, weights), uniform)
+        rounded = deter.to(weights.gru.dtype)
+        drawn = self._draw(deter, self._prior_logits(rounded, weights), uniform)
+        return drawn if torch.is_grad_enabled() else drawn._replace(rounded=rounded)
 
     def project_action(self, action: Tensor, weights: CastWeights) -> Tensor:
         """The action's part of the input layer: a row per discrete action, or a product with the clipped vector."""
@@ -174,7 +176,7 @@ class RSSM(nn.Module):
         """Next deter from a latent and a projected action (N, U)."""
         x = onehot_linear(latent.index, weights.in_stoch, straight_through=latent.stoch) + action
         x = self.in_norm.silu(x)
-        gates = linear(torch.cat([latent.deter.to(x.dtype), x], -1), weights.gru)
+        gates = linear(torch.cat([latent.deter_as(x.dtype), x], -1), weights.gru)
         return layer_norm_gru(gates, latent.deter, self.gru_norm.weight, self.gru_norm.bias, EPS)
 
     def _draw(self, deter: Tensor, logits: Tensor, uniform: Tensor) -> Latent:

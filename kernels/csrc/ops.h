@@ -45,6 +45,9 @@ void two_hot_mean_backward(const float* grad, const void* logits, const float* c
                            const float* scale, void* grad_logits, int64_t rows, int64_t bins, float low, float high,
                            bool is_bf16, int threads);
 
+// out = image / 255 - 1 / 2, pixels of them.
+void image_input_forward(const uint8_t* image, void* out, int64_t pixels, bool is_bf16, int threads);
+
 // Sum over each row of (pred - image / 255)^2.
 void image_loss_forward(const void* pred, const uint8_t* image, float* loss, int64_t rows, int64_t width, bool is_bf16,
                         int threads);
@@ -136,6 +139,7 @@ void rssm_observe_backward(const RssmObserve& p, int threads);
   X(two_hot_loss_backward) \
   X(two_hot_mean_forward) \
   X(two_hot_mean_backward) \
+  X(image_input_forward) \
   X(image_loss_forward) \
   X(image_loss_backward) \
   X(image_deconv_forward) \

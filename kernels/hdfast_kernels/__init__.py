@@ -16,6 +16,7 @@ _HOME = {
     "gather_windows": "gather_windows",
     "harmony_loss": "harmony_loss",
     "image_deconv": "image_deconv",
+    "image_input": "image_input",
     "image_loss": "image_loss",
     "kl_balance": "kl_balance",
     "lambda_return": "lambda_return",

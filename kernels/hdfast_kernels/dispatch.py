@@ -25,6 +25,7 @@ CPU_DEFAULT: dict[str, str] = {
     "gather_windows": "native",
     "harmony_loss": "native",
     "image_deconv": "native",
+    "image_input": "native",
     "image_loss": "native",
     "kl_balance": "native",
     "lambda_return": "native",

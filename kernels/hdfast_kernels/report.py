@@ -228,6 +228,9 @@ def cases() -> list[Case]:
     def two_hot_mean(rows: int, dtype: torch.dtype):
         return lambda op: backward(op(meta(rows, 255, dtype=dtype, grad=True), -20.0, 20.0))
 
+    def image_input(dtype: torch.dtype):
+        return lambda op: op(meta(64, 16, 64, 64, 3, dtype=torch.uint8), dtype)
+
     def image_loss(dtype: torch.dtype):
         frames = 64, 16, 64, 64, 3
         return lambda op: backward(
@@ -297,6 +300,8 @@ def cases() -> list[Case]:
         Case("two_hot_loss", "reward 1024x255 fp32", two_hot_loss(1024, full)),
         Case("two_hot_mean", "imagined 16384x255 bf16", two_hot_mean(16384, low), quick=True),
         Case("two_hot_mean", "imagined 16384x255 fp32", two_hot_mean(16384, full)),
+        Case("image_input", "frames 64x16x64x64x3 bf16", image_input(low), quick=True),
+        Case("image_input", "frames 64x16x64x64x3 fp32", image_input(full)),
         Case("image_loss", "frames 64x16x64x64x3 bf16", image_loss(low), quick=True),
         Case("image_loss", "frames 64x16x64x64x3 fp32", image_loss(full)),
         Case("harmony_loss", "six of 64x16 fp32", harmony_loss, quick=True),

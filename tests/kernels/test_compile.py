@@ -22,7 +22,7 @@ pytestmark = [
 ]
 QUICK = [case for case in report.cases() if case.quick]
 REST = [(case, sm) for case in report.cases() for sm in report.SHARED_LIMIT if not (case.quick and sm == 90)]
-FORWARD_ONLY = {"sample_index"}  # ops that have no gradient
+FORWARD_ONLY = {"image_input", "sample_index"}  # ops that have no gradient
 
 
 def gate(kernels: list[report.Kernel]) -> None:
@@ -40,7 +40,7 @@ def test_training_shapes_on_sm_90(case):
     gate(kernels)
     for kernel in kernels:
         if kernel.name.startswith(
-            ("layer_norm_silu", "image_loss")
+            ("layer_norm_silu", "image_input", "image_loss")
         ):  # the most bytes of all: none in small pieces
             assert kernel.instructions["ldg128"] >= kernel.instructions["ldg"] - 1, kernel.instructions
         if kernel.name == "onehot_linear_backward":
@@ -52,6 +52,7 @@ def one_row() -> dict[str, Callable[[Callable], None]]:
     meta, backward, many = report.meta, report.backward, {"grad": True}
     return {
         "harmony_loss": lambda op: backward(op([meta(1, **many)], meta(1, **many), (0,), (1.0,), (1.0,))[0]),
+        "image_input": lambda op: op(meta(1, dtype=torch.uint8), torch.float32),
         "image_loss": lambda op: backward(op(meta(1, 2, 2, 3, **many), meta(1, 2, 2, 3, dtype=torch.uint8))),
         "kl_balance": lambda op: backward(*op(meta(1, 2, 3, **many), meta(1, 2, 3, **many), 1.0)),
         "lambda_return": lambda op: backward(

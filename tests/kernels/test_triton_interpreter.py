@@ -16,8 +16,8 @@ import torch
 from hdfast_kernels import dispatch
 
 OPS = (
-    *("harmony_loss", "image_loss", "kl_balance", "lambda_return", "layer_norm_gru", "layer_norm_silu"),
-    *("onehot_linear", "sample_onehot", "two_hot"),
+    *("harmony_loss", "image_input", "image_loss", "kl_balance", "lambda_return", "layer_norm_gru"),
+    *("layer_norm_silu", "onehot_linear", "sample_onehot", "two_hot"),
 )
 interpreted = pytest.mark.skipif(
     not dispatch.triton_interpreted(),
