@@ -18,7 +18,7 @@ NCU_METRICS = {
     "registers": "launch__registers_per_thread",
 }
 # The kernels of the ops but for those of the scan, some hundred launches of an update.
-NCU_KERNELS = "^(layer_norm|onehot_linear|sample_onehot|kl_balance|two_hot|image_input|image_loss|harmony_loss|lambda_return)_"
+NCU_KERNELS = "^(layer_norm|onehot_linear|sample_onehot|kl_balance|two_hot|image|harmony_loss|lambda_return)_"
 MICROSECONDS = {"n": 1e-3, "u": 1.0, "m": 1e3, "": 1e6}  # of ncu's units of time, "usecond" or "us"
 # What an error says after which nothing works on the device in this process.
 LASTING = "illegal memory access|illegal instruction|misaligned address|launch failure|device-side assert"
