@@ -10,9 +10,10 @@ import torch
 
 from bench import table
 from bench.machine import copy_gb_per_second, gemm_gflop_per_second, keep_memory, seconds, synchronised
-from hdfast.runtime.device import resolve_device
+from hdfast.runtime.device import prepare_device, resolve_device
 
 DEVICE = resolve_device("auto")
+prepare_device(DEVICE, little_work=False)
 SECONDS = 0.25  # about as long as one implementation of one case is timed, where no number of rounds is given
 NOISE = 1.1  # a difference below this is not told
 HEAD = [

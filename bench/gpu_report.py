@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.table import markdown as table
 from bench.table import number
-from hdfast.tuning.search import TIMES
+from hdfast.tuning.search import milliseconds
 
 MODES = [
     ("reference", False),
@@ -183,9 +183,7 @@ def choices(record: dict[str, Any]) -> list[str]:
         if "error" in row:
             rows.append([model, cell(row["error"]), "", ""])
             continue
-        ms = ", ".join(
-            f"{name} {one:.3g}" for name, one in row["report"].get(TIMES, {}).get("ms", {}).items()
-        )
+        ms = ", ".join(f"{name} {one:.3g}" for name, one in milliseconds(row["report"]).items())
         ops = ", ".join(sorted(op for op, backend in (row["ops"] or {}).items() if backend != "reference"))
         wrong = [f"{op} ({line['why']})" for op, line in row["report"].items() if not line["right"]]
         rows.append([model, ms, ops + (", as a CUDA graph" if row["graph"] else ""), cell("; ".join(wrong))])

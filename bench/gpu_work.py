@@ -28,7 +28,7 @@ from bench.machine import copy_gb_per_second, gemm_gflop_per_second
 from hdfast.agent.policy import Policy
 from hdfast.config import Config
 from hdfast.overrides import apply_overrides
-from hdfast.runtime.device import resolve_device
+from hdfast.runtime.device import prepare_device, resolve_device
 from hdfast.runtime.graphs import WARMUP, CapturedStep
 from hdfast.tuning.search import Job, search
 from hdfast_kernels import dispatch
@@ -243,10 +243,12 @@ def peaks(device: torch.device, name: str, write: "Rows") -> None:
 
 def choice(device: torch.device, name: str, write: "Rows") -> None:
     """What a run would find out for itself of the models most used: which ops are right, and fastest together."""
-    for size, precision in (ON_CUDA if device.type == "cuda" else ON_CPU)[:2]:
+    models = (ON_CUDA if device.type == "cuda" else ON_CPU)[:2]
+    for at, (size, precision) in enumerate(models):
+        budget = 0.9 * (write.until - time.monotonic()) / (len(models) - at)
         with write.row(kind="choice", size=size, precision=precision) as row:
             job = Job(IMAGE, ACTIONS, config_of(size), device, DTYPES[precision])
-            found = search(job, check=write.check, tell=lambda line: None)
+            found = search(job, check=write.check, tell=lambda line: None, budget=budget)
             row |= {"ops": found.ops, "graph": found.graph, "report": found.report}
 
 
@@ -297,7 +299,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="begin no row after so long")
     args = parser.parse_args()
     with contextlib.suppress(TimeoutError):
-        WORK[args.work](resolve_device("auto"), args.backend, Rows(args.out, args.seconds))
+        device = resolve_device("auto")
+        prepare_device(device, little_work=False)
+        WORK[args.work](device, args.backend, Rows(args.out, args.seconds))
 
 
 if __name__ == "__main__":

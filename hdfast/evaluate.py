@@ -108,7 +108,7 @@ def config_of(run: Path) -> Config:
         config = apply_overrides(Config(), saved)
         if config.task is None:
             raise TypeError("config.task is missing")
-        return validate(config)
+        return validate(dataclasses.replace(config, seeds=1))  # the run has one, its sweep may have had more
     except TypeError as error:
         raise rundir.damaged(file, str(error)) from error
     except ConfigError as error:

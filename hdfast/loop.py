@@ -7,6 +7,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from hdfast.envs.base import BatchEnv
 from hdfast.replay import Replay, ReplayError
 from hdfast.replay.contents import replay_specs
 from hdfast.runtime import checkpoint, graphs
-from hdfast.runtime.device import describe_device, resolve_device, resolve_precision
+from hdfast.runtime.console import say
+from hdfast.runtime.device import describe_device, resolve_device, resolve_precision, restore_generator
 from hdfast.runtime.errors import (
     NO_ROOM,
     DiskFullError,
@@ -74,12 +76,6 @@ def replay_errors() -> Iterator[None]:
         if error.errno in NO_ROOM:
             raise DiskFullError(str(error), hint="make room and run it again") from error
         raise RunError(str(error)) from error
-
-
-def say(text: str) -> None:
-    """A line of a run that has no progress line yet."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
@@ -169,7 +165,7 @@ class Session:
             seed=stream_seed(config.seed, "replay"),
             checkpoints=config.checkpoint.keep,
         )
-        self._update: Callable[[], None] = lambda: self.learner.step(self.replay.sample)
+        self._update: Callable[[], None] = partial(self.learner.step, self.replay.sample)
         if self.graph:
             self._update = captured_update(self.learner, self.replay.sample, self.replay.generators)
         self.agent_steps = 0
@@ -394,7 +390,7 @@ class Session:
         self.replay.load_state_dict(part("replay."))
         with checkpoint.fitting(self.rundir.checkpoints):
             self.learner.load_state_dict(part("learner."))
-        self.policy.generator.set_state(tensors["policy.generator"])
+        restore_generator(self.policy.generator, tensors["policy.generator"])
         self.agent_steps, self.learning_from = meta["agent_steps"], meta["learning_from"]
         self.evaluated_at, self.evaluation = meta["evaluated_at"], meta["evaluation"]
         return float(meta["seconds"])

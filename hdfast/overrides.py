@@ -58,9 +58,7 @@ def apply_overrides(config: Any, overrides: dict[str, Any], where: str = "config
 def _typed(value: Any, kind: Any, name: str) -> Any:
     """`value` as the flag of a field of this type gives it. Raises: TypeError."""
     if get_origin(kind) is Literal:
-        if isinstance(value, bool) and "on" in get_args(
-            kind
-        ):  # what it was called before there was a third way
+        if isinstance(value, bool) and "on" in get_args(kind):  # what it was before there was a third way
             value = "on" if value else "off"
         right = value in get_args(kind)
     else:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from rich import box
 from rich.table import Table
+from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -25,12 +26,11 @@ from hdfast import config as configs
 from hdfast import suites
 from hdfast.agent.learner import Learner
 from hdfast.config import Config
-from hdfast.loop import say
 from hdfast.replay import Replay
 from hdfast.replay.contents import random_row, replay_specs
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, given_path, natural, positive
-from hdfast.runtime.console import Console
+from hdfast.runtime.console import Console, say
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import disk_errors
 from hdfast.runtime.profiling import annotate
@@ -142,7 +142,9 @@ def measure(
     cuda = learner.device.type == "cuda"
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above its highest: nothing on stderr
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities, acc_events=True) as profiler:
+    # On CUDA backward would run in a thread of its own, whose kernels no range of this one counts as its own.
+    alone = torch.autograd.set_multithreading_enabled(False)
+    with alone, profile(activities=activities, acc_events=True) as profiler:
         for _ in range(updates):
             with record_function("update"):
                 update()
@@ -153,7 +155,8 @@ def measure(
     def ms(event: FunctionEventAvg, what: str) -> float:
         return getattr(event, what.format(kind)) / 1e3 / updates
 
-    events = {event.key: event for event in profiler.key_averages()}
+    # On CUDA kernels are listed beside the ops that launched them, and ranges once more, as what the device did.
+    events = {event.key: event for event in profiler.key_averages() if event.device_type == DeviceType.CPU}
     phases = {name: ms(events[name], "{}_time_total") for name in PHASES}
     phases["the rest"] = ms(events.pop("update"), "{}_time_total") - sum(phases.values())
     ops = [

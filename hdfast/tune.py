@@ -21,8 +21,20 @@ from hdfast.runtime.errors import RunError
 from hdfast.runtime.signals import StopRequest
 from hdfast.streams import make_envs
 from hdfast.tuning.choice import Choice
-from hdfast.tuning.search import DEFINITION, FINE, GRAPH, TIMES, Job, TuningError
+from hdfast.tuning.search import (
+    BUDGET,
+    DEFINITION,
+    EAGER_TIMES,
+    FINE,
+    GRAPH,
+    TIMES,
+    TOGETHER,
+    Job,
+    TuningError,
+)
 from hdfast.tuning.settle import find, summary
+
+PATIENCE = 6 * BUDGET  # seconds; on a CPU an update takes a second, and nobody waits who does not want to
 
 
 def tune(config: Config, console: Console, *, again: bool) -> Choice:
@@ -50,7 +62,7 @@ def tune(config: Config, console: Console, *, again: bool) -> Choice:
     say(f"{describe_device(device)['name']}, {task.name}, {shape}, {precision}")
     with StopRequest() as stop:
         try:
-            return find(job, check=stop.check, tell=tell, again=again)
+            return find(job, check=stop.check, tell=tell, again=again, budget=PATIENCE)
         except TuningError as error:
             raise RunError(f"not even plain PyTorch could be tried: {error}") from error
 
@@ -60,7 +72,7 @@ def table(choice: Choice) -> Table:
     rows = Table("op", "right", "time of an update without it", "runs on", box=box.SIMPLE_HEAD)
     without = choice.report.get(FINE, {}).get("without", {})
     for op, line in choice.report.items():
-        if op in (DEFINITION, GRAPH, TIMES, FINE):
+        if op in (DEFINITION, TOGETHER, GRAPH, TIMES, EAGER_TIMES, FINE):
             continue
         worth = f"{without[op]:.2f}" if op in without else ""
         rows.add_row(op, "yes" if line["right"] else "no", worth, (choice.ops or {}).get(op, "reference"))

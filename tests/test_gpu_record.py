@@ -211,13 +211,15 @@ def test_rows_are_kept_where_work_fails(tmp_path):
 
 
 def test_a_backend_is_forced_where_it_exists():
-    before = dict(dispatch.CPU_DEFAULT), dict(dispatch.CUDA_DEFAULT)
+    def of(op):
+        return dispatch._DEFAULTS["cuda"].get(op)
+
+    before = {device: dict(table) for device, table in dispatch._DEFAULTS.items()}
     scan = dispatch._ops["rssm_observe"].implementations["triton"]
     with gpu_work.backend("triton-persistent"):
-        assert dispatch.CUDA_DEFAULT["kl_balance"] == "triton"
-        assert "adam_step" not in dispatch.CUDA_DEFAULT
+        assert (of("kl_balance"), of("adam_step")) == ("triton", None)
         assert dispatch._ops["rssm_observe"].implementations["triton"].keywords == {"persistent": True}
-    assert before == (dispatch.CPU_DEFAULT, dispatch.CUDA_DEFAULT)
+    assert before == dispatch._DEFAULTS
     assert dispatch._ops["rssm_observe"].implementations["triton"] is scan
     with gpu_work.backend("reference"):
         assert dispatch.resolve_name("kl_balance", None, torch.zeros(1)) == "reference"

@@ -106,9 +106,23 @@ def test_little_work_is_done_on_one_thread(monkeypatch, kind, little, asked, thr
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     device.prepare_device(torch.device(kind), little)
     assert now[-1] == threads
     assert current == ([torch.device("cuda")] if kind == "cuda" else [])
+    assert torch.backends.cudnn.allow_tf32 is (kind == "cpu")
+
+
+def test_a_generator_goes_on_from_its_state_or_from_another_kinds():
+    first, second = (torch.Generator().manual_seed(7) for _ in range(2))
+    torch.rand(3, generator=first)
+    device.restore_generator(second, first.get_state())
+    assert torch.equal(torch.rand(5, generator=first), torch.rand(5, generator=second))
+    drawn = []
+    for state in (bytes(16), bytes(16), b"x" * 16):  # of a CUDA generator
+        device.restore_generator(second, torch.frombuffer(bytearray(state), dtype=torch.uint8))
+        drawn.append(torch.rand(5, generator=second).tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_the_description_is_json_with_units(monkeypatch):

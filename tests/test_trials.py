@@ -129,6 +129,15 @@ def test_a_wrong_capture_is_found_out(monkeypatch):
     assert " is off by " in trials.judge_graph({}).why
 
 
+def test_graphs_are_timed_beside_each_other(monkeypatch):
+    """Each draws from the generator that it was captured with."""
+    made = record_instead_of_capturing(monkeypatch)
+    times = make_trials().milliseconds(({}, False), ({}, True), ({}, True))
+    assert len(times) == 3
+    assert min(times) > 0
+    assert [step.recording is not None for step in made] == [True, True]
+
+
 def test_what_a_graph_cannot_hold_is_told(monkeypatch):
     record_instead_of_capturing(monkeypatch)
     trials = make_trials()

@@ -15,6 +15,7 @@ from hdfast.agent.optimizer import Adam
 from hdfast.agent.world_model import ModelOutput, WorldModel
 from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
+from hdfast.runtime.device import restore_generator
 from hdfast.runtime.errors import ConfigError, MissingLibraryError
 from hdfast.runtime.graphs import CapturedStep
 from hdfast_kernels import BackendError, dispatch
@@ -178,7 +179,7 @@ class Learner:
         self.behavior.load_state_dict(part("behavior."))
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(part(f"optimizer.{name}."))
-        self.generator.set_state(state["generator"].cpu())
+        restore_generator(self.generator, state["generator"])
         self.updates = int(state["updates"])
         self.skipped.copy_(state["skipped"])
 

@@ -3,6 +3,7 @@
 Axes: N environments, A action width.
 """
 
+import weakref
 from collections.abc import Mapping
 
 import numpy as np
@@ -53,9 +54,10 @@ class Policy:
         )
         self.action = torch.zeros_like(self._host_action, device=device)
         self._fetched = torch.cuda.Event() if self._cuda else None
-        self._act = self.step
+        self._captured: CapturedStep | None = None
         if graph:
-            self._act = CapturedStep(self.step, device=device, generators=[self.generator])
+            step = weakref.WeakMethod(self.step)  # a graph is freed with its policy, at once
+            self._captured = CapturedStep(lambda: step()(), device=device, generators=[self.generator])
         self.reset()
 
     def reset(self) -> None:
@@ -74,7 +76,7 @@ class Policy:
             self._send(obs[key], host, self._obs[key])
         self._send(is_first | self.fresh, self._host_first, self._first)
         self.fresh = False
-        self._act()
+        (self._captured or self.step)()
         self._host_action.copy_(self.action, non_blocking=True)
         if self._fetched is not None:  # the pinned buffers are then free for the next row, too
             self._fetched.record(torch.cuda.current_stream(self.learner.device))

@@ -163,8 +163,10 @@ class GymEnv(BatchEnv):
             ) from error
 
     def _close(self) -> None:
-        self._stepper.submit(_close, self._vector, self._broken).result()
-        self._stepper.shutdown()
+        try:
+            self._stepper.submit(_close, self._vector, self._broken).result()
+        finally:
+            self._stepper.shutdown()
 
 
 def _vector(make: "Maker", num_envs: int, apart: bool) -> SyncVectorEnv | AsyncVectorEnv:
@@ -180,10 +182,14 @@ def _vector(make: "Maker", num_envs: int, apart: bool) -> SyncVectorEnv | AsyncV
 
 
 def _close(vector: SyncVectorEnv | AsyncVectorEnv, broken: bool) -> None:
-    """Closes the environments. broken: one of their processes does not answer any more."""
+    """Closes the environments. broken: one of their processes is known not to answer any more."""
     if not broken:
-        vector.close()
-        return
+        try:
+            vector.close()
+            return
+        except (EOFError, ConnectionError):  # one has ended while nobody asked it
+            if isinstance(vector, SyncVectorEnv):
+                raise
     for process in vector.processes:
         process.kill()
         process.join()

@@ -43,9 +43,10 @@ def told(name: str) -> Iterator[None]:
         raise
     except gymnasium.error.DependencyNotInstalled as error:
         raise MissingLibraryError(str(error), where=name) from error
-    except ModuleNotFoundError as error:
-        raise MissingLibraryError(f"{name} needs {error.name}", hint=f"pip install {error.name}") from error
     except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            package = error.name.partition(".")[0]
+            raise MissingLibraryError(f"{name} needs {error.name}", hint=f"pip install {package}") from error
         ours = (
             *(Path(module.__file__).parent for module in (gymnasium, importlib)),
             Path(__file__).parents[1],

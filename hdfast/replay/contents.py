@@ -31,11 +31,14 @@ def random_row(
     num_envs: int,
     rng: np.random.Generator,
 ) -> dict[str, np.ndarray]:
-    """One row (N, ...) of every key: bytes and Normal numbers as observations, episodes of 50 rows on average."""
+    """One row (N, ...) of every key: bytes and Normal numbers as observations, one in 50 the last of an episode.
+
+    Rows know nothing of each other: is_first stands at random, too.
+    """
     row = {"action": actions.sample(rng, num_envs), "reward": rng.standard_normal(num_envs, np.float32)}
     for key, spec in obs_specs.items():
         shape = (num_envs, *spec.shape)
         noise = rng.integers(256, size=shape) if spec.dtype == np.uint8 else rng.standard_normal(shape)
         row[key] = noise.astype(spec.dtype)
     row["is_last"] = rng.random(num_envs) < 0.02
-    return {**row, "is_first": np.roll(row["is_last"], 1), "is_terminal": row["is_last"].copy()}
+    return {**row, "is_first": rng.random(num_envs) < 0.02, "is_terminal": row["is_last"].copy()}

@@ -11,6 +11,7 @@ registers with it. Both run in the order of the current stream.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -23,6 +24,7 @@ from hdfast.replay.chunk import ReplayError
 from hdfast.replay.log import ReplayLog
 from hdfast.replay.rows import RowLayout
 from hdfast.replay.transfer import RowTransfer, WindowPrefetch, host_view
+from hdfast.runtime.device import restore_generator
 from hdfast_kernels import gather_windows
 
 if TYPE_CHECKING:
@@ -189,8 +191,6 @@ class Replay:
         rows, ring, crc = (int(state[key]) for key in ("rows_added", "ring", "log_crc"))
         if ring != self.ring:
             raise ReplayError(f"replay: the checkpoint has {ring} rows per environment, this run {self.ring}")
-        if state["generator"].shape != self.generator.get_state().shape:
-            raise ReplayError(f"replay: the checkpoint is from another kind of device than {self.device}")
         if self._log is None and rows:
             raise ReplayError(
                 f"replay: the checkpoint has {rows} rows, and there is no log to read them from"
@@ -201,7 +201,7 @@ class Replay:
         if self._log is not None:
             self._log.load(rows, crc, self._restore)
         self._count(rows)
-        self.generator.set_state(state["generator"].cpu())
+        restore_generator(self.generator, state["generator"])
 
     def close(self) -> None:
         """Flush and let go of the log and of the threads."""
@@ -250,5 +250,7 @@ class Replay:
 def _place(device: torch.device, nbytes: int) -> Literal["device", "host"]:
     if device.type != "cuda":
         return "device"
+    gc.collect()  # what a run before this one has left, and what PyTorch keeps of it
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return "device" if nbytes <= DEVICE_SHARE * free else "host"

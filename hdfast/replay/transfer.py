@@ -117,6 +117,8 @@ class WindowPrefetch:
                 self._pinned[key] = torch.empty_like(rows, pin_memory=self._cuda)
                 self._arriving[key] = torch.empty_like(rows, device=self._device)
                 self.windows[key] = torch.empty_like(rows, device=self._device)
+            if self._cuda:  # whoever had the memory of `_arriving` before may not be through with it
+                self._stream.wait_stream(torch.cuda.current_stream(self._device))
         if self._cuda:
             self._sent.synchronize()  # the batch before has left the pinned buffers
             self._stream.wait_event(self._taken)  # and `windows` has been filled from it

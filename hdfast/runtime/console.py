@@ -10,6 +10,12 @@ from rich import console
 from hdfast.runtime.errors import closed_terminal
 
 
+def say(text: str) -> None:
+    """A line of a run that has no progress line yet."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
 class Console(console.Console):
     """What is printed when nobody can read it any more does not harm a run.
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,28 @@ def has_bfloat16(device: torch.device) -> bool:
 def prepare_device(device: torch.device, little_work: bool) -> None:
     """Makes a CUDA device the current one, on which Triton launches; on the CPU, limits the threads.
 
+    On CUDA float32 is then float32 in convolutions, too, where cuDNN would take TF32, with 10 bits of mantissa.
+
     One thread where an update is little work (`Config.little_work`), unless OMP_NUM_THREADS is set: two gain little
     there on idle cores, and on busy ones they wait for each other. An update of the demo on two busy cores: 31 ms of
     CPU and 45-74 ms of wall time on one thread, 400-1,040 ms and 650-2,140 ms on two.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False
     elif little_work and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+
+
+def restore_generator(generator: torch.Generator, state: torch.Tensor) -> None:
+    """Has a generator go on from its saved state; where that is of another kind of device, from a seed made of it.
+
+    state: (bytes,) uint8, of `get_state`.
+    """
+    if state.shape == generator.get_state().shape:
+        generator.set_state(state.cpu())
+    else:
+        generator.manual_seed(zlib.crc32(state.cpu().numpy().tobytes()))
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """CUDA-graph capture of one function with static shapes: the only place that captures."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+import functools
+import gc
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -46,7 +49,7 @@ class CapturedStep:
         check_graph("on", device)
         self.step, self.device, self.generators, self.warmup = step, device, tuple(generators), warmup
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.stream = torch.cuda.Stream(device)  # of the eager calls too: cuBLAS keeps a workspace for each
+        self.stream = _stream(device)  # of the eager calls too: cuBLAS keeps a workspace for each
 
     def __call__(self) -> None:
         """One step, in the order of the current stream."""
@@ -74,7 +77,7 @@ class CapturedStep:
         # bringing a batch over, from pinned memory that it allocates.
         capture = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
         try:
-            with torch.cuda.stream(self.stream), capture:
+            with torch.cuda.stream(self.stream), _no_collection(), capture:
                 try:
                     self.step()
                 except Exception as error:
@@ -85,3 +88,22 @@ class CapturedStep:
                 raise
             raise failure from None  # not that the capture then could not be ended
         return graph
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures on a device: of many, the 33rd would be the first again, or another's who copies on it."""
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Inside, Python frees no cycles: an older graph among them would be destroyed, which ends a capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import time
@@ -42,8 +43,7 @@ class Choice:
 
     def use(self, device: torch.device) -> None:
         """Has the ops of this process run so on devices of this type, from now on."""
-        if self.ops is not None:
-            dispatch.use(device.type, self.ops)
+        dispatch.use(device.type, self.ops)
 
 
 def key_of(
@@ -72,6 +72,7 @@ def key_of(
             "batch": config.replay.batch,
             "length": config.replay.length,
             "horizon": config.behavior.horizon,
+            "graphs": config.train.graph != "off",
             "forced": os.environ.get("HDFAST_BACKEND") or None,
         }
     )
@@ -108,8 +109,12 @@ def remember(key: Mapping[str, Any], choice: Choice) -> Path | None:
 
 
 @contextlib.contextmanager
-def alone(key: Mapping[str, Any], check: Callable[[], None]) -> Iterator[None]:
-    """One process at a time for a key, where the folder can be written to; `check` is called while it waits.
+def alone(
+    key: Mapping[str, Any], check: Callable[[], None], waits: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """One process at a time for a key, where the folder can be written to.
+
+    check: called while another has it; what it raises ends the waiting. waits: called once before.
 
     The runs of a sweep begin together: the first tries, on a machine that the others leave to it, and they read.
     """
@@ -121,11 +126,15 @@ def alone(key: Mapping[str, Any], check: Callable[[], None]) -> Iterator[None]:
         yield
         return
     try:
+        told = False
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                if not told:
+                    waits()
+                    told = True
                 check()
                 time.sleep(POLL_SECONDS)
             except OSError:  # a file system without locks
@@ -150,9 +159,12 @@ def _version(package: str) -> str | None:
 
 
 def _source() -> str:
-    """A digest of the kernels and of the agent that calls them: whoever edits them tries again."""
-    digest = hashlib.sha256()
-    folders = [Path(hdfast_kernels.__file__).parent, Path(hdfast.__file__).parent / "agent"]
-    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+    """A digest of the kernels, of the agent that calls them and of what tries them: whoever edits them tries again."""
+    digest, home = hashlib.sha256(), Path(hdfast.__file__).parent
+    folders = [Path(hdfast_kernels.__file__).parent, home / "agent", home / "tuning"]
+    files = [home / "runtime" / "graphs.py", *(path for folder in folders for path in folder.glob("*.py"))]
+    if (built := importlib.util.find_spec("hdfast_kernels._native")) is not None and built.origin:
+        files.append(Path(built.origin))
+    for path in sorted(files):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

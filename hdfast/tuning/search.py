@@ -8,12 +8,14 @@ import contextlib
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ from hdfast.tuning.trials import WORTH, Trials, Verdict
 
 LIMIT = 180.0  # seconds for one trial; the first of an op compiles its kernels
 BUDGET = 600.0  # seconds for all; a run that is to begin has waited long enough by then
-DEFINITION, GRAPH, TIMES, FINE = "plain PyTorch", "CUDA graphs", "times", "times without each"
+DEFINITION, TOGETHER, GRAPH, TIMES = "plain PyTorch", "all together", "CUDA graphs", "times"
+EAGER_TIMES, FINE = "times without graphs", "times without each"
 
 Report = Callable[[Mapping[str, Any]], None]
 
@@ -76,19 +79,24 @@ def search(
                     begun = line["begin"]
                 else:
                     job.known[line["end"]], begun = line, None
-        if reason is None:
-            return chosen(job.known)
-        if begun is None or begun == DEFINITION:
-            raise TuningError(reason)
+        if begun in (None, DEFINITION):
+            if DEFINITION not in job.known:
+                raise TuningError(reason)
+            return chosen(job.known)  # all is done, or the time is over
         job.known[begun] = {"end": begun, "right": False, "why": reason}
         tell(job.known[begun])
-        if time.monotonic() > end:
+        if begun == FINE or time.monotonic() > end:
             return chosen(job.known)
+
+
+def milliseconds(report: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """What an update took in each way that was timed at last, in ms."""
+    return next((report[name]["ms"] for name in (EAGER_TIMES, TIMES) if "ms" in report.get(name, {})), {})
 
 
 def chosen(known: Mapping[str, Mapping[str, Any]]) -> Choice:
     """The choice that follows from the last lines of all trials."""
-    last = next((known[name] for name in (FINE, TIMES) if known.get(name, {}).get("right")), {})
+    last = next((known[name] for name in (FINE, EAGER_TIMES, TIMES) if known.get(name, {}).get("right")), {})
     report = {name: {k: v for k, v in line.items() if k != "end"} for name, line in known.items()}
     return Choice(last.get("ops"), bool(last.get("graph", False)), report)
 
@@ -104,17 +112,19 @@ def work(job: Job, write: Report) -> None:
             write(job.known[name])
         return job.known[name]
 
-    def verdict(judge: Callable[[], Verdict]) -> Callable[[], Mapping[str, Any]]:
-        def do() -> Mapping[str, Any]:
+    def surviving(do: Callable[[], Mapping[str, Any]]) -> Callable[[], Mapping[str, Any]]:
+        def done() -> Mapping[str, Any]:
             try:
-                found = judge()
+                return do()
             except Exception as error:  # Triton and CUDA raise what they like
                 if _lasting(error):
                     raise
-                found = Verdict(False, f"{type(error).__name__}: {_first_line(error)}")
-            return {"right": found.right, "why": found.why}
+                return {"right": False, "why": f"{type(error).__name__}: {_first_line(error)}"}
 
-        return do
+        return done
+
+    def verdict(judge: Callable[[], Verdict]) -> Callable[[], Mapping[str, Any]]:
+        return surviving(lambda: asdict(judge()))
 
     write({"begin": DEFINITION})  # in every process: the others are compared with it
     trials = Trials(job.obs_specs, job.actions, job.config, job.device, job.dtype)
@@ -125,12 +135,16 @@ def work(job: Job, write: Report) -> None:
         for op, backend in trials.candidates().items()
         if trial(op, verdict(lambda op=op, backend=backend: trials.judge({op: backend})))["right"]
     }
+    if len(ops) > 1 and not trial(TOGETHER, verdict(lambda: trials.judge(ops)))["right"]:
+        ops = {}
     graph = False
-    if job.device.type == "cuda":
+    if job.device.type == "cuda" and job.config.train.graph != "off":
         graph = trial(GRAPH, verdict(lambda: trials.judge_graph(ops)))["right"]
-    found = trial(TIMES, lambda: times(trials, ops, graph))
+    found = trial(TIMES, surviving(lambda: times(trials, ops, graph)))
+    if graph and not found["right"]:
+        found = trial(EAGER_TIMES, surviving(lambda: times(trials, ops, False)))
     if found["right"] and found["ops"]:
-        trial(FINE, lambda: leave_out(trials, found))
+        trial(FINE, surviving(lambda: leave_out(trials, found, lambda: write({"begin": FINE}))))
 
 
 def times(trials: Trials, ops: Mapping[str, str], graph: bool) -> dict[str, Any]:
@@ -146,10 +160,14 @@ def times(trials: Trials, ops: Mapping[str, str], graph: bool) -> dict[str, Any]
     return {"right": True, "ops": dict(best), "graph": captured, "ms": ms}
 
 
-def leave_out(trials: Trials, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The ops that an update is faster with than without, each timed in turns with the rest as they are."""
+def leave_out(trials: Trials, found: Mapping[str, Any], alive: Callable[[], None]) -> dict[str, Any]:
+    """What is found without the ops that an update is faster without, each timed in turns with the rest as they are.
+
+    alive: called before each, since all together take longer than one trial may.
+    """
     ops, without = dict(found["ops"]), {}
     for op in found["ops"]:
+        alive()
         rest = {name: backend for name, backend in ops.items() if name != op}
         here, there = trials.milliseconds((ops, found["graph"]), (rest, found["graph"]))
         without[op] = round(there / here, 3)
@@ -174,7 +192,8 @@ def _lines(
     with (
         said.open("wb") as output,
         subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
+            command, stdin=subprocess.PIPE,  # which closes when this process ends, however it does
+            stdout=output, stderr=output, env=environment,
             start_new_session=True,  # Ctrl-C is for the run, which ends this one
         ) as process,
         lines.open("rb") as reader,
@@ -198,7 +217,8 @@ def _lines(
             if process.returncode:
                 yield {"reason": _reason(process.returncode, said)}
         finally:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and the compilers that it has started
 
 
 def _reason(code: int, said: Path) -> str:
@@ -224,7 +244,16 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
 
 
+def _end_with_parent() -> None:
+    """Ends this process, and all that it has started, when the one that waits for it is no more."""
+    os.read(0, 1)  # not sys.stdin, whose lock a thread may not hold where Python ends
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
 def main(job: str, lines: str) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(lines, "a", buffering=1) as file:
         work(pickle.loads(Path(job).read_bytes()), lambda line: file.write(json.dumps(dict(line)) + "\n"))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from hdfast.runtime.device import describe_device
 from hdfast.runtime.errors import warn
 from hdfast.tuning.choice import Choice, alone, path_of, remember, remembered
-from hdfast.tuning.search import TIMES, Job, Report, TuningError, search
+from hdfast.tuning.search import BUDGET, Job, Report, TuningError, milliseconds, search
 
 AUTOMATIC = ("cuda",)  # types of devices on which a run searches by itself; the CPU's defaults are measured
 
@@ -23,8 +23,8 @@ def settle(job: Job, *, check: Callable[[], None], say: Callable[[str], None]) -
         return remembered(job.key) or Choice()
     try:
         return find(job, check=check, say=say)
-    except TuningError as error:
-        warn(f"nothing could be tried, so the run uses plain PyTorch: {error}")
+    except (TuningError, OSError) as error:
+        warn(f"nothing could be tried, so the run computes as by default: {error}")
         return Choice()
 
 
@@ -35,35 +35,42 @@ def find(
     say: Callable[[str], None] = lambda line: None,
     tell: Report = lambda line: None,
     again: bool = False,
+    budget: float = BUDGET,
 ) -> Choice:
     """What is remembered, else or if `again` what a search finds; one process searches while the others wait for it.
 
-    check, say: as for `settle`. tell: is given every line of the search itself.
+    check, say: as for `settle`. tell, budget: of the search itself.
 
     Raises: TuningError.
     """
     if not again and (found := remembered(job.key)) is not None:
         return found
-    with alone(job.key, check):
+    name = describe_device(job.device)["name"]
+    with alone(
+        job.key, check, lambda: say(f"{name}: another run is finding the fastest kernels; waiting for it")
+    ):
         if not again and (found := remembered(job.key)) is not None:
             return found
-        name = describe_device(job.device)["name"]
         say(
             f"{name}: finding the fastest kernels for this model, once; takes a minute or two (--train.no-tune: not)"
         )
-        found = search(job, check=check, tell=tell)
-        path = remember(job.key, found)
+        found = search(job, check=check, tell=tell, budget=budget)
+        timed = bool(
+            milliseconds(found.report)
+        )  # else something was in the way, which may be gone the next time
+        path = remember(job.key, found) if timed else None
         say(summary(found) + (f"; kept in {path}" if path else ""))
-    if path is None:
+    if timed and path is None:
         warn(f"{path_of(job.key).parent}: what was found cannot be kept here; it will be sought again")
     return found
 
 
 def summary(choice: Choice) -> str:
     """What was chosen and what it is worth, in one line."""
-    ms = choice.report.get(TIMES, {}).get("ms", {})
-    fused = Counter((choice.ops or {}).values())
+    if choice.ops is None:
+        return "no update could be timed, so ops run as by default"
+    fused = Counter(choice.ops.values())
     parts = [f"{count} ops in {backend}" for backend, count in sorted(fused.items())] or ["plain PyTorch"]
     parts += ["as a CUDA graph"] if choice.graph else []
-    times = ", ".join(f"{name} {one:.3g}" for name, one in ms.items())
+    times = ", ".join(f"{name} {one:.3g}" for name, one in milliseconds(choice.report).items())
     return ", ".join(parts) + (f" (ms an update: {times})" if times else "")

@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,10 +30,9 @@ FUSED = {"cuda": "triton", "cpu": "native"}  # what is tried beside the definiti
 NUDGES = 2  # updates whose parameters are moved by a rounding error
 SLACK, TOLERANCE = 4.0, 0.02  # times the yardstick, and in any case
 ROUNDS, ROUND_SECONDS = 5, 0.05
-WORTH = 0.99  # an op stays on its definition unless the update is slower so by more than noise
+WORTH = 0.99  # an op is left out only where the update is faster without it by more than noise
 
 Ops = Mapping[str, str]
-Report = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,6 @@ class Trials:
         obs_specs, actions: what the environment shows and accepts.
         config, dtype: of the run.
         device: where it learns.
-        num_envs: of the rows of noise.
     """
 
     def __init__(
@@ -116,7 +113,8 @@ class Trials:
             return Verdict(False, "a captured update draws other random numbers")
         again.pop("generator")
         noise, far = _distances(eager, again), _distances(eager, graph)
-        wrong = [name for name, d in far.items() if not d <= SLACK * noise[name] + TOLERANCE]
+        bound = {n: SLACK * max(noise[n], self._yardstick[self.dtype].get(n, 0.0)) + TOLERANCE for n in far}
+        wrong = [name for name, d in far.items() if not d <= bound[name]]
         if wrong:
             worst = max(wrong, key=far.__getitem__)
             return Verdict(False, f"a captured update: {worst} is off by {far[worst]:.2g}")
@@ -128,8 +126,8 @@ class Trials:
     def milliseconds(self, *settings: tuple[Ops, bool]) -> list[float]:
         """Time of an update with these ops, captured or not, in turns; the median of a few rounds of each."""
         runs = [self._begin(ops, self.dtype, graph) for ops, graph in settings]
-        for run in runs:
-            for _ in range(WARMUP + 2):
+        for run, (_, graph) in zip(runs, settings, strict=True):
+            for _ in range(WARMUP + 2 if graph else 2):
                 run()
         calls = [max(1, min(100, int(ROUND_SECONDS / self._seconds(run, 1)))) for run in runs]
         rounds = [[self._seconds(run, n) for run, n in zip(runs, calls, strict=True)] for _ in range(ROUNDS)]
@@ -146,7 +144,7 @@ class Trials:
     def _begin(self, ops: Ops, dtype: torch.dtype, graph: bool, nudge: int = 0) -> Callable[[], None]:
         """An update to call again and again, with the learner back at its start."""
         learner, config = self.learner, self.config
-        learner.generator = torch.Generator(self.device)  # a graph keeps the one it was captured with
+        generator = learner.generator = torch.Generator(self.device)
         learner.load_state_dict(self._start)
         learner.dtype = dtype
         if nudge:
@@ -161,6 +159,9 @@ class Trials:
             update = lambda: learner.step(replay.sample)  # noqa: E731
 
         def run() -> None:
+            learner.generator = (
+                generator  # of this run: a graph draws from no other than it was captured with
+            )
             replay.stage(config.replay.batch, config.replay.length)
             with using(self.device, ops):
                 update()

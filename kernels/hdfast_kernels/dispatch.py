@@ -41,7 +41,8 @@ CPU_DEFAULT: dict[str, str] = {
     "two_hot_mean": "native",
 }
 CUDA_DEFAULT: dict[str, str] = {}
-_DEFAULTS = {"cpu": CPU_DEFAULT, "cuda": CUDA_DEFAULT}
+_SHIPPED = {"cpu": CPU_DEFAULT, "cuda": CUDA_DEFAULT}
+_DEFAULTS = {device: dict(table) for device, table in _SHIPPED.items()}  # of this process; see `use`
 
 BUILD_COMMAND = "pip install -e ."
 
@@ -77,21 +78,22 @@ def register(
     entry.dtypes = dtypes
 
 
-def use(device: str, backends: Mapping[str, str]) -> dict[str, str]:
+def use(device: str, backends: Mapping[str, str] | None) -> dict[str, str]:
     """Replaces the defaults of a device type ("cpu", "cuda") in this process, and returns those before.
+
+    backends: by op; one that is not named runs its reference. None: the table above.
 
     Raises BackendError if there is no such device type, op or backend.
     """
     if device not in _DEFAULTS:
         raise BackendError(f"there are no backends for {device}, only for {' and '.join(_DEFAULTS)}")
+    backends = _SHIPPED[device] if backends is None else backends
     for op, name in backends.items():
         if op not in _ops:
             raise BackendError(f"{op}: there is no such op; the ops are {', '.join(ops())}")
         if name not in _ops[op].implementations:
             raise BackendError(f"{op}: {_lacking(op, name)}")
-    before = dict(_DEFAULTS[device])
-    _DEFAULTS[device].clear()
-    _DEFAULTS[device].update(backends)
+    before, _DEFAULTS[device] = _DEFAULTS[device], dict(backends)
     return before
 
 

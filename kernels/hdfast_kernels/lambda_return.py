@@ -122,9 +122,10 @@ class _LambdaReturn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dreturns: Tensor, _: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
         (cont,), (H, N), (reward, value) = ctx.saved_tensors, dreturns.shape, ctx.dtypes
+        dreturns = dreturns.contiguous()
         dreward, dvalue = torch.empty_like(dreturns, dtype=reward), torch.empty_like(cont, dtype=value)
         lambda_return_backward[(max(1, triton.cdiv(N, BLOCK)),)](
-            cont, dreturns.contiguous(), dreward, dvalue, N, ctx.discount, ctx.lam, H, BLOCK, num_warps=WARPS
+            cont, dreturns, dreward, dvalue, N, ctx.discount, ctx.lam, H, BLOCK, num_warps=WARPS
         )
         return dreward, None, dvalue, None, None
 

@@ -27,6 +27,8 @@ FORWARD_COLUMNS, FORWARD_TILE, FORWARD_THREAD, FORWARD_UNROLL = 512, 1024, 8, 8
 # multiprocessors, and none of them shares an output: no atomics, and the rows are added up in one order. 32 rows at a
 # time are the most that float32 holds in registers (64 spill on sm_80).
 BACKWARD_ROWS, BACKWARD_COLUMNS = 32, 128
+# Numbers that PyTorch's backward pass of a bag of embeddings counts in 32 bits on CUDA; it keeps one for each of them.
+_EMBEDDING_LIMIT = 2**29
 
 
 def onehot_linear_reference(index: Tensor, weight: Tensor, straight_through: Tensor | None = None) -> Tensor:
@@ -35,7 +37,9 @@ def onehot_linear_reference(index: Tensor, weight: Tensor, straight_through: Ten
     first_row = torch.arange(0, rows, rows // groups, device=index.device)  # (S,)
     bags = (index + first_row).reshape(-1, groups)  # (..., S) -> (N, S)
     # In the compute dtype: the dense gradient of a bfloat16 table would add up thousands of rows in bfloat16.
-    out = F.embedding_bag(bags, weight.to(dtype), mode="sum").to(weight.dtype)
+    table, most = weight.to(dtype), max(1, (_EMBEDDING_LIMIT - 1) // (groups * weight.shape[1]))
+    parts = [F.embedding_bag(some, table, mode="sum") for some in bags.split(most)]
+    out = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(weight.dtype)
     out = out.view(*index.shape[:-1], weight.shape[1])
     return out if straight_through is None else _StraightThrough.apply(out, straight_through, weight)
 

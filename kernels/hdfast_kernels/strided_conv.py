@@ -41,6 +41,10 @@ def strided_conv(
     if weight.ndim != 4 or weight.shape[2:] != (4, 4) or weight.shape[0 if transposed else 1] != x.shape[-1]:
         right = f"({x.shape[-1]}, O, 4, 4)" if transposed else f"(O, {x.shape[-1]}, 4, 4)"
         raise ValueError(f"strided_conv: weight has shape {tuple(weight.shape)}, expected {right}")
+    if 0 in weight.shape:
+        raise ValueError(
+            f"strided_conv: weight has shape {tuple(weight.shape)}, expected at least one channel"
+        )
     return dispatch.resolve("strided_conv", backend, x)(x, weight, transposed)
 
 

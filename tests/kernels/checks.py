@@ -154,10 +154,18 @@ def _outputs_and_gradients(function: Callable[..., Any], inputs: dict[str, Any])
     result = {str(position): output.detach() for position, output in enumerate(outputs)}
     if wanted:
         ends = [output for output in outputs if output.requires_grad]
-        slopes = [random(*end.shape, seed=100 + k).to(end.device, end.dtype) for k, end in enumerate(ends)]
+        slopes = [
+            _transposed(random(*end.shape, seed=100 + k).to(end.device, end.dtype))
+            for k, end in enumerate(ends)
+        ]
         gradients = torch.autograd.grad(ends, list(wanted.values()), slopes)
         result |= {f"grad {name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
     return result
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    """The same numbers, but the last two axes the other way round in memory: gradients come as they like."""
+    return tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor
 
 
 def _to_float64(value: Any) -> Any:

@@ -51,6 +51,17 @@ def test_a_table_replaces_what_was_there_and_gives_it_back(toy):
     assert dispatch.resolve_name(toy, None, CPU) == "native"
 
 
+def test_no_table_is_the_one_that_was_measured():
+    measured = dict(dispatch.CPU_DEFAULT)
+    before = dispatch.use("cpu", {})
+    try:
+        assert measured == dispatch.CPU_DEFAULT, "and nothing changes it"
+        assert dispatch.use("cpu", None) == {}
+        assert dispatch._DEFAULTS["cpu"] == measured
+    finally:
+        dispatch.use("cpu", before)
+
+
 @pytest.mark.parametrize(
     ("device", "table", "says"),
     [

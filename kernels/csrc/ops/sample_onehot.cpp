@@ -23,7 +23,7 @@ HDFAST_INLINE void set_one(bf16* at) { at->bits = 0x3f80; }
 template <bool Distribution, class T>
 void forward(const T* logits, const float* uniform, T* stoch, int64_t* index, float* logp, int64_t rows,
              int64_t classes, float unimix, int threads) {
-  if constexpr (Distribution) std::memset(static_cast<void*>(stoch), 0, rows * classes * sizeof(T));
+  if (Distribution && rows) std::memset(static_cast<void*>(stoch), 0, rows * classes * sizeof(T));
 #pragma omp parallel num_threads(threads)
   {
     Scratch<float> probs(classes);
