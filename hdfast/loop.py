@@ -4,6 +4,8 @@ Axes: N environments, B batch, T window length.
 """
 
 import contextlib
+import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,9 +25,16 @@ from hdfast.replay import Replay, ReplayError
 from hdfast.replay.contents import replay_specs
 from hdfast.runtime import checkpoint, graphs
 from hdfast.runtime.console import say
-from hdfast.runtime.device import describe_device, resolve_device, resolve_precision, restore_generator
+from hdfast.runtime.device import (
+    describe_device,
+    prepare_device,
+    resolve_device,
+    resolve_precision,
+    restore_generator,
+)
 from hdfast.runtime.errors import (
     NO_ROOM,
+    ConfigError,
     DiskFullError,
     EnvError,
     Interrupted,
@@ -78,17 +87,22 @@ def replay_errors() -> Iterator[None]:
         raise RunError(str(error)) from error
 
 
-def run(config: Config, task: Task) -> dict[str, Any]:
-    """Trains one task with one seed to its end, or goes on with it, and returns its last evaluation.
+def run(config: Config) -> dict[str, Any]:
+    """Trains one task with one seed (`config.seed`) to its end, or goes on with it; returns its last evaluation.
 
-    A finished run is not touched: its summary is returned as it was written.
+    The task may be left out where the suite has one. A finished run is not touched: its summary is returned as it was
+    written. On the CPU the threads of this process become those that the model gains by, see `prepare_device`.
 
     Raises:
         HdfastError: see `hdfast.runtime.errors`; what was learnt until then is saved.
     """
+    suite = get(config.suite)
+    task, *more = suite.select([config.task] if config.task else [])
+    if more:
+        raise ConfigError(f"a run is of one task, and {suite.name} has {1 + len(more)}", where="--task")
+    config = dataclasses.replace(config, task=task.name)
     device = resolve_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # Triton launches on the current one
+    prepare_device(device, config.little_work)
     graphs.check_graph(config.train.graph, device)
     envs.check(config.suite, task.name)  # before a mistyped name becomes a directory
     with (
@@ -107,7 +121,7 @@ def run(config: Config, task: Task) -> dict[str, Any]:
         if rundir.summary is not None:
             sys.stdout.write(f"{rundir.path}: finished already\n")
             return dict(rundir.summary)
-        with StopRequest() as stop, Session(config, get(config.suite), task, rundir, device, stop) as session:
+        with StopRequest() as stop, Session(config, suite, task, rundir, device, stop) as session:
             return session.run()
 
 
@@ -327,8 +341,8 @@ class Session:
         metrics = self.learner.metrics()
         metrics["skipped_updates"] = float(self.learner.skipped)
         metrics["replay_rows"] = min(self.replay.rows_added, self.replay.ring) * self.env.num_envs
-        for name in ("steps_per_second", "updates_per_second"):
-            metrics[name] = getattr(self.progress, name)
+        rates = {name: getattr(self.progress, name) for name in ("steps_per_second", "updates_per_second")}
+        metrics |= {name: rate for name, rate in rates.items() if not math.isnan(rate)}
         values = self.logger.log(self.agent_steps, self.learner.updates, metrics)
         prefix = "harmony/weight_"
         weights = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}

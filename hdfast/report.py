@@ -38,7 +38,8 @@ def collect(
 ) -> list[TaskScores]:
     """Reads the final evaluation of every finished run of `tasks` below `logdir`.
 
-    By default these are all tasks of the suite, or of one that has none of its own, those that were trained.
+    By default these are all tasks of the suite, or of one that has none of its own, those that were trained. A run that
+    cannot be read is warned of, and left out.
     """
     found = []
     for task in tasks if tasks is not None else suite.tasks or _trained(logdir, suite):
@@ -47,7 +48,12 @@ def collect(
             seed = path.name.removeprefix("seed")
             if not seed.isdecimal() or not (path / "config.json").exists():
                 continue
-            if (summary := rundir.read(path).summary) is not None:
+            try:
+                summary = rundir.read(path).summary
+            except RunError as error:  # the others' results are there all the same
+                errors.warn(str(error))
+                continue
+            if summary is not None:
                 scores[int(seed)] = float(summary["score"])
                 if "success" in summary:
                     success[int(seed)] = float(summary["success"])
@@ -63,9 +69,13 @@ def with_runs(logdir: Path) -> list[suites.Suite]:
 def _trained(logdir: Path, suite: suites.Suite) -> list[suites.Task]:
     tasks = {}
     for path in sorted((logdir / suite.name).glob("*/seed*/config.json")):
-        name = rundir.read(path.parent).config.get("task")
-        if not isinstance(name, str):
-            raise rundir.damaged(path, f"config.task is {name!r:.50}, right is a str")
+        try:
+            name = rundir.read(path.parent).config.get("task")
+            if not isinstance(name, str):
+                raise rundir.damaged(path, f"config.task is {name!r:.50}, right is a str")
+        except RunError as error:
+            errors.warn(str(error))
+            continue
         tasks[name] = suite.task(name)
     return list(tasks.values())
 
@@ -159,6 +169,8 @@ def _mean(values: Collection[float]) -> float:
 def _number(value: float) -> str:
     if math.isnan(value):
         return "-"
+    if abs(value) >= 1e12:
+        return f"{value:.3g}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 

@@ -15,8 +15,8 @@ def main() -> None:
     config = parse()
     suite = suites.get(config.suite)
     tasks = suite.select([config.task] if config.task else [])
-    prepare_device(resolve_device(config.device), config.little_work)
     if config.dry_run:
+        prepare_device(resolve_device(config.device), config.little_work)
         sys.stdout.write(describe(config, tasks) + "\n")
         return
     if config.prefill_agent_steps >= config.total_agent_steps:
@@ -24,7 +24,7 @@ def main() -> None:
         errors.warn(f"--agent-steps {config.agent_steps} {steps}")
     for seed in range(config.seed, config.seed + config.seeds):
         for task in tasks:
-            run(dataclasses.replace(config, task=task.name, seed=seed), task)
+            run(dataclasses.replace(config, task=task.name, seed=seed))
     report.show(suite, report.collect(config.logdir, suite, tasks))
 
 

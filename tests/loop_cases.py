@@ -61,7 +61,7 @@ def tiny(logdir: Path, **overrides: Any) -> Config:
 
 def train(config: Config) -> dict[str, Any]:
     """The run of a config, as `hdfast.train` does it."""
-    return loop.run(config, suites.get(config.suite).task(config.task))
+    return loop.run(config)
 
 
 def path_of(config: Config) -> Path:

@@ -1,5 +1,6 @@
 import fcntl
 import io
+import math
 import os
 import pty
 import re
@@ -75,6 +76,31 @@ def test_rates_are_those_of_the_last_minute_and_do_not_count_what_a_resumed_run_
     assert WINDOW_SECONDS == 60
 
 
+def test_random_steps_tell_nothing_of_the_time_left():
+    """They are hundreds of times as fast as steps with an update each."""
+    progress, clock, _ = piped(total=10_000)
+    for step in range(0, 1001, 100):
+        clock.now += 1
+        progress.update(agent_steps=step, updates=0)
+        assert math.isnan(progress.seconds_left)
+    assert progress.steps_per_second == pytest.approx(100)
+    for step in range(1, 30):
+        clock.now += 10
+        progress.update(agent_steps=1000 + step, updates=step)
+        if step == 1:
+            assert "left" not in progress.fields()
+    assert progress.steps_per_second == pytest.approx(0.1)
+    assert progress.seconds_left == pytest.approx((10_000 - 1029) * 10)
+
+
+def test_slow_updates_are_measured_over_more_than_a_minute():
+    progress, clock, _ = piped(total=10_000)
+    for step in range(100):
+        clock.now += 5 if step % 10 else 60  # now and then an evaluation
+        progress.update(agent_steps=step, updates=step + 1)
+    assert progress.steps_per_second == pytest.approx(20 / (18 * 5 + 2 * 60), rel=0.2)
+
+
 def test_the_last_line_is_not_said_twice():
     progress, _, stream = piped()
     with progress:
@@ -88,7 +114,7 @@ def test_the_last_line_is_not_said_twice():
 
 def test_a_run_that_stands_still_has_no_known_end():
     progress, clock, _ = piped()
-    progress.update(agent_steps=0)
+    progress.update(agent_steps=0, updates=1)
     for _ in range(100):
         clock.now += 1
         progress.update()
@@ -105,9 +131,9 @@ def test_a_message_is_kept_as_it_is():
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 120, 200])
 def test_the_live_line_fits_every_width_and_leaves_nothing_out(width):
     progress, clock, _ = piped(title="Pong")
-    progress.update(agent_steps=0, updates=0)
+    progress.update(agent_steps=0, updates=1)
     clock.now += 10
-    progress.update(agent_steps=50_000, updates=10, score=1.0, evaluation=2.0, phase="train")
+    progress.update(agent_steps=50_000, updates=11, score=1.0, evaluation=2.0, phase="train")
     lines = [line.plain for line in progress.live_lines(width)]
     text = "\n".join(lines)
     assert all(len(line) <= width for line in lines)

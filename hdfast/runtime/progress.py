@@ -16,7 +16,8 @@ from rich.text import Text
 
 from hdfast.runtime.console import Console
 
-WINDOW_SECONDS = 60.0  # rates and the time left are measured over this much of the past
+WINDOW_SECONDS = 60.0  # rates and the time left are measured over this much of the past, and
+WINDOW_UPDATES = 20  # at least so many updates, once there are any
 _SAMPLE_SECONDS = 0.5
 _BAR = (10, 40)  # narrowest and widest, in cells
 
@@ -119,8 +120,11 @@ class Progress:
 
     @property
     def seconds_left(self) -> float:
-        """Wall time to the end at the present rate; infinite while nothing moves, NaN while not known."""
-        rate = self.steps_per_second
+        """Wall time to the end at the present rate; infinite while nothing moves, NaN before there are updates.
+
+        Until then steps are random, and much faster.
+        """
+        rate = self.steps_per_second if self._updates else math.nan
         return (self._total - self._agent_steps) / rate if rate else math.inf
 
     def fields(self) -> dict[str, str]:
@@ -177,10 +181,15 @@ class Progress:
             self._console.file.flush()
 
     def _sample(self, now: float) -> None:
-        if not self._samples or now - self._samples[-1][0] >= _SAMPLE_SECONDS:
-            self._samples.append((now, self._agent_steps, self._updates))
-            while len(self._samples) > 2 and now - self._samples[1][0] >= WINDOW_SECONDS:
-                self._samples.popleft()
+        samples = self._samples
+        if samples and samples[-1][2] == 0 < self._updates:
+            samples.clear()  # learning begins: what was before tells nothing of what comes
+        if not samples or now - samples[-1][0] >= _SAMPLE_SECONDS:
+            samples.append((now, self._agent_steps, self._updates))
+            while len(samples) > 2 and now - samples[1][0] >= WINDOW_SECONDS:
+                if 0 < self._updates - samples[1][2] < WINDOW_UPDATES:
+                    break
+                samples.popleft()
 
     def _rate(self, column: int) -> float:
         if len(self._samples) < 2:
@@ -200,8 +209,10 @@ class _Line:
 
 
 def _number(value: float) -> str:
-    """Three digits or so: 12,345, 123, 12.3, 1.23, 0.12."""
+    """Three digits or so: 12345, 123, 12.3, 1.23, 0.12, and 1.2e+30."""
     size = abs(value)
+    if 1e7 <= size < math.inf:
+        return f"{value:.3g}"
     digits = 0 if size >= 99.95 else 1 if size >= 9.995 else 2
     return f"{value:.{digits}f}" if math.isfinite(value) else str(value)
 
