@@ -313,6 +313,8 @@ def main() -> int:
     keep_compiled_kernels()
     about = machine()
     on_gpu = about["device"].startswith("cuda")
+    if not on_gpu:
+        sys.stderr.write("no GPU here: recording what there is of this CPU\n")
     folder = args.out / re.sub(r"[^a-z0-9]+", "-", str(about["name"]).lower()).strip("-")
     record = Record(folder, began + args.seconds, on_gpu)
     record.found["machine"] = about

@@ -84,7 +84,8 @@ def replay_errors() -> Iterator[None]:
     except ReplayError as error:
         if error.errno in NO_ROOM:
             raise DiskFullError(str(error), hint="make room and run it again") from error
-        raise RunError(str(error)) from error
+        hint = "" if error.errno else "restore it from a copy, or remove the run's directory to start anew"
+        raise RunError(str(error), hint=hint) from error
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -214,11 +214,15 @@ def _run_remotely(command: Sequence[str], log: str, folder: str) -> int:
 
 
 def _last_line(log: Path) -> str:
-    """What a failed run said at its end: its error without the details below it, else its last line."""
+    """What a failed run said at its end: its error with the first of the details below it, else its last line."""
     lines = log.read_text(errors="replace").split("\n") if log.exists() else []
     lines = lines[max((i for i, line in enumerate(lines) if line.startswith("$ ")), default=0) :]
-    said = [line.strip() for line in lines if line.strip()]
-    return next((line for line in reversed(said) if line.startswith("error: ")), said[-1] if said else "")
+    said = [line.rstrip() for line in lines if line.strip()]
+    at = max((i for i, line in enumerate(said) if line.startswith("error: ")), default=-1)
+    if at < 0:
+        return said[-1].strip() if said else ""
+    details = [line.strip() for line in said[at + 1 : at + 2] if line.startswith(" ")]
+    return " ".join([said[at], *(f"({detail})" for detail in details)])
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -22,7 +22,6 @@ from hdfast.runtime.signals import StopRequest
 from hdfast.streams import make_envs
 from hdfast.tuning.choice import Choice
 from hdfast.tuning.search import (
-    BUDGET,
     DEFINITION,
     EAGER_TIMES,
     FINE,
@@ -34,7 +33,7 @@ from hdfast.tuning.search import (
 )
 from hdfast.tuning.settle import find, summary
 
-PATIENCE = 6 * BUDGET  # seconds; on a CPU an update takes a second, and nobody waits who does not want to
+PATIENCE = 6.0  # times that of a run: on a CPU an update may take seconds, and nothing waits for this
 
 
 def tune(config: Config, console: Console, *, again: bool) -> Choice:
@@ -62,7 +61,7 @@ def tune(config: Config, console: Console, *, again: bool) -> Choice:
     say(f"{describe_device(device)['name']}, {task.name}, {shape}, {precision}")
     with StopRequest() as stop:
         try:
-            return find(job, check=stop.check, tell=tell, again=again, budget=PATIENCE)
+            return find(job, check=stop.check, tell=tell, again=again, patience=PATIENCE)
         except TuningError as error:
             raise RunError(f"not even plain PyTorch could be tried: {error}") from error
 

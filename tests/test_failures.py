@@ -14,7 +14,9 @@ from hdfast import loop, train
 from hdfast.agent.learner import Learner
 from hdfast.agent.world_model import WorldModel
 from hdfast.envs import base
+from hdfast.replay.chunk import ReplayError
 from hdfast.runtime import checkpoint
+from hdfast.runtime.errors import RunError
 from hdfast_kernels import dispatch
 from tests import loop_cases
 from tests.loop_cases import (
@@ -332,3 +334,11 @@ def test_an_unexpected_error_keeps_its_traceback_and_the_run(tmp_path, monkeypat
     assert saved(config).meta["agent_steps"] == 22
     loop_cases.train(config)
     assert int(saved(config).tensors["learner.updates"]) == 15
+
+
+def test_a_replay_that_is_not_whole_names_the_way_out():
+    with pytest.raises(
+        RunError, match="the replay ends at row 0; restore it from a copy, or remove the run's"
+    ):  # noqa: SIM117
+        with loop.replay_errors():
+            raise ReplayError("the replay ends at row 0")

@@ -340,7 +340,7 @@ def test_a_run_searches_once_where_it_does_so_by_itself(monkeypatch):
     said, searched = [], []
     found = Choice({"kl_balance": "native"}, False, {TIMES: {"ms": {"plain PyTorch": 12.34, "fused": 5.0}}})
 
-    def search(job, *, check, tell, budget):
+    def search(job, *, check, tell, limit, budget):
         searched.append(job)
         return found
 
@@ -401,7 +401,7 @@ def test_the_door_tells_and_remembers(monkeypatch, capfd):
     }
     searched = []
 
-    def search(job, *, check, tell, budget):
+    def search(job, *, check, tell, limit, budget):
         searched.append(job)
         tell({"begin": "linear"})
         tell({"end": "linear", "right": False, "why": "off"})

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from hdfast.runtime.device import describe_device
 from hdfast.runtime.errors import warn
 from hdfast.tuning.choice import Choice, alone, path_of, remember, remembered
-from hdfast.tuning.search import BUDGET, Job, Report, TuningError, milliseconds, search
+from hdfast.tuning.search import BUDGET, LIMIT, Job, Report, TuningError, milliseconds, search
 
 AUTOMATIC = ("cuda",)  # types of devices on which a run searches by itself; the CPU's defaults are measured
 
@@ -35,11 +35,11 @@ def find(
     say: Callable[[str], None] = lambda line: None,
     tell: Report = lambda line: None,
     again: bool = False,
-    budget: float = BUDGET,
+    patience: float = 1.0,
 ) -> Choice:
     """What is remembered, else or if `again` what a search finds; one process searches while the others wait for it.
 
-    check, say: as for `settle`. tell, budget: of the search itself.
+    check, say: as for `settle`. tell: of the search itself. patience: its times are longer by this factor.
 
     Raises: TuningError.
     """
@@ -54,7 +54,7 @@ def find(
         say(
             f"{name}: finding the fastest kernels for this model, once; takes a minute or two (--train.no-tune: not)"
         )
-        found = search(job, check=check, tell=tell, budget=budget)
+        found = search(job, check=check, tell=tell, limit=patience * LIMIT, budget=patience * BUDGET)
         timed = bool(
             milliseconds(found.report)
         )  # else something was in the way, which may be gone the next time
