@@ -88,16 +88,19 @@ def test_ops_that_crash_or_hang_cost_only_themselves(monkeypatch, tmp_path):
             def refuse(*args, **kwargs):
                 raise ValueError("out of registers")
 
+            from hdfast.tuning import trials
+            few = ("image_loss", "kl_balance", "lambda_return", "linear", "two_hot_mean")
+            trials.Trials.candidates = lambda self: dict.fromkeys(few, "native")
             plant("kl_balance", lambda *args, **kwargs: os.abort())
             plant("lambda_return", lambda *args, **kwargs: time.sleep(1000))
             plant("two_hot_mean", refuse)
         """,
     )
-    found = searching.search(job(), check=lambda: None, tell=lambda line: None, limit=40)
+    found = searching.search(job(), check=lambda: None, tell=lambda line: None, limit=6)
     wrong = {op: line["why"] for op, line in found.report.items() if not line["right"]}
     assert wrong == {
         "kl_balance": "its process ended by signal 6",
-        "lambda_return": "no end within 40 s",
+        "lambda_return": "no end within 6 s",
         "two_hot_mean": "ValueError: out of registers",
     }
     assert found.report[TIMES]["right"]
@@ -186,12 +189,14 @@ def test_what_is_known_counts_where_the_process_ends_badly(monkeypatch, tmp_path
         """
         import atexit, os, sys
         if "hdfast.tuning.search" in sys.orig_argv:
+            from hdfast.tuning import trials
+            trials.Trials.candidates = lambda self: {"kl_balance": "native", "linear": "native"}
             atexit.register(os.abort)
         """,
     )
     found = searching.search(job(), check=lambda: None, tell=lambda line: None)
     assert found.ops is not None
-    assert found.report[FINE]["right"]
+    assert found.report[TIMES]["right"]
 
 
 def test_times_without_graphs_stand_in_where_graphs_cannot_be_timed(monkeypatch):

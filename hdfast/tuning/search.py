@@ -63,7 +63,8 @@ def search(
     """Tries all that could be chosen, and returns what is right and fastest.
 
     check: called while waiting; what it raises ends the search. tell: is given every line.
-    limit, budget: seconds for one trial and for all; what is not done by then has failed.
+    limit, budget: seconds for one trial and for all; what is not done by then has failed. What all are compared with
+        has at least LIMIT.
 
     Raises: TuningError.
     """
@@ -199,14 +200,16 @@ def _lines(
         lines.open("rb") as reader,
     ):  # fmt: skip
         try:
-            until, rest, over = time.monotonic() + limit, b"", False
+            until, rest, over = time.monotonic() + max(limit, LIMIT), b"", False
             while not over:
                 over = process.poll() is not None  # what it wrote before it ended is read after
                 rest += reader.read()
                 *whole, rest = rest.split(b"\n")
                 for line in whole:
-                    until = time.monotonic() + limit
-                    yield json.loads(line)
+                    told = json.loads(line)
+                    first = told.get("begin") == DEFINITION
+                    until = time.monotonic() + (max(limit, LIMIT) if first else limit)
+                    yield told
                 if time.monotonic() > min(until, end):
                     late = "the time for all trials was over"
                     yield {"reason": late if until > end else f"no end within {limit:.0f} s"}
