@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import dispatch
 from .adam_native import adam_step_native
+from .numerics import check_device, check_shape
 
 
 def adam_step_reference(
@@ -83,10 +84,11 @@ def adam_step(
     """Update `params`, `exp_avg`, `exp_avg_sq` and `step` in place.
 
     Args:
-        params, grads, exp_avg, exp_avg_sq: at least one float32 tensor each, shapes alike by position.
+        params, grads, exp_avg, exp_avg_sq: at least one float32 tensor each, shapes alike by position, on one
+            device. Native copies those that are not contiguous to and fro.
         step: scalar float32, the number of steps done; becomes one more.
         lr: learning rate, a number or a scalar tensor on the parameters' device.
-        betas, eps: of Adam.
+        betas, eps: of Adam; betas in [0, 1).
         weight_decay: added to the gradient times the parameter, after the clip.
         max_norm: the global norm that the gradient is scaled down to where it is larger.
         apply: scalar bool tensor; False leaves the step out too.
@@ -96,18 +98,59 @@ def adam_step(
         norm: scalar float32, the global norm before the clip.
         applied: scalar bool, whether the norm is finite and `apply` is not False; if not, nothing was changed.
 
-    Raises ValueError on tensors that do not fit together; `dispatch.BackendError` if the backend cannot run
-    here.
+    Raises ValueError on tensors that do not fit together, None among them, a `step` or `apply` that is no such
+    scalar, or betas out of range; `dispatch.BackendError` if the backend cannot run here.
     """
     params, grads, exp_avg, exp_avg_sq = list(params), list(grads), list(exp_avg), list(exp_avg_sq)
-    shapes = [param.shape for param in params]
-    for name, tensors in (("grads", grads), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        if not params or [tensor.shape for tensor in tensors] != shapes:
-            raise ValueError(f"adam_step: params are none, or {name} are not as many, of the same shapes")
-    if step.ndim or step.dtype != torch.float32:
-        raise ValueError(f"adam_step: step is {step.dtype} {tuple(step.shape)}, expected a float32 scalar")
+    _check_fit(params, grads=grads, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    _check_scalar("step", step, torch.float32)
+    if apply is not None:
+        _check_scalar("apply", apply, torch.bool)
+    rate = lr if isinstance(lr, Tensor) else None
+    check_device("adam_step", params=params[0], step=step, apply=apply, lr=rate)
+    beta1, beta2 = betas
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"adam_step: betas are {tuple(betas)}, expected two numbers in [0, 1)")
     run = dispatch.resolve("adam_step", backend, params[0])
     return run(params, grads, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay, max_norm, apply)
+
+
+def _check_fit(params: list[Tensor], **others: list[Tensor]) -> None:
+    """Raise ValueError unless all are tensors on one device, as many of each, shapes alike by position."""
+    if not params or any(len(tensors) != len(params) for tensors in others.values()):
+        counts = ", ".join(f"{len(tensors)} {name}" for name, tensors in others.items())
+        raise ValueError(
+            f"adam_step: {len(params)} params, {counts}; expected as many of each, and at least 1"
+        )
+    lists = {"params": params, **others}
+    if _fit(*lists.values()):
+        return
+    for name, tensors in lists.items():  # hundreds of them: names are put together for a message alone
+        for position, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+            place = f"{name}[{position}]"
+            if not isinstance(tensor, Tensor):
+                raise ValueError(
+                    f"adam_step: {place} is {tensor}, expected a tensor; leave its parameter out"
+                )
+            check_shape("adam_step", place, tensor, param.shape)
+            check_device("adam_step", **{"params[0]": params[0], place: tensor})
+
+
+def _fit(params: list[Tensor], *others: list[Tensor]) -> bool:
+    try:
+        shapes, device = [param.shape for param in params], params[0].device
+        return all([tensor.shape for tensor in tensors] == shapes for tensors in others) and all(
+            tensor.device == device for tensors in (params, *others) for tensor in tensors
+        )
+    except AttributeError:
+        return False
+
+
+def _check_scalar(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    if not isinstance(value, Tensor) or value.ndim or value.dtype != dtype:
+        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(f"adam_step: {name} is {got}, expected a {kind} scalar tensor")
 
 
 dispatch.register(

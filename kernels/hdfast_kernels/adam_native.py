@@ -21,16 +21,23 @@ def adam_step_native(
     max_norm: float,
     apply: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `hdfast_kernels.adam_step`; what is changed in place must be contiguous."""
-    for tensor in (*params, *exp_avg, *exp_avg_sq):
+    """See `hdfast_kernels.adam_step`; what is changed in place and not contiguous is changed in a copy first."""
+    changed, strided = (*params, *exp_avg, *exp_avg_sq), False
+    for tensor in changed:
         if tensor.dtype != torch.float32:
             raise TypeError(f"adam_step: a tensor is {tensor.dtype}, expected float32")
+        strided = strided or not tensor.is_contiguous()
+    laid, count = [tensor.contiguous() for tensor in changed] if strided else changed, len(params)
     grads = [native.as_float(grad) for grad in grads]
     norm, applied = native.empty(), torch.ones((), dtype=torch.bool) if apply is None else apply.clone()
     sizes = torch.tensor([param.numel() for param in params], dtype=torch.int64)
     native.module().adam_step(
-        *([native.ptr(tensor) for tensor in tensors] for tensors in (params, grads, exp_avg, exp_avg_sq)),
-        native.ptr(sizes), len(params), native.ptr(step), float(lr), *betas, eps, weight_decay, max_norm,
+        *([native.ptr(tensor) for tensor in tensors]
+          for tensors in (laid[:count], grads, laid[count : 2 * count], laid[2 * count :])),
+        native.ptr(sizes), count, native.ptr(step), float(lr), *betas, eps, weight_decay, max_norm,
         native.ptr(norm), native.ptr(applied), native.threads(),
     )  # fmt: skip
+    for tensor, copy in zip(changed, laid, strict=True) if strided else ():
+        if copy is not tensor:
+            tensor.copy_(copy)
     return norm, applied

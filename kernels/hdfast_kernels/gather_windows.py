@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, native
+from .numerics import check_device
 
 
 def gather_windows_reference(storage: Tensor, starts: Tensor, length: int, ring: int) -> Tensor:
@@ -20,6 +21,11 @@ def gather_windows_reference(storage: Tensor, starts: Tensor, length: int, ring:
 
 
 def _gather_windows_native(storage: Tensor, starts: Tensor, length: int, ring: int) -> Tensor:
+    if not storage.is_contiguous():
+        got = f"shape {tuple(storage.shape)} and strides {storage.stride()}"
+        raise ValueError(
+            f'gather_windows: native takes a contiguous storage, got one of {got}; use backend="reference"'
+        )
     out = storage.new_empty((length, starts.shape[0], *storage.shape[1:]))
     rows = storage.shape[0]
     row_bytes = storage.element_size() * (storage.numel() // rows) if rows else 0
@@ -29,7 +35,9 @@ def _gather_windows_native(storage: Tensor, starts: Tensor, length: int, ring: i
     )  # fmt: skip
     if wrong >= 0:
         start = starts[wrong].item()
-        raise IndexError(f"starts[{wrong}] = {start} is outside the {rows} rows of the storage")
+        raise IndexError(
+            f"gather_windows: starts[{wrong}] = {start} is outside the {rows} rows of the storage"
+        )
     return out
 
 
@@ -38,15 +46,19 @@ def gather_windows(
 ) -> Tensor:
     """Rows of `storage` (R, ...) from `starts` (B,) int64 on, `length` each, as a new tensor (T, B, ...).
 
-    Any dtype; no gradient. The native backend needs a contiguous storage. Raises ValueError where the shapes
-    do not fit and, on the CPU, IndexError where a start lies outside the storage (on CUDA that is a
+    Any dtype; no gradient.
+
+    Raises ValueError where shapes or devices do not fit, and from native where the storage is not contiguous, since
+    a copy would be of all of it; on the CPU, IndexError where a start lies outside the storage (on CUDA that is a
     device-side assertion, so that nothing synchronises).
     """
     if starts.ndim != 1 or starts.dtype != torch.int64:
-        raise ValueError(f"starts must be int64 of shape (B,), got {starts.dtype} {tuple(starts.shape)}")
+        got = f"{starts.dtype} {tuple(starts.shape)}"
+        raise ValueError(f"gather_windows: starts must be int64 of shape (B,), got {got}")
     if length < 1 or ring < 1 or storage.ndim < 1 or storage.shape[0] % ring:
-        shape = tuple(storage.shape)
-        raise ValueError(f"length {length} and ring {ring} must be positive, ring divide the rows of {shape}")
+        must = f"must be positive, ring divide the rows of {tuple(storage.shape)}"
+        raise ValueError(f"gather_windows: length {length} and ring {ring} {must}")
+    check_device("gather_windows", storage=storage, starts=starts)
     implementation = dispatch.resolve("gather_windows", backend, storage)
     return implementation(storage, starts, length, ring)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hdfast_kernels.dispatch import FUSED_DTYPES
 from hdfast_kernels.harmony_loss import harmony_loss
 
 MODES = ("learned", "fixed", "off")
@@ -64,12 +65,13 @@ class Harmonizer(nn.Module):
         groups: for each group the losses in it and their weights inside it.
         mode: "learned", "fixed" or "off".
         regularizer: the factor of log(1 + exp(s)) of a group; 1 where it is not given.
-        fixed: mode "fixed": the weight of a group; 1 where it is not given.
+        fixed: the weight of a group; 1 where it is not given. Another number is for mode "fixed" alone.
         scales: the factor of a loss that no group weighs, that is of the losses in no group, and in mode
             "off" of every loss; 1 where it is not given. DreamerV3 in mode "off": {"dyn": 0.5, "rep": 0.1}.
         backend: passed on to `harmony_loss`.
 
-    Raises ValueError on an unknown mode, an unknown group in regularizer or fixed, or a loss in two groups.
+    Raises ValueError on an unknown mode, an unknown group in regularizer or fixed, a weight in fixed that the mode
+    would not use, or a loss in two groups; TypeError if groups, or one of them, is no mapping.
     """
 
     def __init__(
@@ -85,6 +87,12 @@ class Harmonizer(nn.Module):
         super().__init__()
         if mode not in MODES:
             raise ValueError(f"Harmonizer: mode is {mode!r}, expected one of {', '.join(MODES)}")
+        expected = "expected a mapping from its losses to their weights, as {'reward': 1.0}"
+        if not isinstance(groups, Mapping):
+            raise TypeError(f"Harmonizer: groups is {groups!r}, for each group by name {expected}")
+        for name, members in groups.items():
+            if not isinstance(members, Mapping):
+                raise TypeError(f"Harmonizer: group {name!r} is {members!r}, {expected}")
         self.mode = mode
         self.groups = {name: dict(members) for name, members in groups.items()}
         self.scales = dict(scales or {})
@@ -92,6 +100,10 @@ class Harmonizer(nn.Module):
         regularizer, fixed = dict(regularizer or {}), dict(fixed or {})
         for argument, given in (("regularizer", regularizer), ("fixed", fixed)):
             _check_known(given, self.groups, f"{argument} of a group that does not exist")
+        if mode != "fixed" and (unused := {name: weight for name, weight in fixed.items() if weight != 1}):
+            raise ValueError(
+                f"Harmonizer: mode is {mode!r} and would not use fixed={unused}, expected mode 'fixed'"
+            )
         members = [loss for group in self.groups.values() for loss in group]
         if twice := sorted({loss for loss in members if members.count(loss) > 1}):
             raise ValueError(f"Harmonizer: in more than one group: {', '.join(twice)}")
@@ -110,7 +122,7 @@ class Harmonizer(nn.Module):
 
         Args:
             losses: by name, float tensors on one device: one value per row, all of one shape (which is
-                fastest), or of several shapes, scalars too.
+                fastest), or of several shapes, scalars too. What is neither float32 nor bfloat16 is made float32.
 
         Returns:
             total: float32 scalar, differentiable in the losses and log_sigma.
@@ -118,11 +130,20 @@ class Harmonizer(nn.Module):
                 mean, `weighted/<name>` the same times its weight; and in the modes "learned" and "fixed" for
                 each group `harmony/weight_<group>`, in "learned" also `harmony/s_<group>`.
 
-        Raises ValueError if a loss that `groups` or (if used) `scales` names is missing, or no loss is given.
+        Raises ValueError if a loss that `groups` or (if used) `scales` names is missing, or no loss is given;
+        TypeError if losses is no mapping or a loss no tensor.
         """
+        if not isinstance(losses, Mapping):
+            raise TypeError(
+                f"Harmonizer: losses are a {type(losses).__name__}, expected a mapping from their names"
+            )
         if not losses:
             raise ValueError("Harmonizer: no losses were given")
-        names, values = tuple(losses), list(losses.values())
+        for name, loss in losses.items():
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"Harmonizer: loss {name!r} is a {type(loss).__name__}, expected a tensor")
+        names = tuple(losses)
+        values = [loss if loss.dtype in FUSED_DTYPES else loss.float() for loss in losses.values()]
         if any(value.shape != values[0].shape for value in values):
             values = [value.float().mean() for value in values]
         plan = self._plan(names, values[0].device)

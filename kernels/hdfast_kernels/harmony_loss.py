@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from . import dispatch
 from ._triton import tl, triton
 from .harmony_loss_native import harmony_loss_native
-from .numerics import check_shape, compute_dtype
+from .numerics import check_device, check_shape, compute_dtype
 
 # Forward is one program, so that one launch gives the whole sum: 1,024 rows are one block of 4 numbers a
 # thread, all losses' loads in flight together. Tens of thousands of rows would want a program for each loss
@@ -188,7 +188,7 @@ def harmony_loss(
         total: scalar float32, differentiable in the losses and in log_sigma.
         means: (L,) float32, the raw mean of each loss, detached.
 
-    Raises ValueError on lengths, groups or shapes that do not fit; `dispatch.BackendError` if the backend
+    Raises ValueError on lengths, groups, shapes or devices that do not fit; `dispatch.BackendError` if the backend
     cannot run here.
     """
     if not losses or not len(losses) == len(group) == len(weight):
@@ -199,8 +199,11 @@ def harmony_loss(
     check_shape("harmony_loss", "log_sigma", log_sigma, (len(regularizer),))
     if not losses[0].numel():
         raise ValueError("harmony_loss: the losses are empty and have no mean")
+    device = log_sigma.device
     for position, (loss, number) in enumerate(zip(losses, group, strict=True)):
         check_shape("harmony_loss", f"losses[{position}]", loss, losses[0].shape)
+        if loss.device != device:
+            check_device("harmony_loss", log_sigma=log_sigma, **{f"losses[{position}]": loss})
         if not -1 <= number < len(regularizer):
             raise ValueError(
                 f"harmony_loss: group[{position}] is {number}, expected -1 to {len(regularizer) - 1}"

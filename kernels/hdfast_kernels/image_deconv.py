@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import dispatch
 from .image_deconv_native import CHANNELS, image_deconv_native
-from .numerics import check_shape
+from .numerics import check_device, check_shape
 
 
 def image_deconv_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -36,12 +36,13 @@ def image_deconv(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None
 
     Returns (N, 2H, 2W, C) in x's dtype, sums in float32. Differentiable in all three.
 
-    Raises ValueError on shapes that do not fit; `dispatch.BackendError` if the backend cannot run here.
+    Raises ValueError on shapes or devices that do not fit; `dispatch.BackendError` if the backend cannot run here.
     """
     if x.ndim != 4:
         raise ValueError(f"image_deconv: x has shape {tuple(x.shape)}, expected (N, H, W, K)")
     check_shape("image_deconv", "weight", weight, (x.shape[-1], *weight.shape[1:2], 4, 4))
     check_shape("image_deconv", "bias", bias, weight.shape[1:2])
+    check_device("image_deconv", x=x, weight=weight, bias=bias)
     if backend is None and weight.shape[1] > CHANNELS:
         backend = "reference"
     elif backend == "native" and weight.shape[1] > CHANNELS:

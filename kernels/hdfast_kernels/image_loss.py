@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from . import dispatch
 from ._triton import tl, triton
 from .image_loss_native import image_loss_native
-from .numerics import check_shape, compute_dtype
+from .numerics import check_axes, check_device, check_shape, compute_dtype
 from .tiles import as_rows
 
 # 16 pixels a thread are one 16-byte load of the image and two of a bfloat16 prediction; 64 x 64 x 3 pixels
@@ -93,10 +93,12 @@ def image_loss(pred: Tensor, image: Tensor, *, backend: str | None = None) -> Te
 
     Returns (...) float32 (float64 for float64 pred). Differentiable in pred.
 
-    Raises ValueError on shapes that do not fit, TypeError if image is not uint8; `dispatch.BackendError` if
-    the backend cannot run here.
+    Raises ValueError on shapes or devices that do not fit, TypeError if image is not uint8;
+    `dispatch.BackendError` if the backend cannot run here.
     """
+    check_axes("image_loss", "pred", pred, "...", "H", "W", "C")
     check_shape("image_loss", "image", image, pred.shape)
+    check_device("image_loss", pred=pred, image=image)
     if image.dtype != torch.uint8:
         raise TypeError(f"image_loss: image has dtype {image.dtype}, expected uint8")
     return dispatch.resolve("image_loss", backend, pred)(pred, image)

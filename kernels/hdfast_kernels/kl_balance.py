@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from . import dispatch
 from ._triton import tl, triton
 from .kl_balance_native import kl_balance_native
-from .numerics import check_shape, compute_dtype
+from .numerics import check_axes, check_device, check_shape, compute_dtype
 from .tiles import as_rows
 
 
@@ -127,9 +127,11 @@ def kl_balance(
     Returns dyn and rep, each (...), in the dtype of post_logp. Both have the same value; dyn has a gradient
     to prior_logp only, rep to post_logp only, and a row whose KL is below `free` has none.
 
-    Raises ValueError on shapes that do not fit; `dispatch.BackendError` if the backend cannot run here.
+    Raises ValueError on shapes or devices that do not fit; `dispatch.BackendError` if the backend cannot run here.
     """
+    check_axes("kl_balance", "post_logp", post_logp, "...", "S", "K")
     check_shape("kl_balance", "prior_logp", prior_logp, post_logp.shape)
+    check_device("kl_balance", post_logp=post_logp, prior_logp=prior_logp)
     return dispatch.resolve("kl_balance", backend, post_logp)(post_logp, prior_logp, free)
 
 

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from . import dispatch
 from ._triton import tl, triton
 from .layer_norm_gru_native import layer_norm_gru_native
-from .numerics import check_eps, check_shape, compute_dtype
+from .numerics import check_axes, check_device, check_eps, check_shape, compute_dtype
 from .tiles import PARTIALS, as_rows, row_tile, tanh, tanh_and_slope
 
 # Numbers of one gate in a tile and for each thread. Backward holds 6 accumulators and some 15 operands: 8 a
@@ -312,13 +312,15 @@ def layer_norm_gru(
 
     Returns (..., D) in deter's dtype, computed in float32. Differentiable in gates, deter, weight and bias.
 
-    Raises ValueError on shapes that do not fit or an eps that is not positive;
+    Raises ValueError on shapes or devices that do not fit or an eps that is not positive;
     `dispatch.BackendError` if the backend cannot run here.
     """
+    check_axes("layer_norm_gru", "deter", deter, "...", "D")
     check_shape("layer_norm_gru", "gates", gates, (*deter.shape[:-1], 3 * deter.shape[-1]))
     check_shape("layer_norm_gru", "weight", weight, gates.shape[-1:])
     check_shape("layer_norm_gru", "bias", bias, gates.shape[-1:])
     check_eps("layer_norm_gru", eps)
+    check_device("layer_norm_gru", gates=gates, deter=deter, weight=weight, bias=bias)
     return dispatch.resolve("layer_norm_gru", backend, gates)(gates, deter, weight, bias, eps)
 
 

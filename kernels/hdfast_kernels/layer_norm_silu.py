@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from . import dispatch
 from ._triton import tl, triton
 from .layer_norm_silu_native import layer_norm_silu_native
-from .numerics import check_eps, check_shape, compute_dtype
+from .numerics import check_axes, check_device, check_eps, check_shape, compute_dtype
 from .tiles import PARTIALS, as_rows, normalise, row_tile
 
 
@@ -127,12 +127,14 @@ def layer_norm_silu(
 
     Returns (..., C) in x's dtype, computed in float32. Differentiable in x, weight and bias.
 
-    Raises ValueError if weight or bias is not (C,) or eps is not positive;
+    Raises ValueError if weight or bias is not (C,) or on another device, or eps is not positive;
     `dispatch.BackendError` if the backend cannot run here.
     """
+    check_axes("layer_norm_silu", "x", x, "...", "C")
     check_shape("layer_norm_silu", "weight", weight, x.shape[-1:])
     check_shape("layer_norm_silu", "bias", bias, x.shape[-1:])
     check_eps("layer_norm_silu", eps)
+    check_device("layer_norm_silu", x=x, weight=weight, bias=bias)
     return dispatch.resolve("layer_norm_silu", backend, x)(x, weight, bias, eps)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import dispatch
 from .linear_native import linear_native
-from .numerics import check_shape
+from .numerics import check_axes, check_device, check_shape
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -13,16 +13,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
     Args:
         x: (..., K) float32 or bfloat16.
-        weight: (N, K), bias: (N,) or None, of x's dtype.
+        weight: (N, K), bias: (N,) or None; rounded to x's dtype, which costs a copy where theirs is another.
         backend: "reference" or "native"; None lets `dispatch` choose.
 
     Returns (..., N) in x's dtype. Differentiable in all three, once.
 
-    Raises ValueError on shapes that do not fit; `dispatch.BackendError` if the backend cannot run here.
+    Raises ValueError on shapes or devices that do not fit, TypeError if the dtypes differ and x's is an integer
+    one; `dispatch.BackendError` if the backend cannot run here.
     """
+    check_axes("linear", "x", x, "...", "K")
     check_shape("linear", "weight", weight, (*weight.shape[:1], *x.shape[-1:]))
     if bias is not None:
         check_shape("linear", "bias", bias, weight.shape[:1])
+    check_device("linear", x=x, weight=weight, bias=bias)
+    if x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):
+        if not x.is_floating_point():
+            raise TypeError(
+                f"linear: x has dtype {x.dtype}, expected a float one, as weight's {weight.dtype}"
+            )
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     return dispatch.resolve("linear", backend, x)(x, weight, bias)
 
 

@@ -16,6 +16,25 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)}")
 
 
+def check_axes(op: str, name: str, tensor: Tensor, *axes: str) -> None:
+    """Raise ValueError unless a tensor has these axes; where the first is "...", also any number before them."""
+    right = tensor.ndim >= len(axes) - 1 if axes[0] == "..." else tensor.ndim == len(axes)
+    if not right:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected ({', '.join(axes)})")
+
+
+def check_device(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors, but for those that are None, are on the device of the first.
+
+    PyTorch itself answers some mixtures with numbers that nobody computed.
+    """
+    (first, like), *others = tensors.items()
+    device = like.device
+    for name, tensor in others:
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, {first} on {device}; expected one device")
+
+
 def check_eps(op: str, eps: float) -> None:
     """Raise ValueError unless a norm's eps is positive: a constant row would divide by zero."""
     if not eps > 0:

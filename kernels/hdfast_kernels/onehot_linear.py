@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from ._triton import tl, triton
-from .numerics import check_shape, compute_dtype
+from .numerics import check_axes, check_device, check_shape, compute_dtype
 from .onehot_linear_native import onehot_linear_native
 from .tiles import as_rows, row_tile
 
@@ -169,8 +169,8 @@ def onehot_linear(
     """A linear layer without bias on one-hot latents that are given by their class indices.
 
     Args:
-        index: (..., S) integer, the class of each group in [0, K), K = weight.shape[0] // S. It is not
-            range-checked: the result for other values is undefined.
+        index: (..., S) integer, the class of each group in [0, K), K = weight.shape[0] // S. Only native checks
+            that: elsewhere the result for other values is undefined.
         weight: (S*K, U) float32 or bfloat16, group-major: row s*K + k belongs to class k of group s.
         straight_through: optional (..., S, K) latents that `index` stands for. Their value is not read; they
             receive the gradient `grad @ weight.T`.
@@ -179,13 +179,14 @@ def onehot_linear(
     Returns (..., U) in weight's dtype, summed in float32. Differentiable in weight and, as said, in
     straight_through.
 
-    Raises ValueError on shapes that do not fit; TypeError if index is not integer; `dispatch.BackendError` if
-    the backend cannot run here.
+    Raises ValueError on shapes or devices that do not fit; TypeError if index is not integer; IndexError, from
+    native, for a class outside [0, K); `dispatch.BackendError` if the backend cannot run here.
     """
+    check_axes("onehot_linear", "index", index, "...", "S")
     groups = index.shape[-1]
     if index.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"onehot_linear: index has dtype {index.dtype}, expected int64 or int32")
-    if weight.ndim != 2 or weight.shape[0] % groups:
+    if weight.ndim != 2 or not groups or weight.shape[0] % groups:
         raise ValueError(
             f"onehot_linear: weight has shape {tuple(weight.shape)}, expected ({groups} groups * K, U)"
         )
@@ -193,6 +194,7 @@ def onehot_linear(
         check_shape(
             "onehot_linear", "straight_through", straight_through, (*index.shape, weight.shape[0] // groups)
         )
+    check_device("onehot_linear", weight=weight, index=index, straight_through=straight_through)
     return dispatch.resolve("onehot_linear", backend, weight)(index, weight, straight_through)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from hdfast_kernels import dispatch
 from hdfast_kernels.layer_norm_gru import layer_norm_gru_reference
 from hdfast_kernels.layer_norm_silu import layer_norm_silu_reference
-from hdfast_kernels.numerics import check_shape, compute_dtype
+from hdfast_kernels.numerics import check_axes, check_device, check_shape, compute_dtype
 from hdfast_kernels.rssm_observe_native import rssm_observe_native
 from hdfast_kernels.rssm_observe_triton import rssm_observe_triton
 from hdfast_kernels.sample_onehot import sample_onehot_reference
@@ -114,7 +114,8 @@ def rssm_observe(
         is_first: (T, B) bool; such a step starts from the initial state. Step 0 always does.
         uniform: (T, B, S) float32 in [0, 1): the random numbers that choose the classes (inverse CDF).
         initial_deter: (D,) of the initial state, in (-1, 1).
-        initial_index: (S,) int64, the classes of the initial latent.
+        initial_index: (S,) int64, the classes of the initial latent, in [0, K). Native raises where one is not. The
+            others, which may run on a GPU, do not look: to them such a group has no class, a vector of zeros.
         in_stoch: (S*K, U), the latent part of the input layer, one row per class.
         gru: (3D, D+U), rows reset, candidate, update; columns deter, x.
         post_deter: (U, D), the deter half of the posterior's first layer.
@@ -133,17 +134,21 @@ def rssm_observe(
         initial_deter and all weights, through stoch from each step into the next unless that is first.
 
     Raises:
-        ValueError: if shapes do not fit, T is 0, or a matrix has another dtype than gru.
+        ValueError: if shapes or devices do not fit, T is 0, or a matrix has another dtype than gru.
+        IndexError: from native, if a class of initial_index is not in [0, K).
         dispatch.BackendError: if the backend cannot run on these tensors.
     """
+    check_axes("rssm_observe", "uniform", uniform, "T", "B", "S")
+    check_axes("rssm_observe", "post_deter", post_deter, "U", "D")
+    check_axes("rssm_observe", "in_stoch", in_stoch, "S*K", "U")
     T, B, S = uniform.shape
     U, D = post_deter.shape
     classes = in_stoch.shape[0]
-    if T == 0 or classes % S:
+    if T == 0 or S == 0 or classes % S:
         raise ValueError(
-            f"rssm_observe: uniform {tuple(uniform.shape)} needs T > 0 and S dividing {classes} classes"
+            f"rssm_observe: uniform {tuple(uniform.shape)} needs T > 0, S > 0 and S dividing {classes} classes"
         )
-    for name, value, shape in (
+    given = (
         ("embed", embed, (T, B, U)),
         ("action", action, (T, B, U)),
         ("is_first", is_first, (T, B)),
@@ -159,12 +164,15 @@ def rssm_observe(
         ("post_norm_bias", post_norm_bias, (U,)),
         ("logit_weight", logit_weight, (classes, U)),
         ("logit_bias", logit_bias, (classes,)),
-    ):
+    )
+    for name, value, shape in given:
         check_shape("rssm_observe", name, value, shape)
         if name in ("in_stoch", "logit_weight") and not value.dtype == post_deter.dtype == gru.dtype:
             raise ValueError(
                 f"rssm_observe: {name} is {value.dtype}, post_deter {post_deter.dtype}, gru {gru.dtype}"
             )
+    tensors = {name: value for name, value, _ in given}
+    check_device("rssm_observe", uniform=uniform, post_deter=post_deter, **tensors)
     return dispatch.resolve("rssm_observe", backend, gru)(
         embed,
         action,

@@ -239,11 +239,13 @@ def observe_forward(
             chosen = tl.load(index + (at - B)[:, None] * S + group[None, :],
                              mask=follows[:, None] & (group < S)[None, :], other=0, cache_modifier=".cg")
             fallback = tl.load(initial_index + group, mask=group < S, other=0)
+            # An initial class out of range has no row to read.
+            real = (group < S)[None, :] & (follows[:, None] | ((fallback >= 0) & (fallback < K))[None, :])
             chosen = group[None, :] * K + tl.where(follows[:, None], chosen, fallback[None, :])
             place = at[:, None] * U + own[None, :]
             mask = inside[:, None] & (own < U)[None, :]
             gathered = tl.load(in_stoch + chosen[:, :, None] * U + own[None, None, :],
-                               mask=mask[:, None, :] & (group < S)[None, :, None], other=0.0)
+                               mask=mask[:, None, :] & real[:, :, None], other=0.0)
             total = tl.load(action + place, mask=mask,
                             other=0.0).to(tl.float32) + tl.sum(gathered.to(tl.float32), 1)
             tl.store(in_sum + place, total, mask=mask)

@@ -39,6 +39,9 @@ class _Observe(torch.autograd.Function):
             fixed[name] = value.to(low if name in MATRICES else dtype).contiguous()
         D, U = fixed["initial_deter"].shape[0], embed.shape[-1]
         K = fixed["in_stoch"].shape[0] // S
+        for group, index in enumerate(fixed["initial_index"].tolist()):
+            if not 0 <= index < K:
+                raise IndexError(f"rssm_observe: index {index} of group {group} is not in [0, {K})")
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(T, B, *shape, dtype=dtype)

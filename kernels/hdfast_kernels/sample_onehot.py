@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from ._triton import tl, triton
-from .numerics import check_shape, compute_dtype
+from .numerics import check_axes, check_device, check_shape, compute_dtype
 from .sample_onehot_native import sample_index_native, sample_onehot_native
 from .tiles import as_rows, reciprocal, row_tile, softmax_rows
 
@@ -173,8 +173,8 @@ def sample_onehot(
         index: (..., S) int64, the class drawn.
         logp: (..., S, K) float32, log p with the mixture; at least log(unimix / K). Has a gradient.
 
-    Raises ValueError on shapes that do not fit or unimix outside [0, 1); `dispatch.BackendError` if the
-    backend cannot run here.
+    Raises ValueError on shapes or devices that do not fit or unimix outside [0, 1); `dispatch.BackendError` if
+    the backend cannot run here.
     """
     _check("sample_onehot", logits, uniform, unimix)
     return dispatch.resolve("sample_onehot", backend, logits)(logits, uniform, unimix)
@@ -200,15 +200,17 @@ def sample_index(
 
     Returns (..., S) int64. Not differentiable.
 
-    Raises ValueError on shapes that do not fit or unimix outside [0, 1); `dispatch.BackendError` if the
-    backend cannot run here.
+    Raises ValueError on shapes or devices that do not fit or unimix outside [0, 1); `dispatch.BackendError` if
+    the backend cannot run here.
     """
     _check("sample_index", logits, uniform, unimix)
     return dispatch.resolve("sample_index", backend, logits)(logits, uniform, unimix)
 
 
 def _check(op: str, logits: Tensor, uniform: Tensor, unimix: float) -> None:
+    check_axes(op, "logits", logits, "...", "K")
     check_shape(op, "uniform", uniform, logits.shape[:-1])
+    check_device(op, logits=logits, uniform=uniform)
     if not 0 <= unimix < 1:
         raise ValueError(f"{op}: unimix is {unimix}, expected a share in [0, 1)")
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch
+from .numerics import check_device
 from .strided_conv_native import strided_conv_native
 
 
@@ -33,7 +34,7 @@ def strided_conv(
 
     Returns (N, H // 2, W // 2, O), or (N, 2H, 2W, O), in x's dtype. Differentiable in both.
 
-    Raises ValueError on shapes that do not fit; `dispatch.BackendError` if the backend cannot run here.
+    Raises ValueError on shapes or devices that do not fit; `dispatch.BackendError` if the backend cannot run here.
     """
     if x.ndim != 4 or (not transposed and min(x.shape[1:3]) < 2):
         least = "" if transposed else ", H and W at least 2"
@@ -45,6 +46,7 @@ def strided_conv(
         raise ValueError(
             f"strided_conv: weight has shape {tuple(weight.shape)}, expected at least one channel"
         )
+    check_device("strided_conv", x=x, weight=weight)
     return dispatch.resolve("strided_conv", backend, x)(x, weight, transposed)
 
 

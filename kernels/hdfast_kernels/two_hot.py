@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from ._triton import tl, triton
-from .numerics import check_shape, compute_dtype
+from .numerics import check_axes, check_device, check_shape, compute_dtype
 from .tiles import as_rows, reciprocal, row_tile, softmax_rows
 from .two_hot_native import two_hot_loss_native, two_hot_mean_native
 
@@ -272,11 +272,12 @@ def two_hot_loss(
     Returns (...) float32 (float64 for float64 logits). Differentiable in logits; target gets no gradient. A
     NaN target gives a NaN loss.
 
-    Raises ValueError on shapes or bins that do not fit; `dispatch.BackendError` if the backend cannot run
+    Raises ValueError on shapes, devices or bins that do not fit; `dispatch.BackendError` if the backend cannot run
     here.
     """
-    check_shape("two_hot_loss", "target", target, logits.shape[:-1])
     _check_bins("two_hot_loss", logits, low, high)
+    check_shape("two_hot_loss", "target", target, logits.shape[:-1])
+    check_device("two_hot_loss", logits=logits, target=target)
     return dispatch.resolve("two_hot_loss", backend, logits)(logits, target, low, high)
 
 
@@ -299,6 +300,7 @@ def two_hot_mean(
 
 
 def _check_bins(op: str, logits: Tensor, low: float, high: float) -> None:
+    check_axes(op, "logits", logits, "...", "K")
     if logits.shape[-1] < 2 or not low < high:
         raise ValueError(
             f"{op}: needs at least 2 bins and low < high, got {logits.shape[-1]} from {low} to {high}"

@@ -131,6 +131,44 @@ def test_called_under_inference_mode_first_it_still_trains():
     assert module.no_weight_decay() == {name for name, _ in module.named_parameters()}
 
 
+@pytest.mark.parametrize("mode", harmonizer.MODES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_total_is_float32_whatever_the_losses_are(dtype, mode):
+    given = {name: loss.detach().to(dtype).requires_grad_() for name, loss in losses().items()}
+    module = Harmonizer(GROUPS, mode=mode)
+    for values in (given, {**given, "image": given["image"].mean()}):
+        total, metrics = module(values)
+        assert total.dtype == torch.float32
+        assert {metric.dtype for metric in metrics.values()} == {torch.float32}
+    total.backward()
+    assert given["dyn"].grad.dtype == dtype
+    assert given["dyn"].grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("mode", ["learned", "off"])
+def test_a_fixed_weight_that_the_mode_would_not_use(mode):
+    with pytest.raises(
+        ValueError, match=f"mode is '{mode}' and would not use fixed={{'image': 0.5}}, expected mode 'fixed'"
+    ):
+        Harmonizer(GROUPS, mode=mode, fixed={"reward": 1.0, "image": 0.5})
+    Harmonizer(
+        GROUPS, mode=mode, fixed=dict.fromkeys(GROUPS, 1.0)
+    )  # what it is anyway, so that configs may pass it
+
+
+def test_what_is_no_mapping_or_no_tensor():
+    with pytest.raises(
+        TypeError, match=r"group 'a' is \['x'\], expected a mapping from its losses to their weights"
+    ):
+        Harmonizer({"a": ["x"]})
+    with pytest.raises(TypeError, match=r"groups is \['x'\], for each group by name expected a mapping"):
+        Harmonizer(["x"])
+    with pytest.raises(TypeError, match="loss 'x' is a float, expected a tensor"):
+        Harmonizer({"a": {"x": 1.0}})({"x": 1.0})
+    with pytest.raises(TypeError, match="losses are a list, expected a mapping"):
+        Harmonizer({"a": {"x": 1.0}})([torch.ones(2)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "given", "message"),
     [

@@ -53,6 +53,10 @@ def test_gradients_of_the_reference():
 
 
 def test_mistakes_are_answered():
+    with pytest.raises(
+        ValueError, match=r"image_loss: pred has shape \(2, 3\), expected \(\.\.\., H, W, C\)"
+    ):
+        image_loss(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.uint8))
     with pytest.raises(TypeError, match=r"image has dtype torch\.float32, expected uint8"):
         image_loss(torch.zeros(1, 2, 2, 3), torch.zeros(1, 2, 2, 3))
     with pytest.raises(ValueError, match=r"image has shape \(2, 2, 3\), expected \(1, 2, 2, 3\)"):

@@ -74,5 +74,9 @@ def test_gradients_of_the_reference():
 
 
 def test_mistakes_are_answered():
+    with pytest.raises(
+        ValueError, match=r"kl_balance: post_logp has shape \(4,\), expected \(\.\.\., S, K\)"
+    ):
+        kl_balance(torch.zeros(4), torch.zeros(4))
     with pytest.raises(ValueError, match=r"prior_logp has shape \(2, 3\), expected \(2, 3, 4\)"):
         kl_balance(torch.zeros(2, 3, 4), torch.zeros(2, 3))

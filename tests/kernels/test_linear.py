@@ -78,7 +78,31 @@ def test_a_large_float32_product_is_onednns(monkeypatch):
     assert sum("_linear_pointwise" in name for name, _ in calls.made) == 3
 
 
+@pytest.mark.parametrize("backend", backends("linear"))
+@pytest.mark.parametrize(("of_x", "of_weight"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_weights_of_another_dtype_are_rounded_to_that_of_x(of_x, of_weight, backend, library):
+    of_x, of_weight = getattr(torch, of_x), getattr(torch, of_weight)
+    x, weight, bias = inputs((64,), 256, 128, torch.float32, backend.device).values()
+    x = x.detach().to(of_x)
+    for values in (
+        (weight.detach().to(of_weight), bias.detach().to(of_weight)),
+        (weight.detach(), bias.to(of_weight)),
+    ):
+        mixed = [value.detach().requires_grad_() for value in values]
+        rounded = [value.detach().to(of_x).requires_grad_() for value in values]
+        ours, theirs = linear(x, *mixed, backend=backend.name), F.linear(x, *rounded)
+        assert ours.dtype == of_x
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+        ours.sum().backward()
+        theirs.sum().backward()
+        for mine, other in zip(mixed, rounded, strict=True):
+            assert mine.grad.dtype == mine.dtype
+            torch.testing.assert_close(mine.grad, other.grad.to(mine.dtype), rtol=2e-2, atol=1e-4)
+
+
 def test_mistakes_are_answered():
+    with pytest.raises(TypeError, match=r"linear: x has dtype torch\.int64, expected a float one"):
+        linear(torch.zeros(2, 5, dtype=torch.int64), torch.zeros(3, 5))
     with pytest.raises(ValueError, match=r"weight has shape \(3, 4\), expected \(3, 5\)"):
         linear(torch.zeros(2, 5), torch.zeros(3, 4))
     with pytest.raises(ValueError, match=r"bias has shape \(2,\), expected \(3,\)"):

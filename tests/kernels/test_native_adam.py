@@ -98,6 +98,27 @@ def test_literal_numbers(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_in_any_order_of_memory(backend):
+    """Channels-last, as convolutions like them, and every other row of something larger."""
+    plain, other = State(backend.device), State(backend.device)
+    for name in ("params", "exp_avg", "exp_avg_sq"):
+        tensors = getattr(other, name)
+        tensors[3] = tensors[3].contiguous(memory_format=torch.channels_last)
+    wide = torch.zeros(6, 5, device=backend.device)
+    wide[::2] = other.params[0]
+    other.params[0] = wide[::2]
+    assert not any(tensor.is_contiguous() for tensor in (other.params[0], other.exp_avg[3]))
+    for seed in range(3):
+        grads = gradients(seed, backend.device)
+        plain.take(grads, max_norm=1.0, backend=backend.name)
+        other.take(grads, max_norm=1.0, backend=backend.name)
+    for mine, theirs in zip(other.tensors(), plain.tensors(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
+    assert wide[1::2].abs().max() == 0
+    assert other.params[3].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, None])
 def test_a_step_that_is_left_out_changes_nothing(poison, backend):
     state = State(backend.device)
@@ -153,17 +174,35 @@ def test_gradients_of_any_layout():
 
 def test_mistakes_are_answered():
     state = State()
-    with pytest.raises(ValueError, match="params are none, or grads are not as many, of the same shapes"):
+    with pytest.raises(ValueError, match="4 params, 3 grads, 4 exp_avg, 4 exp_avg_sq; expected as many"):
         state.take(gradients(0)[:-1])
-    with pytest.raises(ValueError, match="params are none"):
+    with pytest.raises(ValueError, match=r"0 params, 0 grads, .*, and at least 1"):
         adam_step([], [], [], [], state.step, 0.1)
     state.step = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"step is torch.float32 \(1,\), expected a float32 scalar"):
+    with pytest.raises(ValueError, match=r"step is torch.float32 \(1,\), expected a float32 scalar tensor"):
+        state.take(gradients(0))
+    state.step = 1
+    with pytest.raises(ValueError, match="step is 1, expected a float32 scalar tensor"):
         state.take(gradients(0))
     state = State()
-    state.exp_avg[0] = state.exp_avg[0].T.contiguous().T
-    with pytest.raises(ValueError, match="contiguous"):
-        state.take(gradients(0), backend="native")
+    for apply, got in (
+        (True, "True"),
+        (torch.ones(()), r"torch.float32 \(\)"),
+        (torch.tensor([True]), r"torch.bool \(1,\)"),
+    ):
+        with pytest.raises(ValueError, match=f"apply is {got}, expected a bool scalar tensor"):
+            state.take(gradients(0), apply=apply)
+    for betas in ((0.9, 1.0), (-0.1, 0.999), (0.9, math.nan)):
+        with pytest.raises(ValueError, match=r"betas are \(.*\), expected two numbers in \[0, 1\)"):
+            state.take(gradients(0), betas=betas)
+    grads = gradients(0)
+    grads[2] = None
+    with pytest.raises(ValueError, match=r"grads\[2\] is None, expected a tensor"):
+        state.take(grads)
+    grads[2] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"grads\[2\] has shape \(3,\), expected \(17000,\)"):
+        state.take(grads)
+    assert not any(tensor.any() for tensor in state.tensors()[len(SHAPES) :]), "and nothing was changed"
     state = State()
     state.exp_avg_sq[0] = state.exp_avg_sq[0].double()
     with pytest.raises(TypeError, match=r"a tensor is torch.float64, expected float32"):

@@ -57,20 +57,25 @@ def test_a_start_outside_the_storage(wrong, backend):
 
 
 def test_the_native_error_says_which_start():
-    with pytest.raises(IndexError, match=r"starts\[1\] = 21 is outside the 21 rows"):
+    with pytest.raises(IndexError, match=r"^gather_windows: starts\[1\] = 21 is outside the 21 rows"):
         gather_windows(torch.zeros(ENVS * RING), torch.tensor([3, 21]), 4, RING, backend="native")
 
 
 def test_mistakes_are_answered():
     storage, starts = torch.zeros(ENVS * RING), torch.tensor([0])
-    with pytest.raises(ValueError, match=r"starts must be int64 of shape \(B,\), got torch.int32"):
+    with pytest.raises(
+        ValueError, match=r"^gather_windows: starts must be int64 of shape \(B,\), got torch.int32"
+    ):
         gather_windows(storage, starts.int(), 4, RING)
     with pytest.raises(ValueError, match=r"got torch.int64 \(1, 1\)"):
         gather_windows(storage, starts[None], 4, RING)
     for length, ring in ((0, RING), (4, 0), (4, 5)):
         with pytest.raises(
-            ValueError, match=rf"length {length} and ring {ring} must be positive, ring divide"
+            ValueError,
+            match=rf"^gather_windows: length {length} and ring {ring} must be positive, ring divide",
         ):
             gather_windows(storage, starts, length, ring)
-    with pytest.raises(ValueError, match="contiguous"):
+    with pytest.raises(
+        ValueError, match=r"^gather_windows: native takes a contiguous storage, .* strides \(1, 21\); use"
+    ):
         gather_windows(torch.zeros(2, ENVS * RING).T, starts, 4, RING, backend="native")

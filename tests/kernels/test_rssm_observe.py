@@ -147,11 +147,26 @@ def test_no_sequences(backend):
     assert result["grad gru"].abs().max() == 0
 
 
+@pytest.mark.parametrize("wrong", [9, 8, -1, 2**40])
+def test_an_initial_class_out_of_range(wrong):
+    """C++ says so before memory is read; the definition, which must not look at values, takes no class there."""
+    case = cast(make_case(SHAPES[0]), torch.float32)
+    case["initial_index"][1] = wrong
+    if native_built():
+        with pytest.raises(IndexError, match=rf"^rssm_observe: index {wrong} of group 1 is not in \[0, 8\)$"):
+            rssm_observe(**case, backend="native")
+    case["is_first"][:] = True
+    none = rssm_observe(**case, backend="reference")[0]
+    case["initial_index"][1] = 0
+    case["in_stoch"][8] = 0  # the row of that class
+    assert torch.equal(rssm_observe(**case, backend="reference")[0], none)
+
+
 def test_errors_name_what_does_not_fit():
     case = cast(make_case(SHAPES[0]), torch.float32)
     with pytest.raises(ValueError, match=r"action has shape \(4, 3, 48\), expected \(5, 3, 48\)"):
         rssm_observe(**{**case, "action": case["action"][:4]})
-    with pytest.raises(ValueError, match="needs T > 0 and S dividing 32"):
+    with pytest.raises(ValueError, match="needs T > 0, S > 0 and S dividing 32"):
         rssm_observe(**{**case, "uniform": case["uniform"][..., :3]})
     with pytest.raises(ValueError, match=r"gru torch\.bfloat16"):
         rssm_observe(**{**case, "gru": case["gru"].bfloat16()})

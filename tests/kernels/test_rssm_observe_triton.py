@@ -47,7 +47,7 @@ def test_under_the_interpreter():
         command, capture_output=True, text=True, env=environment, cwd=here.parents[2], check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 passed" in done.stdout, done.stdout
+    assert "8 passed" in done.stdout, done.stdout
 
 
 @interpreted
@@ -81,6 +81,19 @@ def test_one_launch_does_what_a_launch_for_each_stage_does(sizes):
     assert launch.barriers == 5 * sizes.T
     for name, value in stages.items():
         assert torch.equal(value, together[name]), name
+
+
+@interpreted
+@pytest.mark.parametrize("wrong", [4, -(2**40)])
+def test_an_initial_class_out_of_range_reads_nothing(wrong):
+    """As the definition has it; without the mask the interpreter reads memory that is not the tensor's."""
+    case = cast(make_case(SMALL), torch.float32)
+    case["initial_index"][0] = wrong  # the next group's first class, were it read
+    case["is_first"][1, 1] = True
+    plain, fused = run(op("reference"), case), run(op("triton"), case)
+    assert torch.equal(plain["index"], fused["index"])
+    for name in plain:
+        torch.testing.assert_close(fused[name], plain[name], rtol=1e-4, atol=1e-5)
 
 
 def arguments(dtype: torch.dtype, T: int, B: int, D: int, U: int, S: int, K: int) -> list[torch.Tensor]:

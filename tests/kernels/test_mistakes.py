@@ -1,0 +1,145 @@
+"""What every op answers to tensors of two devices, without memory, of too few axes: one line naming op and tensor.
+
+PyTorch itself computes with some of them: a product with a meta tensor is what was in memory before.
+"""
+
+import pytest
+import torch
+
+import hdfast_kernels as hk
+from hdfast_kernels import dispatch
+
+F32, I64, U8, BOOL = torch.float32, torch.int64, torch.uint8, torch.bool
+# Of every op the arguments: shape and dtype, or what is no tensor. A list stands for a list of tensors.
+# fmt: off
+OPS = {
+    "adam_step": {
+        **{name: [((3,), F32), ((2, 2), F32)] for name in ("params", "grads", "exp_avg", "exp_avg_sq")},
+        "step": ((), F32), "lr": ((), F32), "apply": ((), BOOL),
+    },
+    "gather_windows": {"storage": ((12, 3), F32), "starts": ((2,), I64), "length": 2, "ring": 6},
+    "harmony_loss": {
+        "losses": [((5,), F32), ((5,), F32)], "log_sigma": ((1,), F32),
+        "group": (0, -1), "weight": (1.0, 1.0), "regularizer": (1.0,),
+    },
+    "image_deconv": {"x": ((2, 4, 4, 8), F32), "weight": ((8, 3, 4, 4), F32), "bias": ((3,), F32)},
+    "image_input": {"image": ((2, 3), U8), "dtype": F32},
+    "image_loss": {"pred": ((2, 3, 3, 3), F32), "image": ((2, 3, 3, 3), U8)},
+    "kl_balance": {"post_logp": ((2, 3, 4), F32), "prior_logp": ((2, 3, 4), F32)},
+    "lambda_return": {"reward": ((3, 4), F32), "cont": ((4, 4), F32), "value": ((4, 4), F32)},
+    "layer_norm_gru": {
+        "gates": ((2, 12), F32), "deter": ((2, 4), F32), "weight": ((12,), F32), "bias": ((12,), F32),
+    },
+    "layer_norm_silu": {"x": ((2, 4), F32), "weight": ((4,), F32), "bias": ((4,), F32)},
+    "linear": {"x": ((2048, 256), F32), "weight": ((512, 256), F32), "bias": ((512,), F32)},
+    "onehot_linear": {"index": ((5, 2), I64), "weight": ((8, 6), F32), "straight_through": ((5, 2, 4), F32)},
+    "rssm_observe": {
+        "embed": ((3, 2, 8), F32), "action": ((3, 2, 8), F32), "is_first": ((3, 2), BOOL),
+        "uniform": ((3, 2, 2), F32), "initial_deter": ((6,), F32), "initial_index": ((2,), I64),
+        "in_stoch": ((8, 8), F32), "in_norm_weight": ((8,), F32), "in_norm_bias": ((8,), F32),
+        "gru": ((18, 14), F32), "gru_norm_weight": ((18,), F32), "gru_norm_bias": ((18,), F32),
+        "post_deter": ((8, 6), F32), "post_norm_weight": ((8,), F32), "post_norm_bias": ((8,), F32),
+        "logit_weight": ((8, 8), F32), "logit_bias": ((8,), F32),
+    },
+    "sample_index": {"logits": ((2, 3, 4), F32), "uniform": ((2, 3), F32)},
+    "sample_onehot": {"logits": ((2, 3, 4), F32), "uniform": ((2, 3), F32)},
+    "strided_conv": {"x": ((2, 4, 4, 8), F32), "weight": ((16, 8, 4, 4), F32)},
+    "two_hot_loss": {"logits": ((2, 7), F32), "target": ((2,), F32)},
+    "two_hot_mean": {"logits": ((2, 7), F32)},
+}
+# fmt: on
+
+
+def is_tensor(value) -> bool:
+    return isinstance(value, list) or (isinstance(value, tuple) and isinstance(value[-1], torch.dtype))
+
+
+def make(value, device: str):
+    if isinstance(value, list):
+        return [make(one, device) for one in value]
+    return torch.zeros(value[0], dtype=value[1], device=device) if is_tensor(value) else value
+
+
+def call(op: str, devices: dict[str, str], backend: str, **others):
+    arguments = {name: make(value, devices.get(name, "cpu")) for name, value in OPS[op].items()}
+    return getattr(hk, op)(**{**arguments, **others}, backend=backend)
+
+
+TENSORS = [
+    (op, name) for op, arguments in OPS.items() for name, value in arguments.items() if is_tensor(value)
+]
+BACKENDS = ["reference", "native"] if dispatch.native_built() else ["reference"]
+
+
+def test_every_op_is_here():
+    assert OPS.keys() == set(dispatch.ops())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("op", "name"), TENSORS, ids="-".join)
+def test_tensors_of_two_devices(op, name, backend):
+    call(op, {}, backend)
+    if sum(is_tensor(value) for value in OPS[op].values()) == 1:
+        return
+    with pytest.raises(ValueError, match=rf"^{op}: \S+ is on \w+, \S+ on \w+; expected one device$") as error:
+        call(op, {name: "meta"}, backend)
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, value in OPS["adam_step"].items() if isinstance(value, list)]
+)
+def test_one_of_many_tensors_is_on_another_device(name):
+    wrong = [make(((3,), F32), "cpu"), make(((2, 2), F32), "meta")]
+    with pytest.raises(
+        ValueError, match=rf"^adam_step: {name}\[1\] is on meta, params\[0\] on cpu; expected one"
+    ):
+        call("adam_step", {}, "reference", **{name: wrong})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_tensors_without_memory(op):
+    """The definition gives shapes and dtypes, as of any PyTorch operation; C++ has nothing to read."""
+    everything = dict.fromkeys(OPS[op], "meta")
+    out = call(op, everything, "reference")
+    assert all(tensor.is_meta for tensor in (out if isinstance(out, tuple) else (out,)))
+    with pytest.raises(hk.BackendError, match=rf"^{op}: backend=native cannot run: the tensor is on meta"):
+        call(op, everything, "native")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("op", "name", "shapes", "axes"),
+    [
+        ("image_loss", "pred", [(), (3,), (3, 3)], "..., H, W, C"),
+        ("kl_balance", "post_logp", [(), (4,)], "..., S, K"),
+        ("layer_norm_gru", "deter", [()], "..., D"),
+        ("layer_norm_silu", "x", [()], "..., C"),
+        ("linear", "x", [()], "..., K"),
+        ("onehot_linear", "index", [()], "..., S"),
+        ("rssm_observe", "uniform", [(), (3, 2), (3, 2, 2, 1)], "T, B, S"),
+        ("rssm_observe", "post_deter", [(), (8,), (8, 6, 1)], "U, D"),
+        ("rssm_observe", "in_stoch", [(), (8,)], r"S\*K, U"),
+        ("sample_index", "logits", [()], "..., K"),
+        ("sample_onehot", "logits", [()], "..., K"),
+        ("two_hot_loss", "logits", [()], "..., K"),
+        ("two_hot_mean", "logits", [()], "..., K"),
+    ],
+)
+def test_too_few_axes_or_too_many(op, name, shapes, axes, backend):
+    for shape in shapes:
+        few = {
+            other: torch.zeros(shape, dtype=value[1])
+            for other, value in OPS[op].items()
+            if is_tensor(value) and (op != "rssm_observe" or other == name)
+        }
+        with pytest.raises(ValueError, match=rf"^{op}: {name} has shape .*, expected \({axes}\)$"):
+            call(op, {}, backend, **few)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_groups(backend):
+    with pytest.raises(ValueError, match=r"weight has shape \(8, 6\), expected \(0 groups \* K, U\)"):
+        call("onehot_linear", {}, backend, index=torch.zeros(5, 0, dtype=I64), straight_through=None)
+    with pytest.raises(ValueError, match="needs T > 0, S > 0 and S dividing 8 classes"):
+        call("rssm_observe", {}, backend, uniform=torch.zeros(3, 2, 0))
