@@ -4,6 +4,7 @@
 """
 
 import os
+import sys
 import time
 import warnings
 from typing import Any
@@ -60,6 +61,30 @@ class Broken(Count):
                 os._exit(1)
             time.sleep(0.5)
         return super().step(action)
+
+
+class Hangs(Count):
+    """Never comes back: from being made, from its step at age 2 or from being closed, as `where` says."""
+
+    def __init__(self, where: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.where = where
+        self.hang("init")
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if self.age == 2:
+            self.hang("step")
+        return super().step(action)
+
+    def close(self) -> None:
+        self.hang("close")
+
+    def hang(self, where: str) -> None:
+        if where == self.where:
+            sys.stderr.write(f"hangs in {where}\n")
+            sys.stderr.flush()
+        while where == self.where:
+            pass
 
 
 class Wrong(Count):
@@ -151,6 +176,7 @@ for name, kind, settings in (
     ("Count", Count, {}),
     ("Broken", Broken, {}),
     ("Seeded", Seeded, {}),
+    *((f"Hangs{where.title()}", Hangs, {"where": where}) for where in ("init", "step", "close")),
     *((f"Wrong{how.title()}", Wrong, {"how": how}) for how in WRONG),
     ("Solved", Solved, {}),
     ("SolvedAtTheEnd", Solved, {"tell": "at the end"}),

@@ -4,8 +4,10 @@ Axes: H, W pixels.
 """
 
 import contextlib
+import fcntl
 import importlib
 import math
+import multiprocessing
 import os
 import signal
 import traceback
@@ -61,6 +63,20 @@ def told(name: str) -> Iterator[None]:
         raise EnvError(what, where=name, details=frames) from error
 
 
+def _end_with_parent() -> None:
+    """From now on this process is killed when the one that started it is gone, however it went.
+
+    By the kernel, with SIGIO from a pipe whose other end the parent holds: a thread of its own would wait for the
+    GIL, which an environment that hangs may never give back. Its server of forks is its parent only in name.
+    """
+    parent = multiprocessing.parent_process()
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, os.O_ASYNC)
+    if not parent.is_alive():  # it went before
+        os._exit(1)
+
+
 @dataclass(frozen=True)
 class Maker:
     """Makes one environment, seen as `obs` says, in this process (`owner`) or in one of its own.
@@ -77,6 +93,7 @@ class Maker:
         if os.getpid() != self.owner:  # to stop is for the learner to say, when it has saved
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(signum, signal.SIG_IGN)
+            _end_with_parent()
             tell_warnings()
             if self.quiet:
                 warnings.simplefilter("ignore")
