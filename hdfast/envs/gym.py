@@ -67,6 +67,9 @@ class GymEnv(BatchEnv):
     More than one are stepped in a process each, or with `threads` 1 in this process; whichever, while the learner
     works. obs: `image`, `state` (the vectors) or `both`.
 
+    stop: called while they are waited for. If they do not answer in the GRACE_SECONDS after it first raises, what it
+    raises comes from whoever waits, and close() kills them.
+
     Raises UnknownName; MissingLibraryError where a package that the environment needs is missing; ConfigError for
     observations or actions that the agent cannot take, with what would be right; EnvError, also later, for what an
     environment raises, for numbers that are not finite, and where its process dies.
@@ -179,7 +182,7 @@ class GymEnv(BatchEnv):
                 closing = self._thread.submit(self._vector.close)
                 # one has ended while nobody asked it, or hangs
                 with contextlib.suppress(EOFError, ConnectionError, TimeoutError):
-                    self._thread.wait(closing)
+                    self._thread.wait(closing, last=True)
                     closing.result()
         finally:
             self._kill()

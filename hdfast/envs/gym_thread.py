@@ -34,22 +34,23 @@ class GymThread:
         self._calls.put((answer, call))
         return answer
 
-    def wait(self, answer: Future[Any]) -> None:
+    def wait(self, answer: Future[Any], *, last: bool = False) -> None:
         """Returns when a call has answered.
 
-        Once an earlier wait was left, by Ctrl-C or as below, this one takes no longer than GRACE_SECONDS, and not
-        even those where `stop` raises.
+        last: nothing is wanted but the end. It takes GRACE_SECONDS at most if an earlier wait was left, by Ctrl-C or as
+        below, and not even those where `stop` raises.
 
         Raises: what `stop` raises, if no answer comes in the GRACE_SECONDS after it first does; TimeoutError.
         """
-        end = time.monotonic() + GRACE_SECONDS if self._left else math.inf
+        hurried = last and self._left
+        end = time.monotonic() + GRACE_SECONDS if hurried else math.inf
         try:
             while not futures.wait([answer], _POLL_SECONDS).done:
                 try:
                     self._stop()
                 except Exception:
                     end = min(end, time.monotonic() + GRACE_SECONDS)
-                    if self._left or time.monotonic() >= end:
+                    if hurried or time.monotonic() >= end:
                         raise
                 if time.monotonic() >= end:
                     raise TimeoutError
