@@ -87,6 +87,13 @@ class Hangs(Count):
             pass
 
 
+class Blind(Count):
+    """Needs a package to draw with."""
+
+    def render(self) -> np.ndarray:
+        raise gymnasium.error.DependencyNotInstalled('no brush, run `pip install "brush"`')
+
+
 class Wrong(Count):
     """From age 2 on it does something wrong; `how` says what."""
 
@@ -170,6 +177,12 @@ GOALS = spaces.Dict(
     {"image": pixels(30, 20, 3), "depth": pixels(64, 64, 1), "arm": box(2, 2), "goal": spaces.Discrete(7)}
 )
 
+NAMES = {  # of a vector beside an image called "image": what an environment is called -> what the vector is
+    **{f"Named{i}": name for i, name in enumerate(("keys", "training", "type", "to", "t 1-a_b"))},
+    **{f"Misnamed{i}": name for i, name in enumerate(("a.b", "", "a/b", "../../x", "new\nline", 7))},
+    **{f"Lost{name.title()}": name for name in ("dyn", "rep", "cont")},
+}
+
 WRONG = ("init", "needs", "nan", "long", "float", "reward", "none", "odd", "exit", "close")
 
 for name, kind, settings in (
@@ -185,6 +198,7 @@ for name, kind, settings in (
     ("Tall", Count, {"observation": pixels(90, 40, 3)}),
     ("Grey", Count, {"observation": pixels(16, 16)}),
     ("Goals", Count, {"observation": GOALS}),
+    ("Blind", Blind, {"observation": box(3, high=9)}),
     ("Drawn", Count, {"observation": box(3, high=9)}),
     ("Undrawn", Count, {"observation": box(3, high=9)}),
     ("Stacked", Count, {"observation": pixels(4, 84, 84)}),
@@ -195,6 +209,16 @@ for name, kind, settings in (
         {"observation": spaces.Dict({"image": pixels(8, 8, 3), "list": spaces.Sequence(box(2))})},
     ),
     ("Taken", Count, {"observation": spaces.Dict({"reward": pixels(8, 8, 3)})}),
+    *(
+        (name, Count, {"observation": spaces.Dict({"image": pixels(8, 8, 3), key: box(2, high=9)})})
+        for name, key in NAMES.items()
+    ),
+    ("LostImage", Count, {"observation": spaces.Dict({"camera": pixels(8, 8, 3), "image": box(2)})}),
+    ("ClimbingImage", Count, {"observation": spaces.Dict({"../../x": pixels(8, 8, 3)})}),
+    ("Planar", Count, {"observation": pixels(3, 84, 84)}),
+    ("Still", Count, {"action": box(2, low=0, high=0)}),
+    ("Bodiless", Count, {"action": box(0)}),
+    ("HalfStill", Count, {"action": spaces.Box(np.float32([0, -1]), np.float32([0, 1]))}),
     ("Arm", Count, {"action": spaces.Box(np.float32([[-2, 0]]), np.float32([[2, 10]]))}),
     ("From5", Count, {"action": spaces.Discrete(3, start=5)}),
     ("From9", Count, {"action": spaces.Discrete(4, start=9)}),

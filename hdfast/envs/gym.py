@@ -3,10 +3,11 @@
 A task is what `gymnasium.make` takes: `CarRacing-v3`, or `my_envs:Maze-v0`, for which the module my_envs is imported
 first. Episodes end as the environment says: `terminated` is terminal, `truncated` (a time limit) is not.
 
-Images are observations of (H, W, 3), (H, W, 1) or (H, W) uint8, alone or under any names in a Dict, else the
-environment is drawn (`render_mode="rgb_array"`). All other observations are vectors, Discrete ones one-hot. Images that
-are not all square with one side of 8, 16, 32 or 64 become 64 x 64 by Pillow's box filter. Bounded Box actions are
-stretched to [-1, 1]. Where `info` holds `success` or `is_success`, an episode succeeds if one of its rows does.
+Images are observations of (H, W, 3), (H, W, 1) or (H, W) uint8, alone or in a Dict under names of letters, digits,
+`_`, `-` and spaces, else the environment is drawn (`render_mode="rgb_array"`). All other observations are vectors,
+Discrete ones one-hot, a Dict inside the Dict joined into one. Images that are not all square with one side of 8, 16, 32
+or 64 become 64 x 64 by Pillow's box filter. Bounded Box actions are stretched to [-1, 1]. Where `info` holds `success`
+or `is_success`, an episode succeeds if one of its rows does.
 
 Axes: N environments, H, W pixels.
 """
