@@ -148,7 +148,9 @@ class Session:
         self.config, self.suite, self.task, self.rundir, self.stop = config, suite, task, rundir, stop
         saved = checkpoint.load_latest(rundir.checkpoints)
         begin = 0 if saved is None else saved.meta["agent_steps"]
-        self.env = make_envs(config, task, num_envs=config.env.num_envs, stream="train", agent_steps=begin)
+        stop.say = say
+        self._make_envs = partial(make_envs, config, task, stop=stop.check)
+        self.env = self._make_envs(num_envs=config.env.num_envs, stream="train", agent_steps=begin)
         self.eval_env: BatchEnv | None = None
         try:
             self._build(device, saved)
@@ -205,6 +207,7 @@ class Session:
 
     def __enter__(self) -> "Session":
         self.progress.__enter__()
+        self.stop.say = self.progress.message
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -366,9 +369,7 @@ class Session:
         config = self.config.eval
         if self.eval_env is None:
             num_envs = min(config.num_envs, config.episodes)
-            self.eval_env = make_envs(
-                self.config, self.task, num_envs=num_envs, stream="eval", agent_steps=self.agent_steps
-            )
+            self.eval_env = self._make_envs(num_envs=num_envs, stream="eval", agent_steps=self.agent_steps)
         seed = stream_seed(self.config.seed, "evaluation", self.agent_steps)
         policy = Policy(self.learner, self.eval_env.num_envs, seed, graph=self.graph)
         self.progress.update(phase="evaluate")

@@ -1,5 +1,7 @@
 """What a run draws from: a seed for each use of randomness, and the environments that are seeded so."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from hdfast import envs
@@ -14,10 +16,18 @@ def stream_seed(seed: int, stream: str, *numbers: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def make_envs(config: Config, task: Task, *, num_envs: int, stream: str, agent_steps: int = 0) -> BatchEnv:
+def make_envs(
+    config: Config,
+    task: Task,
+    *,
+    num_envs: int,
+    stream: str,
+    agent_steps: int = 0,
+    stop: Callable[[], object] = lambda: None,
+) -> BatchEnv:
     """The environments of `task`, seeded for `stream` ("train", "eval") and for the agent step at which they begin.
 
-    A run that goes on would otherwise meet its first episodes again.
+    A run that goes on would otherwise meet its first episodes again. stop: as `hdfast.envs.make`.
     """
     return envs.make(
         config.suite,
@@ -28,4 +38,5 @@ def make_envs(config: Config, task: Task, *, num_envs: int, stream: str, agent_s
         obs=config.env.obs,
         render=config.env.render,
         threads=config.env.threads,
+        stop=stop,
     )

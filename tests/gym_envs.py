@@ -4,6 +4,7 @@
 """
 
 import os
+import sys
 import time
 import warnings
 from typing import Any
@@ -60,6 +61,37 @@ class Broken(Count):
                 os._exit(1)
             time.sleep(0.5)
         return super().step(action)
+
+
+class Hangs(Count):
+    """Never comes back: from being made, from its step at age 2 or from being closed, as `where` says."""
+
+    def __init__(self, where: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.where = where
+        self.hang("init")
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if self.age == 2:
+            self.hang("step")
+        return super().step(action)
+
+    def close(self) -> None:
+        self.hang("close")
+
+    def hang(self, where: str) -> None:
+        if where == self.where:
+            sys.stderr.write(f"hangs in {where}\n")
+            sys.stderr.flush()
+        while where == self.where:
+            pass
+
+
+class Blind(Count):
+    """Needs a package to draw with."""
+
+    def render(self) -> np.ndarray:
+        raise gymnasium.error.DependencyNotInstalled('no brush, run `pip install "brush"`')
 
 
 class Wrong(Count):
@@ -145,12 +177,19 @@ GOALS = spaces.Dict(
     {"image": pixels(30, 20, 3), "depth": pixels(64, 64, 1), "arm": box(2, 2), "goal": spaces.Discrete(7)}
 )
 
+NAMES = {  # of a vector beside an image called "image": what an environment is called -> what the vector is
+    **{f"Named{i}": name for i, name in enumerate(("keys", "training", "type", "to", "t 1-a_b"))},
+    **{f"Misnamed{i}": name for i, name in enumerate(("a.b", "", "a/b", "../../x", "new\nline", 7))},
+    **{f"Lost{name.title()}": name for name in ("dyn", "rep", "cont")},
+}
+
 WRONG = ("init", "needs", "nan", "long", "float", "reward", "none", "odd", "exit", "close")
 
 for name, kind, settings in (
     ("Count", Count, {}),
     ("Broken", Broken, {}),
     ("Seeded", Seeded, {}),
+    *((f"Hangs{where.title()}", Hangs, {"where": where}) for where in ("init", "step", "close")),
     *((f"Wrong{how.title()}", Wrong, {"how": how}) for how in WRONG),
     ("Solved", Solved, {}),
     ("SolvedAtTheEnd", Solved, {"tell": "at the end"}),
@@ -159,6 +198,7 @@ for name, kind, settings in (
     ("Tall", Count, {"observation": pixels(90, 40, 3)}),
     ("Grey", Count, {"observation": pixels(16, 16)}),
     ("Goals", Count, {"observation": GOALS}),
+    ("Blind", Blind, {"observation": box(3, high=9)}),
     ("Drawn", Count, {"observation": box(3, high=9)}),
     ("Undrawn", Count, {"observation": box(3, high=9)}),
     ("Stacked", Count, {"observation": pixels(4, 84, 84)}),
@@ -169,6 +209,16 @@ for name, kind, settings in (
         {"observation": spaces.Dict({"image": pixels(8, 8, 3), "list": spaces.Sequence(box(2))})},
     ),
     ("Taken", Count, {"observation": spaces.Dict({"reward": pixels(8, 8, 3)})}),
+    *(
+        (name, Count, {"observation": spaces.Dict({"image": pixels(8, 8, 3), key: box(2, high=9)})})
+        for name, key in NAMES.items()
+    ),
+    ("LostImage", Count, {"observation": spaces.Dict({"camera": pixels(8, 8, 3), "image": box(2)})}),
+    ("ClimbingImage", Count, {"observation": spaces.Dict({"../../x": pixels(8, 8, 3)})}),
+    ("Planar", Count, {"observation": pixels(3, 84, 84)}),
+    ("Still", Count, {"action": box(2, low=0, high=0)}),
+    ("Bodiless", Count, {"action": box(0)}),
+    ("HalfStill", Count, {"action": spaces.Box(np.float32([0, -1]), np.float32([0, 1]))}),
     ("Arm", Count, {"action": spaces.Box(np.float32([[-2, 0]]), np.float32([[2, 10]]))}),
     ("From5", Count, {"action": spaces.Discrete(3, start=5)}),
     ("From9", Count, {"action": spaces.Discrete(4, start=9)}),

@@ -6,6 +6,7 @@ Axes: N environments.
 import dataclasses
 import multiprocessing
 import os
+import re
 import signal
 import time
 
@@ -17,7 +18,7 @@ from hdfast import envs, evaluation, loop, report, suites
 from hdfast.evaluate import evaluate
 from hdfast.runtime.errors import CheckpointError, ConfigError, Interrupted, RunError
 from hdfast.suites import UnknownName
-from tests import loop_cases
+from tests import gym_envs, loop_cases
 from tests.loop_cases import lines, one_thread, path_of, tiny  # noqa: F401
 
 
@@ -112,6 +113,8 @@ def test_a_seed_decides_what_happens_and_reset_does_not_repeat_it():
         ("Drawn", "state", {"state": (3,)}),
         ("Drawn", "both", {"image": (64, 64, 3), "state": (3,)}),
         ("Undrawn", "state", {"state": (3,)}),
+        ("Blind", "state", {"state": (3,)}),
+        ("LostImage", "state", {"image": (2,)}),
     ],
 )
 def test_what_is_seen(name, obs, shapes):
@@ -156,10 +159,22 @@ def test_actions_are_stretched_and_counted_from_where_they_start():
             "image",
             r"'image' is \(4, 84, 84\) uint8; an image is \(H, W, 3\), \(H, W, 1\) or \(H, W\) uint8",
         ),
-        ("Float", "both", r"'image' is \(8, 8, 3\) float32; an image is"),
+        ("Planar", "image", r"'image' is \(3, 84, 84\) uint8; an image is .*; gymnasium.wrappers.Transform"),
+        ("Float", "both", r"'image' is \(8, 8, 3\) float32; an image is .*; gymnasium.wrappers.Transform"),
+        ("Float", "state", r"'image' is \(8, 8, 3\) float32; an image is"),
         ("Count", "state", r"Count-v0: its observations hold no vectors; --env.obs image sees the images"),
         ("List", "both", r"'list' is Sequence\(.*, which has no fixed length"),
         ("Taken", "image", r"an observation cannot be called 'reward'"),
+        *(
+            (name, "both", re.escape(f"an observation cannot be called {key!r}; right are letters, digits"))
+            for name, key in gym_envs.NAMES.items()
+            if name.startswith("Misnamed")
+        ),
+        ("ClimbingImage", "image", r"an observation cannot be called '../../x'; right are letters, digits"),
+        ("LostCont", "both", r"no image cannot be called 'cont'; the agent has a loss of that name"),
+        ("LostDyn", "state", r"no image cannot be called 'dyn'; the agent has a loss of that name"),
+        ("LostRep", "both", r"no image cannot be called 'rep'; the agent has a loss of that name"),
+        ("LostImage", "both", r"no image cannot be called 'image'; the agent has a loss of that name"),
         (
             "Multi",
             "image",
@@ -167,11 +182,41 @@ def test_actions_are_stretched_and_counted_from_where_they_start():
         ),
         ("Whole", "image", r"its actions are Box\(.*int32\); right are"),
         ("Unbounded", "image", r"its actions have no bounds: Box\(-inf, inf"),
+        ("Still", "image", r"its actions leave no choice: Box\(0.0, 0.0, \(2,\)"),
+        ("Bodiless", "image", r"its actions leave no choice: Box\(.*\(0,\)"),
     ],
 )
 def test_what_the_agent_cannot_take_is_refused_with_what_is_right(name, obs, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as raised:
         make(name, obs=obs)
+    assert "\n" not in str(raised.value)
+    for wrapper in re.findall(r"gymnasium\.wrappers\.(\w+)", str(raised.value)):
+        assert hasattr(gymnasium.wrappers, wrapper)
+
+
+def test_what_cannot_be_drawn_can_be_trained_from_its_vectors():
+    right = 'Blind-v0: no brush, run `pip install "brush"`; --env.obs state does without drawing'
+    for obs in ("image", "both"):
+        with pytest.raises(envs.MissingLibraryError) as raised:
+            make("Blind", obs=obs)
+        assert str(raised.value) == right
+
+
+@pytest.mark.parametrize("name", [name for name in gym_envs.NAMES if name.startswith("Named")])
+def test_an_observation_may_be_called_what_a_module_is_too(tmp_path, name):
+    overrides = {"suite": "gym", "task": f"tests.gym_envs:{name}-v0", "env": {"threads": 1, "obs": "both"}}
+    config = tiny(tmp_path, **overrides)
+    loop_cases.train(config)
+    config = dataclasses.replace(config, task=f"tests.gym_envs-{name}-v0")  # its folder
+    assert lines(config, "metrics")[-1][f"loss/{gym_envs.NAMES[name]}"] >= 0
+    assert evaluate(path_of(config), episodes=2, device="cpu")["length"] == 5
+
+
+def test_an_action_may_be_fixed_where_others_are_not():
+    with make("HalfStill") as env:
+        env.reset()
+        assert env.step(np.float32([[1, -1]])).reward == pytest.approx([1])
+        assert env._theirs(np.float32([[1, -1]])).tolist() == [[0, -1]]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 
 from hdfast import loop, train
 from hdfast.runtime.errors import EnvError, Interrupted
+from hdfast.runtime.signals import StopRequest
 from tests import loop_cases
 from tests.loop_cases import (
     assert_one_history,
@@ -47,6 +48,36 @@ def test_a_signal_stops_at_the_next_step_with_a_checkpoint(tmp_path, monkeypatch
     assert (got, err) == (0, "")
     assert "going on at agent step 14" in out
     assert_one_history(config, updates=150)
+
+
+def test_what_a_signal_says_and_a_second_does():
+    said = []
+    with StopRequest() as stop:
+        stop.say = said.append
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted):
+            stop.check()
+        os.kill(os.getpid(), signal.SIGHUP)  # more of them change nothing
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):  # whoever has passed over it is told again
+            stop.check()
+    assert said == ["stopping with a checkpoint; a second Ctrl-C stops it at once, without one"]
+    with StopRequest() as stop:
+        stop.say = said.append
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert (bool(stop), len(said)) == (True, 1)  # its terminal is gone
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, RuntimeError("reentrant call")])
+def test_a_signal_that_cannot_be_told_of_is_remembered(error):
+    def say(text):
+        raise error
+
+    with StopRequest() as stop:
+        stop.say = say
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop
 
 
 def test_a_terminal_that_closes_leaves_a_checkpoint(tmp_path):

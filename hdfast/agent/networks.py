@@ -144,6 +144,11 @@ class LatentProjection(nn.Module):
         return self.at(dtype)(latent)
 
 
+def _slot(name: str) -> str:
+    """What an nn.ModuleDict calls a module: `name`, unless that is one of its own attributes, such as keys or type."""
+    return f"{name}/" if hasattr(nn.ModuleDict(), name) else name
+
+
 class LatentMLP(nn.Module):
     """MLP on a latent: hidden layers of `units`, then one output layer per entry of `outputs`.
 
@@ -161,12 +166,15 @@ class LatentMLP(nn.Module):
         self.first = LatentProjection(deter, stoch, units)
         self.norm = Norm(units)
         self.hidden = nn.ModuleList(Hidden(units, units) for _ in range(layers - 1))
-        self.out = nn.ModuleDict({name: Linear(units, width, scale) for name, width in outputs.items()})
+        self._names = tuple(outputs)
+        self.out = nn.ModuleDict(
+            {_slot(name): Linear(units, width, scale) for name, width in outputs.items()}
+        )
 
     def at(self, dtype: torch.dtype) -> Callable[[Latent], dict[str, Tensor]]:
         """The network with its weights cast once, for many calls."""
         first, hidden = self.first.at(dtype), [layer.at(dtype) for layer in self.hidden]
-        out = {name: layer.at(dtype) for name, layer in self.out.items()}
+        out = {name: layer.at(dtype) for name, layer in zip(self._names, self.out.values(), strict=True)}
 
         def outputs(latent: Latent) -> dict[str, Tensor]:
             x = self.norm.silu(first(latent))

@@ -3,6 +3,8 @@
 Importing this imports no source: envpool, ale-py and MuJoCo are loaded where `make` needs them.
 """
 
+from collections.abc import Callable
+
 from hdfast import suites
 from hdfast.envs.base import ArraySpec, BatchEnv, ContinuousActions, DiscreteActions, EnvStep, installed
 from hdfast.runtime.errors import MissingLibraryError, suggest
@@ -30,6 +32,7 @@ def make(
     obs: str = "image",
     render: str = "full",
     threads: int = 0,
+    stop: Callable[[], object] = lambda: None,
 ) -> BatchEnv:
     """The environments of one task, by the names of `hdfast.suites`.
 
@@ -39,6 +42,7 @@ def make(
     obs: for robotic tasks and those of gymnasium `image`, `state` or `both`.
     render: for robotic tasks `full`, or `fast`: no shadows, no antialiasing.
     threads: of the source; 0 lets it choose.
+    stop: called while those of gymnasium are waited for; what it raises ends the wait if they hang.
 
     Raises UnknownName (a ValueError) for a suite, a task or a setting that does not exist, listing the
     nearest; MissingLibraryError, with the command that mends it, where a package or system library is
@@ -75,7 +79,7 @@ def make(
         case "gym":
             from hdfast.envs.gym import GymEnv
 
-            return GymEnv(found, **shared, obs=obs)
+            return GymEnv(found, **shared, obs=obs, stop=stop)
         case "metaworld":
             from hdfast.envs.metaworld import MetaWorld
 

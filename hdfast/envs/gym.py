@@ -3,20 +3,25 @@
 A task is what `gymnasium.make` takes: `CarRacing-v3`, or `my_envs:Maze-v0`, for which the module my_envs is imported
 first. Episodes end as the environment says: `terminated` is terminal, `truncated` (a time limit) is not.
 
-Images are observations of (H, W, 3), (H, W, 1) or (H, W) uint8, alone or under any names in a Dict, else the
-environment is drawn (`render_mode="rgb_array"`). All other observations are vectors, Discrete ones one-hot. Images that
-are not all square with one side of 8, 16, 32 or 64 become 64 x 64 by Pillow's box filter. Bounded Box actions are
-stretched to [-1, 1]. Where `info` holds `success` or `is_success`, an episode succeeds if one of its rows does.
+Images are observations of (H, W, 3), (H, W, 1) or (H, W) uint8, alone or in a Dict under names of letters, digits,
+`_`, `-` and spaces, else the environment is drawn (`render_mode="rgb_array"`). All other observations are vectors,
+Discrete ones one-hot, a Dict inside the Dict joined into one. Images that are not all square with one side of 8, 16, 32
+or 64 become 64 x 64 by Pillow's box filter. Bounded Box actions are stretched to [-1, 1]. Where `info` holds `success`
+or `is_success`, an episode succeeds if one of its rows does.
 
 Axes: N environments, H, W pixels.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import multiprocessing
 import os
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from multiprocessing.util import Finalize
 from typing import Any
 
 import gymnasium
@@ -26,6 +31,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from hdfast.envs.base import ArraySpec, BatchEnv, EnvStep, env_seeds
+from hdfast.envs.gym_thread import GymThread
 from hdfast.envs.gym_view import Maker, actions_of, told
 from hdfast.runtime.errors import EnvError, HdfastError, suggest
 from hdfast.suites import Task, UnknownName
@@ -62,6 +68,9 @@ class GymEnv(BatchEnv):
     More than one are stepped in a process each, or with `threads` 1 in this process; whichever, while the learner
     works. obs: `image`, `state` (the vectors) or `both`.
 
+    stop: called while they are waited for. If they do not answer in the GRACE_SECONDS after it first raises, what it
+    raises comes from whoever waits, and close() kills them.
+
     Raises UnknownName; MissingLibraryError where a package that the environment needs is missing; ConfigError for
     observations or actions that the agent cannot take, with what would be right; EnvError, also later, for what an
     environment raises, for numbers that are not finite, and where its process dies.
@@ -78,16 +87,21 @@ class GymEnv(BatchEnv):
         action_repeat: int,
         threads: int = 0,
         obs: str = "image",
+        stop: Callable[[], object] = lambda: None,
     ) -> None:
+        self.name = task.name
         self._seeds: list[int] | None = env_seeds(seed, num_envs)
-        make, apart = Maker(find(task.env_id), obs, os.getpid()), num_envs > 1 and threads != 1
-        # One thread makes, steps and closes them: OpenGL contexts belong to the thread that made them.
-        self._stepper = ThreadPoolExecutor(1, "gymnasium")
+        make = Maker(find(task.env_id), obs, os.getpid())
+        kind = AsyncVectorEnv if num_envs > 1 and threads != 1 else SyncVectorEnv
+        self._vector = kind.__new__(kind)  # its processes are known while it is being made
+        self._thread = GymThread(stop)
+        # Also called when this is forgotten, or not closed at the end of Python, which would wait for them for ever.
+        self._kill = Finalize(self, _kill, (self._vector, self._thread), exitpriority=0)
         self._broken = False
         try:
-            self._vector = self._stepper.submit(_vector, make, num_envs, apart).result()
+            self._result(self._thread.submit(partial(_make, self._vector, make, num_envs)))
         except BaseException:
-            self._stepper.shutdown()
+            self._kill()
             raise
         super().__init__(
             task.name,
@@ -104,13 +118,13 @@ class GymEnv(BatchEnv):
         self._answer: Future[tuple[Any, ...]]
 
     def _reset(self) -> EnvStep:
-        obs, _ = self._result(self._stepper.submit(self._vector.reset, seed=self._seeds))
+        obs, _ = self._result(self._thread.submit(partial(self._vector.reset, seed=self._seeds)))
         self._seeds = None  # a later reset goes on with what they have drawn
         zero, never = np.zeros(self.num_envs, np.float32), np.zeros(self.num_envs, bool)
         return self._row(obs, zero, never, never, {}, is_first=~never)
 
     def _send(self, action: np.ndarray) -> None:
-        self._answer = self._stepper.submit(self._vector.step, self._theirs(action))
+        self._answer = self._thread.submit(partial(self._vector.step, self._theirs(action)))
 
     def _recv(self) -> EnvStep:
         obs, reward, terminated, truncated, info = self._result(self._answer)
@@ -148,6 +162,7 @@ class GymEnv(BatchEnv):
         return np.clip(stretched, space.low, space.high).astype(space.dtype)
 
     def _result(self, answer: Future[Any]) -> Any:
+        self._thread.wait(answer)
         try:
             return answer.result()
         except HdfastError as error:
@@ -164,33 +179,34 @@ class GymEnv(BatchEnv):
 
     def _close(self) -> None:
         try:
-            self._stepper.submit(_close, self._vector, self._broken).result()
+            if not self._broken:
+                closing = self._thread.submit(self._vector.close)
+                # one has ended while nobody asked it, or hangs
+                with contextlib.suppress(EOFError, ConnectionError, TimeoutError):
+                    self._thread.wait(closing, last=True)
+                    closing.result()
         finally:
-            self._stepper.shutdown()
+            self._kill()
 
 
-def _vector(make: "Maker", num_envs: int, apart: bool) -> SyncVectorEnv | AsyncVectorEnv:
-    """N environments that reset at the step after their last; `apart` in a process each."""
+def _make(vector: SyncVectorEnv | AsyncVectorEnv, make: Maker, num_envs: int) -> None:
+    """Makes N environments that reset at the step after their last."""
     makers = [make, *[dataclasses.replace(make, quiet=True)] * (num_envs - 1)]
-    if not apart:
-        return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
+    if isinstance(vector, SyncVectorEnv):
+        vector.__init__(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
+        return
     warnings.filterwarnings("ignore", r"\x1b\[31mERROR: ")  # gymnasium's, of what it is about to raise
     # A fork of this process would take torch's threads and CUDA along. Those of a small server do not, and share the
     # torch that each would load by itself, because it imports what this process was started with (`hdfast.train`).
     multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", "torch"])
-    return AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP, context="forkserver")
+    vector.__init__(makers, autoreset_mode=AutoresetMode.NEXT_STEP, context="forkserver")
 
 
-def _close(vector: SyncVectorEnv | AsyncVectorEnv, broken: bool) -> None:
-    """Closes the environments. broken: one of their processes is known not to answer any more."""
-    if not broken:
-        try:
-            vector.close()
-            return
-        except (EOFError, ConnectionError):  # one has ended while nobody asked it
-            if isinstance(vector, SyncVectorEnv):
-                raise
-    for process in vector.processes:
-        process.kill()
-        process.join()
+def _kill(vector: SyncVectorEnv | AsyncVectorEnv, thread: GymThread) -> None:
+    """Ends what is left of the environments without asking them, but for one that hangs in this process."""
     vector.closed = True  # its own close() would wait for their answers
+    for process in getattr(vector, "processes", ()):
+        if process.pid is not None:
+            process.kill()
+            process.join()
+    thread.end()

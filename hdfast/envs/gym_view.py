@@ -4,9 +4,12 @@ Axes: H, W pixels.
 """
 
 import contextlib
+import fcntl
 import importlib
 import math
+import multiprocessing
 import os
+import re
 import signal
 import traceback
 import warnings
@@ -28,6 +31,7 @@ from hdfast.runtime.errors import ConfigError, EnvError, HdfastError, MissingLib
 SIZE = 64
 _AS_THEY_ARE = (8, 16, 32, 64)  # sides of images that are not resized
 _TAKEN = ("action", "reward", "is_first", "is_last", "is_terminal")  # what replay calls its other columns
+_LOSSES = ("dyn", "rep", "cont")  # what the agent calls its other losses; images have one together, "image"
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -61,6 +65,20 @@ def told(name: str) -> Iterator[None]:
         raise EnvError(what, where=name, details=frames) from error
 
 
+def _end_with_parent() -> None:
+    """From now on this process is killed when the one that started it is gone, however it went.
+
+    By the kernel, with SIGIO from a pipe whose other end the parent holds: a thread of its own would wait for the
+    GIL, which an environment that hangs may never give back. Its server of forks is its parent only in name.
+    """
+    parent = multiprocessing.parent_process()
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, os.O_ASYNC)
+    if not parent.is_alive():  # it went before
+        os._exit(1)
+
+
 @dataclass(frozen=True)
 class Maker:
     """Makes one environment, seen as `obs` says, in this process (`owner`) or in one of its own.
@@ -77,6 +95,7 @@ class Maker:
         if os.getpid() != self.owner:  # to stop is for the learner to say, when it has saved
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(signum, signal.SIG_IGN)
+            _end_with_parent()
             tell_warnings()
             if self.quiet:
                 warnings.simplefilter("ignore")
@@ -90,8 +109,12 @@ class Maker:
                         hint="let it observe (H, W, 3) uint8, or render 'rgb_array'; --env.obs state does without",
                     )
                 env.close()
-                env = gymnasium.make(self.spec, render_mode="rgb_array")
-                env = AddRenderObservation(env, render_only=False, render_key="image")
+                try:
+                    env = gymnasium.make(self.spec, render_mode="rgb_array")
+                    env = AddRenderObservation(env, render_only=False, render_key="image")
+                except gymnasium.error.DependencyNotInstalled as error:
+                    hint = "--env.obs state does without drawing"
+                    raise MissingLibraryError(str(error), where=self.spec.id, hint=hint) from error
             return Seen(env, self.obs)
 
 
@@ -105,14 +128,19 @@ class Seen(gymnasium.ObservationWrapper):
         images = {key: space for key, space in parts.items() if _is_image(space) and obs != "state"}
         vectors = {key: space for key, space in parts.items() if not _is_image(space) and obs != "image"}
         self._whole = not isinstance(env.observation_space, spaces.Dict)
+        for key, space in ({**images, **vectors} or parts).items():  # or what it would be told to see
+            if (wrong := _wrong(key, space)) is not None:
+                raise ConfigError(wrong, where=name)
+        for key in vectors.keys() & {*_LOSSES, *(["image"] if images else [])}:
+            what = (
+                f"an observation that is no image cannot be called {key!r}; the agent has a loss of that name"
+            )
+            raise ConfigError(what, where=name)
         if not images and not vectors:
             raise ConfigError(
                 "its observations hold no vectors", where=name, hint="--env.obs image sees the images"
             )
         actions_of(env.action_space, name)
-        for key, space in {**images, **vectors}.items():
-            if (wrong := _wrong(key, space)) is not None:
-                raise ConfigError(wrong, where=name)
         sides = {side for space in images.values() for side in space.shape[:2]}
         self._side = next(iter(sides)) if len(sides) == 1 and sides <= set(_AS_THEY_ARE) else SIZE
         self._images, self._vectors = images, vectors
@@ -207,6 +235,8 @@ def _is_image(space: spaces.Space) -> bool:
 
 def _wrong(key: str, space: spaces.Space) -> str | None:
     """What keeps the agent from taking an observation, and what would be right; None if nothing does."""
+    if not isinstance(key, str) or not re.fullmatch(r"[\w -]+", key):
+        return f"an observation cannot be called {key!r}; right are letters, digits, '_', '-' and ' '"
     if key in _TAKEN:
         return f"an observation cannot be called {key!r}; replay has a column of that name"
     if not _is_image(space):
@@ -214,7 +244,7 @@ def _wrong(key: str, space: spaces.Space) -> str | None:
             None if space.is_np_flattenable else f"observation {key!r} is {space}, which has no fixed length"
         )
     if space.dtype != np.uint8 or (len(space.shape) == 3 and space.shape[2] not in (1, 3)):
-        right = "an image is (H, W, 3), (H, W, 1) or (H, W) uint8"
+        right = "an image is (H, W, 3), (H, W, 1) or (H, W) uint8; gymnasium.wrappers.TransformObservation makes one"
         return f"observation {key!r} is {space.shape} {space.dtype}; {right}"
     return None
 
@@ -228,4 +258,6 @@ def actions_of(space: spaces.Space, name: str) -> DiscreteActions | ContinuousAc
     if not space.is_bounded():
         hint = "give them bounds, gymnasium.wrappers.RescaleAction or ClipAction"
         raise ConfigError(f"its actions have no bounds: {space}", where=name, hint=hint)
+    if not (space.high > space.low).any():
+        raise ConfigError(f"its actions leave no choice: {space}", where=name)
     return ContinuousActions(math.prod(space.shape))

@@ -1,6 +1,8 @@
 """SIGINT, SIGTERM and SIGHUP as a request to stop at the next step, instead of an exception in the middle of one."""
 
+import contextlib
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -14,17 +16,23 @@ class StopRequest:
     Where it is ignored (`nohup`) it stays ignored.
 
     A context manager, for the main thread: signal handlers can be set nowhere else.
+
+    say: told at the first signal what it does and what a second one would, at any point of the main thread.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._at_once = False
+        self.say: Callable[[str], object] = lambda text: None
         self._before: dict[int, object] = {}
 
     def __bool__(self) -> bool:
         return self.signum is not None
 
     def check(self) -> None:
-        """Raises Interrupted if a signal has come."""
+        """Raises Interrupted if a signal has come, KeyboardInterrupt after a second SIGINT."""
+        if self._at_once:
+            raise KeyboardInterrupt
         if self.signum is not None:
             raise Interrupted(self.signum)
 
@@ -37,14 +45,18 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore(*self._before)
+        for signum in self._before:
+            signal.signal(signum, self._before[signum])
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is None:
             self.signum = signum
-            self._restore(signal.SIGINT, signal.SIGTERM)
-
-    def _restore(self, *signums: int) -> None:
-        for signum in signums:
-            if signum in self._before:
-                signal.signal(signum, self._before.pop(signum))
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if signum != signal.SIGHUP:  # whose terminal is gone
+                name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+                # It may come in the midst of other output, or find no reader: neither is an error of the run.
+                with contextlib.suppress(OSError, RuntimeError):
+                    self.say(f"stopping with a checkpoint; a second {name} stops it at once, without one")
+        elif signum == signal.SIGINT:
+            self._at_once = True
+            raise KeyboardInterrupt

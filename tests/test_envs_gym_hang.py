@@ -1,0 +1,171 @@
+"""Environments of users' own that never come back: a run can be stopped, and no process of theirs outlives it."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hdfast import envs
+from hdfast.envs import gym_thread, gym_view
+from hdfast.runtime import checkpoint
+from hdfast.runtime.errors import Interrupted
+from hdfast.runtime.signals import StopRequest
+from tests import loop_cases
+from tests.loop_cases import flags
+
+PROGRAM = """
+from hdfast import train
+from hdfast.envs import gym_thread
+from hdfast.runtime import errors
+gym_thread.GRACE_SECONDS = {grace}
+errors.main(train.main)
+"""
+SAYS = "stopping with a checkpoint; a second Ctrl-C stops it at once, without one"
+STOPPED = "error: stopped by SIGINT; the same command resumes it"
+
+
+def make(name, num_envs=1, **settings):
+    return envs.make("gym", f"tests.gym_envs:{name}-v0", num_envs=num_envs, **{"seed": 0, **settings})
+
+
+def hanging(where, tmp_path, *, num_envs=2, threads=0, grace=1.0):
+    """A run of its own session whose environments hang by now."""
+    task = ["--suite", "gym", "--task", f"tests.gym_envs:Hangs{where.title()}-v0"]
+    counts = ["--env.num-envs", str(num_envs), "--env.threads", str(threads)]
+    argv = [*flags()[2:], *task, *counts, "--logdir", str(tmp_path)]
+    program = ("-c", PROGRAM.format(grace=grace))
+    process = loop_cases.start(argv, program=program, start_new_session=True)
+    assert process.stderr.readline() == f"hangs in {where}\n"
+    return process
+
+
+def left_of(process, seconds=10):
+    """Processes of a session that are still there when it has had time to end."""
+    end = time.monotonic() + seconds
+    while True:
+        left = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(session) == process.pid and state != "Z":
+                left.append(path.parent.name)
+        if not left or time.monotonic() > end:
+            return left
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("num_envs", "threads"), [(2, 0), (2, 1)])  # processes, and none
+def test_a_signal_stops_a_run_whose_environment_hangs(tmp_path, num_envs, threads):
+    process = hanging("step", tmp_path, num_envs=num_envs, threads=threads)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err.splitlines()[-1]) == (130, STOPPED)
+    assert out.splitlines().count(SAYS) == 1
+    path = tmp_path / "gym" / "tests.gym_envs-HangsStep-v0" / "seed0"
+    assert checkpoint.load_latest(path / "checkpoints").meta["agent_steps"] == 6
+    assert not left_of(process)
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_second_signal_stops_it_at_once(tmp_path, threads):
+    process = hanging("step", tmp_path, threads=threads, grace=1000)
+    process.send_signal(signal.SIGINT)
+    while SAYS not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.splitlines()[-1]) == (130, "error: stopped by SIGINT")
+    assert not left_of(process)
+
+
+@pytest.mark.parametrize("signums", [[signal.SIGKILL], [signal.SIGTERM, signal.SIGTERM]])
+def test_processes_of_environments_end_with_the_run_however_it_ends(tmp_path, signums):
+    process = hanging("step", tmp_path)
+    for signum in signums:
+        process.send_signal(signum)
+        time.sleep(0.3)
+    assert process.wait(60) == -signums[-1]
+    assert not left_of(process)
+    process.communicate()
+
+
+def outlive(path):
+    """In a process of its own: notices the end of its parent only when that has been over for long."""
+    Path(path, "began").touch()
+    while multiprocessing.parent_process().is_alive():
+        time.sleep(0.01)
+    gym_view._end_with_parent()
+    Path(path, "lives").touch()
+
+
+def test_a_process_whose_run_ends_before_it_has_begun_ends_too(tmp_path):
+    program = f"""
+import multiprocessing, os, pathlib
+from tests.test_envs_gym_hang import outlive
+multiprocessing.get_context("forkserver").Process(target=outlive, args=({str(tmp_path)!r},)).start()
+while not pathlib.Path({str(tmp_path)!r}, "began").exists():
+    pass
+os._exit(0)
+"""
+    process = loop_cases.start([], program=("-c", program), start_new_session=True)
+    assert process.wait(60) == 0
+    assert not left_of(process)
+    assert [path.name for path in tmp_path.iterdir()] == ["began"]
+    process.communicate()
+
+
+@pytest.mark.parametrize("where", ["init", "close"])
+def test_an_environment_that_hangs_where_it_is_made_or_closed(tmp_path, where):
+    process = hanging(where, tmp_path, num_envs=1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err.splitlines()[-1]) == (130, STOPPED)
+    assert SAYS in out
+    assert not left_of(process)
+
+
+def test_ctrl_c_in_a_notebook_comes_back_from_it(monkeypatch):
+    """There nobody has asked for signals."""
+    monkeypatch.setattr(gym_thread, "GRACE_SECONDS", 0.5)
+    env = make("HangsStep", 2)
+    env.reset()
+    for _ in range(2):
+        env.step(np.zeros(2, np.int32))
+    env.send(np.zeros(2, np.int32))
+    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        env.recv()
+    began = time.monotonic()
+    env.close()
+    assert 0.5 <= time.monotonic() - began < 5
+    assert not any(process.is_alive() for process in env._vector.processes)
+
+
+def test_an_environment_that_is_slow_to_answer_a_stop_is_given_its_time():
+    with StopRequest() as stop, make("Broken", stop=stop.check) as env:
+        env.reset()
+        for _ in range(2):
+            env.step(np.zeros(1, np.int32))
+        stop.signum = signal.SIGINT
+        assert env.step(np.full(1, 2, np.int32)).reward == pytest.approx([3.02])  # after half a second
+        with pytest.raises(Interrupted):
+            stop.check()
+
+
+def test_python_ends_where_nobody_has_closed_them():
+    program = (
+        "import multiprocessing\nfrom hdfast import envs\n"
+        "env = envs.make('gym', 'tests.gym_envs:Count-v0', num_envs=2, seed=0)\nenv.reset()\n"
+        "print(len(multiprocessing.active_children()))"
+    )
+    process = loop_cases.start([], program=("-c", program), start_new_session=True)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "2\n", "")
+    assert not left_of(process)
