@@ -1,3 +1,4 @@
+#include "../simd_math.h"
 #include "layer_norm.h"
 
 namespace HDFAST_ISA {

@@ -1,5 +1,5 @@
 #include "../ops.h"
-#include "../simd.h"
+#include "../simd_math.h"
 
 namespace HDFAST_ISA {
 namespace {
