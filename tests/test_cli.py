@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from hdfast import __main__ as package
 from hdfast import loop, suites, train
 from hdfast.agent.learner import Learner
 from tests.loop_cases import (
@@ -212,3 +214,15 @@ def test_help_is_short(name, monkeypatch, capfd):
     assert (code, err) == (0, "")
     assert f"python -m hdfast.{name}" in out
     assert len(out.splitlines()) < 40
+
+
+def test_the_package_itself_lists_its_doors(capsys):
+    doors = {
+        path.stem
+        for path in Path(loop.__file__).parent.glob("*.py")
+        if "errors.main(main)" in path.read_text()
+    }
+    package.main()
+    assert {line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]} == {
+        f"hdfast.{door}" for door in doors
+    }
