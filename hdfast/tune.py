@@ -74,7 +74,8 @@ def table(choice: Choice) -> Table:
         if op in (DEFINITION, TOGETHER, GRAPH, TIMES, EAGER_TIMES, FINE):
             continue
         worth = f"{without[op]:.2f}" if op in without else ""
-        rows.add_row(op, "yes" if line["right"] else "no", worth, (choice.ops or {}).get(op, "reference"))
+        runs = "as by default" if choice.ops is None else choice.ops.get(op, "reference")
+        rows.add_row(op, "yes" if line["right"] else "no", worth, runs)
     if graph := choice.report.get(GRAPH):
         right = "yes" if graph["right"] else "no"
         rows.add_row("update and act", right, "", "CUDA graph" if choice.graph else "eager")
