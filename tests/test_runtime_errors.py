@@ -156,7 +156,7 @@ def test_main_keeps_the_traceback_of_the_unexpected():
     [
         ("rich", ["report"], "hdfast needs rich; pip install rich"),
         ("numpy", ["sweep", "--help"], "hdfast needs numpy; pip install numpy"),
-        ("PIL", ["profile"], "hdfast needs PIL; pip install pillow"),
+        ("PIL", ["train"], "hdfast needs PIL; pip install pillow"),
         ("safetensors", ["evaluate", "runs"], "hdfast needs safetensors; pip install safetensors"),
         ("tyro", ["train", "--dry-run"], "hdfast needs tyro; pip install tyro"),
         (
