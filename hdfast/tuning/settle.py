@@ -72,5 +72,8 @@ def summary(choice: Choice) -> str:
     fused = Counter(choice.ops.values())
     parts = [f"{count} ops in {backend}" for backend, count in sorted(fused.items())] or ["plain PyTorch"]
     parts += ["as a CUDA graph"] if choice.graph else []
-    times = ", ".join(f"{name} {one:.3g}" for name, one in milliseconds(choice.report).items())
+    ms = milliseconds(choice.report)
+    times = ", ".join(
+        f"{name} {one:,.0f}" if one >= 1000 else f"{name} {one:.3g}" for name, one in ms.items()
+    )
     return ", ".join(parts) + (f" (ms an update: {times})" if times else "")
