@@ -1,7 +1,5 @@
-"""Which backends a run takes: what is wrong, crashes or hangs is found out, and what is found is remembered."""
+"""How a search finds what a run takes: ops that are wrong, crash or hang cost no more than themselves."""
 
-import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -12,18 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hdfast import tune
 from hdfast.runtime.errors import Interrupted
-from hdfast.tuning import choice as choices
 from hdfast.tuning import search as searching
-from hdfast.tuning import settle as settling
-from hdfast.tuning.choice import Choice, alone, key_of, path_of, remember, remembered
+from hdfast.tuning.choice import Choice
 from hdfast.tuning.search import FINE, GRAPH, TIMES, Job, TuningError, chosen, leave_out
-from hdfast.tuning.settle import settle, summary
+from hdfast.tuning.settle import summary
 from hdfast.tuning.trials import Verdict
-from hdfast_kernels import dispatch
 from tests.agent_cases import SPECS, make_actions, one_thread, small_config  # noqa: F401
-from tests.loop_cases import door
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -35,13 +28,6 @@ SIZES = {"replay": {"batch": 4, "length": 8}}
 def _own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("HDFAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HDFAST_BACKEND", raising=False)
-
-
-@pytest.fixture
-def own_defaults():
-    before = dispatch.use("cpu", None)
-    yield
-    dispatch.use("cpu", before)
 
 
 def job(device="cpu", **options) -> Job:
@@ -269,163 +255,6 @@ def test_what_follows_from_the_lines():
     failed = {TIMES: {"end": TIMES, "right": False, "why": "crashed"}, GRAPH: {"end": GRAPH, "right": True}}
     assert (chosen(failed).ops, chosen(failed).graph) == (None, False)
     assert chosen({}) == Choice()
-
-
-def a_key(**changes):
-    config = small_config(**changes.pop("config", {}))
-    arguments = {"obs_specs": SPECS, "actions": make_actions(False), "device": CPU, "dtype": torch.float32}
-    return key_of(config=config, **{**arguments, **changes})
-
-
-def test_a_choice_is_for_one_machine_and_model(monkeypatch):
-    choice = Choice({"kl_balance": "native"}, True, {"kl_balance": {"right": True}})
-    assert remembered(a_key()) is None
-    path = remember(a_key(), choice)
-    assert path == path_of(a_key())
-    assert remembered(a_key()) == choice
-    assert remembered(a_key(actions=make_actions(False, width=9))) == choice, "the game does not matter"
-    assert remembered(a_key(config={"train": {"ratio": 3.0}, "seed": 4})) == choice
-    assert remembered(a_key(actions=make_actions(True))) is None
-    assert remembered(a_key(dtype=torch.bfloat16)) is None
-    assert remembered(a_key(config={"rssm": {"deter": 20}})) is None
-    monkeypatch.setattr(choices, "_source", lambda: "edited")
-    assert remembered(a_key()) is None
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda found: {},
-        lambda found: [],
-        lambda found: {**found, "ops": {"kl_balance": "cuda"}},
-        lambda found: {**found, "ops": {"kl": "native"}},
-        lambda found: {**found, "ops": 3},
-        lambda found: {**found, "graph": "yes"},
-        lambda found: {**found, "key": {**found["key"], "torch": "1.0"}},
-    ],
-)
-def test_what_is_damaged_is_not_remembered(damage):
-    path = remember(a_key(), Choice({"kl_balance": "native"}))
-    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
-    assert remembered(a_key()) is None
-    path.write_text("{")
-    assert remembered(a_key()) is None
-
-
-def test_where_nothing_can_be_kept_a_run_goes_on(monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("HDFAST_CACHE", str(tmp_path / "file" / "below"))
-    assert remember(a_key(), Choice()) is None
-    with alone(a_key(), lambda: None):
-        assert remembered(a_key()) is None
-
-
-def test_one_process_tries_and_the_others_wait():
-    waited = []
-
-    def check():
-        waited.append(1)
-        raise Interrupted(15)
-
-    with alone(a_key(), lambda: pytest.fail("nobody else is there")), pytest.raises(Interrupted):  # noqa: SIM117
-        with alone(a_key(), check):
-            pass
-    assert waited == [1]
-    with alone(a_key(config={"rssm": {"deter": 20}}), check):
-        pass
-
-
-def settled(say, **changes) -> Choice:
-    config = small_config(**{**SIZES, **changes})
-    job = Job(SPECS, make_actions(False), config, CPU, torch.float32)
-    return settle(job, check=lambda: None, say=say.append)
-
-
-def test_a_run_searches_once_where_it_does_so_by_itself(monkeypatch):
-    said, searched = [], []
-    found = Choice({"kl_balance": "native"}, False, {TIMES: {"ms": {"plain PyTorch": 12.34, "fused": 5.0}}})
-
-    def search(job, *, check, tell, limit, budget):
-        searched.append(job)
-        return found
-
-    monkeypatch.setattr(settling, "search", search)
-    assert settled(said) == Choice()
-    assert (said, searched) == ([], []), "not on the CPU"
-    monkeypatch.setattr(settling, "AUTOMATIC", ("cpu",))
-    assert settled(said, train={"tune": False}) == Choice()
-    assert not searched
-    assert settled(said) == found
-    assert settled(said) == found
-    assert len(searched) == 1
-    assert len(said) == 2
-    assert "--train.no-tune" in said[0]
-    assert said[1].startswith("1 ops in native (ms an update: plain PyTorch 12.3, fused 5); kept in ")
-    assert settled(said, train={"tune": False}) == Choice(), "nor what is remembered"
-
-
-def test_a_search_that_could_time_nothing_is_not_remembered(monkeypatch):
-    """Another program on the card, say, which is gone the next time."""
-    nothing = Choice(None, False, {TIMES: {"right": False, "why": "OutOfMemoryError: ..."}})
-    monkeypatch.setattr(settling, "AUTOMATIC", ("cpu",))
-    monkeypatch.setattr(settling, "search", lambda job, **options: nothing)
-    said = []
-    assert settled(said) == nothing
-    assert said[1] == "no update could be timed, so ops run as by default"
-    assert remembered(a_key(config=SIZES)) is None
-
-
-@pytest.mark.parametrize("error", [TuningError, OSError])
-def test_a_run_goes_on_where_the_search_fails(error, monkeypatch, capsys):
-    def search(job, **options):
-        raise error("no memory")
-
-    monkeypatch.setattr(settling, "AUTOMATIC", ("cpu",))
-    monkeypatch.setattr(settling, "search", search)
-    assert settled([]) == Choice()
-    assert "computes as by default: no memory" in capsys.readouterr().err
-    assert remembered(a_key(config=SIZES)) is None
-
-
-def test_a_choice_is_used(own_defaults):
-    Choice({"kl_balance": "native"}).use(CPU)
-    assert dispatch.resolve_name("kl_balance", None, torch.zeros(1)) == "native"
-    assert dispatch.resolve_name("image_loss", None, torch.zeros(1)) == "reference"
-    Choice({}).use(CPU)
-    assert dispatch._DEFAULTS["cpu"] == {}
-    Choice().use(CPU)
-    assert dispatch._DEFAULTS["cpu"] == dispatch.CPU_DEFAULT, "nothing of the run before is left"
-
-
-def test_the_door_tells_and_remembers(monkeypatch, capfd):
-    report = {
-        "kl_balance": {"right": True, "why": ""},
-        "linear": {"right": False, "why": "off"},
-        TIMES: {"right": True, "ms": {"plain PyTorch": 2.0, "fused": 1.0}},
-        FINE: {"right": True, "without": {"kl_balance": 1.25}},
-    }
-    searched = []
-
-    def search(job, *, check, tell, limit, budget):
-        searched.append(job)
-        tell({"begin": "linear"})
-        tell({"end": "linear", "right": False, "why": "off"})
-        return Choice({"kl_balance": "native"}, False, report)
-
-    monkeypatch.setattr(settling, "search", search)
-    code, out, err = door(tune.main, ["--suite", "demo"], monkeypatch, capfd)
-    assert (code, err) == (0, "")
-    assert "linear: no: off" in out
-    rows = [line.split() for line in out.splitlines()]
-    assert ["kl_balance", "yes", "1.25", "native"] in rows
-    assert ["linear", "no", "reference"] in rows
-    assert "1 ops in native (ms an update: plain PyTorch 2, fused 1)" in out
-    assert door(tune.main, ["--suite", "demo"], monkeypatch, capfd)[0] == 0
-    assert len(searched) == 1
-    assert door(tune.main, ["--suite", "demo", "--again"], monkeypatch, capfd)[0] == 0
-    assert len(searched) == 2
-    assert searched[0].config.suite == "demo"
-    assert dataclasses.asdict(searched[0].config) == dataclasses.asdict(searched[1].config)
 
 
 def test_the_module_is_the_process(tmp_path):
