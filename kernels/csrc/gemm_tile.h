@@ -18,8 +18,9 @@ constexpr int64_t chain = 2;
 
 // sums[m, n] = sum over k of left[k / group, m, k % group] * right[k, n]        m < tile_rows, n < vectors * W
 //
-// Rows of `left` lie side by side, its groups `left_step` apart. The sums are added to those there, unless `fresh`.
-template <int vectors>
+// Of `left`, groups lie `left_step` apart, rows m and depths k of a group as the template says. The sums are added to
+// those there, unless `fresh`.
+template <int vectors, int64_t step_of_row = group<float>, int64_t step_of_depth = 1>
 HDFAST_INLINE void multiply_tile(const float* left, int64_t left_step, const float* right, int64_t groups, float* sums,
                                  bool fresh) {
   for (; groups > 0; groups -= chain, fresh = false) {
@@ -30,7 +31,7 @@ HDFAST_INLINE void multiply_tile(const float* left, int64_t left_step, const flo
         for (int v = 0; v < vectors; v++) row[v] = load(right + v * W, Whole{});
 #pragma GCC unroll 14
         for (int m = 0; m < tile_rows; m++)
-          for (int v = 0; v < vectors; v++) tile[m][v] += left[m * group<float> + k] * row[v];
+          for (int v = 0; v < vectors; v++) tile[m][v] += left[m * step_of_row + k * step_of_depth] * row[v];
       }
 #pragma GCC unroll 14
     for (int m = 0; m < tile_rows; m++)

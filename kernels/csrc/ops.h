@@ -59,6 +59,9 @@ void image_loss_backward(const float* grad, const void* pred, const uint8_t* ima
 void image_deconv_forward(const void* x, const float* weight, const float* bias, void* y, int64_t images,
                           int64_t height, int64_t width, int64_t inputs, int64_t channels, bool is_bf16, int threads);
 
+// grad (K, M), x (K, N) -> out (M, N) = grad^T x, all float.
+void linear_weight_grad(const float* grad, const float* x, float* out, int64_t K, int64_t M, int64_t N, int threads);
+
 // Convolution, kernel 4, stride 2, padding 1: x (images, 2 * height, 2 * width, channels_in) -> y (images, height, width,
 // channels_out); the transposed one if `doubling`: x (images, height, width, channels_in) -> y (images, 2 * height,
 // 2 * width, channels_out). weight (channels of the smaller map, of the larger one, 4, 4). False, having computed nothing,
@@ -144,6 +147,7 @@ void rssm_observe_backward(const RssmObserve& p, int threads);
   X(image_loss_backward) \
   X(image_deconv_forward) \
   X(strided_conv_winograd) \
+  X(linear_weight_grad) \
   X(strided_conv_double) \
   X(strided_conv_weight_grad) \
   X(kl_balance_forward) \

@@ -1,7 +1,8 @@
 """linear and matrix products on the CPU: float32 goes to oneDNN where PyTorch's own choice, MKL, is slow.
 
-MKL keeps its AVX-512 code for Intel's processors: on others it reaches half of what oneDNN does. bfloat16 products are
-oneDNN's anyway.
+MKL keeps its AVX-512 code for Intel's processors: on others it reaches half of what oneDNN does. oneDNN in turn copies
+what lies the other way, as both operands of a weight's gradient do: that one is ours (csrc/ops/linear_weight_grad.cpp).
+bfloat16 products are oneDNN's anyway.
 """
 
 import functools
@@ -18,24 +19,31 @@ ENOUGH = 1 << 20
 
 
 @functools.cache
-def onednn_is_faster() -> bool:
-    """Whether float32 products are better left to oneDNN on this machine."""
+def mkl_is_slow() -> bool:
+    """Whether float32 products are better left to others than PyTorch's choice on this machine."""
     backends = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     return backends and hasattr(torch.ops.mkldnn, "_linear_pointwise") and not native.module().is_intel()
 
 
-def _take_onednn(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> bool:
-    return dtype == torch.float32 and rows * inputs * outputs >= ENOUGH and onednn_is_faster()
+def _leave_mkl(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and rows * inputs * outputs >= ENOUGH and mkl_is_slow()
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of matrices (M, K) and (K, N) of one dtype, without a gradient."""
-    if not _take_onednn(*a.shape, b.shape[1], a.dtype):
-        return a @ b
-    # It copies an `a` that is not contiguous, and takes `b` as it lies.
-    if not a.is_contiguous() and b.numel() < a.numel():
-        return _onednn(b.mT, a).mT.contiguous()
-    return _onednn(a, b.mT)
+    """a @ b of matrices (M, K) and (K, N) of one dtype, without a gradient. `a` is best contiguous, `b` need not be."""
+    return _onednn(a, b.mT) if _leave_mkl(*a.shape, b.shape[1], a.dtype) else a @ b
+
+
+def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """gradᵀ @ x of matrices (K, M) and (K, N) of one dtype, without a gradient."""
+    (depth, rows), columns = grad.shape, x.shape[1]
+    if not _leave_mkl(rows, depth, columns, x.dtype):
+        return grad.mT @ x
+    grad, x, out = grad.contiguous(), x.contiguous(), native.empty(rows, columns)
+    native.module().linear_weight_grad(
+        native.ptr(grad), native.ptr(x), native.ptr(out), depth, rows, columns, native.threads()
+    )
+    return out
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -56,13 +64,13 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = product(grad, weight).view(x.shape)
         if ctx.needs_input_grad[1]:
-            grad_weight = product(grad.mT, x.flatten(0, -2))
+            grad_weight = weight_grad(grad, x.flatten(0, -2))
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(0)
         return grad_x, grad_weight, grad_bias
 
 
 def linear_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if x.ndim < 2 or not _take_onednn(x.shape[:-1].numel(), *weight.shape, x.dtype):
+    if x.ndim < 2 or not _leave_mkl(x.shape[:-1].numel(), *weight.shape, x.dtype):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from . import native
-from .linear_native import product
+from .linear_native import weight_grad
 
 WEIGHTS = (
     *("is_first", "initial_deter", "initial_index"),
@@ -118,7 +118,7 @@ class _Observe(torch.autograd.Function):
 
 def _outer(grad: Tensor, operand: Tensor) -> Tensor:
     """The gradient of a matrix: grad (T, B, out), operand (T, B, in) -> (out, in), in one GEMM."""
-    return product(grad.flatten(0, 1).mT, operand.flatten(0, 1))
+    return weight_grad(grad.flatten(0, 1), operand.flatten(0, 1))
 
 
 def _call(function: str, ctx: FunctionCtx, tensors: dict[str, Tensor | None]) -> None:

@@ -1,4 +1,4 @@
-"""linear, and the matrix products that go to oneDNN."""
+"""linear, and the matrix products that go to oneDNN or are ours."""
 
 from functools import partial
 
@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from checks import Calls, backends, check_against_fp64, random
 
-from hdfast_kernels import dispatch, linear, linear_native
+from hdfast_kernels import dispatch, linear, linear_native, native
+
+ISAS = native.isas() if dispatch.native_built() else []
 
 # leading axes, inputs, outputs: one row; none; odd; small; large enough for oneDNN, wider one way and the other
 SHAPES = [
@@ -22,7 +24,7 @@ SHAPES = [
 
 @pytest.fixture(params=[True, False], ids=["onednn", "mkl"])
 def library(request, monkeypatch):
-    monkeypatch.setattr(linear_native, "onednn_is_faster", lambda: request.param)
+    monkeypatch.setattr(linear_native, "mkl_is_slow", lambda: request.param)
     return request.param
 
 
@@ -67,15 +69,43 @@ def test_products_of_every_layout(shape, library):
             check_against_fp64(linear_native.product, lambda a, b: a @ b, {"a": a, "b": b})
 
 
+# Rows, width of the gradient and of the activations: odd widths; narrow ones; one row; rows that threads divide.
+OF_WEIGHTS = [
+    (300, 70, 90),
+    (90, 255, 300),
+    (700, 6, 260),
+    (700, 260, 6),
+    (1, 1200, 900),
+    (4096, 33, 17),
+    (5000, 20, 31),
+]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("shape", OF_WEIGHTS, ids=str)
+def test_gradients_of_weights_of_every_shape(shape, threads, isa, monkeypatch):
+    monkeypatch.setattr(linear_native, "ENOUGH", 0)
+    monkeypatch.setattr(linear_native, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(native, "threads", lambda: threads)
+    rows, of_grad, of_x = shape
+    inputs = {"grad": random(rows, of_grad).float(), "x": random(rows, of_x, seed=1).float()}
+    with native.force_isa(isa), Calls() as calls:
+        check_against_fp64(linear_native.weight_grad, lambda grad, x: grad.mT @ x, inputs)
+    assert (
+        sum("aten.mm" in name for name, _ in calls.made) == 2
+    )  # of the reference, in float32 and in float64
+
+
 @pytest.mark.skipif(not dispatch.native_built(), reason="the C++ module is not built")
 def test_a_large_float32_product_is_onednns(monkeypatch):
-    monkeypatch.setattr(linear_native, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(linear_native, "mkl_is_slow", lambda: True)
     x, weight, _ = inputs((64,), 256, 128, torch.float32).values()
     with Calls() as calls:
         linear(x, weight, backend="native").sum().backward()
-        assert sum("_linear_pointwise" in name for name, _ in calls.made) == 3
+        assert sum("_linear_pointwise" in name for name, _ in calls.made) == 2
         linear(x[:2], weight, backend="native")  # too small
-    assert sum("_linear_pointwise" in name for name, _ in calls.made) == 3
+    assert sum("_linear_pointwise" in name for name, _ in calls.made) == 2
 
 
 @pytest.mark.parametrize("backend", backends("linear"))

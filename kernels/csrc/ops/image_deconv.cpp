@@ -16,8 +16,8 @@ struct Deconv {
   static constexpr int together = W == 16 ? 4 : 1;  // pixels whose sums fit into the registers
   int64_t height, width, inputs, channels;
   int64_t length = (2 * width + 2) * channels + V * W;
-  std::vector<float> weight;  // (inputs, 4, V * W): the rows of the kernel, zeros beyond 4 * channels
-  std::vector<float> bias;    // of an output row
+  std::vector<float> weight = {};  // (inputs, 4, V * W): the rows of the kernel, zeros beyond 4 * channels
+  std::vector<float> bias = {};    // of an output row
 
   template <int P>
   HDFAST_INLINE void tiles(const float* row, int64_t x, float* band) const {
