@@ -69,6 +69,10 @@ void linear_weight_grad(const float* grad, const float* x, float* out, int64_t K
 bool strided_conv_winograd(const float* x, const float* weight, float* y, int64_t images, int64_t height, int64_t width,
                            int64_t channels_in, int64_t channels_out, bool doubling, int threads);
 
+// Its gradient, as strided_conv_weight_grad. False, having computed nothing, where that is faster.
+bool strided_conv_winograd_grad(const float* large, const float* small, float* grad, int64_t images, int64_t height,
+                                int64_t width, int64_t large_channels, int64_t small_channels, int threads);
+
 // The transposed one in bfloat16, weight (channels_in, 4, 4, channels_out). False, having computed nothing, without
 // instructions for it, for channels_in that are no multiples of 32 and few pixels.
 bool strided_conv_double(const void* x, const void* weight, void* y, int64_t images, int64_t height, int64_t width,

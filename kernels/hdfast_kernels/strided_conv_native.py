@@ -1,8 +1,8 @@
 """strided_conv on the CPU: ours where that is faster, else PyTorch's.
 
-Each direction is the gradient of the other. float32 maps are halved and doubled with 9 multiplications in place of 16
-(csrc/ops/strided_conv_winograd.cpp), bfloat16 maps are doubled (strided_conv_double.cpp); the gradient of the kernel is
-strided_conv.cpp in both.
+Each direction is the gradient of the other. In float32 maps are halved and doubled with 9 multiplications in place of 16
+(csrc/ops/strided_conv_winograd.cpp), and so is the gradient of the kernel (strided_conv_winograd_grad.cpp, for few
+pixels strided_conv.cpp). In bfloat16 maps are doubled by strided_conv_double.cpp; the gradient is strided_conv.cpp.
 """
 
 import torch

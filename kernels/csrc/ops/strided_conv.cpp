@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "../kernel_grad.h"
 #include "../ops.h"
 #include "../simd.h"
 
@@ -16,9 +17,7 @@
 namespace HDFAST_ISA {
 namespace {
 
-constexpr int tall = 4;                    // large channels of a tile
-constexpr int broad = W == 16 ? 4 : 2;     // vectors of small channels of a tile: what the registers hold
-constexpr int64_t pixels_of_block = 128;   // of the small map
+constexpr int64_t pixels_of_block = 128;  // of the small map
 
 struct Shape {
   int64_t height, width, large, small;  // of the small map; channels of both
@@ -156,18 +155,6 @@ class Pairs {
 };
 #endif
 
-template <class F>
-HDFAST_INLINE void with_vectors_of_tile(int64_t count, F f) {
-  if (count >= 4)
-    f(std::integral_constant<int, 4>{});
-  else if (count == 3)
-    f(std::integral_constant<int, 3>{});
-  else if (count == 2)
-    f(std::integral_constant<int, 2>{});
-  else
-    f(std::integral_constant<int, 1>{});
-}
-
 template <class Source, class T>
 void weight_grad(const T* large, const T* small, float* grad, int64_t images, const Shape& shape, int threads) {
   const int64_t size = 16 * shape.large * shape.small;
@@ -183,34 +170,25 @@ void weight_grad(const T* large, const T* small, float* grad, int64_t images, co
       for (int64_t top = 0; top < shape.height; top += shape.rows()) {
         source.take(large, small,
                     {n, std::min(shape.images(), last - n), top, std::min(shape.rows(), shape.height - top)});
-        for (int64_t s = 0; s < shape.small; s += broad * W)
-          with_vectors_of_tile(std::min<int64_t>(broad, (shape.small - s) / W), [&](auto vectors) {
+        for (int64_t place = 0; place < 16; place++)
+          each_tile(shape.large, shape.small, [&](int64_t l, int64_t s, auto vectors) {
             constexpr int K = vectors;
-            for (int64_t place = 0; place < 16; place++)
-              for (int64_t l = 0; l < shape.large; l += tall) {
-                float* const at = total + (place * shape.large + l) * shape.small + s;
-                Vf tile[tall][K];
-                for (int t = 0; t < tall; t++)
-                  for (int k = 0; k < K; k++) tile[t][k] = load(at + t * shape.small + k * W, Whole{});
-                source.template add<K>(tile, place / 4, place % 4, l, s);
-                for (int t = 0; t < tall; t++)
-                  for (int k = 0; k < K; k++) store(at + t * shape.small + k * W, tile[t][k], Whole{});
-              }
+            add_to_tile<K>(total + (place * shape.large + l) * shape.small + s, shape.small, [&](Vf(&tile)[tall][K]) {
+              source.template add<K>(tile, place / 4, place % 4, l, s);
+            });
           });
       }
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t l = 0; l < shape.large; l++)
       for (int64_t s = 0; s < shape.small; s += W) {
-        float turned[W][16];
+        Vf kernel[16];
         for (int64_t place = 0; place < 16; place++) {
-          Vf all = {};
+          kernel[place] = Vf{};
           for (int t = 0; t < team; t++)
-            all += load(sums + size * t + (place * shape.large + l) * shape.small + s, Whole{});
-          for (int k = 0; k < W; k++) turned[k][place] = all[k];
+            kernel[place] += load(sums + size * t + (place * shape.large + l) * shape.small + s, Whole{});
         }
-        for (int k = 0; k < W; k++)
-          std::memcpy(grad + ((s + k) * shape.large + l) * 16, turned[k], sizeof(turned[k]));
+        store_kernels(grad, shape.large, s, l, kernel);
       }
   }
 }
@@ -225,8 +203,9 @@ bool strided_conv_weight_grad(const void* large, const void* small, float* grad,
   threads = std::min<int64_t>(threads_for(images * height * width * large_channels, threads),
                               std::max<int64_t>(1, images / shape.images()));
   if (!is_bf16) {
-    weight_grad<Direct>(static_cast<const float*>(large), static_cast<const float*>(small), grad, images, shape,
-                        threads);
+    const float *from = static_cast<const float*>(large), *to = static_cast<const float*>(small);
+    if (!strided_conv_winograd_grad(from, to, grad, images, height, width, large_channels, small_channels, threads))
+      weight_grad<Direct>(from, to, grad, images, shape, threads);
     return true;
   }
 #if defined(__AVX512BF16__)

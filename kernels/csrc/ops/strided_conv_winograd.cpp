@@ -5,29 +5,16 @@
 #include "../gemm_tile.h"
 #include "../ops.h"
 #include "../simd.h"
+#include "../winograd.h"
 
-// Convolutions of kernel 4, stride 2 and padding 1 by Winograd's F(2 x 2, 2 x 2): 9 multiplications in place of 16.
-//
-// In one dimension, halving is a sum over two phases, odd and even pixels; doubling has two phases of its output:
-//
-//     y[t] = (w0 x[2t - 1] + w2 x[2t + 1]) + (w1 x[2t] + w3 x[2t + 2])
-//     y[2t] = w3 x[t - 1] + w1 x[t]        y[2t + 1] = w2 x[t] + w0 x[t + 1]
-//
-// Each phase is a kernel of two taps and stride 1. Two neighbouring results of such a kernel take three products:
-//
-//     y0 = g0 x0 + g1 x1 = m0 + m1         m0 = g0 (x0 - x1)
-//     y1 = g0 x1 + g1 x2 = m1 - m2         m1 = (g0 + g1) x1        m2 = g1 (x1 - x2)
-//
-// In two dimensions a tile of 2 x 2 results takes 9, each a product of matrices over all channels of many tiles. A
-// block of tiles is transformed, multiplied and transformed back in the second cache. Only for float: bfloat16 would
-// round the differences. Where a number is infinite, all results of its tiles are NaN.
+// Halving and doubling of maps by Winograd's F(2 x 2, 2 x 2), see winograd.h. A block of tiles is transformed, multiplied
+// and transformed back in the second cache.
 //
 // Axes: phase (4), f products of a tile (9), t tiles, C channels of x, O of y.
 
 namespace HDFAST_ISA {
 namespace {
 
-constexpr int64_t phases = 4, products_of_tile = 9;
 constexpr int64_t block_bytes = 768 << 10;        // what a block takes of the second cache
 constexpr int64_t largest_block = 8 * tile_rows;  // tiles; more would not help
 constexpr int64_t least_tiles_of_thread = 64;     // fewer do not make up for the transform of the weights
@@ -35,14 +22,13 @@ constexpr int64_t least_tiles_of_thread = 64;     // fewer do not make up for th
 struct Layout {
   bool doubling;
   int64_t height, width, C, O;  // of the smaller map; channels
-  int64_t tiles_down, tiles_across, tiles;
+  Tiles tiles;
   int64_t step_in, step_out;  // pixels between neighbours of a phase
   int64_t panels, block;      // of O; tiles
 
   Layout(bool doubling, int64_t images, int64_t height, int64_t width, int64_t C, int64_t O)
-      : doubling(doubling), height(height), width(width), C(C), O(O), tiles_down((height + 1) / 2),
-        tiles_across((width + 1) / 2), tiles(images * tiles_down * tiles_across), step_in(doubling ? 1 : 2),
-        step_out(doubling ? 2 : 1), panels((O + panel - 1) / panel) {
+      : doubling(doubling), height(height), width(width), C(C), O(O), tiles(images, height, width),
+        step_in(doubling ? 1 : 2), step_out(doubling ? 2 : 1), panels((O + panel - 1) / panel) {
     const int64_t pixels = 2 * 4 * step_in * step_in;  // of x, for a tile of this block and for one of the next
     const int64_t tile_bytes = (products_of_tile * (C + O) + pixels * C) * int64_t(sizeof(float));
     // Weights too large for the last cache come from memory for every block: then the fewer blocks, the better.
@@ -53,12 +39,11 @@ struct Layout {
 
   // Where PyTorch is not faster. Results beyond the edge of a map whose sides are odd are lost work.
   bool pays(int threads) const {
-    return C % 16 == 0 && O % 16 == 0 && tiles >= least_tiles_of_thread * threads &&
-           3 * tiles_down * tiles_across <= height * width;
+    return C % 16 == 0 && O % 16 == 0 && tiles.count >= least_tiles_of_thread * threads &&
+           3 * tiles.down * tiles.across <= height * width;
   }
 
-  // Element k of a tile's row of three, or of two, lies at step * (2 t + k) + origin.
-  static int64_t origin_in(int64_t odd) { return odd - 1; }
+  // Element k of a tile's row of two results lies at step_out * (2 t + k) + origin_out.
   int64_t origin_out(int64_t odd) const { return doubling ? odd : 0; }
 
   // weights (phase, f, panel of O, C, panel), inputs (f, group of C, t, group), products (f, panel of O, t, panel); the
@@ -97,48 +82,22 @@ void transform_weights(const Layout& at, const float* weight, float* out) {
     }
 }
 
-struct Tile {
-  int64_t image, down, across;
-
-  Tile(const Layout& at, int64_t t)
-      : image(t / at.tiles_across / at.tiles_down), down(t / at.tiles_across % at.tiles_down),
-        across(t % at.tiles_across) {}
-};
-
 // Of tiles [first, first + count); beyond the last one, that one again.
-void transform_inputs(const Layout& at, const float* x, int64_t phase, int64_t first, int64_t count, const float* zeros,
-                      float* inputs) {
-  const int64_t height = at.height * at.step_in, width = at.width * at.step_in;
+void transform_block(const Layout& at, const float* x, int64_t phase, int64_t first, int64_t count, const float* zeros,
+                     float* inputs) {
   for (int64_t t = 0; t < count; t++) {
-    const Tile tile(at, std::min(first + t, at.tiles - 1));
-    const float* pixel[3][3];
-    for (int64_t i = 0; i < 3; i++)
-      for (int64_t j = 0; j < 3; j++) {
-        const int64_t row = at.step_in * (2 * tile.down + i) + at.origin_in(phase / 2);
-        const int64_t column = at.step_in * (2 * tile.across + j) + at.origin_in(phase % 2);
-        const bool inside = row >= 0 && row < height && column >= 0 && column < width;
-        pixel[i][j] = inside ? x + ((tile.image * height + row) * width + column) * at.C : zeros;
-      }
-    for (int64_t c = 0; c < at.C; c += W) {
-      Vf d[3][3];
-      for (int i = 0; i < 3; i++) {
-        const Vf a = load(pixel[i][0] + c, Whole{}), b = load(pixel[i][1] + c, Whole{}),
-                 e = load(pixel[i][2] + c, Whole{});
-        d[i][0] = a - b, d[i][1] = b, d[i][2] = b - e;
-      }
-      float* const out = inputs + (c / group<float> * at.block + t) * group<float> + c % group<float>;
-      for (int64_t j = 0; j < 3; j++) {
-        store(out + at.inputs_at(j), d[0][j] - d[1][j], Whole{});
-        store(out + at.inputs_at(3 + j), d[1][j], Whole{});
-        store(out + at.inputs_at(6 + j), d[1][j] - d[2][j], Whole{});
-      }
-    }
+    const Tile tile(at.tiles, std::min(first + t, at.tiles.count - 1));
+    transform_inputs(x, tile, at.height * at.step_in, at.width * at.step_in, at.C, at.step_in, phase, zeros,
+                     [&](int64_t f, int64_t c, Vf numbers) {
+                       float* const of_group = inputs + at.inputs_at(f) + c / group<float> * at.block * group<float>;
+                       store(of_group + t * group<float> + c % group<float>, numbers, Whole{});
+                     });
   }
 }
 
 // Where the row of pixels begins that a tile takes first.
 const float* start_of(const Layout& at, const float* x, int64_t t) {
-  const Tile tile(at, t);
+  const Tile tile(at.tiles, t);
   return x + (tile.image * at.height + 2 * tile.down) * at.step_in * at.step_in * at.width * at.C;
 }
 
@@ -164,7 +123,7 @@ void transform_products(const Layout& at, const float* products, int64_t phase, 
   const int64_t height = at.height * at.step_out, width = at.width * at.step_out;
   const int64_t down = at.step_out * width * at.O, across = at.step_out * at.O;
   for (int64_t t = 0; t < count; t++) {
-    const Tile tile(at, first + t);
+    const Tile tile(at.tiles, first + t);
     const int64_t row = 2 * at.step_out * tile.down + at.origin_out(phase / 2);
     const int64_t column = 2 * at.step_out * tile.across + at.origin_out(phase % 2);
     const bool below = row + at.step_out < height, right = column + at.step_out < width;
@@ -198,14 +157,14 @@ bool strided_conv_winograd(const float* x, const float* weight, float* y, int64_
     {
       transform_weights(at, weight, weights);
       Scratch<float> inputs(at.inputs_at(products_of_tile)), products(at.products_at(products_of_tile));
-      const int64_t team = omp_get_num_threads(), mine = omp_get_thread_num(), last = at.tiles * (mine + 1) / team;
-      for (int64_t first = at.tiles * mine / team; first < last; first += at.block) {
+      const int64_t team = omp_get_num_threads(), mine = omp_get_thread_num(), last = at.tiles.count * (mine + 1) / team;
+      for (int64_t first = at.tiles.count * mine / team; first < last; first += at.block) {
         const int64_t count = std::min(at.block, last - first), next = first + count;
         const int64_t whole = (count + tile_rows - 1) / tile_rows * tile_rows;
         Ahead<float> ahead(start_of(at, x, next), start_of(at, x, std::min(next + at.block, last)),
                            phases * products_of_tile * at.panels * (whole / tile_rows));
         for (int64_t phase = 0; phase < phases; phase++) {
-          transform_inputs(at, x, phase, first, whole, zeros, inputs);
+          transform_block(at, x, phase, first, whole, zeros, inputs);
           multiply(at, inputs, weights, phase, whole, doubling || phase == 0, products, ahead);
           if (doubling || phase == phases - 1) transform_products<far>(at, products, phase, first, count, y);
         }

@@ -1,0 +1,57 @@
+// What the ways to the gradient of a 4 x 4 kernel have in common: the tile of sums, and how the gradient is stored.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "simd.h"
+
+namespace HDFAST_ISA {
+namespace {
+
+constexpr int tall = 4;                 // large channels of a tile
+constexpr int broad = W == 16 ? 4 : 2;  // vectors of small channels of a tile: what the registers hold
+
+template <class F>
+HDFAST_INLINE void with_vectors_of_tile(int64_t count, F f) {
+  if (count >= 4)
+    f(std::integral_constant<int, 4>{});
+  else if (count == 3)
+    f(std::integral_constant<int, 3>{});
+  else if (count == 2)
+    f(std::integral_constant<int, 2>{});
+  else
+    f(std::integral_constant<int, 1>{});
+}
+
+// f(l, s, K) for the tiles of tall large channels from l and K vectors of small channels from s on.
+template <class F>
+HDFAST_INLINE void each_tile(int64_t large, int64_t small, F f) {
+  for (int64_t s = 0; s < small; s += broad * W)
+    with_vectors_of_tile(std::min<int64_t>(broad, (small - s) / W), [&](auto vectors) {
+      for (int64_t l = 0; l < large; l += tall) f(l, s, vectors);
+    });
+}
+
+// A tile of sums, rows of `small` numbers, while products(tile) are added to it in the registers.
+template <int K, class F>
+HDFAST_INLINE void add_to_tile(float* sums, int64_t small, F products) {
+  Vf tile[tall][K];
+  for (int t = 0; t < tall; t++)
+    for (int k = 0; k < K; k++) tile[t][k] = load(sums + t * small + k * W, Whole{});
+  products(tile);
+  for (int t = 0; t < tall; t++)
+    for (int k = 0; k < K; k++) store(sums + t * small + k * W, tile[t][k], Whole{});
+}
+
+// The gradient of W small channels and a large one, numbers[4 * i + j] at row i and column j; grad is (small, large, 4, 4).
+HDFAST_INLINE void store_kernels(float* grad, int64_t large, int64_t s, int64_t l, const Vf (&numbers)[16]) {
+  for (int k = 0; k < W; k++) {
+    float turned[16];
+    for (int place = 0; place < 16; place++) turned[place] = numbers[place][k];
+    std::memcpy(grad + ((s + k) * large + l) * 16, turned, sizeof(turned));
+  }
+}
+
+}  // namespace
+}  // namespace HDFAST_ISA
