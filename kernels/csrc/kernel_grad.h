@@ -44,6 +44,18 @@ HDFAST_INLINE void add_to_tile(float* sums, int64_t small, F products) {
     for (int k = 0; k < K; k++) store(sums + t * small + k * W, tile[t][k], Whole{});
 }
 
+#if defined(__AVX512BF16__)
+// out[c] = (a[c], b[c]) for `channels`, a multiple of W; zeros for null. `out` is aligned.
+inline void lay_pairs(const bf16* a, const bf16* b, uint32_t* out, int64_t channels) {
+  const auto wide = [](const bf16* from) {
+    return from ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))
+                : _mm512_setzero_si512();
+  };
+  for (int64_t c = 0; c < channels; c += W)
+    _mm512_store_si512(out + c, _mm512_or_si512(wide(a ? a + c : a), _mm512_slli_epi32(wide(b ? b + c : b), 16)));
+}
+#endif
+
 // The gradient of W small channels and a large one, numbers[4 * i + j] at row i and column j; grad is (small, large, 4, 4).
 HDFAST_INLINE void store_kernels(float* grad, int64_t large, int64_t s, int64_t l, const Vf (&numbers)[16]) {
   for (int k = 0; k < W; k++) {

@@ -59,6 +59,15 @@ void image_loss_backward(const float* grad, const void* pred, const uint8_t* ima
 void image_deconv_forward(const void* x, const float* weight, const float* bias, void* y, int64_t images,
                           int64_t height, int64_t width, int64_t inputs, int64_t channels, bool is_bf16, int threads);
 
+// Convolution, kernel 4, stride 2, padding 1: images (count, 2 * height, 2 * width, channels), weight (map_channels,
+// channels, 4, 4) -> map (count, height, width, map_channels), map_channels a multiple of 16. Weights are those of the
+// type: in bfloat16 what is below is cut off.
+void image_conv_forward(const void* images, const float* weight, void* map, int64_t count, int64_t height, int64_t width,
+                        int64_t channels, int64_t map_channels, bool is_bf16, int threads);
+// The gradient of its weight for a gradient `map`, and in sums (channels,), unless null, the sum of all pixels.
+void image_conv_weight_grad(const void* images, const void* map, float* grad, float* sums, int64_t count, int64_t height,
+                            int64_t width, int64_t channels, int64_t map_channels, bool is_bf16, int threads);
+
 // grad (K, M), x (K, N) -> out (M, N) = grad^T x, all float.
 void linear_weight_grad(const float* grad, const float* x, float* out, int64_t K, int64_t M, int64_t N, int threads);
 
@@ -151,6 +160,8 @@ void rssm_observe_backward(const RssmObserve& p, int threads);
   X(image_loss_backward) \
   X(image_deconv_forward) \
   X(strided_conv_winograd) \
+  X(image_conv_forward) \
+  X(image_conv_weight_grad) \
   X(linear_weight_grad) \
   X(strided_conv_double) \
   X(strided_conv_weight_grad) \

@@ -1,10 +1,10 @@
-"""image_deconv on the CPU (csrc/ops/image_deconv.cpp): forward; its gradients are what PyTorch is fast at."""
+"""image_deconv on the CPU (csrc/ops/image_deconv.cpp); what leads back is a convolution of images (image_conv.cpp)."""
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import native
+from . import image_conv_native, native
 
 CHANNELS = 4  # at most: a row of the kernel is then one or a few vectors
 
@@ -26,19 +26,23 @@ class _ImageDeconv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        x, weight = ctx.saved_tensors
-        low = weight.to(x.dtype, memory_format=torch.channels_last)
-        wanted = [*ctx.needs_input_grad[:2], False]
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), low, [weight.shape[1]], [2, 2], [1, 1], [1, 1], True,
-            [0, 0], 1, wanted,
-        )  # fmt: skip
-        if grad_x is not None:
-            grad_x = grad_x.permute(0, 2, 3, 1)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_x, grad_weight, grad.sum((0, 1, 2), dtype=torch.float32).to(ctx.bias_dtype)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), grad_x, grad_weight, grad_bias = ctx.saved_tensors, None, None, None
+        if image_conv_native.takes(grad, x.shape[-1]):
+            if ctx.needs_input_grad[0]:
+                grad_x = image_conv_native.halve(grad, weight)
+            if any(ctx.needs_input_grad[1:]):
+                grad_weight, grad_bias = image_conv_native.weight_grad(grad, x)
+        else:
+            low = weight.to(x.dtype, memory_format=torch.channels_last)
+            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+                grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), low, [weight.shape[1]], [2, 2], [1, 1], [1, 1], True,
+                [0, 0], 1, [*ctx.needs_input_grad[:2], False],
+            )  # fmt: skip
+            grad_x = None if grad_x is None else grad_x.permute(0, 2, 3, 1)
+            grad_bias = grad.sum((0, 1, 2), dtype=torch.float32)
+        of_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_x, of_weight, None if grad_bias is None else grad_bias.to(ctx.bias_dtype)
 
 
 image_deconv_native = _ImageDeconv.apply

@@ -1,15 +1,16 @@
 """strided_conv on the CPU: ours where that is faster, else PyTorch's.
 
-Each direction is the gradient of the other. In float32 maps are halved and doubled with 9 multiplications in place of 16
-(csrc/ops/strided_conv_winograd.cpp), and so is the gradient of the kernel (strided_conv_winograd_grad.cpp, for few
-pixels strided_conv.cpp). In bfloat16 maps are doubled by strided_conv_double.cpp; the gradient is strided_conv.cpp.
+Each direction is the gradient of the other. In float32, maps are halved and doubled with 9 multiplications in place of
+16 (csrc/ops/strided_conv_winograd.cpp), and so is the gradient of the kernel (strided_conv_winograd_grad.cpp, for few
+pixels strided_conv.cpp). In bfloat16, maps are doubled by strided_conv_double.cpp; the gradient is strided_conv.cpp.
+Images of few channels are a case of their own in both (image_conv_native.py).
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import native
+from . import image_conv_native, native
 
 
 def _constants(transposed: bool) -> tuple:
@@ -53,6 +54,8 @@ class _StridedConv(torch.autograd.Function):
 def _convolve(x: Tensor, weight: Tensor, doubling: bool) -> Tensor | None:
     """x halved, or doubled; None where it is for PyTorch to compute."""
     (images, height, width, channels), (small, large) = x.shape, weight.shape[:2]
+    if not doubling and image_conv_native.takes(x, small):
+        return image_conv_native.halve(x, weight)
     if not doubling and (height % 2 or width % 2 or native.is_bf16(x)):
         return None
     height, width = (height, width) if doubling else (height // 2, width // 2)
@@ -84,6 +87,8 @@ def _weight_grad(x: Tensor, grad: Tensor, transposed: bool) -> Tensor | None:
     images, height, width, channels = small.shape
     if large.shape[1:3] != (2 * height, 2 * width):
         return None
+    if image_conv_native.takes(large, channels):
+        return image_conv_native.weight_grad(large, small)[0]
     out = native.empty(channels, large.shape[-1], 4, 4)
     done = native.module().strided_conv_weight_grad(
         native.ptr(large), native.ptr(small), native.ptr(out), images, height, width, large.shape[-1], channels,

@@ -10,7 +10,8 @@ from hdfast_kernels import image_deconv
 from hdfast_kernels.dispatch import BackendError
 from hdfast_kernels.image_deconv import image_deconv_reference
 
-# images, H, W, inputs and channels: one pixel; odd; one row; one column; gray; a game's frame; wide; two; none
+# images, H, W, inputs and channels: one pixel; odd; one row; one column; gray; a game's frame; wide; two; none. Then
+# whole vectors of inputs, whose gradients are our own convolutions
 SHAPES = [
     (1, 1, 1, 3, 3),
     (3, 5, 7, 5, 3),
@@ -20,6 +21,10 @@ SHAPES = [
     (4, 32, 32, 32, 3),
     (1, 4, 19, 33, 4),
     (0, 8, 8, 4, 3),
+    (3, 5, 7, 48, 3),
+    (2, 3, 9, 16, 4),
+    (1, 1, 1, 32, 2),
+    (0, 8, 8, 16, 3),
 ]
 
 
@@ -54,11 +59,13 @@ def test_literal_numbers(backend):
 
 @pytest.mark.parametrize("backend", backends("image_deconv"))
 def test_only_the_gradients_that_are_wanted(backend):
-    x, weight, bias = inputs((2, 4, 4, 8, 3), torch.float32, backend.device).values()
-    out = image_deconv(x.detach(), weight, bias.detach(), backend=backend.name)
-    out.sum().backward()
-    assert (x.grad, bias.grad) == (None, None)
-    assert weight.grad.shape == weight.shape
+    for deep in (8, 16):
+        x, weight, bias = inputs((2, 4, 4, deep, 3), torch.float32, backend.device).values()
+        image_deconv(x.detach(), weight, bias.detach(), backend=backend.name).sum().backward()
+        assert (x.grad, bias.grad) == (None, None)
+        assert weight.grad.shape == weight.shape
+        image_deconv(x, weight.detach(), bias.detach(), backend=backend.name).sum().backward()
+        assert x.grad.shape == x.shape
 
 
 @pytest.mark.parametrize("backend", backends("image_deconv", reference=False))

@@ -90,7 +90,7 @@ class Pairs {
         const bf16* row = small + ((block.image + n) * shape_.height + block.top + r) * width * shape_.small;
         for (int64_t p = 0; p < pairs_; p++)
           for (int64_t s = 0; s < shape_.small; s += broad * W)
-            pair(pixel(row, 2 * p, width, shape_.small) + s,
+            lay_pairs(pixel(row, 2 * p, width, shape_.small) + s,
                  2 * p + 1 < width ? pixel(row, 2 * p + 1, width, shape_.small) + s : nullptr, small_at(n, r, p, s),
                  std::min<int64_t>(broad * W, shape_.small - s));
       }
@@ -101,7 +101,7 @@ class Pairs {
         for (int64_t j = 0; j < 4; j++)
           for (int64_t p = 0; p < pairs_; p++) {
             const int64_t x = 4 * p + j - 1;
-            pair(pixel(row, x, 2 * width, shape_.large), pixel(row, x + 2, 2 * width, shape_.large),
+            lay_pairs(pixel(row, x, 2 * width, shape_.large), pixel(row, x + 2, 2 * width, shape_.large),
                  large_at(j, n, k, p), shape_.large);
           }
       }
@@ -127,16 +127,6 @@ class Pairs {
   // Null outside the row.
   static const bf16* pixel(const bf16* row, int64_t x, int64_t width, int64_t channels) {
     return x >= 0 && x < width ? row + x * channels : nullptr;
-  }
-
-  // out[c] = (a[c], b[c]), zeros for null.
-  static void pair(const bf16* a, const bf16* b, uint32_t* out, int64_t channels) {
-    const auto wide = [](const bf16* from) {
-      return from ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))
-                  : _mm512_setzero_si512();
-    };
-    for (int64_t c = 0; c < channels; c += W)
-      _mm512_store_si512(out + c, _mm512_or_si512(wide(a ? a + c : a), _mm512_slli_epi32(wide(b ? b + c : b), 16)));
   }
 
   // Small channels [s, s + broad * W) of all pixels lie together.
