@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from bench import table
-from bench.machine import copy_gb_per_second, gemm_gflop_per_second, keep_memory, seconds, synchronised
+from bench.machine import copy_gb_per_second, gemm_gflop_per_second, seconds, synchronised
 from hdfast.runtime.device import prepare_device, resolve_device
 
 DEVICE = resolve_device("auto")
-prepare_device(DEVICE, little_work=False)
+prepare_device(DEVICE, little_work=False)  # with the memory of a run: no implementation pays for new pages
 SECONDS = 0.25  # about as long as one implementation of one case is timed, where no number of rounds is given
 NOISE = 1.1  # a difference below this is not told
 HEAD = [
@@ -29,12 +29,6 @@ HEAD = [
     "of peak",
     "per s",
 ]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def memory_as_in_training() -> None:
-    """A run makes the same tensors over and over: no implementation is to pay for new pages in every round."""
-    keep_memory(DEVICE)
 
 
 @pytest.fixture

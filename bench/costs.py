@@ -25,7 +25,7 @@ import torch
 
 from bench import table
 from bench.agent import Bench, config_of, gflop
-from bench.machine import gemm_gflop_per_second, keep_memory, seconds, synchronised
+from bench.machine import gemm_gflop_per_second, seconds, synchronised
 from hdfast.config import SIZES
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, positive
@@ -72,7 +72,6 @@ def measure(point: Point, device: str, precision: str, rounds: int) -> dict[str,
     where = resolve_device(device)
     dtype = resolve_precision(precision, where)
     config = config_of(point.size, batch=point.batch, length=point.length, horizon=point.horizon)
-    keep_memory(where)
     prepare_device(where, config.little_work)
     bench = Bench(config, where, dtype)
     run = synchronised(bench.act(point.num_envs) if point.num_envs else bench.update(), where)

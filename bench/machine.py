@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hdfast_kernels import dispatch, linear, native
+from hdfast_kernels import linear
 
 TRIES = 10  # the best of them counts
 THREADS = torch.get_num_threads()  # before a narrow model limits them: peaks are those of the machine
@@ -31,12 +31,6 @@ def seconds(function: Callable[[], Any]) -> float:
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
-
-
-def keep_memory(device: torch.device) -> None:
-    """Makes the same tensors over and over without new pages in every round, as CUDA's allocator does."""
-    if device.type == "cpu" and dispatch.native_built():
-        native.keep_freed_memory()
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ DOORS = ("train", "evaluate", "report", "sweep", "profile", "tune")
 # Who may import what of ours; a name covers all below it. The first line that names a module is its own.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "hdfast_kernels": ("hdfast_kernels",),
+    "hdfast.runtime.device": ("hdfast.runtime.errors", "hdfast_kernels"),
     "hdfast.runtime": ("hdfast.runtime",),
     "hdfast.suites": ("hdfast.runtime.errors",),
     "hdfast.config": ("hdfast.suites", "hdfast.flags", "hdfast.overrides", "hdfast.runtime.errors"),

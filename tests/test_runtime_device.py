@@ -9,6 +9,7 @@ import torch
 
 from hdfast.runtime import device, profiling
 from hdfast.runtime.errors import ConfigError
+from hdfast_kernels import dispatch, native
 
 CPU = torch.device("cpu")
 
@@ -98,8 +99,10 @@ def test_a_precision_asked_for_is_given():
     ("kind", "little", "asked", "threads"),
     [("cpu", True, None, 1), ("cpu", False, None, 7), ("cpu", True, "7", 7), ("cuda", True, None, 7)],
 )
-def test_little_work_is_done_on_one_thread(monkeypatch, kind, little, asked, threads):
-    now = [7]
+def test_what_a_device_is_prepared_by(monkeypatch, kind, little, asked, threads):
+    """Little work is done on one thread; a CPU keeps the memory that is freed; CUDA leaves no digits out."""
+    now, kept = [7], []
+    monkeypatch.setattr(native, "keep_freed_memory", lambda: kept.append(kind))
     monkeypatch.setattr(torch, "set_num_threads", lambda count: now.append(count))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if asked:
@@ -109,6 +112,7 @@ def test_little_work_is_done_on_one_thread(monkeypatch, kind, little, asked, thr
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     device.prepare_device(torch.device(kind), little)
     assert now[-1] == threads
+    assert kept == (["cpu"] if kind == "cpu" and dispatch.native_built() else [])
     assert current == ([torch.device("cuda")] if kind == "cuda" else [])
     assert torch.backends.cudnn.allow_tf32 is (kind == "cpu")
 

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 
 from bench.agent import Bench, config_of, gflop
-from bench.machine import keep_memory, synchronised
+from bench.machine import synchronised
 from bench.peers.turns import serve
-from hdfast.runtime.device import resolve_device, resolve_precision
+from hdfast.runtime.device import prepare_device, resolve_device, resolve_precision
 
 
 def build(settings: dict[str, Any]) -> tuple[Callable[[], None], dict[str, Any]]:
     device = resolve_device(settings["device"])
+    prepare_device(device, little_work=False)
     torch.set_num_threads(settings["threads"])
-    keep_memory(device)
     config = config_of(
         "small", batch=settings["batch"], length=settings["length"], horizon=settings["horizon"]
     )
