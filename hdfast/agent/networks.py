@@ -136,7 +136,7 @@ class LatentProjection(nn.Module):
 
         def project(latent: Latent) -> Tensor:
             deter = linear(latent.deter_as(dtype), deter_weight, bias)
-            return deter + onehot_linear(latent.index, stoch_weight, straight_through=latent.stoch)
+            return onehot_linear(latent.index, stoch_weight, straight_through=latent.stoch, onto=deter)
 
         return project
 

@@ -174,7 +174,7 @@ class RSSM(nn.Module):
 
     def _recur(self, latent: Latent, action: Tensor, weights: CastWeights) -> Tensor:
         """Next deter from a latent and a projected action (N, U)."""
-        x = onehot_linear(latent.index, weights.in_stoch, straight_through=latent.stoch) + action
+        x = onehot_linear(latent.index, weights.in_stoch, straight_through=latent.stoch, onto=action)
         x = self.in_norm.silu(x)
         gates = linear(torch.cat([latent.deter_as(x.dtype), x], -1), weights.gru)
         return layer_norm_gru(gates, latent.deter, self.gru_norm.weight, self.gru_norm.bias, EPS)

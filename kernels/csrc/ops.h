@@ -116,10 +116,10 @@ void lambda_return_forward(const float* reward, const float* cont, const float* 
 void lambda_return_backward(const float* grad, const float* cont, float* grad_reward, float* grad_value,
                             int64_t horizon, int64_t columns, float discount, float lam, int threads);
 
-// Sums of rows of weight (groups * classes, units), one row per group; index (rows, groups). Forward returns the
-// position of the first index out of range, having computed nothing, or -1.
-int64_t onehot_linear_forward(const int64_t* index, const void* weight, void* out, int64_t rows, int64_t groups,
-                              int64_t classes, int64_t units, bool is_bf16, int threads);
+// Sums of rows of weight (groups * classes, units), one row per group, and of onto (rows, units) unless it is null; index
+// (rows, groups). Forward returns the position of the first index out of range, having computed nothing, or -1.
+int64_t onehot_linear_forward(const int64_t* index, const void* weight, const void* onto, void* out, int64_t rows,
+                              int64_t groups, int64_t classes, int64_t units, bool is_bf16, int threads);
 void onehot_linear_backward(const void* grad, const int64_t* index, void* grad_weight, int64_t rows, int64_t groups,
                             int64_t classes, int64_t units, bool is_bf16, int threads);
 

@@ -1,6 +1,6 @@
 """A linear layer whose input is a stack of one-hot vectors: the sum of one row of the weight per group.
 
-    y = sum over s of weight[s * K + index[s]]        (equal to concat(one_hot(index)) @ weight)
+    y = onto + sum over s of weight[s * K + index[s]]        (equal to onto + concat(one_hot(index)) @ weight)
 
 Axes: N rows (all leading axes), S groups, K classes, U units.
 
@@ -31,7 +31,9 @@ BACKWARD_ROWS, BACKWARD_COLUMNS = 32, 128
 _EMBEDDING_LIMIT = 2**29
 
 
-def onehot_linear_reference(index: Tensor, weight: Tensor, straight_through: Tensor | None = None) -> Tensor:
+def onehot_linear_reference(
+    index: Tensor, weight: Tensor, straight_through: Tensor | None = None, onto: Tensor | None = None
+) -> Tensor:
     """The definition, in plain PyTorch; see `onehot_linear`."""
     groups, rows, dtype = index.shape[-1], weight.shape[0], compute_dtype(weight)
     first_row = torch.arange(0, rows, rows // groups, device=index.device)  # (S,)
@@ -39,8 +41,9 @@ def onehot_linear_reference(index: Tensor, weight: Tensor, straight_through: Ten
     # In the compute dtype: the dense gradient of a bfloat16 table would add up thousands of rows in bfloat16.
     table, most = weight.to(dtype), max(1, (_EMBEDDING_LIMIT - 1) // (groups * weight.shape[1]))
     parts = [F.embedding_bag(some, table, mode="sum") for some in bags.split(most)]
-    out = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(weight.dtype)
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
     out = out.view(*index.shape[:-1], weight.shape[1])
+    out = (out if onto is None else out + onto).to(weight.dtype)
     return out if straight_through is None else _StraightThrough.apply(out, straight_through, weight)
 
 
@@ -72,8 +75,10 @@ def straight_through_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, d
 def onehot_linear_forward(
     index_ptr,
     weight_ptr,
+    onto_ptr,
     y_ptr,
     rows,
+    ONTO: tl.constexpr,  # whether there is something to add to
     S: tl.constexpr,
     K: tl.constexpr,
     U: tl.constexpr,
@@ -85,6 +90,8 @@ def onehot_linear_forward(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     inside = (row < rows) & (column < U)
     y = tl.zeros((ROWS, BLOCK), tl.float32)
+    if ONTO:
+        y += tl.load(onto_ptr + row * U + column, mask=inside, other=0.0).to(tl.float32)
     for group in tl.range(S, loop_unroll_factor=UNROLL):
         picked = tl.load(index_ptr + row * S + group, mask=row < rows, other=0).to(tl.int64) + group * K
         y += tl.load(weight_ptr + picked * U + column, mask=inside, other=0.0).to(tl.float32)
@@ -123,7 +130,9 @@ def onehot_linear_backward(
 
 class _OnehotLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, index: Tensor, weight: Tensor, straight_through: Tensor | None) -> Tensor:
+    def forward(
+        ctx, index: Tensor, weight: Tensor, straight_through: Tensor | None, onto: Tensor | None
+    ) -> Tensor:
         S, (SK, U) = index.shape[-1], weight.shape
         flat, weight = as_rows(index, S), weight.contiguous()
         y = weight.new_empty((len(flat), U))
@@ -131,8 +140,10 @@ class _OnehotLinear(torch.autograd.Function):
         onehot_linear_forward[(tile.programs(len(flat)), triton.cdiv(U, tile.block))](
             flat,
             weight,
+            y if onto is None else as_rows(onto, U),
             y,
             len(flat),
+            onto is not None,
             S,
             SK // S,
             U,
@@ -147,7 +158,7 @@ class _OnehotLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         index, weight = ctx.saved_tensors
         (rows, S), (SK, U) = index.shape, weight.shape
         dweight = dlatent = None
@@ -160,11 +171,16 @@ class _OnehotLinear(torch.autograd.Function):
             )  # fmt: skip
         if ctx.needs_input_grad[2]:
             dlatent = straight_through_gradient(dy, weight, *ctx.latent)
-        return None, dweight, dlatent
+        return None, dweight, dlatent, dy if ctx.needs_input_grad[3] else None
 
 
 def onehot_linear(
-    index: Tensor, weight: Tensor, straight_through: Tensor | None = None, *, backend: str | None = None
+    index: Tensor,
+    weight: Tensor,
+    straight_through: Tensor | None = None,
+    onto: Tensor | None = None,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """A linear layer without bias on one-hot latents that are given by their class indices.
 
@@ -174,12 +190,14 @@ def onehot_linear(
         weight: (S*K, U) float32 or bfloat16, group-major: row s*K + k belongs to class k of group s.
         straight_through: optional (..., S, K) latents that `index` stands for. Their value is not read; they
             receive the gradient `grad @ weight.T`.
+        onto: optional (..., U) in weight's dtype, what the rows are added to before the sum is rounded.
         backend: "reference", "triton" or "native"; None lets `dispatch` choose.
 
-    Returns (..., U) in weight's dtype, summed in float32. Differentiable in weight and, as said, in
+    Returns (..., U) in weight's dtype, summed in float32. Differentiable in weight, onto and, as said, in
     straight_through.
 
-    Raises ValueError on shapes or devices that do not fit; TypeError if index is not integer; IndexError, from
+    Raises ValueError on shapes or devices that do not fit; TypeError if index is not integer or onto of another dtype
+    than weight; IndexError, from
     native, for a class outside [0, K); `dispatch.BackendError` if the backend cannot run here.
     """
     check_axes("onehot_linear", "index", index, "...", "S")
@@ -194,8 +212,14 @@ def onehot_linear(
         check_shape(
             "onehot_linear", "straight_through", straight_through, (*index.shape, weight.shape[0] // groups)
         )
-    check_device("onehot_linear", weight=weight, index=index, straight_through=straight_through)
-    return dispatch.resolve("onehot_linear", backend, weight)(index, weight, straight_through)
+    if onto is not None:
+        check_shape("onehot_linear", "onto", onto, (*index.shape[:-1], weight.shape[1]))
+        if onto.dtype != weight.dtype:
+            raise TypeError(
+                f"onehot_linear: onto has dtype {onto.dtype}, expected that of weight, {weight.dtype}"
+            )
+    check_device("onehot_linear", weight=weight, index=index, straight_through=straight_through, onto=onto)
+    return dispatch.resolve("onehot_linear", backend, weight)(index, weight, straight_through, onto)
 
 
 dispatch.register(

@@ -14,13 +14,16 @@ from .linear_native import product
 
 class _OnehotLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, index: Tensor, weight: Tensor, straight_through: Tensor | None) -> Tensor:
+    def forward(
+        ctx, index: Tensor, weight: Tensor, straight_through: Tensor | None, onto: Tensor | None
+    ) -> Tensor:
         index, weight = index.to(torch.int64).contiguous(), weight.contiguous()
+        onto = None if onto is None else onto.contiguous()
         rows, groups, units = index.shape[:-1].numel(), index.shape[-1], weight.shape[1]
         out, classes = weight.new_empty(*index.shape[:-1], units), weight.shape[0] // groups
         wrong = native.module().onehot_linear_forward(
-            native.ptr(index), native.ptr(weight), native.ptr(out), rows, groups, classes, units,
-            native.is_bf16(weight), native.threads(),
+            native.ptr(index), native.ptr(weight), 0 if onto is None else native.ptr(onto), native.ptr(out), rows,
+            groups, classes, units, native.is_bf16(weight), native.threads(),
         )  # fmt: skip
         if wrong >= 0:
             found, group = index.view(-1)[wrong].item(), wrong % groups
@@ -45,7 +48,7 @@ class _OnehotLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_latent = product(grad.view(rows, units), weight.mT)
             grad_latent = grad_latent.view(*index.shape, classes).to(ctx.latent_dtype)
-        return None, grad_weight, grad_latent
+        return None, grad_weight, grad_latent, grad if ctx.needs_input_grad[3] else None
 
 
 onehot_linear_native = _OnehotLinear.apply

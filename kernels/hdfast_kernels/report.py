@@ -205,7 +205,11 @@ def cases() -> list[Case]:
     def onehot_linear(rows: int, units: int, dtype: torch.dtype):
         def call(op):
             index, weight = meta(rows, 32, dtype=torch.int64), meta(1024, units, dtype=dtype, grad=True)
-            backward(op(index, weight, meta(rows, 32, 32, dtype=dtype, grad=True)))
+            latent, onto = (
+                meta(rows, 32, 32, dtype=dtype, grad=True),
+                meta(rows, units, dtype=dtype, grad=True),
+            )
+            backward(op(index, weight, latent, onto))
 
         return call
 

@@ -65,7 +65,7 @@ def one_row() -> dict[str, Callable[[Callable], None]]:
             op(meta(1, 7, **many), meta(7, **many), meta(7, **many), 1e-3)
         ),
         "onehot_linear": lambda op: backward(
-            op(meta(1, 5, dtype=torch.int64), meta(15, 9, **many), meta(1, 5, 3, **many))
+            op(meta(1, 5, dtype=torch.int64), meta(15, 9, **many), meta(1, 5, 3, **many), meta(1, 9, **many))
         ),
         "rssm_observe": lambda op: backward(*(op(*one_sequence(), 0.01, 1e-3)[k] for k in (0, 1, 3))),
         "sample_index": lambda op: op(meta(1, 1, 3, **many), meta(1, 1), 0.01),

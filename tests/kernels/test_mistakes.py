@@ -32,7 +32,9 @@ OPS = {
     },
     "layer_norm_silu": {"x": ((2, 4), F32), "weight": ((4,), F32), "bias": ((4,), F32)},
     "linear": {"x": ((2048, 256), F32), "weight": ((512, 256), F32), "bias": ((512,), F32)},
-    "onehot_linear": {"index": ((5, 2), I64), "weight": ((8, 6), F32), "straight_through": ((5, 2, 4), F32)},
+    "onehot_linear": {
+        "index": ((5, 2), I64), "weight": ((8, 6), F32), "straight_through": ((5, 2, 4), F32), "onto": ((5, 6), F32)
+    },
     "rssm_observe": {
         "embed": ((3, 2, 8), F32), "action": ((3, 2, 8), F32), "is_first": ((3, 2), BOOL),
         "uniform": ((3, 2, 2), F32), "initial_deter": ((6,), F32), "initial_index": ((2,), I64),
@@ -140,6 +142,8 @@ def test_too_few_axes_or_too_many(op, name, shapes, axes, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_groups(backend):
     with pytest.raises(ValueError, match=r"weight has shape \(8, 6\), expected \(0 groups \* K, U\)"):
-        call("onehot_linear", {}, backend, index=torch.zeros(5, 0, dtype=I64), straight_through=None)
+        call(
+            "onehot_linear", {}, backend, index=torch.zeros(5, 0, dtype=I64), straight_through=None, onto=None
+        )
     with pytest.raises(ValueError, match="needs T > 0, S > 0 and S dividing 8 classes"):
         call("rssm_observe", {}, backend, uniform=torch.zeros(3, 2, 0))

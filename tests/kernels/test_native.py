@@ -76,7 +76,13 @@ def sample_onehot(dtype, classes):
 def onehot_linear(dtype, units):
     index = torch.randint(3, (11, 4), generator=torch.Generator().manual_seed(0))
     latent = torch.nn.functional.one_hot(index, 3).to(dtype).requires_grad_()
-    return {"index": index, "weight": number(12, units, dtype=dtype), "straight_through": latent}
+    onto = number(11, units, dtype=dtype, seed=1)
+    return {
+        "index": index,
+        "weight": number(12, units, dtype=dtype),
+        "straight_through": latent,
+        "onto": onto,
+    }
 
 
 def lambda_return(dtype, columns):

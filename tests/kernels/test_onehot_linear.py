@@ -8,7 +8,7 @@ from checks import backends, check_against_fp64, random
 
 from hdfast_kernels import onehot_linear
 
-# leading axes, S, K, U: one row; odd; the agent's 32 x 32; no rows; one group; more rows than a block
+# leading axes, S, K, U: one row; odd; the agent's 32 x 32; no rows; one group; more rows than a block; whole tiles
 CASES = [
     ((1,), 3, 5, 7),
     ((3, 3), 5, 7, 33),
@@ -16,16 +16,17 @@ CASES = [
     ((0,), 2, 4, 8),
     ((9,), 1, 2, 1),
     ((150,), 4, 40, 140),
+    ((40,), 3, 8, 256),
 ]
 
 
-def dense(index, weight, straight_through):
+def dense(index, weight, straight_through, onto=0.0):
     """The definition: straight-through one-hot latents times the weight, in float32 or float64."""
     classes = weight.shape[0] // index.shape[-1]
     one_hot = (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).to(straight_through.dtype)
     latents = one_hot + (straight_through - straight_through.detach())
     compute = torch.promote_types(weight.dtype, torch.float32)
-    return (latents.flatten(-2).to(compute) @ weight.to(compute)).to(weight.dtype)
+    return (latents.flatten(-2).to(compute) @ weight.to(compute) + onto).to(weight.dtype)
 
 
 def inputs(rows, S, K, U, dtype, device, index_dtype=torch.int64):
@@ -35,6 +36,7 @@ def inputs(rows, S, K, U, dtype, device, index_dtype=torch.int64):
         "index": index.to(device, index_dtype),
         "weight": random(S * K, U, scale=0.3).to(device, dtype).requires_grad_(),
         "straight_through": random(*rows, S, K, seed=1).to(device, dtype).requires_grad_(),
+        "onto": random(*rows, U, seed=2).to(device, dtype).requires_grad_(),
     }
 
 
@@ -50,6 +52,7 @@ def test_errs_no_more_than_twice_a_dense_layer(rows, S, K, U, dtype, backend):
 def test_without_straight_through_and_with_int32(backend):
     arguments = inputs((5,), 4, 6, 12, torch.float32, backend.device, torch.int32)
     latents = arguments.pop("straight_through").detach()
+    del arguments["onto"]
     check_against_fp64(
         partial(onehot_linear, backend=backend.name),
         partial(dense, straight_through=latents.double()),
@@ -84,6 +87,17 @@ def test_weight_gradient_repeats_bit_by_bit(backend):
     assert torch.equal(gradient(), gradient())
 
 
+@pytest.mark.parametrize("backend", backends("onehot_linear"))
+def test_what_is_added_to_comes_in_any_layout_and_takes_a_gradient_alone(backend):
+    arguments = inputs((5,), 4, 6, 12, torch.float32, backend.device)
+    index, weight, onto = arguments["index"], arguments["weight"].detach(), random(12, 5).mT
+    onto = onto.to(backend.device, torch.float32).requires_grad_()
+    y = onehot_linear(index, weight, onto=onto, backend=backend.name)
+    torch.testing.assert_close(y, onto + onehot_linear(index, weight, backend=backend.name))
+    y.backward(torch.arange(60.0, device=y.device).view(5, 12))
+    assert torch.equal(onto.grad, torch.arange(60.0, device=y.device).view(5, 12))
+
+
 def test_mistakes_are_answered():
     with pytest.raises(TypeError, match=r"index has dtype torch\.float32"):
         onehot_linear(torch.zeros(2, 3), torch.ones(12, 4))
@@ -91,3 +105,9 @@ def test_mistakes_are_answered():
         onehot_linear(torch.zeros(2, 3, dtype=torch.int64), torch.ones(10, 4))
     with pytest.raises(ValueError, match=r"straight_through has shape \(2, 3, 5\), expected \(2, 3, 4\)"):
         onehot_linear(torch.zeros(2, 3, dtype=torch.int64), torch.ones(12, 4), torch.ones(2, 3, 5))
+    with pytest.raises(ValueError, match=r"onto has shape \(2, 5\), expected \(2, 4\)"):
+        onehot_linear(torch.zeros(2, 3, dtype=torch.int64), torch.ones(12, 4), onto=torch.ones(2, 5))
+    with pytest.raises(TypeError, match=r"onto has dtype torch\.bfloat16, expected that of weight"):
+        onehot_linear(
+            torch.zeros(2, 3, dtype=torch.int64), torch.ones(12, 4), onto=torch.ones(2, 4).bfloat16()
+        )
