@@ -292,7 +292,7 @@ def test_each_network_takes_a_gradient_once_per_imagined_state(continuous):
     assert rows == {
         "actor": [N] * H if continuous else [H * N],
         "critic": [(H + 1) * N],
-        "reward": [N, (H + 1) * N] if continuous else [N],
+        "reward": [N, H * N] if continuous else [N],
         "cont": [N],
     }
     assert images == ["encoder", "decoder"]

@@ -159,11 +159,12 @@ class Behavior(nn.Module):
         """
         with frozen(model):
             latent, action, entropy = self._roll_out(model, start, draws, dtype)
+            arrived = latent.after_first()
             with torch.set_grad_enabled(not self.discrete):
-                reward = two_hot_mean(model.reward_logits(latent, dtype))[1:]
+                reward = two_hot_mean(model.reward_logits(arrived, dtype))
             with torch.no_grad():
-                cont = (model.cont_logit(latent.detach(), dtype) > 0).float()
-                cont = torch.cat([start_cont[None], cont[1:]])
+                goes_on = model.cont_logit(arrived.detach(), dtype) > 0
+                cont = torch.cat([start_cont[None], goes_on.float()])
         if entropy is None:
             log_prob, entropy = self.actor.judge(latent.before_last(), action, draws.action, dtype)
         else:

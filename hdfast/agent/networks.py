@@ -51,6 +51,10 @@ class Latent(NamedTuple):
         """All states but the last along the first axis."""
         return Latent(*(None if part is None else part[:-1] for part in self))
 
+    def after_first(self) -> "Latent":
+        """All states but the first along the first axis."""
+        return Latent(*(None if part is None else part[1:] for part in self))
+
     def flatten(self, start: int = 0, end: int = 1) -> "Latent":
         """Merges the leading axes `start`..`end` of every part."""
         return Latent(*(None if part is None else part.flatten(start, end) for part in self))

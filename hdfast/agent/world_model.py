@@ -97,20 +97,22 @@ class WorldModel(nn.Module):
         """Embeds observations with any leading axes: (..., H, W, C) uint8 and (..., n) -> (..., E)."""
         parts = []
         if self.images:
-            x = torch.cat([obs[k] for k in self.images], -1)
+            x = _cat([obs[k] for k in self.images])
             lead = x.shape[:-3]
             parts.append(self.encoder["image"](x.flatten(0, -4), dtype).unflatten(0, lead))
         if self.vectors:
             x = symlog(self._vector(obs))
             parts.append(self.encoder["vector"](x, dtype))
-        return torch.cat(parts, -1)
+        return _cat(parts)
 
     def decode(self, latent: Latent, dtype: torch.dtype) -> dict[str, Tensor]:
         """Predicts every observation from (N, ...) latents: images (N, H, W, C), vectors (N, n) in symlog space."""
         out = {}
         if self.images:
             image = self.decoder["image"](latent, dtype)
-            out.update(zip(self.images, image.split([s[2] for s in self.images.values()], -1), strict=True))
+            channels = [shape[2] for shape in self.images.values()]
+            images = [image] if len(channels) == 1 else image.split(channels, -1)  # whose gradient is a copy
+            out.update(zip(self.images, images, strict=True))
         if self.vectors:
             out.update(self.decoder["vector"](latent, dtype))
         return out
@@ -165,4 +167,9 @@ class WorldModel(nn.Module):
         """(..., n) float32: all vector observations, concatenated; a scalar counts as a vector of one."""
         parts = [obs[k].to(torch.float32) for k in self.vectors]
         parts = [x[..., None] if k in self.scalars else x for k, x in zip(self.vectors, parts, strict=True)]
-        return torch.cat(parts, -1)
+        return _cat(parts)
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    """Side by side along the last axis; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
