@@ -71,6 +71,21 @@ def test_a_wrong_op_is_found_out(op, monkeypatch):
     assert trials.judge({op: "reference"}).right
 
 
+@pytest.mark.parametrize("wrong_at", [{0}, {0, 1}, {1, 2}, {0, 1, 2}])
+def test_what_goes_astray_from_every_start_is_wrong(wrong_at, monkeypatch):
+    trials = make_trials()
+    asked = []
+
+    def fault(ops, dtype, nudge, expected):
+        asked.append(nudge)
+        return f"wrong at {nudge}" if nudge in wrong_at else ""
+
+    monkeypatch.setattr(trials, "_fault", fault)
+    found = trials.judge({})
+    assert (found.right, found.why) == ((False, "wrong at 0") if wrong_at == {0, 1, 2} else (True, ""))
+    assert asked == {1: [0, 1], 2: [0] if 0 not in wrong_at else [0, 1, 2], 3: [0, 1, 2]}[len(wrong_at)]
+
+
 def test_an_op_that_is_not_finite_is_found_out(monkeypatch):
     monkeypatch.setitem(
         dispatch._ops["kl_balance"].implementations, "native", scaled("kl_balance", float("nan"))
