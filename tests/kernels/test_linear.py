@@ -69,7 +69,8 @@ def test_products_of_every_layout(shape, library):
             check_against_fp64(linear_native.product, lambda a, b: a @ b, {"a": a, "b": b})
 
 
-# Rows, width of the gradient and of the activations: odd widths; narrow ones; one row; rows that threads divide.
+# Rows, width of the gradient and of the activations: odd widths; narrow ones; one row; rows that threads divide; so
+# narrow that there is nothing left for some of many threads.
 OF_WEIGHTS = [
     (300, 70, 90),
     (90, 255, 300),
@@ -78,11 +79,12 @@ OF_WEIGHTS = [
     (1, 1200, 900),
     (4096, 33, 17),
     (5000, 20, 31),
+    (4100, 6, 32),
 ]
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("threads", [1, 4, 16])
 @pytest.mark.parametrize("shape", OF_WEIGHTS, ids=str)
 def test_gradients_of_weights_of_every_shape(shape, threads, isa, monkeypatch):
     monkeypatch.setattr(linear_native, "ENOUGH", 0)

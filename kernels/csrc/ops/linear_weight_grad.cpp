@@ -6,8 +6,8 @@
 #include "../ops.h"
 #include "../simd.h"
 
-// The gradient of a linear layer's weight in float, out (M, N) = grad (K, M)^T x (K, N), over K rows of activations. Libraries
-// transpose one of the two first. Here both are what the tiles of gemm_tile.h want as they lie: M and N are side by side.
+// The gradient of a linear layer's weight in float, out (M, N) = grad (K, M)^T x (K, N), over K rows of activations.
+// Libraries transpose one of the two first. Here both are what the tiles of gemm_tile.h want as they lie.
 //
 // A thread takes a rectangle of `out`, or, where K is long, some of the rows for all of it: then as many sums as there
 // are threads are added up in the end.
@@ -17,9 +17,9 @@
 namespace HDFAST_ISA {
 namespace {
 
-constexpr int64_t deep = 128;               // rows of a block: a tile and a panel of them fit the first cache
-constexpr int64_t broad = 16 * tile_rows;   // of m in a block, a quarter of the second cache
-constexpr int64_t deep_of_thread = 1024;    // rows that make up for sums of a thread's own
+constexpr int64_t deep = 128;              // rows of a block: a tile and a panel of them fit the first cache
+constexpr int64_t broad = 16 * tile_rows;  // of m in a block, which fits the second one
+constexpr int64_t deep_of_thread = 1024;   // rows that make up for sums of a thread's own
 constexpr int64_t tile_size = tile_rows * panel;
 constexpr int64_t slot = (tile_rows + W - 1) / W * W;  // what a row of a tile of m takes, in whole vectors
 
@@ -45,12 +45,12 @@ struct Layout {
   int64_t sums_at(int64_t part, int64_t t, int64_t p) const { return ((part * tiles + t) * panels + p) * tile_size; }
 };
 
-// Of rows k, the columns from every `step` on, as many vectors as fit `slot`: (piece, row, slot). Zeros beyond the matrix.
-template <int64_t step, int64_t slot>
+// Of rows k, the `wide` columns from every `step` on: (piece, row, wide). Zeros beyond the matrix.
+template <int64_t step, int64_t wide>
 void lay(const float* matrix, int64_t columns, Span k, Span pieces, float* out) {
   for (int64_t i = pieces.first; i < pieces.last; i++)
     for (int64_t row = k.first; row < k.first + deep; row++)
-      for (int64_t v = 0; v < slot; v += W, out += W) {
+      for (int64_t v = 0; v < wide; v += W, out += W) {
         const int64_t column = i * step + v, left = row < k.last ? columns - column : 0;
         const float* const from = matrix + row * columns + column;
         store(out, left >= W ? load(from, Whole{}) : left > 0 ? load(from, Part{int(left)}) : Vf{}, Whole{});
@@ -67,6 +67,7 @@ void put_tile(const Layout& at, const float* sums, int64_t t, int64_t p, float* 
 
 // Sums over rows k of a rectangle: to `out` where no other thread adds to it, otherwise to `sums`.
 void rectangle(const Layout& at, const float* grad, const float* x, Span k, Span t, Span p, float* sums, float* out) {
+  if (t.first == t.last || p.first == p.last) return;  // more threads than there is work
   const int64_t tiles_of_block = broad / tile_rows;
   Scratch<float> left(tiles_of_block * deep * slot), right((p.last - p.first) * deep * panel);
   for (int64_t first = k.first; first < k.last; first += deep) {
@@ -99,7 +100,8 @@ void rectangle(const Layout& at, const float* grad, const float* x, Span k, Span
 }  // namespace
 
 void linear_weight_grad(const float* grad, const float* x, float* out, int64_t K, int64_t M, int64_t N, int threads) {
-  Scratch<float> sums(Layout(K, M, N, threads).sums_at(threads, 0, 0));
+  const int64_t parts = std::clamp<int64_t>(K / deep_of_thread, 1, threads);  // at most
+  Scratch<float> sums(Layout(K, M, N, threads).sums_at(parts, 0, 0));
 #pragma omp parallel num_threads(threads)
   {
     const int64_t mine = omp_get_thread_num();
