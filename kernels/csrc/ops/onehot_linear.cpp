@@ -30,7 +30,8 @@ struct Sums<bf16> {
   Vf v[8] = {};
 
   HDFAST_INLINE void add(const bf16* row) {
-    const __m512bh even = bit_cast<__m512bh>(_mm512_set1_epi32(0x3f80)), odd = bit_cast<__m512bh>(_mm512_set1_epi32(0x3f800000));
+    const auto pair = [](int32_t ones) { return bit_cast<__m512bh>(_mm512_set1_epi32(ones)); };
+    const __m512bh even = pair(0x3f80), odd = pair(0x3f800000);
     for (int i = 0; i < 8; i += 2) {
       const __m512bh pairs = bit_cast<__m512bh>(_mm512_loadu_si512(row + i * W));
       v[i] = _mm512_dpbf16_ps(v[i], pairs, even), v[i + 1] = _mm512_dpbf16_ps(v[i + 1], pairs, odd);
