@@ -17,8 +17,6 @@
 namespace HDFAST_ISA {
 namespace {
 
-constexpr int vectors = W == 16 ? 2 : 1;  // of channels of the map in a tile
-
 struct Shape {
   int64_t images, height, width, C, S;  // of the map; channels of image and map
 
@@ -79,8 +77,8 @@ struct Pairs {
 };
 #endif
 
-// f(s, V) for the tiles of V vectors of channels from s on.
-template <class F>
+// f(s, V) for the tiles of V vectors of channels from s on, at most `vectors`.
+template <int vectors, class F>
 HDFAST_INLINE void each_vectors(int64_t S, F f) {
   int64_t s = 0;
   for (; s + vectors * W <= S; s += vectors * W) f(s, std::integral_constant<int, vectors>{});

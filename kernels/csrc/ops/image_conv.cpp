@@ -9,6 +9,7 @@
 namespace HDFAST_ISA {
 namespace {
 
+constexpr int vectors = 2;                 // of channels of the map in a tile
 constexpr int together = W == 16 ? 8 : 4;  // pixels in a tile
 
 // weight (S, C, 4, 4) as (i, k, s), or with pairs of k.
@@ -45,7 +46,7 @@ HDFAST_INLINE void halve_tile(const Shape& shape, const typename Of::Number* row
 template <class Of, bool far, class T>
 void halve(const Shape& shape, const Bordered<typename Of::Number>& image, const float* weight, T* map) {
   for (int64_t y = 0; y < shape.height; y++, map += shape.width * shape.S)
-    each_vectors(shape.S, [&](int64_t s, auto count) {
+    each_vectors<vectors>(shape.S, [&](int64_t s, auto count) {
       constexpr int V = count;
       int64_t x = 0;
       for (; x + together <= shape.width; x += together)

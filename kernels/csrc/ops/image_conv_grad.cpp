@@ -14,6 +14,8 @@
 namespace HDFAST_ISA {
 namespace {
 
+constexpr int vectors = W == 16 ? 2 : 1;  // of channels of the map in a tile, with up to 12 numbers of the image
+
 // The gradient of a row of the kernel is the sum over y and x of left[y][x][k] * map[y][x][s]: what it meets of the image.
 struct Factors {
   const float* left;
@@ -99,7 +101,7 @@ void grad_tile(const Shape& shape, const Factors& factors, int64_t k, const T* r
 template <class Source, class T, class F>
 void add_grad(const Shape& shape, const Source& source, const T* map, float* total, F meanwhile) {
   for (int64_t i = 0; i < 4; i++, total += shape.depth() * shape.S)
-    each_vectors(shape.S, [&](int64_t s, auto count) {
+    each_vectors<vectors>(shape.S, [&](int64_t s, auto count) {
       constexpr int V = count;
       meanwhile();
       const Factors factors = source.of_row(i);
