@@ -92,7 +92,8 @@ def run(config: Config) -> dict[str, Any]:
     """Trains one task with one seed (`config.seed`) to its end, or goes on with it; returns its last evaluation.
 
     The task may be left out where the suite has one. A finished run is not touched: its summary is returned as it was
-    written. On the CPU the threads of this process become those that the model gains by, see `prepare_device`.
+    written. On the CPU the threads of this process become those that the model gains by, and it keeps the memory
+    that it frees, see `prepare_device`.
 
     Raises:
         HdfastError: see `hdfast.runtime.errors`; what was learnt until then is saved.
