@@ -2,7 +2,8 @@
 
 `eager` is what one would write without the op, in the dtype of the activations; `reference`, `native` and `triton`
 are the op's backends; `compile` is torch.compile of eager, for a few. Groups are op, role and dtype: `observe` is
-B16 x T64 rows, `imagine` 1,024 x 16, `conv` the activations of an encoder layer of 1,024 images.
+B16 x T64 rows, `imagine` 1,024 x 16, `conv` the activations of an encoder layer of 1,024 images
+(`strided_conv`: what it halves), `images` the images themselves.
 """
 
 from collections.abc import Callable
@@ -201,10 +202,18 @@ CASES = [
         "image_deconv", "observe", eager_image_deconv,
         lambda t: (number(1024, 32, 32, 32, dtype=t), number(32, 3, 4, 4, scale=0.05), number(3)),
     ),
+    *(
+        Case(
+            "strided_conv", f"conv{wide // 2}", eager_strided_conv,
+            lambda t, c=wide // 2, s=side: (number(1024, s, s, c, dtype=t), number(2 * c, c, 4, 4, scale=0.03)),
+            gflop=6 * 1024 * 64 * 16 * 64 * 128 / 1e9,
+        )
+        for wide, side in ((64, 32), (128, 16), (256, 8))
+    ),
     Case(
-        "strided_conv", "observe", eager_strided_conv,
-        lambda t: (number(1024, 16, 16, 64, dtype=t), number(128, 64, 4, 4, scale=0.03)),
-        gflop=6 * 1024 * 64 * 16 * 64 * 128 / 1e9,
+        "strided_conv", "images", eager_strided_conv,
+        lambda t: (number(1024, 64, 64, 3, dtype=t).detach(), number(32, 3, 4, 4, scale=0.1)),
+        gflop=4 * 1024 * 32 * 32 * 16 * 3 * 32 / 1e9,
     ),
     Case(
         "kl_balance", "observe", eager_kl_balance,

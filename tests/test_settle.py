@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,17 +16,9 @@ from hdfast.tuning.settle import settle
 from hdfast_kernels import dispatch
 from tests.agent_cases import SPECS, make_actions, one_thread, small_config  # noqa: F401
 from tests.loop_cases import door
+from tests.tuning_cases import SIZES, own_cache  # noqa: F401
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-SIZES = {"replay": {"batch": 4, "length": 8}}
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("HDFAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("HDFAST_BACKEND", raising=False)
 
 
 @pytest.fixture

@@ -17,17 +17,10 @@ from hdfast.tuning.search import FINE, GRAPH, TIMES, Job, TuningError, chosen, l
 from hdfast.tuning.settle import summary
 from hdfast.tuning.trials import Verdict
 from tests.agent_cases import SPECS, make_actions, one_thread, small_config  # noqa: F401
+from tests.tuning_cases import SIZES, own_cache  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
-CPU = torch.device("cpu")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-SIZES = {"replay": {"batch": 4, "length": 8}}
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("HDFAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("HDFAST_BACKEND", raising=False)
 
 
 def job(device="cpu", **options) -> Job:

@@ -12,23 +12,11 @@ namespace {
 constexpr int tall = 4;                 // large channels of a tile
 constexpr int broad = W == 16 ? 4 : 2;  // vectors of small channels of a tile: what the registers hold
 
-template <class F>
-HDFAST_INLINE void with_vectors_of_tile(int64_t count, F f) {
-  if (count >= 4)
-    f(std::integral_constant<int, 4>{});
-  else if (count == 3)
-    f(std::integral_constant<int, 3>{});
-  else if (count == 2)
-    f(std::integral_constant<int, 2>{});
-  else
-    f(std::integral_constant<int, 1>{});
-}
-
 // f(l, s, K) for the tiles of tall large channels from l and K vectors of small channels from s on.
 template <class F>
 HDFAST_INLINE void each_tile(int64_t large, int64_t small, F f) {
   for (int64_t s = 0; s < small; s += broad * W)
-    with_vectors_of_tile(std::min<int64_t>(broad, (small - s) / W), [&](auto vectors) {
+    with_one_to_four(std::min<int64_t>(broad, (small - s) / W), [&](auto vectors) {
       for (int64_t l = 0; l < large; l += tall) f(l, s, vectors);
     });
 }

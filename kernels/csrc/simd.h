@@ -364,6 +364,19 @@ HDFAST_INLINE void with_vectors(int64_t width, F f) {
     f(std::integral_constant<int, 0>{});
 }
 
+// Calls f with a number from one to four that the compiler knows; a smaller one counts as one, a larger one as four.
+template <class F>
+HDFAST_INLINE void with_one_to_four(int64_t number, F f) {
+  if (number >= 4)
+    f(std::integral_constant<int, 4>{});
+  else if (number == 3)
+    f(std::integral_constant<int, 3>{});
+  else if (number == 2)
+    f(std::integral_constant<int, 2>{});
+  else
+    f(std::integral_constant<int, 1>{});
+}
+
 // Calls f with a null pointer of the element type: with_dtype(is_bf16, [&](auto* tag) { using T = ... }).
 template <class F>
 HDFAST_INLINE void with_dtype(bool is_bf16, F f) {

@@ -103,18 +103,9 @@ void run(const void* x, const float* weight, const float* bias, void* y, int64_t
 void image_deconv_forward(const void* x, const float* weight, const float* bias, void* y, int64_t images,
                           int64_t height, int64_t width, int64_t inputs, int64_t channels, bool is_bf16, int threads) {
   threads = threads_for(images * height * width * inputs, threads);
-  const auto with = [&](auto vectors) {
+  with_one_to_four((4 * channels + W - 1) / W, [&](auto vectors) {
     run<decltype(vectors)::value>(x, weight, bias, y, images, height, width, inputs, channels, is_bf16, threads);
-  };
-  const int64_t vectors = (4 * channels + W - 1) / W;
-  if (vectors <= 1)
-    with(std::integral_constant<int, 1>{});
-  else if (vectors == 2)
-    with(std::integral_constant<int, 2>{});
-  else if (vectors == 3)
-    with(std::integral_constant<int, 3>{});
-  else
-    with(std::integral_constant<int, 4>{});
+  });
 }
 
 }  // namespace HDFAST_ISA
