@@ -7,6 +7,12 @@
 #include <malloc.h>
 #endif
 
+#ifdef HDFAST_HAS_amx
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -25,6 +31,11 @@
 #endif
 #ifdef HDFAST_HAS_avx512
 #define HDFAST_ISA avx512
+#include "ops.h"
+#undef HDFAST_ISA
+#endif
+#ifdef HDFAST_HAS_amx
+#define HDFAST_ISA amx
 #include "ops.h"
 #undef HDFAST_ISA
 #endif
@@ -55,6 +66,30 @@ const Table avx2_table = {"avx2", HDFAST_OPS(HDFAST_ENTRY) HDFAST_STRUCT_OPS(HDF
 const Table avx512_table = {"avx512", HDFAST_OPS(HDFAST_ENTRY) HDFAST_STRUCT_OPS(HDFAST_ENTRY)};
 #undef HDFAST_ISA
 #endif
+#ifdef HDFAST_HAS_amx
+#define HDFAST_ISA amx
+const Table amx_table = {"amx", HDFAST_OPS(HDFAST_ENTRY) HDFAST_STRUCT_OPS(HDFAST_ENTRY)};
+#undef HDFAST_ISA
+#endif
+
+#if defined(HDFAST_HAS_avx512) || defined(HDFAST_HAS_amx)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bf16");
+}
+#endif
+
+#ifdef HDFAST_HAS_amx
+// Whether the processor multiplies tiles of bfloat16 and the system lets this process use them.
+bool has_amx() {
+  unsigned a, b, c, d = 0;
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (amx_bf16 | amx_tile)) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
 
 // What this machine can run, slowest first.
 std::vector<const Table*> runnable() {
@@ -64,9 +99,10 @@ std::vector<const Table*> runnable() {
     tables.push_back(&avx2_table);
 #endif
 #ifdef HDFAST_HAS_avx512
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16"))
-    tables.push_back(&avx512_table);
+  if (has_avx512()) tables.push_back(&avx512_table);
+#endif
+#ifdef HDFAST_HAS_amx
+  if (has_avx512() && has_amx()) tables.push_back(&amx_table);
 #endif
   return tables;
 }

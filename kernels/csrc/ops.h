@@ -82,10 +82,18 @@ bool strided_conv_winograd(const float* x, const float* weight, float* y, int64_
 bool strided_conv_winograd_grad(const float* large, const float* small, float* grad, int64_t images, int64_t height,
                                 int64_t width, int64_t large_channels, int64_t small_channels, int threads);
 
+// The same in bfloat16. False, having computed nothing, without tiles and for channels that are no multiples of 32.
+bool strided_conv_tiles_grad(const void* large, const void* small, float* grad, int64_t images, int64_t height,
+                             int64_t width, int64_t large_channels, int64_t small_channels, int threads);
+
 // The transposed one in bfloat16, weight (channels_in, 4, 4, channels_out). False, having computed nothing, without
 // instructions for it, for channels_in that are no multiples of 32 and few pixels.
 bool strided_conv_double(const void* x, const void* weight, void* y, int64_t images, int64_t height, int64_t width,
                          int64_t channels_in, int64_t channels_out, int threads);
+
+// The same with tiles. False, having computed nothing, without them and for channels that are no multiples of 32.
+bool strided_conv_tiles_double(const void* x, const void* weight, void* y, int64_t images, int64_t height, int64_t width,
+                               int64_t channels_in, int64_t channels_out, int threads);
 
 // Gradient of the kernel of a convolution, kernel 4, stride 2, padding 1, from large (images, 2 * height, 2 * width,
 // large_channels) to small (images, height, width, small_channels), or back: grad (small_channels, large_channels, 4, 4).

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import image_conv_native, native
+from . import image_conv_native, library_conv, native
 
 CHANNELS = 4  # at most: a row of the kernel is then one or a few vectors
 
@@ -34,12 +34,8 @@ class _ImageDeconv(torch.autograd.Function):
             if any(ctx.needs_input_grad[1:]):
                 grad_weight, grad_bias = image_conv_native.weight_grad(grad, x)
         else:
-            low = weight.to(x.dtype, memory_format=torch.channels_last)
-            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-                grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), low, [weight.shape[1]], [2, 2], [1, 1], [1, 1], True,
-                [0, 0], 1, [*ctx.needs_input_grad[:2], False],
-            )  # fmt: skip
-            grad_x = None if grad_x is None else grad_x.permute(0, 2, 3, 1)
+            low, wanted = weight.to(x.dtype), ctx.needs_input_grad[:2]
+            grad_x, grad_weight = library_conv.gradients(x, grad, low, True, wanted)
             grad_bias = grad.sum((0, 1, 2), dtype=torch.float32)
         of_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_x, of_weight, None if grad_bias is None else grad_bias.to(ctx.bias_dtype)

@@ -57,7 +57,7 @@ def threads() -> int:
 
 
 def isa() -> str:
-    """The instruction set in use: generic, avx2 or avx512."""
+    """The instruction set in use: generic, avx2, avx512 or amx."""
     return module().isa()
 
 

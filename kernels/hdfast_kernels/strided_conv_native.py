@@ -10,12 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import image_conv_native, native
-
-
-def _constants(transposed: bool) -> tuple:
-    """Stride, padding, dilation, transposed, output padding, groups."""
-    return [2, 2], [1, 1], [1, 1], transposed, [0, 0], 1
+from . import image_conv_native, library_conv, native
 
 
 class _StridedConv(torch.autograd.Function):
@@ -26,8 +21,7 @@ class _StridedConv(torch.autograd.Function):
             low = weight.to(x.dtype, memory_format=torch.channels_last)
         out = _convolve(x, low, transposed)
         if out is None:
-            maps = x.permute(0, 3, 1, 2), low.contiguous(memory_format=torch.channels_last)
-            out = torch.ops.aten.convolution(*maps, None, *_constants(transposed)).permute(0, 2, 3, 1)
+            out = library_conv.convolve(x, low, transposed)
         ctx.save_for_backward(x, low)
         ctx.transposed, ctx.weight_dtype = transposed, weight.dtype
         return out
@@ -36,17 +30,14 @@ class _StridedConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (x, low), grad, grad_x, grad_weight = ctx.saved_tensors, grad.contiguous(), None, None
-        wanted = list(ctx.needs_input_grad)
+        wanted = list(ctx.needs_input_grad[:2])
         if wanted[0] and (grad_x := _grad_x(x, grad, low, ctx.transposed)) is not None:
             wanted[0] = False
         if wanted[1] and (grad_weight := _weight_grad(x, grad, ctx.transposed)) is not None:
             wanted[1] = False
         if any(wanted):
-            maps = (tensor.permute(0, 3, 1, 2) for tensor in (grad, x))
-            low = low.contiguous(memory_format=torch.channels_last)
-            constants = _constants(ctx.transposed)
-            of_x, of_weight, _ = torch.ops.aten.convolution_backward(*maps, low, None, *constants, wanted)
-            grad_x = of_x.permute(0, 2, 3, 1) if wanted[0] else grad_x
+            of_x, of_weight = library_conv.gradients(x, grad, low, ctx.transposed, wanted)
+            grad_x = of_x if wanted[0] else grad_x
             grad_weight = of_weight if wanted[1] else grad_weight
         return grad_x, grad_weight if grad_weight is None else grad_weight.to(ctx.weight_dtype), None
 

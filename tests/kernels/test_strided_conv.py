@@ -14,7 +14,8 @@ ISAS = native.isas() if dispatch.native_built() else []
 # images, H and W of the smaller map, channels of the smaller and of the larger map: one pixel; odd; an image; those of
 # the layers, a block of several images, a row in several blocks, every width of a tile; none. The last have tiles of
 # 2 x 2 enough, on two threads, for 9 multiplications in place of 16: the layers; sides and blocks that are not whole;
-# every width of a panel. Then images of few channels: gray; two; colours; four; several of them
+# every width of a panel. Then images of few channels: gray; two; colours; four; several of them. Last, channels that
+# fill the processor's tiles: one pixel; odd sides; blocks of images and of rows, the last not whole; deep
 SHAPES = [
     (1, 1, 1, 16, 16),
     (3, 5, 7, 5, 6),
@@ -41,6 +42,12 @@ SHAPES = [
     (2, 4, 5, 80, 9),
     (3, 1, 11, 16, 12),
     (0, 4, 4, 16, 3),
+    (1, 1, 1, 32, 32),
+    (3, 5, 7, 64, 32),
+    (75, 3, 4, 32, 96),
+    (1, 7, 301, 64, 64),
+    (2, 3, 2, 544, 32),
+    (0, 4, 4, 32, 32),
 ]
 
 
@@ -107,10 +114,10 @@ def test_what_pytorch_computes_faster_is_pytorchs(transposed, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["halve", "double"])
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("channels", [16, 3])
+@pytest.mark.parametrize("channels", [(48, 16), (48, 3), (64, 32)], ids=str)
 def test_every_instruction_set_on_threads(isa, dtype, transposed, threads, channels, monkeypatch):
     monkeypatch.setattr(native, "threads", lambda: threads)
-    arguments = inputs((53, 4, 5, 48, channels), transposed, dtype)
+    arguments = inputs((53, 4, 5, *channels), transposed, dtype)
     with native.force_isa(isa):
         op = partial(strided_conv, backend="native")
         first, second = (check_against_fp64(op, strided_conv_reference, arguments) for _ in range(2))

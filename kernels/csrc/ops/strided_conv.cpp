@@ -198,7 +198,9 @@ bool strided_conv_weight_grad(const void* large, const void* small, float* grad,
       weight_grad<Direct>(from, to, grad, images, shape, threads);
     return true;
   }
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+  return strided_conv_tiles_grad(large, small, grad, images, height, width, large_channels, small_channels, threads);
+#elif defined(__AVX512BF16__)
   weight_grad<Pairs>(static_cast<const bf16*>(large), static_cast<const bf16*>(small), grad, images, shape, threads);
   return true;
 #else

@@ -5,52 +5,29 @@
 #include "../gemm_tile.h"
 #include "../ops.h"
 #include "../simd.h"
+#include "../strided_conv_double.h"
 
-// The transposed convolution of kernel 4, stride 2 and padding 1 in bfloat16. In one dimension it has two phases,
-//
-//     y[2t] = w1 x[t] + w3 x[t - 1]        y[2t + 1] = w0 x[t + 1] + w2 x[t],
-//
-// in two dimensions four, each a product of matrices over all channels of 4 of a pixel's 9 neighbours. Those of a block
-// of pixels are laid side by side once for all phases; sums are rounded and stored from the registers.
+// The transposed convolution in bfloat16. The neighbours of a block of pixels are laid side by side once for all phases;
+// sums are rounded and stored from the registers.
 //
 // Axes: phase (4), tap (4) of a phase, n neighbours (9), m pixels of x, C channels of x, O of y.
 
 namespace HDFAST_ISA {
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 namespace {
 
-constexpr int64_t phases = 4, taps = 4, neighbours = 9;
+constexpr int64_t neighbours = 9;
 constexpr int64_t block = 4 * tile_rows;         // pixels
 constexpr int64_t least_pixels_of_thread = 64;  // fewer do not make up for laying out the weights
 
 struct Layout {
-  int64_t height, width, pixels, C, O, panels;  // of x; of O
+  int64_t height, width, pixels, C, O;  // of x; channels of both
+  DoubleWeights weights;
 
-  // weights (phase, panel of O, tap, pair of C, panel) of pairs, inputs (n, group of C, m, group); these with a gap, lest
-  // the nine be a multiple of a page apart
-  int64_t weights_at(int64_t phase, int64_t p, int64_t tap) const {
-    return ((phase * panels + p) * taps + tap) * (C / 2) * panel;
-  }
+  // inputs (n, group of C, m, group), with a gap, lest the nine be a multiple of a page apart
   int64_t inputs_at(int64_t n) const { return n * (C * block + 8 * group<bf16>); }
 };
-
-// By all threads together. The weight is (C, 4, 4, O).
-void lay_weights(const Layout& at, const bf16* weight, uint32_t* out) {
-  const auto wide = [](const bf16* p) {
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  };
-#pragma omp for schedule(static)
-  for (int64_t c = 0; c < at.C; c += 2)
-    for (int64_t phase = 0; phase < phases; phase++)
-      for (int64_t tap = 0; tap < taps; tap++) {
-        const int64_t i = 3 - phase / 2 - 2 * (tap / 2), j = 3 - phase % 2 - 2 * (tap % 2);
-        const bf16* const from = weight + (c * 16 + i * 4 + j) * at.O;
-        for (int64_t o = 0; o < at.O; o += W)
-          _mm512_store_si512(out + at.weights_at(phase, o / panel, tap) + c / 2 * panel + o % panel,
-                             wide(from + o) | _mm512_slli_epi32(wide(from + 16 * at.O + o), 16));
-      }
-}
 
 // Of pixels [first, first + count); beyond the last one, that one again.
 void lay_inputs(const Layout& at, const bf16* x, int64_t first, int64_t count, const bf16* zeros, bf16* inputs) {
@@ -109,10 +86,10 @@ template <bool far>
 void double_block(const Layout& at, const bf16* inputs, const uint32_t* weights, int64_t count, bf16* y,
                   const int64_t* to, Ahead<bf16>& ahead) {
   for (int64_t phase = 0; phase < phases; phase++)
-    for (int64_t p = 0; p < at.panels; p++)
+    for (int64_t p = 0; p < at.weights.panels(); p++)
       for (int64_t m = 0; m < count; m += tile_rows) {
         const bf16* const left = inputs + m * group<bf16>;
-        const uint32_t* const right = weights + at.weights_at(phase, p, 0);
+        const uint32_t* const right = weights + at.weights.at(phase, p, 0);
         bf16* const out = y + (phase / 2 * 2 * at.width + phase % 2) * at.O + p * panel;
         ahead.go_on();
         if (at.O - p * panel >= panel)
@@ -126,18 +103,17 @@ void double_block(const Layout& at, const bf16* inputs, const uint32_t* weights,
 
 bool strided_conv_double(const void* x, const void* weight, void* y, int64_t images, int64_t height, int64_t width,
                          int64_t channels_in, int64_t channels_out, int threads) {
-  const int64_t panels = (channels_out + panel - 1) / panel;
-  const Layout at = {height, width, images * height * width, channels_in, channels_out, panels};
+  const Layout at = {height, width, images * height * width, channels_in, channels_out, {channels_in, channels_out}};
   if (at.C % group<bf16> || at.O % W || at.pixels < least_pixels_of_thread * threads) return false;
   const bf16* const from = static_cast<const bf16*>(x);
   bf16* const out = static_cast<bf16*>(y);
-  Scratch<uint32_t> weights(at.weights_at(phases, 0, 0));
+  Scratch<uint32_t> weights(at.weights.size());
   Scratch<bf16> zeros(at.C);
   std::fill_n(static_cast<bf16*>(zeros), at.C, bf16{0});
   with_bool(is_far(out, 4 * at.pixels, at.O) && at.O % panel == 0, [&](auto far) {
 #pragma omp parallel num_threads(threads)
     {
-      lay_weights(at, static_cast<const bf16*>(weight), weights);
+      at.weights.lay(static_cast<const bf16*>(weight), weights);
       Scratch<bf16> inputs(at.inputs_at(neighbours));
       int64_t to[block];
       const int64_t team = omp_get_num_threads(), mine = omp_get_thread_num(), last = at.pixels * (mine + 1) / team;
@@ -148,7 +124,7 @@ bool strided_conv_double(const void* x, const void* weight, void* y, int64_t ima
           to[m] = ((first + m) / at.width * 4 * at.width + (first + m) % at.width * 2) * at.O;
         const int64_t seen = std::min(first + count + at.width + 1, at.pixels);
         const int64_t next = std::min(seen + block, at.pixels);
-        Ahead<bf16> ahead(from + seen * at.C, from + next * at.C, phases * at.panels * tiles);
+        Ahead<bf16> ahead(from + seen * at.C, from + next * at.C, phases * at.weights.panels() * tiles);
         double_block<far>(at, inputs, weights, count, out, to, ahead);
       }
       fence();
@@ -159,8 +135,10 @@ bool strided_conv_double(const void* x, const void* weight, void* y, int64_t ima
 
 #else
 
-bool strided_conv_double(const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int) {
-  return false;
+// Libraries multiply tiles too, and neither do without.
+bool strided_conv_double(const void* x, const void* weight, void* y, int64_t images, int64_t height, int64_t width,
+                         int64_t channels_in, int64_t channels_out, int threads) {
+  return strided_conv_tiles_double(x, weight, y, images, height, width, channels_in, channels_out, threads);
 }
 
 #endif

@@ -1,0 +1,44 @@
+"""PyTorch's convolutions of kernel 4, stride 2, padding 1 on the CPU, for activations whose channels come last.
+
+Where no kernel of ours is faster. Axes: N images, H x W pixels, channels; weights (channels of the smaller map, of the
+larger one, 4, 4), in the dtype of the activations.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def convolve(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """x halved, or doubled where `transposed`."""
+    width = x.shape[2] if transposed else x.shape[2] // 2
+    maps = _laid(x.permute(0, 3, 1, 2), width), _laid(weight, width)
+    out = torch.ops.aten.convolution(*maps, None, *_constants(transposed))
+    return out.permute(0, 2, 3, 1).to(x.dtype)
+
+
+def gradients(
+    x: Tensor, grad: Tensor, weight: Tensor, transposed: bool, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of x and of the weight that are wanted, for the gradient of `convolve`."""
+    width = min(x.shape[2], grad.shape[2])
+    maps = (_laid(tensor, width) for tensor in (grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight))
+    of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+        *maps, None, *_constants(transposed), [*wanted, False]
+    )
+    return of_x.permute(0, 2, 3, 1).to(x.dtype) if wanted[0] else None, of_weight if wanted[1] else None
+
+
+def _laid(tensor: Tensor, width: int) -> Tensor:
+    """With channels last in memory, itself if they are; `width` is that of the smaller map.
+
+    In float32 where that is one pixel: with AMX, oneDNN 3.12 takes some of those numbers in bfloat16 from memory that
+    is not the map's.
+    """
+    return (tensor.float() if width <= 1 else tensor).contiguous(memory_format=torch.channels_last)
+
+
+def _constants(transposed: bool) -> tuple:
+    """Stride, padding, dilation, transposed, output padding, groups."""
+    return [2, 2], [1, 1], [1, 1], transposed, [0, 0], 1
