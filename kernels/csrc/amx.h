@@ -76,6 +76,49 @@ HDFAST_INLINE void add_products(const void* left, int64_t down, int64_t left_lin
   _tile_dpbf16ps(3, 5, 7);
 }
 
+// Operands of a sum over many rows, such as a gradient of weights: what is multiplied lies in the columns.
+
+// A left tile: a line for each of 16 columns from c on, with its numbers of 32 rows; null is a row of zeros.
+HDFAST_INLINE void lay_left(const bf16* const (&rows)[depth], int64_t c, uint32_t* out) {
+  const auto numbers = [&](const bf16* row) {
+    return row ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + c)))
+               : _mm512_setzero_si512();
+  };
+  __m512i a[tile], b[tile];
+  for (int k = 0; k < tile; k++)
+    a[k] = _mm512_or_si512(numbers(rows[2 * k]), _mm512_slli_epi32(numbers(rows[2 * k + 1]), 16));
+  for (int k = 0; k < tile; k += 2) {
+    b[k] = _mm512_unpacklo_epi32(a[k], a[k + 1]);
+    b[k + 1] = _mm512_unpackhi_epi32(a[k], a[k + 1]);
+  }
+  for (int k = 0; k < tile; k += 4)
+    for (int h = 0; h < 2; h++) {
+      a[k + 2 * h] = _mm512_unpacklo_epi64(b[k + h], b[k + h + 2]);
+      a[k + 2 * h + 1] = _mm512_unpackhi_epi64(b[k + h], b[k + h + 2]);
+    }
+  for (int k = 0; k < 4; k++) {  // a[4 r + k] has columns k, k + 4, k + 8 and k + 12 of four pairs of rows
+    const __m512i even = _mm512_shuffle_i32x4(a[k], a[4 + k], 0x88), odd = _mm512_shuffle_i32x4(a[k], a[4 + k], 0xdd);
+    const __m512i even_below = _mm512_shuffle_i32x4(a[8 + k], a[12 + k], 0x88);
+    const __m512i odd_below = _mm512_shuffle_i32x4(a[8 + k], a[12 + k], 0xdd);
+    _mm512_store_si512(out + k * tile, _mm512_shuffle_i32x4(even, even_below, 0x88));
+    _mm512_store_si512(out + (k + 4) * tile, _mm512_shuffle_i32x4(odd, odd_below, 0x88));
+    _mm512_store_si512(out + (k + 8) * tile, _mm512_shuffle_i32x4(even, even_below, 0xdd));
+    _mm512_store_si512(out + (k + 12) * tile, _mm512_shuffle_i32x4(odd, odd_below, 0xdd));
+  }
+}
+
+// A line of right tiles, from two rows, of which null is zeros: columns, a multiple of 32, in an order of their own.
+HDFAST_INLINE void lay_right(const bf16* a, const bf16* b, uint32_t* out, int64_t columns) {
+  for (int64_t c = 0; c < columns; c += wide) {
+    const __m512i above = a ? _mm512_loadu_si512(a + c) : _mm512_setzero_si512();
+    const __m512i below = b ? _mm512_loadu_si512(b + c) : _mm512_setzero_si512();
+    _mm512_store_si512(out + c, _mm512_unpacklo_epi16(above, below));
+    _mm512_store_si512(out + c + tile, _mm512_unpackhi_epi16(above, below));
+  }
+}
+// Where column c of 32 is then.
+constexpr int64_t column_at(int64_t c) { return c / 8 * 4 + c % 4 + c / 4 % 2 * tile; }
+
 }  // namespace
 }  // namespace HDFAST_ISA
 #endif

@@ -36,54 +36,6 @@ struct Block {
   int64_t image, images, top, rows;  // rows of the small map
 };
 
-// (a[c], b[c]) for 16 channels from c on; zeros for null.
-HDFAST_INLINE __m512i pairs_of(const bf16* a, const bf16* b, int64_t c) {
-  const auto wide = [&](const bf16* from) {
-    return from ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + c)))
-                : _mm512_setzero_si512();
-  };
-  return _mm512_or_si512(wide(a), _mm512_slli_epi32(wide(b), 16));
-}
-
-// The same for all channels, 32 at a time, in the order of `channel_at`.
-HDFAST_INLINE void interleave(const bf16* a, const bf16* b, uint32_t* out, int64_t channels) {
-  const auto line = [](const bf16* from, int64_t c) {
-    return from ? _mm512_loadu_si512(from + c) : _mm512_setzero_si512();
-  };
-  for (int64_t c = 0; c < channels; c += wide) {
-    const __m512i even = line(a, c), odd = line(b, c);
-    _mm512_store_si512(out + c, _mm512_unpacklo_epi16(even, odd));
-    _mm512_store_si512(out + c + tile, _mm512_unpackhi_epi16(even, odd));
-  }
-}
-// Where channel c of 32 ends up.
-constexpr int64_t channel_at(int64_t c) { return c / 8 * 4 + c % 4 + (c / 4 % 2) * tile; }
-
-void transpose(__m512i (&lines)[tile]) {
-  __m512i t[tile];
-  for (int k = 0; k < 16; k += 2) {
-    t[k] = _mm512_unpacklo_epi32(lines[k], lines[k + 1]);
-    t[k + 1] = _mm512_unpackhi_epi32(lines[k], lines[k + 1]);
-  }
-  for (int k = 0; k < 16; k += 4)
-    for (int h = 0; h < 2; h++) {
-      lines[k + 2 * h] = _mm512_unpacklo_epi64(t[k + h], t[k + h + 2]);
-      lines[k + 2 * h + 1] = _mm512_unpackhi_epi64(t[k + h], t[k + h + 2]);
-    }
-  // lines[4 r + c]: columns c, c + 4, c + 8, c + 12 of rows 4 r ... 4 r + 3
-  for (int c = 0; c < 4; c++) {
-    const __m512i low01 = _mm512_shuffle_i32x4(lines[c], lines[4 + c], 0x88);
-    const __m512i high01 = _mm512_shuffle_i32x4(lines[c], lines[4 + c], 0xdd);
-    const __m512i low23 = _mm512_shuffle_i32x4(lines[8 + c], lines[12 + c], 0x88);
-    const __m512i high23 = _mm512_shuffle_i32x4(lines[8 + c], lines[12 + c], 0xdd);
-    t[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);
-    t[c + 4] = _mm512_shuffle_i32x4(high01, high23, 0x88);
-    t[c + 8] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
-    t[c + 12] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
-  }
-  std::copy_n(t, 16, lines);
-}
-
 class Layout {
  public:
   explicit Layout(const Shape& shape)
@@ -114,11 +66,7 @@ class Layout {
         pixels[2 * k + 1] = q < count && x + 1 < shape_.width ? pixel + shape_.small : nullptr;
       }
       for (int64_t s = 0; s < shape_.small; s += tile) {
-        __m512i lines[tile];
-        for (int64_t k = 0; k < tile; k++) lines[k] = pairs_of(pixels[2 * k], pixels[2 * k + 1], s);
-        transpose(lines);
-        for (int64_t c = 0; c < tile; c++)
-          _mm512_store_si512(small_ + (s * steps_ + step * tile + c) * tile, lines[c]);
+        lay_left(pixels, s, small_ + (s * steps_ + step * tile) * tile);
       }
     }
   }
@@ -134,8 +82,8 @@ class Layout {
         const bool inside = y >= 0 && y < 2 * shape_.height;
         for (int64_t p = 0; p < pairs; p++, out += shape_.large) {
           const int64_t x = 4 * p + j - 1;
-          interleave(inside && x >= 0 && x < width ? row + x * shape_.large : nullptr,
-                     inside && x + 2 < width ? row + (x + 2) * shape_.large : nullptr, out, shape_.large);
+          lay_right(inside && x >= 0 && x < width ? row + x * shape_.large : nullptr,
+                    inside && x + 2 < width ? row + (x + 2) * shape_.large : nullptr, out, shape_.large);
         }
       }
     }
@@ -204,7 +152,7 @@ bool strided_conv_tiles_grad(const void* large, const void* small, float* grad, 
               sum += load(sums + size * t + sums_at(place, s / tile * tile, l + k) + s % tile * tile, Whole{});
             store(all + k, sum, Whole{});
           }
-          for (int64_t c = 0; c < wide; c++) kernels[c][place] = all[channel_at(c)];
+          for (int64_t c = 0; c < wide; c++) kernels[c][place] = all[column_at(c)];
         }
         std::memcpy(grad + (s * shape.large + l) * 16, kernels, sizeof(kernels));
       }
