@@ -76,6 +76,17 @@ HDFAST_INLINE void add_products(const void* left, int64_t down, int64_t left_lin
   _tile_dpbf16ps(3, 5, 7);
 }
 
+// Row m of sums that were stored with a distance of two tiles down and one across, to 32 numbers.
+template <bool far>
+HDFAST_INLINE void round_sums(const float* sums, int64_t m, bf16* out) {
+  const float* const row = sums + m / tile * 2 * tile * tile + m % tile * tile;
+  const __m512i line = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_load_ps(row + tile * tile), _mm512_load_ps(row)));
+  if constexpr (far)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(out), line);
+  else
+    _mm512_storeu_si512(out, line);
+}
+
 // Operands of a sum over many rows, such as a gradient of weights: what is multiplied lies in the columns.
 
 // A left tile: a line for each of 16 columns from c on, with its numbers of 32 rows; null is a row of zeros.

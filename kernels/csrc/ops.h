@@ -68,6 +68,13 @@ void image_conv_forward(const void* images, const float* weight, void* map, int6
 void image_conv_weight_grad(const void* images, const void* map, float* grad, float* sums, int64_t count, int64_t height,
                             int64_t width, int64_t channels, int64_t map_channels, bool is_bf16, int threads);
 
+// Both in bfloat16 with tiles. False, having computed nothing, without them, for more than 4 channels, and where those of
+// the map are no multiple of 32.
+bool image_conv_tiles(const void* images, const float* weight, void* map, int64_t count, int64_t height, int64_t width,
+                      int64_t channels, int64_t map_channels, int threads);
+bool image_conv_tiles_grad(const void* images, const void* map, float* grad, float* sums, int64_t count, int64_t height,
+                           int64_t width, int64_t channels, int64_t map_channels, int threads);
+
 // grad (K, M), x (K, N) -> out (M, N) = grad^T x, all float.
 void linear_weight_grad(const float* grad, const float* x, float* out, int64_t K, int64_t M, int64_t N, int threads);
 

@@ -36,8 +36,7 @@ class _ImageDeconv(torch.autograd.Function):
         else:
             low, wanted = weight.to(x.dtype), ctx.needs_input_grad[:2]
             grad_x, grad_weight = library_conv.gradients(x, grad, low, True, wanted)
-            rows = grad.flatten(2).sum((0, 1), dtype=torch.float32)  # vectors are long there: faster than at once
-            grad_bias = rows.unflatten(0, grad.shape[2:]).sum(0)
+            grad_bias = grad.sum((0, 1, 2), dtype=torch.float32)
         of_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_x, of_weight, None if grad_bias is None else grad_bias.to(ctx.bias_dtype)
 

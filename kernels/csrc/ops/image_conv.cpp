@@ -83,6 +83,7 @@ void image_conv_forward(const void* images, const float* weight, void* map, int6
   if (!is_bf16)
     return halve_all<Singles>(shape, static_cast<const float*>(images), weight, static_cast<float*>(map), threads);
 #if defined(__AVX512BF16__)
+  if (image_conv_tiles(images, weight, map, count, height, width, channels, map_channels, threads)) return;
   halve_all<Pairs>(shape, static_cast<const bf16*>(images), weight, static_cast<bf16*>(map), threads);
 #else
   halve_all<Singles>(shape, static_cast<const bf16*>(images), weight, static_cast<bf16*>(map), threads);

@@ -176,7 +176,10 @@ void image_conv_weight_grad(const void* images, const void* map, float* grad, fl
     weight_grad<Source>(shape, static_cast<const T*>(images), static_cast<const T*>(map), grad, sums, threads);
   };
 #if defined(__AVX512BF16__)
-  if (is_bf16) return run(static_cast<bf16*>(nullptr), static_cast<OfPairs*>(nullptr));
+  if (is_bf16) {
+    if (image_conv_tiles_grad(images, map, grad, sums, count, height, width, channels, map_channels, threads)) return;
+    return run(static_cast<bf16*>(nullptr), static_cast<OfPairs*>(nullptr));
+  }
 #endif
   with_dtype(is_bf16, [&](auto* tag) { run(tag, static_cast<OfSingles*>(nullptr)); });
 }

@@ -51,20 +51,6 @@ void lay_inputs(const Shape& shape, const bf16* x, const Block& block, bf16* out
   }
 }
 
-// The sums of the first `count` of 32 pixels, to y + to[m].
-template <bool far>
-HDFAST_INLINE void round_sums(const float* sums, int64_t count, bf16* y, const int64_t* to) {
-  for (int64_t m = 0; m < std::min(count, wide); m++) {
-    const float* const row = sums + m / tile * 2 * tile * tile + m % tile * tile;
-    const __m512i line =
-        bit_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_load_ps(row + tile * tile), _mm512_load_ps(row)));
-    if constexpr (far)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(y + to[m]), line);
-    else
-      _mm512_storeu_si512(y + to[m], line);
-  }
-}
-
 template <bool far>
 void double_block(const Shape& shape, const Block& block, const bf16* inputs, const DoubleWeights& at,
                   const uint32_t* weights, float* sums, bf16* y, const int64_t* to) {
@@ -89,8 +75,9 @@ void double_block(const Shape& shape, const Block& block, const bf16* inputs, co
               add_products(left, tile * shape.C * 2, shape.C * 2, right, 64, panel * 4);
           }
           store_sums(sum, 2 * tile * tile, tile * tile);
-          if (end == taps)
-            round_sums<far>(sum, count - m, y + (phase / 2 * 2 * shape.width + phase % 2) * shape.O + p * panel, to + m);
+          if (end < taps) continue;
+          bf16* const out = y + (phase / 2 * 2 * shape.width + phase % 2) * shape.O + p * panel;
+          for (int64_t i = 0; i < std::min(wide, count - m); i++) round_sums<far>(sum, i, out + to[m + i]);
         }
 }
 
