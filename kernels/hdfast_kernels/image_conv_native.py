@@ -1,4 +1,4 @@
-"""The convolution between images of few channels and a map of half their size, on the CPU (csrc/ops/image_conv.cpp).
+"""The convolution between images of few channels and a map of half their size, on the CPU (csrc/ops/image_conv*.cpp).
 
 What an encoder begins with and what leads back through a decoder's last layer. Axes: N images, H x W pixels of the map,
 C channels of the images, S of the map.
@@ -10,13 +10,15 @@ from . import native
 
 # Channels of the map come in whole vectors. Images of 16 and more are what libraries and strided_conv are made for.
 VECTOR, MANY = 16, 16
+# The same in bfloat16 where the processor has tiles (AMX): libraries use them too, on what does not fill ours.
+TILE, MANY_FOR_TILES = 32, 5
 
 
 def takes(images: Tensor, small: int) -> bool:
     """Whether this is faster than PyTorch, for images and `small` channels of a map of half their size."""
     _, height, width, channels = images.shape
-    # Where the processor has tiles, libraries use them too, and whatever does not fill ours is faster there.
-    many, vector = (5, 32) if native.is_bf16(images) and native.isa() == "amx" else (MANY, VECTOR)
+    tiles = native.is_bf16(images) and native.isa() == "amx"
+    many, vector = (MANY_FOR_TILES, TILE) if tiles else (MANY, VECTOR)
     return 0 < channels < many and small % vector == 0 and height % 2 == 0 and width % 2 == 0
 
 

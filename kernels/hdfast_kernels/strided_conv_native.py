@@ -2,7 +2,8 @@
 
 Each direction is the gradient of the other. In float32, maps are halved and doubled with 9 multiplications in place of
 16 (csrc/ops/strided_conv_winograd.cpp), and so is the gradient of the kernel (strided_conv_winograd_grad.cpp, for few
-pixels strided_conv.cpp). In bfloat16, maps are doubled by strided_conv_double.cpp; the gradient is strided_conv.cpp.
+pixels strided_conv.cpp). In bfloat16, maps are doubled by strided_conv_double.cpp; the gradient is strided_conv.cpp;
+where the processor has tiles (AMX), both are theirs (strided_conv_tiles_double.cpp, strided_conv_tiles_grad.cpp).
 Images of few channels are a case of their own in both (image_conv_native.py).
 """
 
