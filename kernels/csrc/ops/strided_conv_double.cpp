@@ -135,7 +135,7 @@ bool strided_conv_double(const void* x, const void* weight, void* y, int64_t ima
 
 #else
 
-// Libraries multiply tiles too, and neither do without.
+// What does not fill tiles is for libraries, which have them too, or have nothing faster.
 bool strided_conv_double(const void* x, const void* weight, void* y, int64_t images, int64_t height, int64_t width,
                          int64_t channels_in, int64_t channels_out, int threads) {
   return strided_conv_tiles_double(x, weight, y, images, height, width, channels_in, channels_out, threads);

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "../amx.h"
-#include "../kernel_grad.h"
 #include "../ops.h"
 #include "../simd.h"
 
@@ -65,9 +64,8 @@ class Layout {
         pixels[2 * k] = q < count ? pixel : nullptr;
         pixels[2 * k + 1] = q < count && x + 1 < shape_.width ? pixel + shape_.small : nullptr;
       }
-      for (int64_t s = 0; s < shape_.small; s += tile) {
+      for (int64_t s = 0; s < shape_.small; s += tile)
         lay_left(pixels, s, small_ + (s * steps_ + step * tile) * tile);
-      }
     }
   }
 
