@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -199,6 +200,24 @@ def test_missing_packages_name_the_command(without):
         envs.make("atari100k", "Pong", num_envs=1, seed=0, source="ale")
     with pytest.raises(MissingLibraryError, match="Catch-v0 needs envpool; pip install envpool"):
         envs.make("demo", "Catch", num_envs=1, seed=0)
+
+
+def test_a_package_that_keeps_an_exception_keeps_nothing_of_its_importer(tmp_path, monkeypatch):
+    """As envpool does where a library of one of its games is missing."""
+    text = "try:\n    import not_there_at_all\nexcept ImportError as error:\n    kept = error\n"
+    (tmp_path / "keeps_an_exception.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class Large:
+        pass
+
+    def importer():
+        large = Large()
+        base.load("keeps_an_exception", needed_by="a test", install="")
+        return weakref.ref(large)
+
+    assert importer()() is None
+    monkeypatch.delitem(sys.modules, "keeps_an_exception")
 
 
 @pytest.mark.parametrize("source", ["auto", "envpool", "ale"])

@@ -10,6 +10,7 @@ frames = agent_steps * action_repeat.
 import importlib
 import importlib.util
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import ModuleType, TracebackType
 from typing import Self
@@ -204,6 +205,9 @@ def installed(*packages: str) -> bool:
 def load(module: str, *, needed_by: str, install: str) -> ModuleType:
     """Import the package that a source stands on.
 
+    It is imported in a thread of its own: envpool keeps an exception of its import, and with that every frame of the
+    stack, where a run's replay and parameters would stay alive as long as the process.
+
     Raises MissingLibraryError where it is not installed, with the command that installs it, and where it does
     not load, with the reason.
     """
@@ -211,7 +215,8 @@ def load(module: str, *, needed_by: str, install: str) -> ModuleType:
     if not installed(package):
         raise MissingLibraryError(f"{needed_by} needs {package}", hint=install)
     try:
-        return importlib.import_module(module)
+        with ThreadPoolExecutor(1, "import") as thread:
+            return thread.submit(importlib.import_module, module).result()
     except (ImportError, OSError) as error:
         raise MissingLibraryError(
             f"{needed_by}: {package} does not load: {error}", hint="install what it names"
