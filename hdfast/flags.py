@@ -78,10 +78,11 @@ def field_names(config: Any, prefix: str = "") -> list[str]:
 
 
 def peek(argv: Sequence[str], flag: str) -> str | None:
-    """The value given to `flag`, before the full parser knows its defaults."""
+    """The value given to `flag`, of several the last, before the full parser knows its defaults."""
+    value = None
     for i, arg in enumerate(argv):
         if arg == flag and i + 1 < len(argv):
-            return argv[i + 1]
-        if arg.startswith(flag + "="):
-            return arg.partition("=")[2]
-    return None
+            value = argv[i + 1]
+        elif arg.startswith(flag + "="):
+            value = arg.partition("=")[2]
+    return value

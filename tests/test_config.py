@@ -232,6 +232,13 @@ def test_what_cannot_be_is_one_line(argv, message):
     assert error.value.exit_code == 2
 
 
+def test_of_a_flag_given_twice_the_last_counts_with_all_it_brings():
+    assert parse(["--size", "small", "--size=large"]) == parse(["--size", "large"])
+    assert parse(["--suite=demo", "--suite", "dmc", "--seed", "1", "--seed", "2"]) == parse(
+        ["--suite", "dmc", "--seed", "2"]
+    )
+
+
 def test_names_are_found_in_any_spelling_and_stored_in_their_own():
     config = parse(["--suite", "Atari-100K", "--task", "ms_pacman"])
     assert (config.suite, config.task) == ("atari100k", "MsPacman")
