@@ -38,11 +38,11 @@ def collect(
 ) -> list[TaskScores]:
     """Reads the final evaluation of every finished run of `tasks` below `logdir`.
 
-    By default these are all tasks of the suite, or of one that has none of its own, those that were trained. A run that
-    cannot be read is warned of, and left out.
+    By default these are all tasks of the suite, and what else was trained of it. A run that cannot be read is warned
+    of, and left out.
     """
     found = []
-    for task in tasks if tasks is not None else suite.tasks or _trained(logdir, suite):
+    for task in tasks if tasks is not None else (*suite.tasks, *_others(logdir, suite)):
         scores, success = {}, {}
         for path in sorted((logdir / suite.name / task.folder).glob("seed*")):
             seed = path.name.removeprefix("seed")
@@ -66,9 +66,12 @@ def with_runs(logdir: Path) -> list[suites.Suite]:
     return [s for s in suites.SUITES.values() if any((logdir / s.name).glob("*/seed*/config.json"))]
 
 
-def _trained(logdir: Path, suite: suites.Suite) -> list[suites.Task]:
-    tasks = {}
+def _others(logdir: Path, suite: suites.Suite) -> list[suites.Task]:
+    """Tasks that were trained and do not stand in the suite's list."""
+    listed, tasks = {task.folder for task in suite.tasks}, {}
     for path in sorted((logdir / suite.name).glob("*/seed*/config.json")):
+        if path.parent.parent.name in listed:
+            continue
         try:
             name = rundir.read(path.parent).config.get("task")
             if not isinstance(name, str):

@@ -81,6 +81,15 @@ def test_nothing_trained_yet(tmp_path):
     assert report.as_dict(ATARI, report.collect(tmp_path, ATARI))["human_normalized"] is None
 
 
+def test_what_was_trained_beside_the_tasks_of_the_suite_is_shown(tmp_path):
+    dmc = suites.get("dmc")
+    finish(tmp_path, "point_mass_easy", 0, 7.0, suite="dmc")
+    finish(tmp_path, "walker_walk", 0, 900.0, suite="dmc")
+    rows = report.collect(tmp_path, dmc)
+    assert [row.task.name for row in rows] == [*(task.name for task in dmc.tasks), "point_mass_easy"]
+    assert rows[-1].scores == {0: 7.0}
+
+
 def test_a_suite_without_humans(tmp_path):
     demo = suites.get("demo")
     finish(tmp_path, "Catch", 0, 0.96, suite="demo")
