@@ -149,10 +149,12 @@ def evaluate(
 
 
 class Film:
-    """Writes the first episode of the first environment as a GIF, at its end.
+    """Writes the first episode of the first environment as a GIF, at its end or after its first LONGEST rows.
 
     key: the observation to keep. path: of the GIF. Raises ConfigError if the key is None.
     """
+
+    LONGEST = 3000  # 200 seconds; the encoder holds all enlarged frames, some 200 MB
 
     def __init__(self, key: str | None, path: Path) -> None:
         if key is None:
@@ -162,10 +164,14 @@ class Film:
     def __call__(self, step: EnvStep) -> None:
         """Takes one row of every environment. Raises: RunError, DiskFullError."""
         if not self._over:
-            self._frames.append(step.obs[self.key][0])
-            self._over = bool(step.is_last[0])
+            self._frames.append(step.obs[self.key][0].copy())  # a view would keep those of all environments
+            ends, cut = bool(step.is_last[0]), len(self._frames) == self.LONGEST
+            self._over = ends or cut
+            if cut and not ends:
+                errors.warn(f"{self.path}: the first {self.LONGEST:,} rows of an episode that goes on")
             if self._over:
                 save_gif(self.path, encode_gif(np.stack(self._frames)))
+                self._frames.clear()
 
 
 def main() -> None:

@@ -100,6 +100,15 @@ def test_evaluate_writes_a_video_of_the_first_episode(run):
     path.unlink()
 
 
+def test_a_video_of_a_long_episode_is_cut_and_told(run, monkeypatch, capfd):
+    monkeypatch.setattr(evaluate.Film, "LONGEST", 4)
+    path = Path(evaluate.evaluate(path_of(run), episodes=3, num_envs=2, video=True, device="cpu")["video"])
+    with Image.open(path) as image:
+        assert image.n_frames == 4
+    assert capfd.readouterr().err == f"warning: {path}: the first 4 rows of an episode that goes on\n"
+    path.unlink()
+
+
 def test_a_video_that_cannot_be_written_is_told_after_its_episode_not_after_all(run, tmp_path):
     copy = tmp_path / "seed0"
     shutil.copytree(path_of(run), copy)
