@@ -23,7 +23,7 @@ from hdfast.config import Config
 from hdfast.envs.base import BatchEnv
 from hdfast.replay import Replay, ReplayError
 from hdfast.replay.contents import replay_specs
-from hdfast.runtime import checkpoint, graphs
+from hdfast.runtime import checkpoint, errors, graphs
 from hdfast.runtime.console import say
 from hdfast.runtime.device import (
     describe_device,
@@ -40,9 +40,7 @@ from hdfast.runtime.errors import (
     Interrupted,
     NonFiniteError,
     RunError,
-    disk_errors,
 )
-from hdfast.runtime.files import write_json
 from hdfast.runtime.logger import Logger
 from hdfast.runtime.profiling import annotate
 from hdfast.runtime.progress import Progress
@@ -72,6 +70,7 @@ RESUMABLE_CHANGES = (
     "log",
 )
 
+GROWING = ("agent_steps",)  # what may be more in a later session
 VIDEO_EXAMPLES = 6
 VIDEO_CONTEXT = 5
 
@@ -116,6 +115,7 @@ def run(config: Config) -> dict[str, Any]:
             config.seed,
             config.to_dict(),
             ignore=RESUMABLE_CHANGES,
+            growing=GROWING,
             defaults=Config().to_dict(),
             device=describe_device(device),
         ) as rundir,
@@ -168,9 +168,10 @@ class Session:
         self.graph = config.train.graph == "on" or (config.train.graph == "auto" and choice.graph)
         seed = stream_seed(config.seed, "learner")
         self.learner = Learner(*seen, config, device=device, dtype=dtype, seed=seed)
-        with disk_errors(rundir.path, "use the run's directory"):
-            how = {"ops": dispatch.backends_of(device), "graph": self.graph}
-            write_json(rundir.path / "backends.json", how)
+        how = {"precision": str(dtype).removeprefix("torch."), "environment": self.env.source}
+        for line in rundir.note_backends({**how, "ops": dispatch.backends_of(device), "graph": self.graph}):
+            if line.startswith(tuple(how)):
+                errors.warn(f"{rundir.path}: goes on with another {line}")
         self.policy = Policy(
             self.learner, self.env.num_envs, stream_seed(config.seed, "policy"), graph=self.graph
         )
@@ -197,6 +198,7 @@ class Session:
             rundir.path,
             action_repeat=self.suite.action_repeat,
             resumed_at=None if saved is None else self.agent_steps,
+            evaluated_at=self.evaluated_at,
             seconds=seconds,
             tensorboard=config.log.tensorboard,
         )
@@ -260,6 +262,8 @@ class Session:
         step = self.env.reset()
         while self.agent_steps < total:
             self.stop.check()
+            if self._evaluation_due():
+                self._evaluate()
             finished = meter.add(step)
             with annotate("act"):
                 action = self._act(step.obs, step.is_first)
@@ -287,8 +291,6 @@ class Session:
                 self._log()
             if config.log.video_every and self._crossed(config.log.video_every, before):
                 self._video()
-            if self._evaluation_due() and self.agent_steps < total:
-                self._evaluate()
             if time.monotonic() - self.saved_at >= config.checkpoint.seconds:
                 self._save()
         if not self._crossed(config.log.every, before):
@@ -367,6 +369,7 @@ class Session:
                 self.logger.video(f"open_loop_{key}", agent_steps=self.agent_steps, frames=frames)
 
     def _evaluate(self) -> None:
+        self._save()  # an evaluation can be long, and a kill then is to cost nothing that was learnt
         config = self.config.eval
         if self.eval_env is None:
             num_envs = min(config.num_envs, config.episodes)

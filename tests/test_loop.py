@@ -180,6 +180,20 @@ def test_evaluations_come_when_due_and_at_the_end_on_their_own_environments(tmp_
     }
 
 
+def test_a_run_is_saved_before_it_is_evaluated(tmp_path, monkeypatch, counted):
+    """An evaluation can take long; what was learnt before it is not lost with it."""
+    script(monkeypatch)
+    config, found, play = tiny(tmp_path, eval={"every": 20}), [], loop.evaluation.play
+
+    def played(*args):
+        found.append(saved(config).meta["agent_steps"])
+        return play(*args)
+
+    monkeypatch.setattr(loop.evaluation, "play", played)
+    train(config)
+    assert found == [20, 40]
+
+
 def test_evaluation_at_the_end_alone(tmp_path, monkeypatch, counted):
     script(monkeypatch)
     config = tiny(tmp_path, eval={"every": 0, "episodes": 1, "num_envs": 8})

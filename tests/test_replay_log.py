@@ -48,6 +48,24 @@ def test_everything_comes_back_bit_for_bit(rows, tmp_path, small_blocks):
     assert torch.equal(again.sample(16, 5)["image"], second.sample(16, 5)["image"])
 
 
+@pytest.mark.parametrize("rows", [3, 37])
+def test_a_larger_ring_takes_what_a_smaller_one_held(rows, tmp_path, small_blocks):
+    state = extend(new_replay(tmp_path, ring=37), rows).state_dict()
+    second = loaded(tmp_path, state, ring=90)
+    for agent_step in range(rows, 80):
+        second.add(make_row(agent_step))
+    check_content(second, 80)
+    check_content(loaded(tmp_path, second.state_dict(), ring=90), 80)
+
+
+def test_a_ring_that_went_round_or_was_larger_is_refused(tmp_path, small_blocks):
+    state = extend(new_replay(tmp_path, ring=20), 21).state_dict()
+    for ring in (19, 21):
+        with pytest.raises(ReplayError, match=f"the checkpoint has 20 rows per environment, this run {ring}"):
+            loaded(tmp_path, state, ring=ring)
+    check_content(loaded(tmp_path, state, ring=20), 21)
+
+
 def test_default_block_and_chunk_sizes(tmp_path):
     """One megabyte and more of rows: several records in one chunk."""
     first = extend(new_replay(tmp_path, ring=3000), 3000)

@@ -119,7 +119,7 @@ def killed(monkeypatch, where, config, calls):
         ((loop.Session, "_evaluate"), (0, 1, 2)),
         ((Logger, "sync"), (0, 2, 6)),
         ((Replay, "flush"), (0, 3, 6)),
-        ((checkpoint, "_numbered"), (1, 3, 7)),  # the checkpoint is written, the oldest is not yet gone
+        ((checkpoint, "numbered"), (2, 4, 8)),  # the checkpoint is written, the oldest is not yet gone
         ((RunDir, "mark_finished"), (0,)),
     ],
     ids=["evaluate", "sync", "flush", "checkpoint", "finish"],
@@ -257,7 +257,46 @@ def test_a_finished_run_is_skipped_untouched(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().out == f"{path_of(config)}: finished already\n"
     assert {p: p.stat().st_mtime_ns for p in files} == files
     with pytest.raises(ConfigError, match="another config"):
-        loop_cases.train(tiny(tmp_path, agent_steps=80))
+        loop_cases.train(tiny(tmp_path, agent_steps=20))
+
+
+def test_a_finished_run_goes_on_when_it_is_given_more_steps(tmp_path, monkeypatch, capfd):
+    """As one that was that long from the start, but for the episodes that were cut off."""
+    script(monkeypatch)
+    config, longer = tiny(tmp_path / "a", agent_steps=24), tiny(tmp_path / "a")
+    first = loop_cases.train(config)
+    assert first["updates"] == 7
+    with pytest.raises(ConfigError, match="another config"):
+        loop_cases.train(tiny(tmp_path / "a", rssm={"deter": 8}))
+    assert (path_of(config) / "finished.json").exists()
+    capfd.readouterr()
+    loop_cases.train(longer)
+    assert "going on at agent step 24" in capfd.readouterr().out
+    assert_one_history(longer)
+    told = [line["agent_steps"] for line in lines(longer, "scores", kind="evaluation")]
+    assert told == [24, 40]
+    record = json.loads((path_of(config) / "config.json").read_text())
+    assert record["config"]["agent_steps"] == 40
+    assert record["resumed"][-1]["changed"] == ["agent_steps: 24 -> 40"]
+    with pytest.raises(ConfigError, match="another config"):
+        loop_cases.train(config)
+
+
+def test_going_on_in_another_precision_is_told(tmp_path, monkeypatch, capfd):
+    config = tiny(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_in(patch, 6)
+        with pytest.raises(Interrupted):
+            loop_cases.train(config)
+    path = path_of(config) / "backends.json"
+    how = json.loads(path.read_text())
+    assert (how["precision"], how["environment"]) == ("float32", "envpool")
+    capfd.readouterr()
+    loop_cases.train(tiny(tmp_path, precision="bfloat16"))
+    assert capfd.readouterr().err == (
+        f'warning: {path_of(config)}: goes on with another precision: "float32" -> "bfloat16"\n'
+    )
+    assert json.loads(path.read_text())["precision"] == "bfloat16"
 
 
 def test_two_processes_cannot_train_one_run(tmp_path):

@@ -173,6 +173,17 @@ def test_cut_leaves_a_log_that_needs_none_untouched(tmp_path):
     assert path.read_text() == '{"agent_steps": 1}\n'
 
 
+def test_evaluations_that_a_checkpoint_does_not_know_are_cut(tmp_path):
+    path = tmp_path / "x.jsonl"
+    told = [("episode", 4), ("evaluation", 4), ("episode", 8), ("evaluation", 8), ("episode", 12)]
+    rows = [json.dumps({"kind": kind, "agent_steps": steps}) + "\n" for kind, steps in told]
+    path.write_text("".join(rows))
+    cut(path, 8, 8)
+    assert path.read_text() == "".join(rows[:4])
+    cut(path, 8, 4)
+    assert path.read_text() == "".join(rows[:3])
+
+
 def test_a_full_disk_is_told_and_the_log_goes_on_from_it(tmp_path):
     logger = Logger(tmp_path, action_repeat=1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -77,6 +77,44 @@ def test_before_its_first_checkpoint_a_run_takes_another_config(tmp_path):
     assert "env" not in record.config
 
 
+def test_a_first_checkpoint_that_was_not_finished_is_none(tmp_path):
+    with open_run(tmp_path, {"seed": 3}) as run:
+        (run.checkpoints / "0000000001.safetensors.partial").touch()
+    with open_run(tmp_path) as run:
+        assert run.state == "new"
+
+
+def test_a_run_grows_in_what_may_be_more(tmp_path):
+    def opened(steps):
+        return open_run(tmp_path, {"seed": 3, "steps": steps}, growing={"steps"})
+
+    with opened(10) as run:
+        (run.checkpoints / "0000000001.safetensors").touch()
+        run.mark_finished({"score": 1.0})
+    with opened(10) as run:
+        assert run.state == "finished"
+    with opened(20) as run:
+        record = rundir.read(run.path)
+    assert (run.state, run.summary, record.summary) == ("resumable", None, None)
+    assert record.config == {"seed": 3, "steps": 20}
+    assert record.resumed[-1]["changed"] == ["steps: 10 -> 20"]
+    with pytest.raises(ConfigError, match="another config") as error:
+        opened(10)
+    assert error.value.details == ("steps: 20 -> 10",)
+
+
+def test_how_a_session_computes_is_compared_with_the_last(tmp_path):
+    with open_run(tmp_path) as run:
+        assert run.note_backends({"precision": "float32", "ops": {"a": "native"}}) == []
+        assert run.note_backends({"precision": "float32", "ops": {"a": "native"}, "new": 1}) == []
+        assert run.note_backends({"precision": "bfloat16", "ops": {"a": "native"}, "new": 1}) == [
+            'precision: "float32" -> "bfloat16"'
+        ]
+        (run.path / "backends.json").write_text("[")
+        assert run.note_backends({"precision": "float32"}) == []
+    assert json.loads((run.path / "backends.json").read_text()) == {"precision": "float32"}
+
+
 def test_a_field_that_is_newer_than_the_run_was_at_its_default(tmp_path):
     with open_run(tmp_path) as run:
         (run.checkpoints / "0000000001.safetensors").touch()

@@ -90,10 +90,10 @@ def save(
                 file.write(data)
             file.seek(_CHECKSUM_AT)
             file.write(checksum.hexdigest().encode())
-        numbered = _numbered(directory)
-        stale = [n for n in numbered if n > number] + [n for n in numbered if n <= number][keep:]
+        found = numbered(directory)
+        stale = [n for n in found if n > number] + [n for n in found if n <= number][keep:]
         for old in stale:
-            numbered[old].unlink()
+            found[old].unlink()
     return path
 
 
@@ -107,7 +107,7 @@ def load_latest(
     Raises: CheckpointError when there are checkpoints and all are damaged.
     """
     damaged = []
-    for number, path in _numbered(directory).items():
+    for number, path in numbered(directory).items():
         try:
             meta = _verify(path)
             tensors = safetensors.torch.load_file(path)
@@ -122,8 +122,8 @@ def load_latest(
     return None
 
 
-def _numbered(directory: Path) -> dict[int, Path]:
-    """The checkpoints in a directory, newest first."""
+def numbered(directory: Path) -> dict[int, Path]:
+    """The checkpoints in a directory, whole or damaged, newest first."""
     names = os.listdir(directory) if directory.is_dir() else []
     found = {int(match[1]): directory / match[0] for match in map(_NAME.fullmatch, names) if match}
     return dict(sorted(found.items(), reverse=True))

@@ -33,6 +33,8 @@ class Logger:
     action_repeat: frames per agent step.
     resumed_at: agent steps of the checkpoint the run goes on from; lines beyond it are cut. None: there is no
         checkpoint, the logs begin anew.
+    evaluated_at: agent steps of the last evaluation that the checkpoint knows of; later ones come again, and their
+        lines are cut. None: it knows of all up to resumed_at.
     seconds: wall time the run had taken up to that checkpoint.
     tensorboard: also write TensorBoard files.
 
@@ -45,6 +47,7 @@ class Logger:
         *,
         action_repeat: int,
         resumed_at: int | None = None,
+        evaluated_at: int | None = None,
         seconds: float = 0.0,
         tensorboard: bool = True,
     ) -> None:
@@ -54,7 +57,7 @@ class Logger:
         for name in ("metrics", "scores"):
             path = directory / f"{name}.jsonl"
             with disk_errors(path, "write the log"):
-                cut(path, resumed_at)
+                cut(path, resumed_at, evaluated_at)
                 self._files[name] = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         folder = directory / "tensorboard"
         self._tensorboard = TensorBoard(folder, resumed_at=resumed_at) if tensorboard else None
@@ -150,26 +153,27 @@ def to_host(metrics: Mapping[str, Metric]) -> dict[str, float]:
     return values
 
 
-def cut(path: Path, agent_steps: int | None) -> None:
+def cut(path: Path, agent_steps: int | None, evaluated_at: int | None = None) -> None:
     """Keep the whole lines of a log up to and including `agent_steps`, or no line when that is None.
 
-    Atomic. A file that needs no cut, or is not there, is left as it is.
+    Where `evaluated_at` is not None, evaluations are kept up to that. Atomic. A file that needs no cut, or is not
+    there, is left as it is.
     """
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if _belongs(line, agent_steps)]
+    kept = [line for line in lines if _belongs(line, agent_steps, evaluated_at)]
     if len(kept) < len(lines):
         with replacing(path) as file:
             file.writelines(kept)
 
 
-def _belongs(line: bytes, agent_steps: int | None) -> bool:
+def _belongs(line: bytes, agent_steps: int | None, evaluated_at: int | None) -> bool:
+    if agent_steps is None or not line.endswith(b"\n"):
+        return False
     try:
-        return (
-            agent_steps is not None
-            and line.endswith(b"\n")
-            and json.loads(line)["agent_steps"] <= agent_steps
-        )
-    except (ValueError, LookupError, TypeError):
+        found = json.loads(line)
+        evaluation = found.get("kind") == "evaluation" and evaluated_at is not None
+        return found["agent_steps"] <= (evaluated_at if evaluation else agent_steps)
+    except (ValueError, LookupError, TypeError, AttributeError):
         return False

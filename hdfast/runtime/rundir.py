@@ -1,7 +1,8 @@
 """The directory of one run, `<logdir>/<suite>/<task>/seed<k>/`: its lock, its config, whether it is finished.
 
 config.json: {"config": as first resolved, "created": provenance, "resumed": [provenance + "changed", ...]}.
-finished.json: {"summary": {"score": number, ...}, "time": ...}, written once, when the run is done.
+finished.json: {"summary": {"score": number, ...}, "time": ...}, written when the run is done.
+backends.json: how the last session computed.
 """
 
 import fcntl
@@ -22,7 +23,7 @@ from typing import Any, Literal, Self
 import torch
 
 import hdfast
-from hdfast.runtime import errors
+from hdfast.runtime import checkpoint, errors
 from hdfast.runtime.errors import ConfigError, RunError, disk_errors
 from hdfast.runtime.files import plain, write_json
 
@@ -66,6 +67,7 @@ class RunDir:
         config: Mapping[str, Any],
         *,
         ignore: Collection[str] = (),
+        growing: Collection[str] = (),
         defaults: Mapping[str, Any] | None = None,
         device: Mapping[str, Any] | None = None,
         warn: Callable[[str], None] = errors.warn,
@@ -74,6 +76,8 @@ class RunDir:
 
         config: the resolved configuration, nested and JSON-able.
         ignore: dotted fields that may differ on resuming ("device", "log.every"); "log" covers all below it.
+        growing: top-level numbers that may be larger on resuming, from when on they are the run's; a finished run
+            goes on then.
         defaults: what a field meant before there was one: its value in a saved config that does not hold it.
         device: `describe_device(...)`, kept with the provenance.
 
@@ -92,7 +96,8 @@ class RunDir:
             path.mkdir(parents=True, exist_ok=True)
             lock = _lock(path, warn)
             try:
-                return cls._open_locked(path, requested, ignore, defaults or {}, dict(device or {}), lock)
+                origin = {**provenance(), "device": plain(dict(device or {}), "device")}
+                return cls._open_locked(path, requested, ignore, growing, defaults or {}, origin, lock)
             except BaseException:
                 os.close(lock)
                 raise
@@ -103,20 +108,21 @@ class RunDir:
         path: Path,
         requested: dict[str, Any],
         ignore: Collection[str],
+        growing: Collection[str],
         defaults: Mapping[str, Any],
-        device: dict[str, Any],
+        origin: dict[str, Any],
         lock: int,
     ) -> Self:
         for name in FOLDERS:
             (path / name).mkdir(exist_ok=True)
-        origin = {**provenance(), "device": plain(device, "device")}
         record = read(path) if (path / "config.json").exists() else None
-        begun = any((path / "checkpoints").iterdir())
+        begun = bool(checkpoint.numbered(path / "checkpoints"))
         if record is None and begun:
             hint = "restore config.json or remove the directory"
             raise RunError("there are checkpoints but no config.json", where=path, hint=hint)
         saved = _filled(record.config, defaults) if record is not None else requested
-        lines = difference(saved, requested, ignore)
+        grown = {name: requested[name] for name in growing if requested[name] > saved[name]}
+        lines = difference(saved, requested, {*ignore, *grown})
         # Until its first checkpoint a run has learnt nothing, and its config may still change.
         if record is None or (lines and not begun):
             write_json(path / "config.json", {"config": requested, "created": origin, "resumed": []})
@@ -124,10 +130,11 @@ class RunDir:
         if lines:
             hint = "give the saved values, or another --logdir or --seed for a new run"
             raise ConfigError("this run has another config", where=path, hint=hint, details=lines)
-        if record.summary is not None:
+        if record.summary is not None and not grown:
             return cls(path, "finished", record.summary, lock)
+        (path / "finished.json").unlink(missing_ok=True)
         resumed = [*record.resumed, {**origin, "changed": difference(saved, requested)}]
-        written = {"config": record.config, "created": record.created, "resumed": resumed}
+        written = {"config": {**record.config, **grown}, "created": record.created, "resumed": resumed}
         write_json(path / "config.json", written)
         return cls(path, "resumable", None, lock)
 
@@ -136,6 +143,17 @@ class RunDir:
         self.summary = plain(dict(summary), "summary")
         with disk_errors(self.path, "mark the run finished"):
             write_json(self.path / "finished.json", {"summary": self.summary, "time": _now()})
+
+    def note_backends(self, how: Mapping[str, Any]) -> list[str]:
+        """Write backends.json; what is another than in the last session, as lines of `difference`. how: JSON-able."""
+        path = self.path / "backends.json"
+        with disk_errors(path, "write the file"):
+            try:
+                before = _read_json(path)
+            except (FileNotFoundError, ValueError):
+                before = {}
+            write_json(path, plain(dict(how), "how"))
+        return difference({name: before.get(name, value) for name, value in how.items()}, how)
 
     def close(self) -> None:
         """Release the lock. Closing twice is allowed."""
