@@ -6,6 +6,7 @@ it (`HDFAST_BACKEND=reference`), and otherwise the table below decides. A backen
 run is an error that says how to mend it; nothing falls back silently.
 """
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
@@ -104,7 +105,10 @@ def resolve(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[...,
     Raises BackendError if that backend is unknown, not implemented for this op, or cannot run on this tensor.
     """
     name = resolve_name(op, backend, tensor)
-    return _ops[op].implementations[name]
+    implementation = _ops[op].implementations[name]
+    if name == "triton" and tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return functools.partial(_on, tensor.device, implementation)
+    return implementation
 
 
 def resolve_name(op: str, backend: str | None, tensor: torch.Tensor) -> str:
@@ -155,6 +159,12 @@ def triton_installed() -> bool:
 def triton_interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, which takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _on(device: torch.device, implementation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls it where Triton launches kernels: on the current device, which autograd sees to for the gradients."""
+    with torch.cuda.device(device):
+        return implementation(*args, **kwargs)
 
 
 def _default(op: str, tensor: torch.Tensor) -> str:

@@ -1,9 +1,11 @@
 """Which backend runs, who decides, and what the errors say."""
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +38,26 @@ def test_the_table_decides_where_nobody_else_does(toy):
     assert dispatch.resolve(toy, None, CPU)() == "native"
     assert dispatch.resolve(toy, None, torch.empty(0, device="meta"))() == "reference"
     assert dispatch.resolve(toy, None, CPU.double())() == "reference"  # only the definition covers float64
+
+
+def test_triton_runs_on_the_device_of_the_tensor(toy, monkeypatch):
+    """Triton launches on the current one, whatever it is given."""
+    current, run_on = [0], []
+
+    @contextlib.contextmanager
+    def device(wanted):
+        before, current[0] = current[0], wanted.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    dispatch.register(toy, triton=lambda: run_on.append(current[0]))
+    for index in (1, 0):
+        tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda", index), dtype=torch.float32)
+        dispatch.resolve(toy, "triton", tensor)()
+    assert run_on == [1, 0]
+    assert current == [0]
 
 
 def test_an_op_that_the_table_does_not_name_runs_its_reference(toy):
