@@ -7,6 +7,7 @@ On CUDA everything passes through pinned memory, and the host never waits for wo
 enqueued.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -68,13 +69,13 @@ class WindowPrefetch:
         self._cuda = device.type == "cuda"
         self._pinned: dict[str, Tensor] = {}
         self._arriving: dict[str, Tensor] = {}
-        self._stream = torch.cuda.Stream(device) if self._cuda else None
-        self._device = (
-            self._stream.device if self._stream else device
-        )  # with its index: threads have their own
+        self._stream = _stream(device) if self._cuda else None
+        self._device = self._stream.device if self._stream else device  # with its index
         self._sent = torch.cuda.Event() if self._cuda else None
         self._taken = torch.cuda.Event() if self._cuda else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="replay-prefetch")
+        # A thread's current device is its own, and the first card to begin with.
+        begin = functools.partial(torch.cuda.set_device, self._device) if self._cuda else None
+        self._thread = ThreadPoolExecutor(1, "replay-prefetch", initializer=begin)
         self._pending: Future[None] | None = None
 
     @property
@@ -109,6 +110,8 @@ class WindowPrefetch:
 
     def close(self) -> None:
         self._thread.shutdown()
+        if self._cuda:
+            self._sent.synchronize()  # `_arriving` may be given to others then
 
     def _fetch(self, starts: Tensor) -> None:
         gathered = self._gather(starts)
@@ -128,3 +131,9 @@ class WindowPrefetch:
                 self._arriving[key].copy_(self._pinned[key], non_blocking=True)
             if self._cuda:
                 self._sent.record(self._stream)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all prefetches to a device: of many, one would be that on which graphs are captured."""
+    return torch.cuda.Stream(device)
