@@ -20,7 +20,6 @@ from tests.agent_cases import SPECS, make_actions, one_thread, small_config  # n
 from tests.tuning_cases import SIZES, own_cache  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def job(device="cpu", **options) -> Job:
@@ -29,7 +28,8 @@ def job(device="cpu", **options) -> Job:
     )
 
 
-@pytest.mark.parametrize("device", DEVICES)
+# On CUDA every kernel is compiled, in a process that first loads all that a run needs.
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(240))])
 def test_a_search_ends_with_what_is_right_and_fastest(device):
     lines = []
     found = searching.search(job(device), check=lambda: None, tell=lines.append)
@@ -178,7 +178,8 @@ def test_what_is_known_counts_where_the_process_ends_badly(monkeypatch, tmp_path
     assert found.report[TIMES]["right"]
 
 
-def test_times_without_graphs_stand_in_where_graphs_cannot_be_timed(monkeypatch):
+@pytest.mark.parametrize("failing", [GRAPH, TIMES])
+def test_where_a_capture_fails_another_process_does_the_rest_without(monkeypatch, failing):
     class Fake:
         def __init__(self, *args):
             pass
@@ -192,7 +193,10 @@ def test_times_without_graphs_stand_in_where_graphs_cannot_be_timed(monkeypatch)
         def judge(self, ops):
             return Verdict(True)
 
-        judge_graph = judge
+        def judge_graph(self, ops):
+            if failing == GRAPH:
+                raise RuntimeError("capture failed")
+            return Verdict(True)
 
         def milliseconds(self, *settings):
             if any(graph for _, graph in settings):
@@ -201,11 +205,14 @@ def test_times_without_graphs_stand_in_where_graphs_cannot_be_timed(monkeypatch)
 
     monkeypatch.setattr(searching, "Trials", Fake)
     monkeypatch.setattr(searching, "prepare_device", lambda *args: None)
-    lines = []
-    searching.work(job("cuda"), lines.append)
-    found = chosen({line["end"]: line for line in lines if "end" in line})
+    asked, lines = job("cuda"), []
+    with pytest.raises(RuntimeError, match="capture failed"):
+        searching.work(asked, lines.append)
+    assert lines[-1] == {"begin": failing}
+    asked.known[failing] = {"end": failing, "right": False, "why": "capture failed"}
+    searching.work(asked, lines.append)
+    found = chosen(asked.known)
     assert (found.ops, found.graph) == ({"kl_balance": "triton"}, False)
-    assert found.report[TIMES] == {"right": False, "why": "RuntimeError: capture failed"}
     assert "ms an update: plain PyTorch 2, fused 1" in summary(found)
 
 

@@ -5,6 +5,7 @@ failed, and another process does the rest. Run as `python -m hdfast.tuning.searc
 """
 
 import contextlib
+import functools
 import json
 import os
 import pickle
@@ -140,8 +141,10 @@ def work(job: Job, write: Report) -> None:
         ops = {}
     graph = False
     if job.device.type == "cuda" and job.config.train.graph != "off":
-        graph = trial(GRAPH, verdict(lambda: trials.judge_graph(ops)))["right"]
-    found = trial(TIMES, surviving(lambda: times(trials, ops, graph)))
+        # A capture that fails can leave PyTorch's allocator in it: the rest is for another process.
+        graph = trial(GRAPH, lambda: asdict(trials.judge_graph(ops)))["right"]
+    timed = functools.partial(times, trials, ops, graph)
+    found = trial(TIMES, timed if graph else surviving(timed))
     if graph and not found["right"]:
         found = trial(EAGER_TIMES, surviving(lambda: times(trials, ops, False)))
     if found["right"] and found["ops"]:
