@@ -1,8 +1,9 @@
 """A pytest plugin for tests that may take their process along: `pytest -p bench.gpu_tests --outcomes FILE`.
 
 Every test's begin and outcome is a JSON line of FILE as soon as it is known, and tests that are in it are left out: the
-same command once more goes on behind the test that crashed or hung. A test that takes longer than LONGEST ends the
-process, even where it waits for a kernel that never ends; so does an error after which nothing works on the device.
+same command once more goes on behind the test that crashed or hung. A test that takes longer than LONGEST, or than the
+seconds of its mark `gpu(seconds)`, ends the process, even where it waits for a kernel that never ends; so does an error
+after which nothing works on the device.
 """
 
 import faulthandler
@@ -17,9 +18,8 @@ import pytest
 
 from bench.gpu_tools import FINISHED, LASTING
 
-LONGEST = float(
-    os.environ.get("HDFAST_LONGEST_TEST", 60)
-)  # seconds: several times what compiling all kernels takes
+# Seconds: several times what compiling all kernels takes.
+LONGEST = float(os.environ.get("HDFAST_LONGEST_TEST", 60))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,7 +48,9 @@ class Outcomes:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         self._write(item.nodeid)
-        faulthandler.dump_traceback_later(LONGEST, exit=True, file=sys.__stderr__)
+        mark = item.get_closest_marker("gpu")
+        limit = mark.args[0] if mark and mark.args else LONGEST
+        faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
         try:
             result = yield
         finally:

@@ -113,11 +113,13 @@ def scan(bench: Bench) -> Run:
     """The observe scan, forward and backward, with the prior head that follows it."""
     rssm, config = bench.learner.model.rssm, bench.config
     T, B, device = config.replay.length, config.replay.batch, bench.device
-    embed = torch.randn(T, B, rssm.post_embed.shape[1], device=device)
-    action = torch.randint(ACTIONS.count, (T, B), device=device)
+    # Of its own: that of the device may be of no more use where a capture has failed.
+    random = {"device": device, "generator": torch.Generator(device).manual_seed(0)}
+    embed = torch.randn(T, B, rssm.post_embed.shape[1], **random)
+    action = torch.randint(ACTIONS.count, (T, B), **random)
     is_first = torch.zeros(T, B, dtype=torch.bool, device=device)
     is_first[0] = True
-    uniform = torch.rand(T, B, rssm.stoch, device=device)
+    uniform = torch.rand(T, B, rssm.stoch, **random)
     parameters = list(rssm.parameters())
 
     def run() -> None:

@@ -6,6 +6,7 @@ mistakes that must show; tests/kernels and tests/test_replay_ring.py test ops an
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,7 +27,8 @@ from tests.recorder import SYNCHRONISING, record_instead_of_capturing
 
 try:
     from hdfast import loop
-    from tests.loop_cases import saved, script, tiny, train
+    from hdfast.tuning.choice import Choice
+    from tests.loop_cases import path_of, saved, script, tiny, train
 
     MISSING = ""
 except ImportError as error:  # on a machine with torch and little else the other tests still tell much
@@ -51,12 +53,17 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
+def backend(
+    request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
     """Of every op that has it; HDFAST_BACKEND=triton would refuse those that are left to PyTorch."""
     if request.param == "triton" and device.type == "cpu":
         pytest.skip("Triton runs on CUDA")
     having = [op for op in dispatch.ops() if request.param in dispatch._ops[op].implementations]
-    before = dispatch.use("cuda", dict.fromkeys(having, request.param))
+    chosen = dict.fromkeys(having, request.param)
+    before = dispatch.use("cuda", chosen)
+    if device.type == "cuda" and not MISSING:  # a run chooses for itself otherwise
+        monkeypatch.setattr(loop, "settle", lambda *args, **kwargs: Choice(chosen))
     yield request.param
     dispatch.use("cuda", before)
 
@@ -176,6 +183,8 @@ def test_runs_with_graphs_learn_what_runs_without_learn(device, backend, monkeyp
     ]
     for config in configs:
         train(config)
+        ops = json.loads((path_of(config) / "backends.json").read_text())["ops"]
+        assert device.type == "cpu" or backend in ops.values()
     eager, graphs = (saved(config) for config in configs)
     assert int(graphs.tensors["learner.updates"]) == int(eager.tensors["learner.updates"]) > 10
     assert int(graphs.tensors["learner.skipped"]) == 0

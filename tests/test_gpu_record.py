@@ -63,6 +63,8 @@ def test_is_wrong(): assert 1 == 2
 @pytest.mark.skip(reason="not here")
 def test_is_skipped(): pass
 def test_crashes(): os._exit(3)
+@pytest.mark.gpu(60)
+def test_takes_long(): time.sleep(4)
 def test_hangs(): time.sleep(600)
 def test_breaks_the_device(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
 def test_is_last(): pass
@@ -74,12 +76,13 @@ def test_a_test_that_takes_its_process_along_costs_no_other(record, tmp_path, mo
     file.write_text(TESTS_THAT_END_BADLY)
     monkeypatch.setattr(gpu_record, "TESTS", ("-m", "", "--rootdir", str(tmp_path), str(file)))
     monkeypatch.setenv("HDFAST_LONGEST_TEST", "2")
-    assert gpu_record.tests(record)(60) == "4 of 7 tests failed"
+    assert gpu_record.tests(record)(60) == "4 of 8 tests failed"
     assert {row["name"]: (row["outcome"], row["reason"][:24]) for row in record.found["tests"]} == {
         "test_passes": ("passed", ""),
         "test_is_wrong": ("failed", "assert 1 == 2"),
         "test_is_skipped": ("skipped", "not here"),
         "test_crashes": ("failed", "the process crashed or h"),
+        "test_takes_long": ("passed", ""),
         "test_hangs": ("failed", "the process crashed or h"),
         "test_breaks_the_device": ("failed", "RuntimeError: CUDA error"),
         "test_is_last": ("passed", ""),

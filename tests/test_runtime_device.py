@@ -97,7 +97,13 @@ def test_a_precision_asked_for_is_given():
 
 @pytest.mark.parametrize(
     ("kind", "little", "asked", "threads"),
-    [("cpu", True, None, 1), ("cpu", False, None, 7), ("cpu", True, "7", 7), ("cuda", True, None, 7)],
+    [
+        ("cpu", True, None, 1),
+        ("cpu", False, None, 7),
+        ("cpu", True, "7", 7),
+        ("cuda", True, None, 7),
+        ("cuda:1", True, None, 7),
+    ],
 )
 def test_what_a_device_is_prepared_by(monkeypatch, kind, little, asked, threads):
     """Little work is done on one thread; a CPU keeps the memory that is freed; CUDA leaves no digits out."""
@@ -113,7 +119,7 @@ def test_what_a_device_is_prepared_by(monkeypatch, kind, little, asked, threads)
     device.prepare_device(torch.device(kind), little)
     assert now[-1] == threads
     assert kept == (["cpu"] if kind == "cpu" and dispatch.native_built() else [])
-    assert current == ([torch.device("cuda")] if kind == "cuda" else [])
+    assert current == ([torch.device("cuda:1")] if kind == "cuda:1" else [])
     assert torch.backends.cudnn.allow_tf32 is (kind == "cpu")
 
 

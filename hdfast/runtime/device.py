@@ -73,7 +73,8 @@ def prepare_device(device: torch.device, little_work: bool) -> None:
     CPU and 45-74 ms of wall time on one thread, 400-1,040 ms and 650-2,140 ms on two.
     """
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        if device.index is not None:  # otherwise it is the current one
+            torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False
         return
     if dispatch.native_built():
