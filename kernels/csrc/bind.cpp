@@ -42,6 +42,8 @@
 
 namespace nb = nanobind;
 
+const char* sources_digest();
+
 namespace {
 
 struct Table {
@@ -202,6 +204,8 @@ NB_MODULE(_native, m) {
 #endif
       },
       "Whether Intel made the processor.");
+
+  m.attr("sources") = sources_digest();
 
   m.def("keep_freed_memory", &keep_freed_memory, "See hdfast_kernels.native.keep_freed_memory.");
 

@@ -6,7 +6,9 @@ through `ptr`.
 
 import contextlib
 import functools
+import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import torch  # before _native, so that both share torch's OpenMP threads
@@ -14,16 +16,31 @@ from torch import Tensor
 
 from .dispatch import BUILD_COMMAND, FUSED_DTYPES, BackendError
 
+SOURCES = Path(__file__).parents[1] / "csrc"  # where it is an editable install
+
 
 @functools.cache
 def module() -> ModuleType:
-    """`hdfast_kernels._native`; BackendError with the build command if it is not there."""
+    """`hdfast_kernels._native`; BackendError with the build command if it is not there or of other sources."""
     try:
         from . import _native
     except ImportError as error:
         message = f"the C++ module hdfast_kernels._native cannot be loaded ({error})"
         raise BackendError(f"{message}; build it with `{BUILD_COMMAND}`") from error
+    # Ops pass addresses: one that expects others would read and write anywhere.
+    if SOURCES.is_dir() and digest(SOURCES) != getattr(_native, "sources", ""):
+        raise BackendError(
+            f"the C++ module hdfast_kernels._native was built before {SOURCES} changed; "
+            f"build it with `{BUILD_COMMAND}`"
+        )
     return _native
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of the SHA-256 sums, in hexadecimal, of all C++ files below `folder`, as CMakeLists.txt makes it."""
+    paths = sorted(str(path) for path in folder.rglob("*") if path.suffix in (".cpp", ".h"))
+    each = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]
+    return hashlib.sha256("".join(each).encode()).hexdigest()
 
 
 def ptr(tensor: Tensor) -> int:

@@ -3,6 +3,7 @@
 The files of the ops test the instruction set that is the fastest here; this one goes through all of them.
 """
 
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -236,3 +237,18 @@ def test_memory_that_is_kept_is_not_faulted_in_again():
         assert result.returncode == 0, result.stderr
         faults[mode] = int(result.stdout)
     assert faults["keep"] < faults["return"] / 10, faults
+
+
+def test_a_module_of_other_sources_is_refused(tmp_path, monkeypatch):
+    """An editable install after `git pull`: its ops may take other addresses than they are given."""
+    if not native.SOURCES.is_dir():
+        pytest.skip("this is no editable install: the sources are not beside the package")
+    shutil.copytree(native.SOURCES, tmp_path / "csrc")
+    monkeypatch.setattr(native, "SOURCES", tmp_path / "csrc")
+    assert native.module.__wrapped__() is native.module()
+    with (tmp_path / "csrc" / "ops" / "kl_balance.cpp").open("a") as file:
+        file.write("\n")
+    with pytest.raises(
+        hk.BackendError, match=r"was built before .*csrc changed; build it with `pip install -e"
+    ):
+        native.module.__wrapped__()
