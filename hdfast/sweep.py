@@ -89,7 +89,7 @@ class RayPool:
         try:
             import ray
         except ImportError:
-            raise MissingLibraryError("--ray needs ray", hint="pip install 'hdfast[cluster]'") from None
+            raise MissingLibraryError("--ray needs ray", hint="pip install 'ray>=2.40,<3'") from None
         try:
             ray.init(address=address, log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:

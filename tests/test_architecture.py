@@ -188,3 +188,14 @@ def test_no_file_knows_this_machine():
         for match in pattern.finditer(path.read_text(errors="replace"))
     ]
     assert not found
+
+
+@pytest.mark.parametrize(
+    "command", [["check", "--no-cache"], ["format", "--check", "--no-cache"]], ids=lambda c: c[0]
+)
+def test_ruff_has_nothing_to_say(command):
+    pytest.importorskip("ruff")
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
