@@ -6,8 +6,8 @@ Every point is measured in a process of its own, so that its peak memory is its 
 after one warm-up; a share is of the matrix product that this machine reaches at its best.
 
 On two idle CPU cores with bfloat16 the default points take 2 minutes (on busy ones 4): a point costs the start of a
-process (5 s), one update more than `--rounds`, and the measurement of the peak. An update of size small takes 1.1 s
-and 1.7 GB, medium 2.4 s and 2.5 GB, large 4.7 s and 3.6 GB, xlarge 11 s and 6.9 GB; in float32 2.3 times as long.
+process (5 s), one update more than `--rounds`, and the measurement of the peak. In
+float32 they take twice as long.
 """
 
 import argparse

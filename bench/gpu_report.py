@@ -1,4 +1,4 @@
-"""A record of bench/gpu_record.py as Markdown, for who wants to know what a GPU makes of hdfast."""
+"""A record of bench/gpu_record.py as Markdown, for whoever wants to know what a GPU makes of hdfast."""
 
 import re
 from collections import Counter, defaultdict

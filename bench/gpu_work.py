@@ -60,8 +60,7 @@ Run = Callable[[], Any]
 def backend(name: str) -> Iterator[None]:
     """Has every op that implements backend `name` run on it by default, and every other one on its reference.
 
-    HDFAST_BACKEND would refuse the ops that have no such backend. "default" changes nothing; "triton-persistent" is
-    "triton" with the observe scan in one launch a direction.
+    "default" changes nothing; "triton-persistent" is "triton" with the observe scan in one launch a direction.
 
     Raises: ValueError for another name.
     """

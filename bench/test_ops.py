@@ -94,7 +94,9 @@ def eager_kl_balance(post, prior):
     return kl(post.detach(), prior), kl(post, prior.detach())
 
 
-def eager_sample_onehot(logits, uniform):
+def eager_sample_onehot(
+    logits, uniform
+):  # as torch.distributions draws; `reference` draws as all backends do
     probs = 0.99 * torch.softmax(logits.float(), -1) + 0.01 / K
     index = torch.multinomial(probs.detach().flatten(0, -2), 1).view(logits.shape[:-1])
     stoch = F.one_hot(index, K) + probs - probs.detach()

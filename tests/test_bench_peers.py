@@ -269,6 +269,7 @@ def test_a_wrong_flag_is_answered_with_the_right_one():
     assert "there is no option --round; did you mean '--rounds'" in result.stderr
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone")
 def test_what_is_installed_is_ignored_by_git():
     place = peers.PLACE.relative_to(ROOT)
     done = subprocess.run(["git", "check-ignore", "-q", f"{place}/sheeprl/bin/python"], cwd=ROOT)

@@ -56,13 +56,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 def backend(
     request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """Of every op that has it; HDFAST_BACKEND=triton would refuse those that are left to PyTorch."""
+    """Of every op that has it, also in runs, which choose for themselves otherwise."""
     if request.param == "triton" and device.type == "cpu":
         pytest.skip("Triton runs on CUDA")
     having = [op for op in dispatch.ops() if request.param in dispatch._ops[op].implementations]
     chosen = dict.fromkeys(having, request.param)
     before = dispatch.use("cuda", chosen)
-    if device.type == "cuda" and not MISSING:  # a run chooses for itself otherwise
+    if device.type == "cuda" and not MISSING:
         monkeypatch.setattr(loop, "settle", lambda *args, **kwargs: Choice(chosen))
     yield request.param
     dispatch.use("cuda", before)

@@ -77,7 +77,7 @@ def compare(
             )
             for one in programs
         ]
-        times = take_turns(workers, rounds, warmups=5 if settings["graph"] else 1)
+        times = take_turns(workers, rounds, warmups=5 if settings["graph"] or settings["compile"] else 1)
     names = [one.name for one in programs]
     abouts = [{"version": one.version, **worker.about} for one, worker in zip(programs, workers, strict=True)]
     numbers = {

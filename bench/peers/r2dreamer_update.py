@@ -4,7 +4,8 @@ Its own configuration of Atari 100k with our latents and widths, and its own `Dr
 from which sampling and writing latents back are left out. It is another architecture (GRU in eight blocks, RMSNorm,
 convolutions of stride 1, a critic that also learns from replay), by default without a decoder; `rep_loss` gives it one.
 Its update is written in float16, in which two CPU cores do not get three updates done in 200 seconds: on a CPU its
-default is timed in bfloat16. For another precision than float16 the type in its call of `autocast` is replaced.
+default is timed in bfloat16. For another precision than float16 the type in its call of `autocast` is replaced. It
+also compiles its update by default, here only with `--compile`.
 """
 
 import types

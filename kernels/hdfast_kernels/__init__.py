@@ -6,7 +6,6 @@ torch, and Triton for the `triton` backend.
 """
 
 import importlib
-import importlib.util
 
 from .dispatch import BackendError, backends_available
 
@@ -36,5 +35,4 @@ __all__ = ["BackendError", "backends_available", *_HOME]
 # A function that has the name of its file must be bound after the file is loaded, hence now and not on first
 # use.
 for _name, _file in _HOME.items():
-    if importlib.util.find_spec(f"{__name__}.{_file}") is not None:
-        globals()[_name] = getattr(importlib.import_module(f"{__name__}.{_file}"), _name)
+    globals()[_name] = getattr(importlib.import_module(f"{__name__}.{_file}"), _name)
