@@ -1,6 +1,8 @@
 // The few functions of vectors that the ops need: inverse, exponentials, logarithm, sigmoid, tanh.
 #pragma once
 
+#include <limits>
+
 #include "simd.h"
 
 namespace HDFAST_ISA {
@@ -41,7 +43,7 @@ HDFAST_INLINE Vf exp(Vf x) {
 #endif
 }
 
-// log(x) within 1 ulp for normal x > 0. Polynomial of Cephes logf.
+// log(x) within 1 ulp for normal x > 0; NaN and infinity stay. Polynomial of Cephes logf.
 HDFAST_INLINE Vf log(Vf x) {
   // Split off the exponent so that the mantissa lies in [sqrt(1/2), sqrt(2)).
   const Vi bits = bit_cast<Vi>(x) - 0x3f3504f3;
@@ -59,7 +61,8 @@ HDFAST_INLINE Vf log(Vf x) {
   const Vf square = m * m;
   Vf tail = p * (m * square) + e * -2.12194440e-4f;
   tail = tail - 0.5f * square;
-  return (m + tail) + e * 0.693359375f;
+  const Vf result = (m + tail) + e * 0.693359375f;
+  return x < std::numeric_limits<float>::infinity() ? result : x;
 }
 
 // 2^t for -126 <= t <= 126 (on AVX-512 for any t below), by a minimax polynomial on [-1/2, 1/2]: within 1 ulp, or with a
@@ -88,7 +91,8 @@ HDFAST_INLINE Vf exp2(Vf t) {
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(p, n);
 #else
-  return bit_cast<Vf>(bit_cast<Vi>(p) + (bit_cast<Vi>(shifted) << 23));
+  const Vf result = bit_cast<Vf>(bit_cast<Vi>(p) + (bit_cast<Vi>(shifted) << 23));
+  return t == t ? result : t;
 #endif
 }
 

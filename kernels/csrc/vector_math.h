@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 namespace HDFAST_ISA {
 
@@ -47,7 +48,7 @@ inline float exp_of(float x) {
   return p * __builtin_bit_cast(float, (exponent + 127) << 23);
 }
 
-// log to about 1 ulp for positive normal numbers.
+// log to about 1 ulp for positive normal numbers; NaN and infinity stay.
 inline float log_of(float x) {
   const int32_t bits = __builtin_bit_cast(int32_t, x) - 0x3F3504F3;  // sqrt(1/2): mantissa in [sqrt(1/2), sqrt(2))
   const float exponent = float(bits >> 23);
@@ -63,7 +64,8 @@ inline float log_of(float x) {
   p = p * m + 3.3333331174e-1f;
   const float square = m * m;
   p = p * m * square - exponent * 2.12194440e-4f - 0.5f * square;
-  return m + p + exponent * 0.693359375f;
+  const float result = m + p + exponent * 0.693359375f;
+  return x < std::numeric_limits<float>::infinity() ? result : x;
 }
 
 inline float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }

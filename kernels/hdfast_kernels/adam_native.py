@@ -29,8 +29,9 @@ def adam_step_native(
         strided = strided or not tensor.is_contiguous()
     laid, count = [tensor.contiguous() for tensor in changed] if strided else changed, len(params)
     grads = [native.as_float(grad) for grad in grads]
-    norm, applied = native.empty(), torch.ones((), dtype=torch.bool) if apply is None else apply.clone()
-    sizes = torch.tensor([param.numel() for param in params], dtype=torch.int64)
+    norm = native.empty()
+    applied = torch.ones((), dtype=torch.bool, device="cpu") if apply is None else apply.clone()
+    sizes = torch.tensor([param.numel() for param in params], dtype=torch.int64, device="cpu")
     native.module().adam_step(
         *([native.ptr(tensor) for tensor in tensors]
           for tensors in (laid[:count], grads, laid[count : 2 * count], laid[2 * count :])),
@@ -40,4 +41,6 @@ def adam_step_native(
     for tensor, copy in zip(changed, laid, strict=True) if strided else ():
         if copy is not tensor:
             tensor.copy_(copy)
+    # As in-place operations do, so that a backward through what was computed before is refused.
+    torch.autograd.graph.increment_version([*changed, step])
     return norm, applied

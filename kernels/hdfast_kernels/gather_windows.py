@@ -26,11 +26,12 @@ def _gather_windows_native(storage: Tensor, starts: Tensor, length: int, ring: i
         raise ValueError(
             f'gather_windows: native takes a contiguous storage, got one of {got}; use backend="reference"'
         )
+    starts = starts.contiguous()
     out = storage.new_empty((length, starts.shape[0], *storage.shape[1:]))
     rows = storage.shape[0]
     row_bytes = storage.element_size() * (storage.numel() // rows) if rows else 0
     wrong = native.module().gather_windows(
-        native.ptr(storage), row_bytes, rows, native.ptr(starts.contiguous()), starts.shape[0],
+        native.ptr(storage), row_bytes, rows, native.ptr(starts), starts.shape[0],
         length, ring, native.ptr(out), native.threads(),
     )  # fmt: skip
     if wrong >= 0:

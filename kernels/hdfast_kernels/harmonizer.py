@@ -37,7 +37,8 @@ class Harmonizer(nn.Module):
         sum_g (exp(-s_g) * sum_{l in g} weight_l * L_l + regularizer_g * log(1 + exp(s_g)))
         + sum of the losses in no group, times their scales.
 
-    The scalars are the parameter `log_sigma` (G,), float32, zero at the start: weights of 1. Train them with
+    The scalars are the parameter `log_sigma` (G,), float32, in the order of the groups (what is saved of one order
+    fits no other), zero at the start: weights of 1. Train them with
     the model, with the same optimizer, but WITHOUT weight decay, which would pull the weights to 1. Exclude
     the parameter by its name, `log_sigma`, or by `no_weight_decay()`. Ten lines lift harmony into any agent:
 
@@ -130,7 +131,7 @@ class Harmonizer(nn.Module):
                 mean, `weighted/<name>` the same times its weight; and in the modes "learned" and "fixed" for
                 each group `harmony/weight_<group>`, in "learned" also `harmony/s_<group>`.
 
-        Raises ValueError if a loss that `groups` or (if used) `scales` names is missing, or no loss is given;
+        Raises ValueError if a loss that `groups` or (if used) `scales` names is missing or empty, or no loss is given;
         TypeError if losses is no mapping or a loss no tensor.
         """
         if not isinstance(losses, Mapping):
@@ -145,6 +146,9 @@ class Harmonizer(nn.Module):
         names = tuple(losses)
         values = [loss if loss.dtype in FUSED_DTYPES else loss.float() for loss in losses.values()]
         if any(value.shape != values[0].shape for value in values):
+            for name, value in zip(names, values, strict=True):
+                if not value.numel():
+                    raise ValueError(f"Harmonizer: loss {name!r} is empty and has no mean")
             values = [value.float().mean() for value in values]
         plan = self._plan(names, values[0].device)
         learned = self.mode == "learned"

@@ -38,8 +38,10 @@ def image_deconv(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None
 
     Raises ValueError on shapes or devices that do not fit; `dispatch.BackendError` if the backend cannot run here.
     """
-    if x.ndim != 4:
-        raise ValueError(f"image_deconv: x has shape {tuple(x.shape)}, expected (N, H, W, K)")
+    if x.ndim != 4 or 0 in x.shape[1:]:
+        raise ValueError(
+            f"image_deconv: x has shape {tuple(x.shape)}, expected (N, H, W, K), H, W and K at least 1"
+        )
     check_shape("image_deconv", "weight", weight, (x.shape[-1], *weight.shape[1:2], 4, 4))
     check_shape("image_deconv", "bias", bias, weight.shape[1:2])
     check_device("image_deconv", x=x, weight=weight, bias=bias)

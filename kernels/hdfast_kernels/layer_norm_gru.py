@@ -321,7 +321,8 @@ def layer_norm_gru(
     check_shape("layer_norm_gru", "bias", bias, gates.shape[-1:])
     check_eps("layer_norm_gru", eps)
     check_device("layer_norm_gru", gates=gates, deter=deter, weight=weight, bias=bias)
-    return dispatch.resolve("layer_norm_gru", backend, gates)(gates, deter, weight, bias, eps)
+    deciding = gates if deter.dtype in dispatch.FUSED_DTYPES else deter
+    return dispatch.resolve("layer_norm_gru", backend, deciding)(gates, deter, weight, bias, eps)
 
 
 dispatch.register(

@@ -47,6 +47,7 @@ def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    bias = None if bias is None else bias.contiguous()  # oneDNN does not look at its strides
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

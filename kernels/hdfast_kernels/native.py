@@ -48,7 +48,10 @@ def ptr(tensor: Tensor) -> int:
     if not (tensor.is_cpu and tensor.is_contiguous()):
         got = f"{tensor.device} with shape {tuple(tensor.shape)} and strides {tensor.stride()}"
         raise ValueError(f"native ops take contiguous CPU tensors, got one on {got}")
-    return tensor.data_ptr()
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise ValueError(f"native ops take tensors with memory, got a {type(tensor).__name__} without")
+    return address
 
 
 def is_bf16(tensor: Tensor) -> bool:
@@ -64,8 +67,8 @@ def as_float(tensor: Tensor) -> Tensor:
 
 
 def empty(*shape: int) -> Tensor:
-    """An uninitialised float32 tensor, whatever the default dtype is."""
-    return torch.empty(shape, dtype=torch.float32)
+    """An uninitialised float32 tensor on the CPU, whatever the default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def threads() -> int:

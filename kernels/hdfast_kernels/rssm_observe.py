@@ -171,6 +171,8 @@ def rssm_observe(
             raise ValueError(
                 f"rssm_observe: {name} is {value.dtype}, post_deter {post_deter.dtype}, gru {gru.dtype}"
             )
+    if is_first.dtype != torch.bool:
+        raise ValueError(f"rssm_observe: is_first is {is_first.dtype}, expected torch.bool")
     tensors = {name: value for name, value, _ in given}
     check_device("rssm_observe", uniform=uniform, post_deter=post_deter, **tensors)
     return dispatch.resolve("rssm_observe", backend, gru)(

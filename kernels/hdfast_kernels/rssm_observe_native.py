@@ -44,7 +44,7 @@ class _Observe(torch.autograd.Function):
                 raise IndexError(f"rssm_observe: index {index} of group {group} is not in [0, {K})")
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(T, B, *shape, dtype=dtype)
+            return torch.empty(T, B, *shape, dtype=dtype, device="cpu")
 
         deter = empty(D)
         state = {
@@ -58,7 +58,7 @@ class _Observe(torch.autograd.Function):
             "deter_low": deter if low == torch.float32 else empty(D, dtype=low),
             "post_low": empty(U, dtype=low),
         }
-        stoch = torch.zeros(T, B, S, K)
+        stoch = native.empty(T, B, S, K).zero_()
         inputs = {"embed": embed, "action": action, "uniform": uniform}
         inputs = {name: value.to(torch.float32).contiguous() for name, value in inputs.items()}
         ctx.sizes = {
@@ -86,7 +86,7 @@ class _Observe(torch.autograd.Function):
         low = saved["gru"].dtype
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(T, B, *shape, dtype=dtype)
+            return torch.empty(T, B, *shape, dtype=dtype, device="cpu")
 
         given = {"grad_deter": grad_deter, "grad_stoch": grad_stoch, "grad_logp": grad_logp}
         given = {name: value if value is None else value.contiguous() for name, value in given.items()}
@@ -96,8 +96,8 @@ class _Observe(torch.autograd.Function):
             "grad_post_sum": empty(U),
             "grad_gates_low": empty(3 * D, dtype=low),
             "grad_logits_low": empty(S * K, dtype=low),
-            "grad_in_stoch": torch.zeros(S * K, U),
-            "grad_vectors": torch.empty(sum(sizes)),
+            "grad_in_stoch": native.empty(S * K, U).zero_(),
+            "grad_vectors": native.empty(sum(sizes)),
         }
         post = grad["grad_post_sum"]
         grad["grad_post_low"] = post if low == torch.float32 else empty(U, dtype=low)

@@ -209,6 +209,8 @@ def sample_index(
 
 def _check(op: str, logits: Tensor, uniform: Tensor, unimix: float) -> None:
     check_axes(op, "logits", logits, "...", "K")
+    if not logits.shape[-1]:
+        raise ValueError(f"{op}: logits have shape {tuple(logits.shape)}, expected at least one class")
     check_shape(op, "uniform", uniform, logits.shape[:-1])
     check_device(op, logits=logits, uniform=uniform)
     if not 0 <= unimix < 1:

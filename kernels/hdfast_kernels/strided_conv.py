@@ -36,9 +36,10 @@ def strided_conv(
 
     Raises ValueError on shapes or devices that do not fit; `dispatch.BackendError` if the backend cannot run here.
     """
-    if x.ndim != 4 or (not transposed and min(x.shape[1:3]) < 2):
-        least = "" if transposed else ", H and W at least 2"
-        raise ValueError(f"strided_conv: x has shape {tuple(x.shape)}, expected (N, H, W, C){least}")
+    least = 1 if transposed else 2
+    if x.ndim != 4 or min(x.shape[1:3]) < least:
+        right = f"(N, H, W, C), H and W at least {least}"
+        raise ValueError(f"strided_conv: x has shape {tuple(x.shape)}, expected {right}")
     if weight.ndim != 4 or weight.shape[2:] != (4, 4) or weight.shape[0 if transposed else 1] != x.shape[-1]:
         right = f"({x.shape[-1]}, O, 4, 4)" if transposed else f"(O, {x.shape[-1]}, 4, 4)"
         raise ValueError(f"strided_conv: weight has shape {tuple(weight.shape)}, expected {right}")

@@ -48,7 +48,7 @@ def _symlog_bins(low: float, high: float, bins: int, dtype: torch.dtype, device:
     # In float64 and about the centre, so that symmetric bins are exactly symmetric: a uniform distribution
     # has mean zero.
     with torch.inference_mode(False):  # a tensor cached under inference_mode could not be used in training
-        offset = torch.arange(bins, dtype=torch.float64) - (bins - 1) / 2
+        offset = torch.arange(bins, dtype=torch.float64, device="cpu") - (bins - 1) / 2
         return ((low + high) / 2 + offset * ((high - low) / (bins - 1))).to(device=device, dtype=dtype)
 
 

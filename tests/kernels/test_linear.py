@@ -58,7 +58,10 @@ def test_only_the_gradients_that_are_wanted(backend, library):
 def test_rows_and_weights_that_are_not_contiguous(backend, library):
     x = random(256, 80).float().mT.requires_grad_()
     weight = random(256, 90).float().mT.requires_grad_()
-    check_against_fp64(partial(linear, backend=backend.name), F.linear, {"x": x, "weight": weight})
+    bias = random(180, seed=1).float()[::2].requires_grad_()
+    for more in ({}, {"bias": bias}, {"bias": random(1).float().expand(90)}):
+        arguments = {"x": x, "weight": weight, **more}
+        check_against_fp64(partial(linear, backend=backend.name), F.linear, arguments)
 
 
 @pytest.mark.parametrize("shape", [(300, 70, 90), (90, 300, 70), (70, 90, 300), (2, 3, 4)])

@@ -73,6 +73,47 @@ TENSORS = [
 BACKENDS = ["reference", "native"] if dispatch.native_built() else ["reference"]
 
 
+def numbers(value, generator: torch.Generator):
+    """Like `make`, of random numbers; classes and starts are zero."""
+    if isinstance(value, list):
+        return [numbers(one, generator) for one in value]
+    if not is_tensor(value) or value[1] != F32:
+        return make(value, "cpu")
+    return torch.rand(value[0], generator=generator, dtype=F32, device="cpu")
+
+
+def all_of(op: str) -> list[torch.Tensor]:
+    """What the native op returns, or has changed, and its gradients, for the same random numbers."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    arguments = {name: numbers(value, generator) for name, value in OPS[op].items()}
+    flat = [one for value in arguments.values() for one in (value if isinstance(value, list) else [value])]
+    floats = [one for one in flat if isinstance(one, torch.Tensor) and one.dtype == F32]
+    for one in floats:
+        one.requires_grad_(op not in ("adam_step", "gather_windows", "image_input"))
+    out = getattr(hk, op)(**arguments, backend="native")
+    found = list(out) if isinstance(out, tuple) else [out]
+    for one in [one for one in found if one.requires_grad]:
+        one.sum().backward(retain_graph=True)
+    return [*found, *(one.detach() if one.grad is None else one.grad for one in floats)]
+
+
+@pytest.mark.skipif(not dispatch.native_built(), reason="the C++ module is not built")
+@pytest.mark.parametrize("op", OPS)
+def test_the_defaults_of_pytorch_change_nothing(op, monkeypatch):
+    """Memory that C++ writes is of the dtype and on the device that it takes it for."""
+    right = all_of(op)
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            found = all_of(op)
+        finally:
+            torch.set_default_dtype(F32)
+        assert all(map(torch.equal, right, found)), dtype
+    with torch.device("meta"):
+        found = all_of(op)
+    assert all(map(torch.equal, right, found))
+
+
 def test_every_op_is_here():
     assert OPS.keys() == set(dispatch.ops())
 
@@ -147,3 +188,25 @@ def test_no_groups(backend):
         )
     with pytest.raises(ValueError, match="needs T > 0, S > 0 and S dividing 8 classes"):
         call("rssm_observe", {}, backend, uniform=torch.zeros(3, 2, 0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        ("sample_onehot", {"logits": ((3, 0), F32), "uniform": ((3,), F32)}),
+        ("sample_index", {"logits": ((3, 0), F32), "uniform": ((3,), F32)}),
+        ("strided_conv", {"x": ((2, 0, 4, 8), F32), "weight": ((8, 16, 4, 4), F32), "transposed": True}),
+        ("image_deconv", {"x": ((2, 4, 0, 8), F32)}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_axes_without_an_element(op, arguments, backend):
+    with pytest.raises(ValueError, match=rf"^{op}: \S+ ha(s|ve) shape .*, expected .*at least"):
+        call(op, {}, backend, **{name: make(value, "cpu") for name, value in arguments.items()})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_first_of_another_dtype(backend):
+    with pytest.raises(ValueError, match=r"^rssm_observe: is_first is torch.float32, expected torch.bool$"):
+        call("rssm_observe", {}, backend, is_first=torch.zeros(3, 2))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from checks import check_against_fp64, random
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hdfast_kernels as hk
 from hdfast_kernels import native
@@ -148,6 +149,15 @@ def test_a_nan_stays_one(isa):
                 x.to(dtype).view(3, 4, 10), -torch.ones(3, 4, 10).to(dtype), backend="native"
             )
             assert kl.isnan().tolist() == [False, True, False]
+            for wild in (torch.nan, torch.inf):
+                logits = torch.zeros(3, 4, 10, dtype=dtype)
+                logits[1, 2, 3] = wild
+                logp = hk.sample_onehot(logits, torch.full((3, 4), 0.5), backend="native")[2]
+                assert logp.isnan().all(-1).tolist() == [
+                    [False] * 4,
+                    [False, False, True, False],
+                    [False] * 4,
+                ]
 
 
 @pytest.mark.parametrize("isa", native.isas())
@@ -193,6 +203,7 @@ def test_one_openmp_runtime_serves_torch_and_the_ops():
     assert len({Path(path).resolve() for path in runtimes}) == 1, runtimes
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_what_cpp_would_misread_is_refused():
     with pytest.raises(ValueError, match=r"contiguous CPU tensors, got one on cpu with shape \(3, 2\)"):
         native.ptr(torch.ones(2, 3).T)
@@ -200,6 +211,8 @@ def test_what_cpp_would_misread_is_refused():
         native.ptr(torch.ones(2, device="meta"))
     with pytest.raises(TypeError, match=r"float32 or bfloat16, got torch\.float16"):
         native.is_bf16(torch.ones(2, dtype=torch.float16))
+    with FakeTensorMode(), pytest.raises(ValueError, match="with memory, got a FakeTensor without"):
+        native.ptr(torch.ones(2))
 
 
 def test_a_class_out_of_range_is_found_before_memory_is_read():

@@ -207,3 +207,14 @@ def test_mistakes_are_answered():
     state.exp_avg_sq[0] = state.exp_avg_sq[0].double()
     with pytest.raises(TypeError, match=r"a tensor is torch.float64, expected float32"):
         state.take(gradients(0), backend="native")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backward_through_what_was_computed_before_is_refused(backend):
+    param = torch.ones(3, device=backend.device, requires_grad=True)
+    loss = (param * param).sum()
+    state = [torch.zeros(3, device=backend.device) for _ in range(2)]
+    step = torch.zeros((), device=backend.device)
+    adam_step([param], [torch.ones_like(param)], *([one] for one in state), step, 0.1, backend=backend.name)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -79,3 +79,11 @@ def test_mistakes_are_answered():
         ValueError, match=r"^gather_windows: native takes a contiguous storage, .* strides \(1, 21\); use"
     ):
         gather_windows(torch.zeros(2, ENVS * RING).T, starts, 4, RING, backend="native")
+
+
+@pytest.mark.parametrize("backend", backends("gather_windows"))
+def test_starts_that_lie_apart(backend):
+    storage = torch.arange(50.0, device=backend.device)[:, None]
+    starts = torch.arange(40, device=backend.device)[::2]
+    found = gather_windows(storage, starts, 3, 50, backend=backend.name)
+    assert torch.equal(found[:, :, 0], (starts + torch.arange(3, device=backend.device)[:, None]).float())

@@ -48,7 +48,7 @@ void loss_forward(const T* logits, const float* target, float* loss, float* posi
         const float below = value(row[code.below]) - m, above = value(row[code.below + 1]) - m;
         picked[k] = below + code.above * (above - below);
       }
-      const Vf all = load(total, Whole{}), lse = all == all ? log(all) : all;  // NaN stays
+      const Vf all = load(total, Whole{}), lse = log(all);
       store(loss + first, lse - load(picked, Whole{}), lanes);
       store(scale + first, 1.f / all, lanes);
     };
