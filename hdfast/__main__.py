@@ -1,6 +1,11 @@
 """`python -m hdfast`: which doors there are."""
 
+import difflib
 import sys
+
+import hdfast
+from hdfast.runtime import errors
+from hdfast.runtime.errors import ConfigError
 
 DOORS = {
     "train": "trains the tasks of a suite",
@@ -13,9 +18,17 @@ DOORS = {
 
 
 def main() -> None:
+    argument = next(iter(sys.argv[1:]), "--help")
+    if argument == "--version":
+        sys.stdout.write(f"hdfast {hdfast.__version__}\n")
+        return
+    if argument not in ("-h", "--help"):
+        near = difflib.get_close_matches(argument, DOORS, n=1)
+        hint = f"did you mean python -m hdfast.{near[0]}?" if near else "python -m hdfast lists the doors"
+        raise ConfigError(f"python -m hdfast takes no argument {argument!r}", hint=hint)
     lines = [f"  python -m hdfast.{name:<9} {what}" for name, what in DOORS.items()]
     sys.stdout.write("\n".join(["Each tells its flags with --help.", *lines]) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    errors.main(main)

@@ -200,7 +200,7 @@ class LogConfig:
     """What a run says while it runs."""
 
     every: SomeSteps = 500
-    """Agent steps between log lines."""
+    """Agent steps between lines of metrics.jsonl and points in TensorBoard."""
     video_every: Steps = 10_000
     """Agent steps between videos of open-loop prediction; 0 writes none."""
     tensorboard: bool = True

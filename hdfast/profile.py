@@ -170,7 +170,7 @@ def measure(
 def tables(found: Profile, top: int) -> list[Table]:
     """Phases, and the `top` ops."""
     total = sum(found.phases.values())
-    phases = Table("phase", box=box.SIMPLE_HEAD)
+    phases = Table("phase, under the profiler", box=box.SIMPLE_HEAD)
     ops = Table("op", box=box.SIMPLE_HEAD)
     for table, columns in ((phases, ("ms", "share")), (ops, ("calls", "self ms", "share"))):
         for column in columns:

@@ -17,7 +17,7 @@ from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments
 from hdfast.runtime.console import Console
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device, resolve_precision
-from hdfast.runtime.errors import RunError
+from hdfast.runtime.errors import Interrupted, RunError
 from hdfast.runtime.signals import StopRequest
 from hdfast.streams import make_envs
 from hdfast.tuning.choice import Choice
@@ -34,6 +34,7 @@ from hdfast.tuning.search import (
 from hdfast.tuning.settle import find, summary
 
 PATIENCE = 6.0  # times that of a run: on a CPU an update may take seconds, and nothing waits for this
+TIMING = (TIMES, EAGER_TIMES, FINE)
 
 
 def tune(config: Config, console: Console, *, again: bool) -> Choice:
@@ -54,14 +55,22 @@ def tune(config: Config, console: Console, *, again: bool) -> Choice:
     def say(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
+    begun: set[str] = set()
+
     def tell(line: Mapping[str, Any]) -> None:
-        if "end" in line:
+        if line.get("begin") in TIMING:
+            if line["begin"] not in begun:
+                say(f"  {line['begin']} ...")
+            begun.add(line["begin"])
+        elif "end" in line and not (line["end"] in TIMING and line["right"]):
             say(f"  {line['end']}: {'right' if line['right'] else 'no: ' + str(line.get('why'))}")
 
     say(f"{describe_device(device)['name']}, {task.name}, {shape}, {precision}")
     with StopRequest() as stop:
         try:
             return find(job, check=stop.check, tell=tell, again=again, patience=PATIENCE)
+        except Interrupted as error:
+            raise Interrupted(*error.args, hint="nothing is remembered") from None
         except TuningError as error:
             raise RunError(f"not even plain PyTorch could be tried: {error}") from error
 
@@ -71,7 +80,7 @@ def table(choice: Choice) -> Table:
     rows = Table("op", "right", "time of an update without it", "runs on", box=box.SIMPLE_HEAD)
     without = choice.report.get(FINE, {}).get("without", {})
     for op, line in choice.report.items():
-        if op in (DEFINITION, TOGETHER, GRAPH, TIMES, EAGER_TIMES, FINE):
+        if op in (DEFINITION, TOGETHER, GRAPH, *TIMING):
             continue
         worth = f"{without[op]:.2f}" if op in without else ""
         runs = "as by default" if choice.ops is None else choice.ops.get(op, "reference")

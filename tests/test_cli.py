@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import hdfast
 from hdfast import __main__ as package
 from hdfast import loop, suites, train
 from hdfast.agent.learner import Learner
@@ -216,13 +218,37 @@ def test_help_is_short(name, monkeypatch, capfd):
     assert len(out.splitlines()) < 40
 
 
-def test_the_package_itself_lists_its_doors(capsys):
+def test_the_package_itself_lists_its_doors(monkeypatch, capsys):
     doors = {
         path.stem
         for path in Path(loop.__file__).parent.glob("*.py")
-        if "errors.main(main)" in path.read_text()
+        if "errors.main(main)" in path.read_text() and path.stem != "__main__"
     }
+    monkeypatch.setattr(sys, "argv", ["hdfast"])
     package.main()
     assert {line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]} == {
         f"hdfast.{door}" for door in doors
     }
+
+
+@pytest.mark.parametrize(
+    ("argument", "code", "out", "err"),
+    [
+        ("--version", 0, f"hdfast {hdfast.__version__}\n", ""),
+        ("--help", 0, None, ""),
+        (
+            "trian", 2, "",
+            "error: python -m hdfast takes no argument 'trian'; did you mean python -m hdfast.train?\n",
+        ),
+        (
+            "--suite", 2, "",
+            "error: python -m hdfast takes no argument '--suite'; python -m hdfast lists the doors\n",
+        ),
+    ],
+)  # fmt: skip
+def test_the_list_of_doors_is_no_door(argument, code, out, err, monkeypatch, capfd):
+    got, printed, told = door(package.main, [argument, "more"], monkeypatch, capfd)
+    assert got == code
+    assert printed.startswith("Each tells its flags") if out is None else printed == out
+    assert told.startswith(err)
+    assert told.count("\n") == bool(err)

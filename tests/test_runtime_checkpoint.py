@@ -120,6 +120,13 @@ def test_a_damaged_newest_one_falls_back_with_a_warning_and_goes_with_the_next_s
     assert capsys.readouterr().err == (
         f"warning: {newest}: checkpoint is damaged (its checksum does not match); trying the one before\n"
     )
+    (tmp_path / "0000000001.safetensors").unlink()
+    with pytest.raises(CheckpointError):
+        checkpoint.load_latest(tmp_path)
+    assert capsys.readouterr().err == (
+        f"warning: {newest}: checkpoint is damaged (its checksum does not match)\n"
+    )
+    checkpoint.save(tmp_path, state(1), {"n": 1}, number=1)
     checkpoint.save(tmp_path, state(3), {"n": 3}, number=15)  # the resumed run, before it reaches 20 again
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0000000001.safetensors", "0000000015.safetensors"]
 

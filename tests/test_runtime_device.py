@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hdfast.runtime import device, profiling
-from hdfast.runtime.errors import ConfigError
+from hdfast.runtime.errors import ConfigError, MissingLibraryError
 from hdfast_kernels import dispatch, native
 
 CPU = torch.device("cpu")
@@ -121,6 +121,17 @@ def test_what_a_device_is_prepared_by(monkeypatch, kind, little, asked, threads)
     assert kept == (["cpu"] if kind == "cpu" and dispatch.native_built() else [])
     assert current == ([torch.device("cuda:1")] if kind == "cuda:1" else [])
     assert torch.backends.cudnn.allow_tf32 is (kind == "cpu")
+
+
+def test_a_module_that_cannot_be_used_is_one_line(monkeypatch):
+    def refuse():
+        raise dispatch.BackendError("the C++ module was built before; build it with `pip install -e .`")
+
+    monkeypatch.setattr(dispatch, "native_built", lambda: True)
+    monkeypatch.setattr(native, "module", refuse)
+    with pytest.raises(MissingLibraryError, match="was built before; build it with") as error:
+        device.prepare_device(torch.device("cpu"), False)
+    assert error.value.exit_code == 6
 
 
 def test_a_generator_goes_on_from_its_state_or_from_another_kinds():

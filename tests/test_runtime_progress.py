@@ -12,7 +12,7 @@ import termios
 
 import pytest
 
-from hdfast.runtime.progress import WINDOW_SECONDS, Progress
+from hdfast.runtime.progress import EPISODES, WINDOW_SECONDS, Progress
 
 
 class Clock:
@@ -233,3 +233,10 @@ def test_forced_colours_do_not_make_a_pipe_live():
     assert "\x1b" not in result.stdout
     assert result.stdout.splitlines()[0] == "[Pong] agent_steps=100/1000 done=10.0%"
     assert result.stderr == "warning: a warning\n"
+
+
+def test_the_score_is_the_mean_of_the_last_episodes():
+    progress = Progress(1000, action_repeat=1, title="")
+    for score in [-100.0] * 5 + [1.0, 2.0] * (EPISODES // 2):
+        progress.update(score=score)
+    assert progress.fields()["score"] == "1.50"

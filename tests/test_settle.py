@@ -167,12 +167,16 @@ def test_the_door_tells_and_remembers(monkeypatch, capfd):
         searched.append(job)
         tell({"begin": "linear"})
         tell({"end": "linear", "right": False, "why": "off"})
+        for _ in range(3):
+            tell({"begin": FINE})
+        tell({"end": FINE, "right": True})
         return Choice({"kl_balance": "native"}, False, report)
 
     monkeypatch.setattr(settling, "search", search)
     code, out, err = door(tune.main, ["--suite", "demo"], monkeypatch, capfd)
     assert (code, err) == (0, "")
-    assert "linear: no: off" in out
+    assert out.splitlines()[1:3] == ["  linear: no: off", f"  {FINE} ..."]
+    assert FINE not in "".join(out.splitlines()[3:])
     rows = [line.split() for line in out.splitlines()]
     assert ["kl_balance", "yes", "1.25", "native"] in rows
     assert ["linear", "no", "reference"] in rows

@@ -106,14 +106,15 @@ def load_latest(
 
     Raises: CheckpointError when there are checkpoints and all are damaged.
     """
-    damaged = []
-    for number, path in numbered(directory).items():
+    damaged, found = [], numbered(directory)
+    for number, path in found.items():
         try:
             meta = _verify(path)
             tensors = safetensors.torch.load_file(path)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             damaged.append(f"{path.name}: {error}")
-            warn(f"{path}: checkpoint is damaged ({error}); trying the one before")
+            before = "; trying the one before" if len(damaged) < len(found) else ""
+            warn(f"{path}: checkpoint is damaged ({error}){before}")
             continue
         return Checkpoint({name: t.to(device) for name, t in tensors.items()}, meta, number, path)
     if damaged:

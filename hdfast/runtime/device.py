@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hdfast.runtime.errors import ConfigError, suggest
+from hdfast.runtime.errors import ConfigError, MissingLibraryError, suggest
 from hdfast_kernels import dispatch, native
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -71,6 +71,8 @@ def prepare_device(device: torch.device, little_work: bool) -> None:
     One thread where an update is little work (`Config.little_work`), unless OMP_NUM_THREADS is set: two gain little
     there on idle cores, and on busy ones they wait for each other. An update of the demo on two busy cores: 31 ms of
     CPU and 45-74 ms of wall time on one thread, 400-1,040 ms and 650-2,140 ms on two.
+
+    Raises: MissingLibraryError if the C++ module of the CPU cannot be used, with the command that builds it.
     """
     if device.type == "cuda":
         if device.index is not None:  # otherwise it is the current one
@@ -78,7 +80,10 @@ def prepare_device(device: torch.device, little_work: bool) -> None:
         torch.backends.cudnn.allow_tf32 = False
         return
     if dispatch.native_built():
-        native.keep_freed_memory()
+        try:
+            native.keep_freed_memory()
+        except dispatch.BackendError as error:
+            raise MissingLibraryError(str(error)) from error
     if little_work and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 

@@ -18,6 +18,7 @@ from hdfast.runtime.console import Console
 
 WINDOW_SECONDS = 60.0  # rates and the time left are measured over this much of the past, and
 WINDOW_UPDATES = 20  # at least so many updates, once there are any
+EPISODES = 20  # whose mean score is shown
 _SAMPLE_SECONDS = 0.5
 _BAR = (10, 40)  # narrowest and widest, in cells
 
@@ -51,7 +52,8 @@ class Progress:
             self._live = Live(_Line(self), console=self._console, auto_refresh=False)
         self._total, self._action_repeat, self._title = total_agent_steps, action_repeat, title
         self._agent_steps = self._updates = 0
-        self._score = self._evaluation = math.nan
+        self._scores: deque[float] = deque(maxlen=EPISODES)
+        self._evaluation = math.nan
         self._harmony: dict[str, float] = {}
         self._phase = ""
         self._clock = clock
@@ -74,12 +76,13 @@ class Progress:
 
         Rates count from the first call with agent_steps (give updates with it): what a resumed run had before
         is not taken for speed.
-        agent_steps, updates: counts so far. score: of the last episode. evaluation: mean of the last one.
+        agent_steps, updates: counts so far. score: of the last episode; the mean of the last EPISODES is shown.
+        evaluation: mean of the last one.
         harmony: weights by name, in the order to be shown. phase: a word on what goes on, such as "evaluate".
         """
         self._agent_steps = self._agent_steps if agent_steps is None else agent_steps
         self._updates = self._updates if updates is None else updates
-        self._score = self._score if score is None else score
+        self._scores.extend([] if score is None else [score])
         self._evaluation = self._evaluation if evaluation is None else evaluation
         self._harmony = self._harmony if harmony is None else dict(harmony)
         new_phase = phase is not None and phase != self._phase
@@ -132,7 +135,7 @@ class Progress:
         values = {
             "frames/s": self.steps_per_second * self._action_repeat,
             "updates/s": self.updates_per_second,
-            "score": self._score,
+            "score": sum(self._scores) / len(self._scores) if self._scores else math.nan,
             "eval": self._evaluation,
         }
         shown = {name: _number(value) for name, value in values.items() if not math.isnan(value)}
