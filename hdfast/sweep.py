@@ -23,6 +23,7 @@ from hdfast.flags import field_names
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, natural, positive
 from hdfast.runtime.console import Console
+from hdfast.runtime.device import resolve_device
 from hdfast.runtime.errors import ConfigError, MissingLibraryError, RunError
 from hdfast.runtime.signals import StopRequest
 
@@ -256,6 +257,8 @@ def main() -> None:
     parsed = config.parse(["--suite", suite.name, *seeds, *flags])
     logdir, threads = parsed.logdir, 1 if parsed.little_work else None
     jobs = jobs_of(suite, tasks, range(args.seed, args.seed + args.seeds), flags, logdir)
+    for name in () if args.ray else args.devices:
+        resolve_device(name)  # before any run is begun
     pool = RayPool(args.ray) if args.ray else LocalPool(args.jobs, args.devices, threads=threads)
     say = functools.partial(Console(highlight=False).print, markup=False, soft_wrap=True)
     with StopRequest() as stop:

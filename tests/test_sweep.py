@@ -208,6 +208,7 @@ def test_sweep_tells_what_is_wrong_in_one_line(monkeypatch, capfd):
         (["--suite", "demo", "--", "--logdir", ""], 2, "--logdir needs a value, got an empty one"),
         (["--seed", "2147483647", "--seeds", "2"], 2, "--seed 2147483647 --seeds 2 ends at seed"),
         (["--", "--rssm.detr", "3"], 2, "there is no option --rssm.detr; did you mean '--rssm.deter'"),
+        (["--suite", "demo", "--devices", "cpu", "tpu"], 2, "--device: no device 'tpu'; did you mean 'cpu'"),
         (["--ray", "auto"], 6, "--ray needs ray; pip install 'ray>=2.40,<3'"),
     ):
         got, out, err = door(sweep.main, argv, monkeypatch, capfd)
