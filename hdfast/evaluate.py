@@ -1,6 +1,7 @@
 """Plays the newest checkpoint of a run on environments of its own and prints the scores as one JSON line.
 
-The run is only read: it may be training meanwhile. `load` gives its agent to a notebook.
+The run is only read, but for the GIF that --video writes into its videos/: it may be training meanwhile.
+`load` gives its agent to a notebook.
 """
 
 import dataclasses
@@ -48,7 +49,9 @@ class Trained:
         self.env.close()
 
 
-def load(run: str | Path, *, num_envs: int = 1, seed: int = 0, device: str = "auto") -> Trained:
+def load(
+    run: str | Path, *, num_envs: int = 1, seed: int = 0, device: str = "auto", greedy: bool = False
+) -> Trained:
     """The agent of the run in directory `run`, with its newest checkpoint, and environments to act in.
 
     The run is only read. Of the first episode, by the way of a notebook::
@@ -61,14 +64,18 @@ def load(run: str | Path, *, num_envs: int = 1, seed: int = 0, device: str = "au
     Args:
         num_envs: environments stepped together.
         seed: of the environments and of the sampled latents and actions; not those of training.
+        greedy: act with the actor's likeliest action instead of a sample; latents are sampled all the same.
 
     Raises:
         RunError: there is no run. CheckpointError: it has no checkpoint yet, all are damaged, or they do not fit its
-        configuration or environments. ConfigError: a directory of several runs, no such device, too many environments.
+        configuration or environments. ConfigError: a directory of several runs, no such device, a number of
+        environments or a seed out of range.
     """
     run = Path(run)
     if not 1 <= num_envs <= MOST_ENVS:
         raise ConfigError(f"--num-envs {num_envs} is out of range: right is 1 to {MOST_ENVS:,}")
+    if seed < 0:
+        raise ConfigError(f"--seed {seed} is out of range: right is 0 or more")
     with disk_errors(run, "read the run"):
         below = [] if (run / "config.json").exists() else sorted(run.glob("**/config.json"))
     if below:
@@ -92,7 +99,8 @@ def load(run: str | Path, *, num_envs: int = 1, seed: int = 0, device: str = "au
             parameters = {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}
             with checkpoint.fitting(saved.path):
                 module.load_state_dict(parameters)
-        return Trained(config, env, Policy(learner, num_envs, stream_seed(seed, "evaluate")), saved)
+        policy = Policy(learner, num_envs, stream_seed(seed, "evaluate"), greedy=greedy)
+        return Trained(config, env, policy, saved)
     except BaseException:
         env.close()
         raise
@@ -123,18 +131,24 @@ def evaluate(
     num_envs: int = 8,
     device: str = "auto",
     video: bool = False,
+    greedy: bool = False,
 ) -> dict[str, Any]:
     """Scores of `episodes` episodes with the newest checkpoint of the run in directory `run`.
 
     Args:
-        seed, num_envs: as `load`; no more environments than episodes.
+        episodes: at least 1.
+        seed, num_envs, greedy: as `load`; no more environments than episodes. The published protocol samples.
         video: also write the first episode to videos/evaluate_<agent steps>.gif in the run's directory.
 
     Raises:
-        As `load`. ConfigError: a video of a task without images. RunError, DiskFullError: it cannot be written.
+        As `load`. ConfigError: no episodes, a video of a task without images. RunError, DiskFullError: it cannot be
+        written.
     """
     run = Path(run)
-    with load(run, num_envs=min(num_envs, episodes), seed=seed, device=device) as trained:
+    if episodes < 1:
+        raise ConfigError(f"--episodes {episodes} is out of range: right is 1 or more")
+    envs = min(num_envs, episodes)
+    with load(run, num_envs=envs, seed=seed, device=device, greedy=greedy) as trained:
         agent_steps = trained.checkpoint.meta["agent_steps"]
         film = None
         if video:
@@ -145,6 +159,8 @@ def evaluate(
     about = {"run": str(run), "checkpoint": trained.checkpoint.path.name, "agent_steps": agent_steps}
     if film is not None:
         about["video"] = str(film.path)
+    if greedy:
+        about["greedy"] = True
     return {**about, "seed": seed, **evaluation.summarize(played)}
 
 
@@ -182,6 +198,7 @@ def main() -> None:
     parser.add_argument("--num-envs", type=positive, default=8, help="environments stepped together")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--video", action="store_true", help="write the first episode as a GIF")
+    parser.add_argument("--greedy", action="store_true", help="the likeliest actions instead of sampled ones")
     scores = evaluate(**vars(parser.parse_args()))
     sys.stdout.write(json.dumps(scores) + "\n")
 

@@ -1,12 +1,16 @@
 """Acting: the posterior of training, one row at a time, with actions that an environment accepts."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
+from hdfast.agent.distributions import clip_action, unimix_log_probs
 from hdfast.agent.networks import Latent
 from hdfast.agent.policy import Policy
 from tests.agent_cases import make_batch, make_learner, one_thread  # noqa: F401
+from tests.recorder import record_instead_of_capturing
 
 F32 = torch.float32
 
@@ -127,5 +131,79 @@ def test_rows_of_another_number_of_environments_are_refused(learner):
         policy(obs | {"image": obs["image"][:1]}, is_first)
     with pytest.raises(ValueError, match=r"\(1,\), right is \(5,\)"):
         policy(obs, is_first[:1])
-    with pytest.raises(KeyError, match="state"):
-        policy({"image": obs["image"]}, is_first)
+
+
+def test_what_numpy_would_cast_is_refused_in_one_line(learner):
+    """And leaves the policy as it was."""
+    (obs, is_first), policy = rows(learner)[0], Policy(learner, 5, seed=0)
+    image, state = obs["image"], obs["state"]
+    for wrong, first, text in (
+        ({"image": image}, is_first, "obs has the keys ['image'], right are ['image', 'state']"),
+        (
+            obs | {"image": image / np.float32(255)},
+            is_first,
+            "obs['image'] has dtype float32, right is uint8",
+        ),
+        (obs | {"image": image.astype(np.int64)}, is_first, "obs['image'] has dtype int64, right is uint8"),
+        (obs | {"state": state.astype(float)}, is_first, "obs['state'] has dtype float64, right is float32"),
+        (
+            obs | {"state": torch.from_numpy(state)},
+            is_first,
+            "obs['state'] is a Tensor, right is a numpy array",
+        ),
+        (obs | {"state": state[:, :1]}, is_first, "obs['state'] has shape (5, 1), right is (5, 4)"),
+        (obs, is_first.astype(np.int32), "is_first has dtype int32, right is bool"),
+        (obs, is_first.tolist(), "is_first is a list, right is a numpy array"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+            policy(wrong, first)
+    fresh = Policy(learner, 5, seed=0)
+    assert np.array_equal(policy(obs | {"unknown": state}, is_first), fresh(obs, is_first))
+    assert torch.equal(policy.latent.deter, fresh.latent.deter)
+
+
+def test_sampled_and_greedy_actions_are_what_the_actor_s_parameters_say(learner):
+    """Of all steps, the first included; the numbers drawn are the same, in the same order."""
+    actor, continuous = learner.behavior.actor, not learner.behavior.discrete
+    sampled, greedy = (Policy(learner, 5, seed=0, greedy=g) for g in (False, True))
+    generator, differ = torch.Generator(), False
+    generator.manual_seed(0)
+    for obs, is_first in rows(learner):
+        torch.rand(5, 4, generator=generator)
+        noise = torch.randn(5, 3, generator=generator) if continuous else torch.rand(5, generator=generator)
+        drawn, likeliest = sampled(obs, is_first), greedy(obs, is_first)
+        with torch.no_grad():
+            out = actor.mlp(greedy.latent, F32)
+            expected = actor(sampled.latent, noise, F32).action
+        if continuous:
+            mode, expected = out["mean"].tanh(), clip_action(expected)
+        else:
+            mode, expected = unimix_log_probs(out["logits"], actor.unimix).argmax(-1).int(), expected.int()
+        assert torch.equal(torch.from_numpy(drawn), expected)
+        assert torch.equal(torch.from_numpy(likeliest), mode)
+        assert likeliest.dtype == learner.actions.spec.dtype
+        assert learner.actions.error(likeliest) is None
+        assert torch.equal(sampled.generator.get_state(), greedy.generator.get_state())
+        differ |= not np.array_equal(drawn, likeliest)
+    assert differ
+
+
+def test_a_greedy_policy_samples_the_latents_of_a_sampling_one(learner):
+    """In a first row, before the action makes a difference; another seed gives others."""
+    obs, _ = rows(learner)[0]
+    first, seen = np.ones(5, bool), []
+    for seed, greedy in ((0, False), (0, True), (1, True)):
+        policy = Policy(learner, 5, seed=seed, greedy=greedy)
+        policy(obs, first)
+        seen.append(policy.latent.index.clone())
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
+
+
+def test_replayed_greedy_acts_are_bit_identical_to_eager_ones(learner, monkeypatch):
+    monkeypatch.setenv("HDFAST_BACKEND", "reference")  # a recording sees aten calls only
+    made = record_instead_of_capturing(monkeypatch)
+    steps = rows(learner) * 2
+    eager, graph = (act(Policy(learner, 5, seed=0, graph=g, greedy=True), steps) for g in (False, True))
+    assert made[0].recording is not None
+    assert all(np.array_equal(a, b) for a, b in zip(eager, graph, strict=True))

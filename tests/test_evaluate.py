@@ -90,6 +90,37 @@ def test_evaluate_acts_with_the_parameters_that_were_saved(run, monkeypatch):
     assert policy.num_envs == 1
 
 
+def test_greedy_evaluation_repeats_and_is_told_only_where_asked_for(run, monkeypatch, capfd):
+    path, seen, play = path_of(run), [], evaluate.evaluation.play
+    monkeypatch.setattr(
+        evaluate.evaluation, "play", lambda env, act, *a, **k: seen.append(act) or play(env, act, *a, **k)
+    )
+    argv = [str(path), "--episodes", "7", "--num-envs", "3", "--device", "cpu"]
+    sampled, greedy, again = (
+        json.loads(door(evaluate.main, [*argv, *more], monkeypatch, capfd)[1])
+        for more in ([], ["--greedy"], ["--greedy"])
+    )
+    assert greedy == again == evaluate.evaluate(path, episodes=7, num_envs=3, device="cpu", greedy=True)
+    assert greedy["greedy"] is True
+    assert greedy.keys() - sampled.keys() == {"greedy"}
+    assert [policy.greedy for policy in seen] == [False, True, True, True]
+
+
+def test_numbers_out_of_range_are_one_line_in_a_notebook_too(run):
+    for call, text in (
+        (
+            lambda path: evaluate.evaluate(path, episodes=0),
+            "--episodes 0 is out of range: right is 1 or more",
+        ),
+        (lambda path: evaluate.evaluate(path, seed=-1), "--seed -1 is out of range: right is 0 or more"),
+        (lambda path: evaluate.load(path, seed=-1), "--seed -1 is out of range: right is 0 or more"),
+        (lambda path: evaluate.load(path, num_envs=0), "--num-envs 0 is out of range: right is 1 to 4,096"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            call(path_of(run))
+        assert str(error.value) == text
+
+
 def test_evaluate_writes_a_video_of_the_first_episode(run):
     found = evaluate.evaluate(path_of(run), episodes=3, num_envs=2, video=True, device="cpu")
     path = Path(found["video"])

@@ -110,6 +110,13 @@ class Actor(nn.Module):
         """Decides in each of the detached latents (...); see `Draws` for the numbers."""
         return self.at(dtype)(latent, draw)
 
+    def mode(self, latent: Latent, dtype: torch.dtype) -> Tensor:
+        """The likeliest actions in the detached latents (...): (...) int64, or (..., A) float32, the mean."""
+        out = self.mlp(latent.detach(), dtype)
+        if self.discrete:
+            return out["logits"].argmax(-1)  # unimix keeps the order
+        return normal_parameters(out["mean"], out["std"])[0]
+
     def judge(
         self, latent: Latent, action: Tensor, draw: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:

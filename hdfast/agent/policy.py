@@ -16,6 +16,8 @@ from hdfast.agent.networks import Latent
 from hdfast.envs.base import ArraySpec, DiscreteActions
 from hdfast.runtime.graphs import CapturedStep
 
+_FIRST = ArraySpec((), np.dtype(bool))
+
 
 class Policy:
     """Chooses actions for N environments and remembers what each has seen.
@@ -28,13 +30,17 @@ class Policy:
         num_envs: N.
         seed: of the draws of latents and actions.
         graph: capture `step` as a CUDA graph.
+        greedy: take the actor's likeliest action instead of a sample; latents are sampled all the same, with the same
+            numbers, for those of the action are drawn and left unused.
 
     Raises:
         ConfigError: a graph is wanted on another device than a CUDA device.
     """
 
-    def __init__(self, learner: Learner, num_envs: int, seed: int, *, graph: bool = False):
-        self.learner, self.num_envs = learner, num_envs
+    def __init__(
+        self, learner: Learner, num_envs: int, seed: int, *, graph: bool = False, greedy: bool = False
+    ):
+        self.learner, self.num_envs, self.greedy = learner, num_envs, greedy
         device, rssm = learner.device, learner.config.rssm
         # A few rows on the CPU take longer to cast the weights for than to multiply by them.
         self.dtype = torch.float32 if device.type == "cpu" else learner.dtype
@@ -42,7 +48,7 @@ class Policy:
         self.generator.manual_seed(seed)
         self._cuda = device.type == "cuda"
         self._host_obs = {key: self._on_host(spec) for key, spec in learner.obs_specs.items()}
-        self._host_first = self._on_host(ArraySpec((), np.dtype(bool)))
+        self._host_first = self._on_host(_FIRST)
         self._host_action = self._on_host(learner.actions.spec)
         self._obs = {
             key: host.to(device) for key, host in self._host_obs.items()
@@ -67,11 +73,19 @@ class Policy:
             tensor.zero_()
 
     def __call__(self, obs: Mapping[str, np.ndarray], is_first: np.ndarray) -> np.ndarray:
-        """Sampled actions (N,) int32 or (N, A) float32 in [-1, 1], for observations (N, ...) and is_first (N,) bool.
+        """Actions (N,) int32 or (N, A) float32 in [-1, 1], for observations (N, ...) and is_first (N,) bool.
+
+        Observations have exactly the dtypes of the learner's `obs_specs`; those that it does not know are passed over.
 
         Raises:
-            KeyError, ValueError: an observation is missing or has another shape.
+            ValueError: an observation is missing; it or is_first is no numpy array, or of another dtype or shape.
+                Nothing has changed then.
         """
+        for key, spec in self.learner.obs_specs.items():
+            if key not in obs:
+                raise ValueError(f"obs has the keys {list(obs)}, right are {list(self._host_obs)}")
+            self._check(f"obs[{key!r}]", obs[key], spec)
+        self._check("is_first", is_first, _FIRST)
         for key, host in self._host_obs.items():
             self._send(obs[key], host, self._obs[key])
         self._send(is_first | self.fresh, self._host_first, self._first)
@@ -96,7 +110,8 @@ class Policy:
         embed = model.encode(self._obs, dtype)
         weights = model.rssm.cast(dtype)
         latent = model.rssm.observe_step(self.latent, self.action, embed, self._first, draw, weights).detach()
-        action = learner.behavior.actor(latent, noise, dtype).action
+        actor = learner.behavior.actor
+        action = actor.mode(latent, dtype) if self.greedy else actor(latent, noise, dtype).action
         self.latent.deter.copy_(latent.deter)
         self.latent.index.copy_(latent.index)
         self.action.copy_(action if discrete else clip_action(action))
@@ -106,9 +121,17 @@ class Policy:
         array = torch.from_numpy(np.zeros((self.num_envs, *spec.shape), spec.dtype))
         return array.pin_memory() if self._cuda else array
 
+    def _check(self, where: str, array: np.ndarray, spec: ArraySpec) -> None:
+        """Refuses what numpy would cast or broadcast: an image of floats in [0, 1] would be almost black."""
+        right = (self.num_envs, *spec.shape)
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{where} is a {type(array).__name__}, right is a numpy array")
+        if array.dtype != spec.dtype:
+            raise ValueError(f"{where} has dtype {array.dtype}, right is {spec.dtype}")
+        if array.shape != right:
+            raise ValueError(f"{where} has shape {array.shape}, right is {right}")
+
     def _send(self, array: np.ndarray, host: Tensor, device: Tensor) -> None:
-        if array.shape != host.shape:  # numpy would broadcast it
-            raise ValueError(f"an array of shape {array.shape}, right is {tuple(host.shape)}")
         host.numpy()[...] = array
         if self._cuda:
             device.copy_(host, non_blocking=True)
