@@ -1,9 +1,15 @@
-"""Prints the tables of the suites that have runs, from those that are finished, beside the published scores."""
+"""Prints the tables of the suites that have runs, from those that are finished, beside the published scores.
 
+Or writes the learning curves of all runs, finished or not (--curves).
+"""
+
+import csv
+import io
 import json
 import math
+import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +18,25 @@ from rich import box
 from rich.table import Table
 
 from hdfast import suites
+from hdfast.config import Config
+from hdfast.loop import RESUMABLE_CHANGES
 from hdfast.runtime import errors, rundir
 from hdfast.runtime.arguments import Arguments, given_path
 from hdfast.runtime.console import Console
 from hdfast.runtime.errors import ConfigError, RunError, disk_errors
-from hdfast.runtime.files import plain
+from hdfast.runtime.files import plain, replacing
+
+CURVES = (  # the columns of --curves
+    "suite",
+    "task",
+    "seed",
+    "agent_steps",
+    "frames",
+    "seconds",
+    "score",
+    "standard_error",
+    "success",
+)
 
 
 @dataclass(frozen=True)
@@ -39,31 +59,118 @@ def collect(
     """Reads the final evaluation of every finished run of `tasks` below `logdir`.
 
     By default these are all tasks of the suite, and what else was trained of it. A run that cannot be read is warned
-    of, and left out.
+    of, and left out. A task whose seeds differ in what they compute is warned of.
     """
     found = []
     for task in tasks if tasks is not None else (*suite.tasks, *_others(logdir, suite)):
-        scores, success = {}, {}
-        for path in sorted((logdir / suite.name / task.folder).glob("seed*")):
-            seed = path.name.removeprefix("seed")
-            if not seed.isdecimal() or not (path / "config.json").exists():
-                continue
+        scores, success, configs = {}, {}, []
+        for seed, path in _runs(logdir, suite, task):
             try:
-                summary = rundir.read(path).summary
+                record = rundir.read(path)
             except RunError as error:  # the others' results are there all the same
                 errors.warn(str(error))
                 continue
-            if summary is not None:
-                scores[int(seed)] = float(summary["score"])
+            if (summary := record.summary) is not None:
+                configs.append(_with_defaults(record.config))
+                scores[seed] = float(summary["score"])
                 if "success" in summary:
-                    success[int(seed)] = float(summary["success"])
+                    success[seed] = float(summary["success"])
+        if fields := _differing(configs):
+            errors.warn(f"{suite.name} {task.name}: its seeds differ in {', '.join(fields)}")
         found.append(TaskScores(task, scores, success))
     return found
+
+
+def curves(logdir: Path, suite: suites.Suite) -> list[dict[str, Any]]:
+    """Every evaluation of every run of `suite` below `logdir`, finished or not: the columns of CURVES that are known.
+
+    A last line that was torn is left out; what else is damaged is warned of, and left out.
+    """
+    found = []
+    for task in (*suite.tasks, *_others(logdir, suite)):
+        for seed, path in _runs(logdir, suite, task):
+            try:
+                lines = _evaluations(path / "scores.jsonl")
+            except RunError as error:
+                errors.warn(str(error))
+                continue
+            run = {"suite": suite.name, "task": task.name, "seed": seed}
+            found += [{**{name: line[name] for name in CURVES if name in line}, **run} for line in lines]
+    return found
+
+
+def write_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows of `curves` as CSV, by suite, task, seed and agent steps, atomically.
+
+    Raises: DiskFullError, RunError.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, CURVES, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(sorted(rows, key=lambda row: [row[name] for name in CURVES[:4]]))
+    with disk_errors(path, "write the curves"):
+        target = Path(os.path.realpath(path))  # a link stays one
+        if target.exists() and not target.is_file():
+            raise RunError("cannot write the curves: it is there, and not a file", where=path)
+        with replacing(target) as file:
+            file.write(text.getvalue().encode())
 
 
 def with_runs(logdir: Path) -> list[suites.Suite]:
     """The suites that have runs below `logdir`, finished or not."""
     return [s for s in suites.SUITES.values() if any((logdir / s.name).glob("*/seed*/config.json"))]
+
+
+def _runs(logdir: Path, suite: suites.Suite, task: suites.Task) -> Iterator[tuple[int, Path]]:
+    """Seed and directory of the runs of a task, finished or not."""
+    for path in sorted((logdir / suite.name / task.folder).glob("seed*")):
+        seed = path.name.removeprefix("seed")
+        if seed.isdecimal() and (path / "config.json").exists():
+            yield int(seed), path
+
+
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved configuration, with what there was not yet when it was saved."""
+    filled = {**Config().to_dict(), **config}
+    for name, default in Config().to_dict().items():
+        if isinstance(default, dict) and isinstance(filled[name], dict):
+            filled[name] = {**default, **filled[name]}
+    return filled
+
+
+def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The fields in which configurations differ, of those that decide what is computed; not the seed."""
+    ignore = {"seed", *RESUMABLE_CHANGES}
+    lines = [line for other in configs[1:] for line in rundir.difference(configs[0], other, ignore)]
+    return list(dict.fromkeys(line.partition(":")[0] for line in lines))
+
+
+def _evaluations(path: Path) -> list[dict[str, Any]]:
+    """The evaluations in a scores.jsonl; none if there is no file. Raises: RunError when it cannot be read."""
+    found, damaged = [], []
+    with disk_errors(path, "read the scores"):
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for line in lines:
+        if not line.endswith(b"\n"):
+            continue  # it is being written, or its writer was killed
+        try:
+            entry = json.loads(line)
+            if entry["kind"] != "evaluation":
+                continue
+            numbers = [entry[name] for name in CURVES[4:] if name in entry]
+            if type(entry["agent_steps"]) is not int or not all(map(_is_number, [entry["score"], *numbers])):
+                raise ValueError(line)
+        except (ValueError, LookupError, TypeError):
+            damaged.append(line)
+        else:
+            found.append(entry)
+    if damaged:
+        errors.warn(f"{path}: {_count(damaged, 'damaged line')} left out")
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) or value in ("NaN", "Infinity", "-Infinity")
 
 
 def _others(logdir: Path, suite: suites.Suite) -> list[suites.Task]:
@@ -145,8 +252,15 @@ def main() -> None:
     parser = Arguments("python -m hdfast.report", __doc__)
     parser.add_argument("--suite", help="which suite, all that have runs if left out")
     parser.add_argument("--logdir", type=given_path, default=Path("runs"), help="folder that holds all runs")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--json", action="store_true", help="print JSON instead: one suite, or a list of them"
+    )
+    instead.add_argument(
+        "--curves",
+        type=given_path,
+        metavar="FILE",
+        help="write every evaluation of every run to it as CSV instead",
     )
     args = parser.parse_args()
     chosen = [suites.get(args.suite)] if args.suite is not None else []
@@ -156,6 +270,16 @@ def main() -> None:
     if not (chosen := chosen or with_runs(args.logdir)):
         hint = "a run is <logdir>/<suite>/<task>/seed<k>, of python -m hdfast.train --logdir"
         raise RunError("there are no runs in this folder", where=args.logdir, hint=hint)
+    if args.curves is not None:
+        rows = [row for suite in chosen for row in curves(args.logdir, suite)]
+        if not rows:
+            of = "" if args.suite is None else f" of {args.suite}"
+            hint = "a run evaluates every --eval.every agent steps, and at its end"
+            raise RunError(f"there are no evaluations{of} in this folder", where=args.logdir, hint=hint)
+        write_curves(args.curves, rows)
+        runs = {(row["suite"], row["task"], row["seed"]) for row in rows}
+        sys.stdout.write(f"{_count(rows, 'evaluation')} of {_count(runs, 'run')}: {args.curves}\n")
+        return
     found = [(suite, collect(args.logdir, suite)) for suite in chosen]
     if args.json:
         about = [as_dict(suite, rows) for suite, rows in found]
@@ -163,6 +287,10 @@ def main() -> None:
     else:
         for suite, rows in found:
             show(suite, rows)
+
+
+def _count(things: Collection[Any], name: str) -> str:
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
 
 
 def _mean(values: Collection[float]) -> float:
