@@ -71,7 +71,7 @@ def collect(
                 errors.warn(str(error))
                 continue
             if (summary := record.summary) is not None:
-                configs.append(_with_defaults(record.config))
+                configs.append(rundir.filled(record.config, Config().to_dict()))
                 scores[seed] = float(summary["score"])
                 if "success" in summary:
                     success[seed] = float(summary["success"])
@@ -127,15 +127,6 @@ def _runs(logdir: Path, suite: suites.Suite, task: suites.Task) -> Iterator[tupl
         seed = path.name.removeprefix("seed")
         if seed.isdecimal() and (path / "config.json").exists():
             yield int(seed), path
-
-
-def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved configuration, with what there was not yet when it was saved."""
-    filled = {**Config().to_dict(), **config}
-    for name, default in Config().to_dict().items():
-        if isinstance(default, dict) and isinstance(filled[name], dict):
-            filled[name] = {**default, **filled[name]}
-    return filled
 
 
 def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -120,7 +120,7 @@ class RunDir:
         if record is None and begun:
             hint = "restore config.json or remove the directory"
             raise RunError("there are checkpoints but no config.json", where=path, hint=hint)
-        saved = _filled(record.config, defaults) if record is not None else requested
+        saved = filled(record.config, defaults) if record is not None else requested
         grown = {name: requested[name] for name in growing if requested[name] > saved[name]}
         lines = difference(saved, requested, {*ignore, *grown})
         # Until its first checkpoint a run has learnt nothing, and its config may still change.
@@ -293,12 +293,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The nested `config` with the fields of `defaults` that it lacks."""
     filled = {**defaults, **config}
     for name, default in defaults.items():
         if isinstance(default, Mapping) and isinstance(filled[name], Mapping):
-            filled[name] = _filled(filled[name], default)
+            filled[name] = filled(filled[name], default)
     return filled
 
 
