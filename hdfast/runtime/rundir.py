@@ -295,11 +295,11 @@ def _is_number(value: Any) -> bool:
 
 def filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The nested `config` with the fields of `defaults` that it lacks."""
-    filled = {**defaults, **config}
+    whole = {**defaults, **config}
     for name, default in defaults.items():
-        if isinstance(default, Mapping) and isinstance(filled[name], Mapping):
-            filled[name] = filled(filled[name], default)
-    return filled
+        if isinstance(default, Mapping) and isinstance(whole[name], Mapping):
+            whole[name] = filled(whole[name], default)
+    return whole
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
