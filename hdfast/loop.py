@@ -6,6 +6,7 @@ Axes: N environments, B batch, T window length.
 import contextlib
 import dataclasses
 import math
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -94,9 +95,17 @@ def run(config: Config) -> dict[str, Any]:
     written. On the CPU the threads of this process become those that the model gains by, and it keeps the memory
     that it frees, see `prepare_device`.
 
+    A script calls it below `if __name__ == "__main__":`, because the processes of gymnasium's environments import it.
+
     Raises:
         HdfastError: see `hdfast.runtime.errors`; what was learnt until then is saved.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.excepthook = lambda kind, error, trace: sys.stderr.write(f"error: {error}\n")
+        raise ConfigError(
+            "a run begins where a process of its environments imports the script",
+            hint='write `if __name__ == "__main__":` before what the script does',
+        )
     suite = get(config.suite)
     task, *more = suite.select([config.task] if config.task else [])
     if more:

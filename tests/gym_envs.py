@@ -4,6 +4,7 @@
 """
 
 import os
+import signal
 import sys
 import time
 import warnings
@@ -94,11 +95,33 @@ class Blind(Count):
         raise gymnasium.error.DependencyNotInstalled('no brush, run `pip install "brush"`')
 
 
+class Undrawable(Count):
+    """Declares to be drawn and is not."""
+
+    def render(self) -> np.ndarray:
+        raise NotImplementedError
+
+
+class Masked(Count):
+    """Observes how many signals are blocked."""
+
+    def observe(self, space: spaces.Space | None = None) -> Any:
+        return np.full(1, len(signal.pthread_sigmask(signal.SIG_BLOCK, ())), np.float32)
+
+
+class Growing(Count):
+    """Drawn larger and larger."""
+
+    def render(self) -> np.ndarray:
+        return np.full((40 + self.age, 60, 3), 10 * self.age, np.uint8)
+
+
 class Wrong(Count):
     """From age 2 on it does something wrong; `how` says what."""
 
     def __init__(self, how: str, **settings: Any) -> None:
-        super().__init__(spaces.Dict({"image": pixels(8, 8, 3), "arm": box(2, high=9)}), **settings)
+        arm = {"arm": box(2, high=9)} if how in ("nan", "long") else {}
+        super().__init__(spaces.Dict({"image": pixels(8, 8, 3), **arm}), **settings)
         self.how = how
         if how == "init":
             raise ValueError("no such map")
@@ -115,6 +138,8 @@ class Wrong(Count):
                     obs["arm"] = np.zeros(3, np.float32)
                 case "float":
                     obs["image"] = np.zeros((8, 8, 3))
+                case "short":
+                    obs["image"] = obs["image"][:4]
                 case "reward":
                     reward = float("nan")
                 case "odd":
@@ -183,7 +208,7 @@ NAMES = {  # of a vector beside an image called "image": what an environment is 
     **{f"Lost{name.title()}": name for name in ("dyn", "rep", "cont")},
 }
 
-WRONG = ("init", "needs", "nan", "long", "float", "reward", "none", "odd", "exit", "close")
+WRONG = ("init", "needs", "nan", "long", "float", "short", "reward", "none", "odd", "exit", "close")
 
 for name, kind, settings in (
     ("Count", Count, {}),
@@ -199,6 +224,9 @@ for name, kind, settings in (
     ("Grey", Count, {"observation": pixels(16, 16)}),
     ("Goals", Count, {"observation": GOALS}),
     ("Blind", Blind, {"observation": box(3, high=9)}),
+    ("Undrawable", Undrawable, {"observation": box(3, high=9)}),
+    ("Masked", Masked, {"observation": box(1, high=99)}),
+    ("Growing", Growing, {"observation": box(3, high=9)}),
     ("Drawn", Count, {"observation": box(3, high=9)}),
     ("Undrawn", Count, {"observation": box(3, high=9)}),
     ("Stacked", Count, {"observation": pixels(4, 84, 84)}),

@@ -202,6 +202,53 @@ def test_what_cannot_be_drawn_can_be_trained_from_its_vectors():
         assert str(raised.value) == right
 
 
+@pytest.mark.parametrize("obs", ["image", "both"])
+def test_what_declares_a_drawing_it_does_not_have_is_told_what_would_do(obs):
+    right = (
+        "Undrawable-v0: it raised NotImplementedError; let it observe (H, W, 3) uint8, or render 'rgb_array'; "
+        "--env.obs state does without"
+    )
+    with pytest.raises(RunError) as raised:
+        make("Undrawable", obs=obs)
+    assert str(raised.value) == right
+    with make("Undrawable", obs="state") as env:
+        assert env.reset().obs["state"].shape == (1, 3)
+
+
+def test_an_observed_image_is_of_the_size_that_its_space_says():
+    with make("WrongShort") as env:
+        env.reset()
+        env.step(np.zeros(1, np.int32))
+        right = re.escape("observation 'image' is (4, 8, 3) uint8, its space says (8, 8, 3) uint8")
+        with pytest.raises(RunError, match=right):
+            env.step(np.zeros(1, np.int32))
+
+
+def test_a_drawing_may_change_its_size():
+    with make("Growing") as env:
+        env.reset()
+        assert (env.step(np.zeros(1, np.int32)).obs["image"] == 10).all()
+
+
+@pytest.mark.parametrize("threads", ["0", "1"])
+def test_a_run_tells_once_which_vectors_it_does_not_see(tmp_path, threads):
+    """And not of its evaluations, nor of each of its environments."""
+    task = ["--suite", "gym", "--task", "tests.gym_envs:Goals-v0", "--eval.every", "20"]
+    argv = [*loop_cases.flags()[2:], *task, "--env.threads", threads, "--logdir", str(tmp_path)]
+    process = loop_cases.start(argv)
+    _, err = process.communicate(timeout=300)
+    said = "warning: Goals-v0: sees depth, image, not arm, goal; --env.obs both sees all\n"
+    assert (process.returncode, err) == (0, said)
+
+
+@pytest.mark.parametrize(
+    ("name", "obs"), [("Goals", "both"), ("Goals", "state"), ("Drawn", "image"), ("Count", "image")]
+)
+def test_nothing_is_told_where_all_is_seen_that_was_asked_for(name, obs, capfd):
+    make(name, obs=obs).close()
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name", [name for name in gym_envs.NAMES if name.startswith("Named")])
 def test_an_observation_may_be_called_what_a_module_is_too(tmp_path, name):
     overrides = {"suite": "gym", "task": f"tests.gym_envs:{name}-v0", "env": {"threads": 1, "obs": "both"}}

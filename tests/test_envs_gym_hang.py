@@ -44,21 +44,77 @@ def hanging(where, tmp_path, *, num_envs=2, threads=0, grace=1.0):
     return process
 
 
+def processes_of(process):
+    """Processes of its session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(session) == process.pid and state != "Z":
+            found.append(path.parent.name)
+    return found
+
+
 def left_of(process, seconds=10):
     """Processes of a session that are still there when it has had time to end."""
     end = time.monotonic() + seconds
-    while True:
-        left = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if int(session) == process.pid and state != "Z":
-                left.append(path.parent.name)
-        if not left or time.monotonic() > end:
-            return left
+    while (left := processes_of(process)) and time.monotonic() < end:
         time.sleep(0.05)
+    return left
+
+
+@pytest.mark.parametrize(
+    ("count", "seconds"),
+    [(3, 0), (3, 0.5), (5, 0), (5, 0.3), (5, 1)],  # with the server of forks; with the environments
+)
+def test_ctrl_c_of_a_terminal_while_the_processes_begin(tmp_path, count, seconds):
+    argv = [*flags()[2:], "--suite", "gym", "--task", "tests.gym_envs:Count-v0", "--logdir", str(tmp_path)]
+    process = loop_cases.start([*argv, "--agent-steps", "100000"], start_new_session=True)
+    while len(processes_of(process)) < count:
+        assert process.poll() is None
+        time.sleep(0.005)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, f"{STOPPED}\n")
+    assert not left_of(process)
+
+
+def test_what_an_environment_starts_can_be_ended_by_signals():
+    with make("Masked", 2, obs="state") as env:
+        assert env.reset().obs["state"].tolist() == [[0], [0]]
+
+
+def test_a_requested_stop_is_told_before_the_end_of_a_process():
+    with StopRequest() as stop, make("Broken", 2, stop=stop.check) as env:
+        env.reset()
+        for _ in range(2):
+            env.step(np.zeros(2, np.int32))
+        stop.signum = signal.SIGINT
+        with pytest.raises(Interrupted):
+            env.step(np.array([2, 1], np.int32))
+
+
+def test_a_script_without_a_guard_is_told_to_write_it(tmp_path):
+    script = tmp_path / "script.py"
+    task = ["--suite", "gym", "--task", "tests.gym_envs:Count-v0"]
+    argv = [*flags()[2:], *task, "--logdir", str(tmp_path / "runs")]
+    script.write_text(f"from hdfast import config, loop\nloop.run(config.parse({argv!r}))\n")
+    process = loop_cases.start([], program=(str(script),), start_new_session=True)
+    _, err = process.communicate(timeout=60)
+    *_, last = said = err.splitlines()
+    assert process.returncode == 1
+    right = (
+        "error: a run begins where a process of its environments imports the script; "
+        'write `if __name__ == "__main__":` before what the script does'
+    )
+    assert {line for line in said if line.startswith("error: ")} == {right}
+    assert "ConfigError: tests.gym_envs:Count-v0: the processes of its environments do not begin" in last
+    assert "`if __name__ == '__main__':`" in last
+    assert sum(line.startswith("Traceback") for line in said) == 1
+    assert not left_of(process)
 
 
 @pytest.mark.parametrize(("num_envs", "threads"), [(2, 0), (2, 1)])  # processes, and none

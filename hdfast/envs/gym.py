@@ -17,10 +17,13 @@ import dataclasses
 import importlib
 import multiprocessing
 import os
+import signal
+import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -29,11 +32,12 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector.utils import clear_mpi_env_vars
 
 from hdfast.envs.base import ArraySpec, BatchEnv, EnvStep, env_seeds
 from hdfast.envs.gym_thread import GymThread
-from hdfast.envs.gym_view import Maker, actions_of, told
-from hdfast.runtime.errors import EnvError, HdfastError, suggest
+from hdfast.envs.gym_view import SIGNALS, Maker, actions_of, told
+from hdfast.runtime.errors import ConfigError, EnvError, HdfastError, suggest
 from hdfast.suites import Task, UnknownName
 
 
@@ -72,8 +76,9 @@ class GymEnv(BatchEnv):
     raises comes from whoever waits, and close() kills them.
 
     Raises UnknownName; MissingLibraryError where a package that the environment needs is missing; ConfigError for
-    observations or actions that the agent cannot take, with what would be right; EnvError, also later, for what an
-    environment raises, for numbers that are not finite, and where its process dies.
+    observations or actions that the agent cannot take, with what would be right, and for a script that lets no process
+    begin; EnvError, also later, for what an environment raises, for numbers that are not finite, and where its process
+    dies.
     """
 
     source = "gymnasium"
@@ -94,15 +99,16 @@ class GymEnv(BatchEnv):
         make = Maker(find(task.env_id), obs, os.getpid())
         kind = AsyncVectorEnv if num_envs > 1 and threads != 1 else SyncVectorEnv
         self._vector = kind.__new__(kind)  # its processes are known while it is being made
-        self._thread = GymThread(stop)
+        self._stop, self._thread = stop, GymThread(stop)
         # Also called when this is forgotten, or not closed at the end of Python, which would wait for them for ever.
         self._kill = Finalize(self, _kill, (self._vector, self._thread), exitpriority=0)
-        self._broken = False
+        self._broken = self._made = False
         try:
             self._result(self._thread.submit(partial(_make, self._vector, make, num_envs)))
         except BaseException:
             self._kill()
             raise
+        self._made = True
         super().__init__(
             task.name,
             num_envs=num_envs,
@@ -172,6 +178,11 @@ class GymEnv(BatchEnv):
             if isinstance(self._vector, SyncVectorEnv):
                 raise
             self._broken = True
+            self._stop()  # what ended the process may have been meant for all
+            if not self._made and _script_imported(self._vector):
+                what = f"the processes of its environments do not begin ({error!r})"
+                hint = "a script calls hdfast below `if __name__ == '__main__':`, or with --env.threads 1"
+                raise ConfigError(what, where=self.name, hint=hint) from None
             hint = "with --env.threads 1 all are in one process, which may tell more"
             raise EnvError(
                 f"the process of an environment has ended ({error!r})", where=self.name, hint=hint
@@ -196,10 +207,33 @@ def _make(vector: SyncVectorEnv | AsyncVectorEnv, make: Maker, num_envs: int) ->
         vector.__init__(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
         return
     warnings.filterwarnings("ignore", r"\x1b\[31mERROR: ")  # gymnasium's, of what it is about to raise
-    # A fork of this process would take torch's threads and CUDA along. Those of a small server do not, and share the
-    # torch that each would load by itself, because it imports what this process was started with (`hdfast.train`).
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", "torch"])
+    _start_server()
     vector.__init__(makers, autoreset_mode=AutoresetMode.NEXT_STEP, context="forkserver")
+
+
+def _script_imported(vector: AsyncVectorEnv) -> bool:
+    """Whether a script began this, and its processes, or the server of forks, ended as those that import it may."""
+    main = sys.modules["__main__"]
+    begun = [process for process in getattr(vector, "processes", ()) if process.pid]
+    connection.wait([process.sentinel for process in begun], 1)
+    ended = not begun or any(process.exitcode == 1 for process in begun)
+    return ended and main.__spec__ is None and hasattr(main, "__file__")
+
+
+def _start_server() -> None:
+    """Starts what the processes are forks of. Signals of the terminal wait there, until `Maker` ignores them.
+
+    A fork of this process would take torch's threads and CUDA along. Those of a small server do not, and share the
+    torch that each would load by itself, because it imports what this process was started with (`hdfast.train`).
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", "torch"])
+    resource_tracker.ensure_running()  # later it would take the block away
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # of this thread: the learner's gets them
+    try:
+        with clear_mpi_env_vars():  # as gymnasium starts its processes
+            forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _kill(vector: SyncVectorEnv | AsyncVectorEnv, thread: GymThread) -> None:

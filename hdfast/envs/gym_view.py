@@ -5,6 +5,7 @@ Axes: H, W pixels.
 
 import contextlib
 import fcntl
+import functools
 import importlib
 import math
 import multiprocessing
@@ -26,12 +27,14 @@ from gymnasium.wrappers import AddRenderObservation
 from PIL import Image
 
 from hdfast.envs.base import ContinuousActions, DiscreteActions
-from hdfast.runtime.errors import ConfigError, EnvError, HdfastError, MissingLibraryError, tell_warnings
+from hdfast.runtime.errors import ConfigError, EnvError, HdfastError, MissingLibraryError, tell_warnings, warn
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # to stop is for the learner, when it has saved
 SIZE = 64
 _AS_THEY_ARE = (8, 16, 32, 64)  # sides of images that are not resized
 _TAKEN = ("action", "reward", "is_first", "is_last", "is_terminal")  # what replay calls its other columns
 _LOSSES = ("dyn", "rep", "cont")  # what the agent calls its other losses; images have one together, "image"
+_TO_SEE = "let it observe (H, W, 3) uint8, or render 'rgb_array'; --env.obs state does without"
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -51,18 +54,28 @@ def told(name: str) -> Iterator[None]:
         if isinstance(error, ModuleNotFoundError) and error.name:
             package = error.name.partition(".")[0]
             raise MissingLibraryError(f"{name} needs {error.name}", hint=f"pip install {package}") from error
-        ours = (
-            *(Path(module.__file__).parent for module in (gymnasium, importlib)),
-            Path(__file__).parents[1],
-        )
-        frames = [
-            f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
-            for frame in traceback.extract_tb(error.__traceback__)
-            if not frame.filename.startswith("<frozen ")
-            and not any(Path(frame.filename).is_relative_to(folder) for folder in ours)
-        ]
-        what = f"it raised {type(error).__name__}: {error}"
-        raise EnvError(what, where=name, details=frames) from error
+        raise _raised(error, name) from error
+
+
+def _raised(error: BaseException, name: str, hint: str = "") -> EnvError:
+    """The one line of what environment `name` raised."""
+    ours = (
+        *(Path(module.__file__).parent for module in (gymnasium, importlib)),
+        Path(__file__).parents[1],
+    )
+    frames = [
+        f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<frozen ")
+        and not any(Path(frame.filename).is_relative_to(folder) for folder in ours)
+    ]
+    what = ": ".join(filter(None, (type(error).__name__, str(error).strip())))
+    return EnvError(f"it raised {what}", where=name, hint=hint, details=frames)
+
+
+@functools.cache  # once, not again for evaluation
+def _tell_unseen(name: str, seen: tuple[str, ...], unseen: tuple[str, ...]) -> None:
+    warn(f"{name}: sees {', '.join(seen)}, not {', '.join(unseen)}; --env.obs both sees all")
 
 
 def _end_with_parent() -> None:
@@ -92,21 +105,24 @@ class Maker:
     quiet: bool = False
 
     def __call__(self) -> gymnasium.Env:
-        if os.getpid() != self.owner:  # to stop is for the learner to say, when it has saved
-            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if os.getpid() != self.owner:
+            for signum in SIGNALS:
                 signal.signal(signum, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # for what an environment starts
             _end_with_parent()
             tell_warnings()
             if self.quiet:
                 warnings.simplefilter("ignore")
         with told(self.spec.id):
             env = gymnasium.make(self.spec)
-            if self.obs != "state" and not any(map(_is_image, _parts(env.observation_space).values())):
+            parts = _parts(env.observation_space)
+            drawn = self.obs != "state" and not any(map(_is_image, parts.values()))
+            if drawn:
                 if "rgb_array" not in env.metadata.get("render_modes", ()):
                     raise ConfigError(
                         "there is no image in its observations, and it draws none",
                         where=self.spec.id,
-                        hint="let it observe (H, W, 3) uint8, or render 'rgb_array'; --env.obs state does without",
+                        hint=_TO_SEE,
                     )
                 env.close()
                 try:
@@ -115,14 +131,24 @@ class Maker:
                 except gymnasium.error.DependencyNotInstalled as error:
                     hint = "--env.obs state does without drawing"
                     raise MissingLibraryError(str(error), where=self.spec.id, hint=hint) from error
-            return Seen(env, self.obs)
+                except NotImplementedError as error:
+                    raise _raised(error, self.spec.id, _TO_SEE) from error
+            seen = Seen(env, self.obs, drawn=drawn)
+        unseen = tuple(key for key, space in parts.items() if not _is_image(space) and not _wrong(key, space))
+        if self.obs == "image" and not drawn and unseen and os.getpid() == self.owner:
+            _tell_unseen(self.spec.id, tuple(seen.observation_space), unseen)
+        return seen
 
 
 class Seen(gymnasium.ObservationWrapper):
-    """Observations as a Dict of images (H, W, 1 or 3) uint8 and vectors (n,) float32; of `info` the success alone."""
+    """Observations as a Dict of images (H, W, 1 or 3) uint8 and vectors (n,) float32; of `info` the success alone.
 
-    def __init__(self, env: gymnasium.Env, obs: str) -> None:
+    drawn: its one image is drawn, of any size, and not observed.
+    """
+
+    def __init__(self, env: gymnasium.Env, obs: str, *, drawn: bool) -> None:
         super().__init__(env)
+        self._drawn = drawn
         self._name = name = env.spec.id
         parts = _parts(env.observation_space)
         images = {key: space for key, space in parts.items() if _is_image(space) and obs != "state"}
@@ -193,7 +219,10 @@ class Seen(gymnasium.ObservationWrapper):
 
     def _image(self, key: str, value: Any) -> np.ndarray:
         image, space = np.asarray(value), self._images[key]
-        if image.dtype != np.uint8 or (image.ndim, image.shape[2:]) != (len(space.shape), space.shape[2:]):
+        same = image.shape == space.shape
+        if self._drawn:
+            same = (image.ndim, image.shape[2:]) == (len(space.shape), space.shape[2:])
+        if image.dtype != np.uint8 or not same:
             what = f"observation {key!r} is {image.shape} {image.dtype}, its space says {space.shape} uint8"
             raise EnvError(what, where=self._name)
         return self._resized(image)
