@@ -187,6 +187,15 @@ def test_an_environment_that_hangs_where_it_is_made_or_closed(tmp_path, where):
     assert not left_of(process)
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is a KeyboardInterrupt, also where the tests run in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_in_a_notebook_comes_back_from_it(monkeypatch):
     """There nobody has asked for signals."""
     monkeypatch.setattr(gym_thread, "GRACE_SECONDS", 0.5)
