@@ -229,6 +229,8 @@ class Config:
     """Type of the matrix work; parameters, statistics and losses stay float32."""
     agent_steps: SomeSteps = 100_000
     """Agent steps of a run, random ones included (frames are agent steps times the action repeat)."""
+    init_from: str | None = None
+    """Directory of a run whose newest parameters a new run begins with; its policy then acts from the first step."""
     dry_run: bool = False
     """Build everything, print it as JSON and exit."""
     env: EnvConfig = field(default_factory=EnvConfig)

@@ -22,7 +22,7 @@ from hdfast.overrides import apply_overrides
 from hdfast.runtime import checkpoint, errors, rundir
 from hdfast.runtime.arguments import Arguments, given_path, natural, positive
 from hdfast.runtime.device import prepare_device, resolve_device, resolve_precision
-from hdfast.runtime.errors import CheckpointError, ConfigError, disk_errors
+from hdfast.runtime.errors import ConfigError
 from hdfast.runtime.video import encode_gif, save_gif
 from hdfast.streams import make_envs, stream_seed
 
@@ -50,7 +50,13 @@ class Trained:
 
 
 def load(
-    run: str | Path, *, num_envs: int = 1, seed: int = 0, device: str = "auto", greedy: bool = False
+    run: str | Path,
+    *,
+    num_envs: int = 1,
+    seed: int = 0,
+    device: str = "auto",
+    greedy: bool = False,
+    drawn: bool = False,
 ) -> Trained:
     """The agent of the run in directory `run`, with its newest checkpoint, and environments to act in.
 
@@ -65,6 +71,7 @@ def load(
         num_envs: environments stepped together.
         seed: of the environments and of the sampled latents and actions; not those of training.
         greedy: act with the actor's likeliest action instead of a sample; latents are sampled all the same.
+        drawn: the environments of a run that sees vectors alone show images, too, which its policy passes over.
 
     Raises:
         RunError: there is no run. CheckpointError: it has no checkpoint yet, all are damaged, or they do not fit its
@@ -76,29 +83,20 @@ def load(
         raise ConfigError(f"--num-envs {num_envs} is out of range: right is 1 to {MOST_ENVS:,}")
     if seed < 0:
         raise ConfigError(f"--seed {seed} is out of range: right is 0 or more")
-    with disk_errors(run, "read the run"):
-        below = [] if (run / "config.json").exists() else sorted(run.glob("**/config.json"))
-    if below:
-        raise ConfigError(
-            f"this is not a run, it holds {len(below)}", where=run, hint=f"try {below[0].parent}"
-        )
+    saved = rundir.newest(run)
     config = dataclasses.replace(config_of(run), seed=seed)
     task = suites.get(config.suite).task(config.task)
-    saved = checkpoint.load_latest(run / "checkpoints")
-    if saved is None:
-        hint = f"the first is written after {config.checkpoint.seconds:g} seconds of training"
-        raise CheckpointError("there is no checkpoint yet", where=run, hint=hint)
     where = resolve_device(device)
     prepare_device(where, config.little_work)
-    env = make_envs(config, task, num_envs=num_envs, stream="evaluate")
+    unseen = drawn and config.env.obs == "state"
+    shown = dataclasses.replace(config, env=dataclasses.replace(config.env, obs="both")) if unseen else config
+    env = make_envs(shown, task, num_envs=num_envs, stream="evaluate")
     try:
         dtype = resolve_precision(config.precision, where)
-        learner = Learner(env.obs_specs, env.actions, config, device=where, dtype=dtype)
-        for name, module in (("model", learner.model), ("behavior", learner.behavior)):
-            prefix = f"learner.{name}."
-            parameters = {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}
-            with checkpoint.fitting(saved.path):
-                module.load_state_dict(parameters)
+        specs = {key: spec for key, spec in env.obs_specs.items() if not (unseen and spec.is_image)}
+        learner = Learner(specs, env.actions, config, device=where, dtype=dtype)
+        with checkpoint.fitting(saved.path):
+            learner.load_parameters(saved.part("learner."))
         policy = Policy(learner, num_envs, stream_seed(seed, "evaluate"), greedy=greedy)
         return Trained(config, env, policy, saved)
     except BaseException:
@@ -141,18 +139,18 @@ def evaluate(
         video: also write the first episode to videos/evaluate_<agent steps>.gif in the run's directory.
 
     Raises:
-        As `load`. ConfigError: no episodes, a video of a task without images. RunError, DiskFullError: it cannot be
-        written.
+        As `load`. ConfigError: no episodes, a video of a task that shows and draws no images. RunError,
+        DiskFullError: the video cannot be written.
     """
     run = Path(run)
     if episodes < 1:
         raise ConfigError(f"--episodes {episodes} is out of range: right is 1 or more")
     envs = min(num_envs, episodes)
-    with load(run, num_envs=envs, seed=seed, device=device, greedy=greedy) as trained:
+    with load(run, num_envs=envs, seed=seed, device=device, greedy=greedy, drawn=video) as trained:
         agent_steps = trained.checkpoint.meta["agent_steps"]
         film = None
         if video:
-            key = next(iter(trained.policy.learner.model.images), None)
+            key = next((key for key, spec in trained.env.obs_specs.items() if spec.is_image), None)
             film = Film(key, run / "videos" / f"evaluate_{agent_steps:010d}.gif")
         watch = film or (lambda step: None)
         played = evaluation.play(trained.env, trained.policy, episodes, watch=watch)
@@ -174,7 +172,7 @@ class Film:
 
     def __init__(self, key: str | None, path: Path) -> None:
         if key is None:
-            raise ConfigError("--video: this task is not seen through images")
+            raise ConfigError("--video: this task shows no images")
         self.key, self.path, self._frames, self._over = key, path, [], False
 
     def __call__(self, step: EnvStep) -> None:

@@ -47,7 +47,7 @@ def parse_flags(argv: Sequence[str], default: T, prog: str) -> T:
         # The first paragraph of the box that tyro draws, without its frame.
         lines = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()]
         text = " ".join(itertools.takewhile(bool, lines[1:])) or "the command line cannot be parsed"
-        raise ConfigError(_in_our_words(text)) from None
+        raise ConfigError(_of_a_switch(argv, default) or _in_our_words(text)) from None
 
 
 def _in_our_words(text: str) -> str:
@@ -65,6 +65,21 @@ def _in_our_words(text: str) -> str:
         hint = "a value stands behind its --flag, and a switch has none: --dry-run, --no-dry-run"
         return f"there is no argument {found[1].split()[0]!r}; {hint}"
     return text
+
+
+def _of_a_switch(argv: Sequence[str], default: Any) -> str | None:
+    """What to say where a value stands behind a switch, which has none."""
+    for arg, after in itertools.pairwise([*argv, "-"]):
+        flag, given, value = arg.partition("=")
+        *sections, name = flag.removeprefix("--").replace("-", "_").split(".")
+        place = default
+        for section in sections:
+            place = getattr(place, section, None)
+        value = value if given else after
+        if flag.startswith("--") and isinstance(getattr(place, name, None), bool) and value[:1] != "-":
+            off = ".".join([*sections, f"no_{name}"]).replace("_", "-")
+            return f"{flag} is a switch and takes no value, such as {value!r}; --{off} turns it off"
+    return None
 
 
 def field_names(config: Any, prefix: str = "") -> list[str]:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ from hdfast.runtime.errors import (
 from hdfast.runtime.logger import Logger
 from hdfast.runtime.profiling import annotate
 from hdfast.runtime.progress import Progress
-from hdfast.runtime.rundir import RunDir
+from hdfast.runtime.rundir import RunDir, newest
 from hdfast.runtime.signals import StopRequest
 from hdfast.runtime.video import open_loop_grid
 from hdfast.streams import make_envs, stream_seed
@@ -158,18 +159,26 @@ class Session:
         self.config, self.suite, self.task, self.rundir, self.stop = config, suite, task, rundir, stop
         saved = checkpoint.load_latest(rundir.checkpoints)
         begin = 0 if saved is None else saved.meta["agent_steps"]
+        start = None
+        if saved is None and config.init_from is not None:
+            start = newest(Path(config.init_from).expanduser())
         stop.say = say
         self._make_envs = partial(make_envs, config, task, stop=stop.check)
         self.env = self._make_envs(num_envs=config.env.num_envs, stream="train", agent_steps=begin)
         self.eval_env: BatchEnv | None = None
         try:
-            self._build(device, saved)
+            self._build(device, saved, start)
         except BaseException:
             self.env.close()
             raise
 
-    def _build(self, device: torch.device, saved: checkpoint.Checkpoint | None) -> None:
-        """All that is made for the environments that are there, as it was when `saved` was."""
+    def _build(
+        self, device: torch.device, saved: checkpoint.Checkpoint | None, start: checkpoint.Checkpoint | None
+    ) -> None:
+        """All that is made for the environments that are there, as it was when `saved` was.
+
+        start: of another run, for the parameters of a new one.
+        """
         config, rundir, dtype = self.config, self.rundir, resolve_precision(self.config.precision, device)
         seen = self.env.obs_specs, self.env.actions
         choice = settle(Job(*seen, config, device, dtype), check=self.stop.check, say=say)
@@ -200,7 +209,10 @@ class Session:
         self.learning_from: int | None = None  # agent steps at which the prefill was complete
         self.evaluated_at = 0
         self.evaluation: dict[str, Any] | None = None
-        seconds = 0.0 if saved is None else self._restore(saved.tensors, saved.meta)
+        seconds = 0.0 if saved is None else self._restore(saved)
+        if start is not None:
+            with checkpoint.fitting(start.path):
+                self.learner.load_parameters(start.part("learner."))
         self.skipped_before = int(self.learner.skipped)
         self.saved_at = time.monotonic()
         self.logger = Logger(
@@ -250,6 +262,8 @@ class Session:
         total = self.config.total_agent_steps
         going_on = f"going on at agent step {self.agent_steps:,}"
         begins = going_on if self.agent_steps else f"new run; {self.replay.describe()}"
+        if total != self.config.agent_steps:
+            begins += f"; {total:,} agent steps, whole steps of {self.env.num_envs} environments"
         try:
             self.progress.message(f"{self.rundir.path}: {begins}")
             self.progress.update(agent_steps=self.agent_steps, updates=self.learner.updates)
@@ -306,8 +320,8 @@ class Session:
             self._log()
 
     def _act(self, obs: Mapping[str, np.ndarray], is_first: np.ndarray) -> np.ndarray:
-        """A random action while replay is being filled, the policy's afterwards."""
-        if self.learning_from is not None:
+        """A random action while replay is being filled, unless the policy has learnt before; then the policy's."""
+        if self.learning_from is not None or self.config.init_from is not None:
             return self.policy(obs, is_first)
         rng = np.random.default_rng(stream_seed(self.config.seed, "prefill", self.agent_steps))
         return self.env.actions.sample(rng, self.env.num_envs)
@@ -412,14 +426,13 @@ class Session:
             checkpoint.save(self.rundir.checkpoints, tensors, meta, number=self.agent_steps, keep=keep)
         self.saved_at = time.monotonic()
 
-    def _restore(self, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> float:
-        def part(prefix: str) -> dict[str, torch.Tensor]:
-            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-        self.replay.load_state_dict(part("replay."))
+    def _restore(self, saved: checkpoint.Checkpoint) -> float:
+        """Goes on from a checkpoint; the run's seconds so far."""
+        meta = saved.meta
+        self.replay.load_state_dict(saved.part("replay."))
         with checkpoint.fitting(self.rundir.checkpoints):
-            self.learner.load_state_dict(part("learner."))
-        restore_generator(self.policy.generator, tensors["policy.generator"])
+            self.learner.load_state_dict(saved.part("learner."))
+        restore_generator(self.policy.generator, saved.tensors["policy.generator"])
         self.agent_steps, self.learning_from = meta["agent_steps"], meta["learning_from"]
         self.evaluated_at, self.evaluation = meta["evaluated_at"], meta["evaluation"]
         return float(meta["seconds"])

@@ -118,7 +118,7 @@ def another(config, name):
         return "0.25", 0.25
     if kind is int:
         return str(value + 1), value + 1
-    return "other", kind("other")
+    return "other", Path("other") if kind is Path else "other"
 
 
 def test_every_number_has_a_range():
@@ -188,7 +188,11 @@ def test_every_field_is_a_typed_flag(name):
         ),
         (
             "--dry-run=false",
-            "there is no argument 'false'; a value stands behind its --flag",
+            "--dry-run is a switch and takes no value, such as 'false'; --no-dry-run turns it off",
+        ),
+        (
+            "--log.tensorboard no --seed 1",
+            "--log.tensorboard is a switch and takes no value, such as 'no'; --log.no-tensorboard turns it off",
         ),
         ("--replay.batch 0", "--replay.batch 0 is out of range: right is 1 to 1,048,576"),
         ("--train.ratio nan", "--train.ratio nan is out of range"),

@@ -96,7 +96,8 @@ def test_an_environment_whose_process_dies_is_one_line_and_can_be_closed():
         for _ in range(2):
             env.step(np.zeros(2, np.int32))
         with pytest.raises(
-            RunError, match=r"Broken-v0: the process of an environment has ended .*--env.threads 1"
+            RunError,
+            match=r"process of an environment has ended \(killed by signal 9, Killed\); with --env.thr",
         ):
             env.step(np.array([2, 1], np.int32))
     assert not any(process.is_alive() for process in env._vector.processes)

@@ -131,6 +131,26 @@ def test_evaluate_writes_a_video_of_the_first_episode(run):
     path.unlink()
 
 
+def test_a_video_of_a_run_from_vectors_is_drawn_and_changes_no_score(tmp_path):
+    config = tiny(
+        tmp_path,
+        suite="gym",
+        task="tests.gym_envs:Drawn-v0",
+        env={"num_envs": 1, "obs": "state"},
+        agent_steps=12,
+    )
+    loop_cases.train(config)
+    run = next(tmp_path.glob("gym/*/seed0"))
+    film, plain = (evaluate.evaluate(run, episodes=2, video=video, device="cpu") for video in (True, False))
+    assert film["scores"] == plain["scores"]
+    with Image.open(film["video"]) as image:
+        ages = []
+        for frame in range(image.n_frames):
+            image.seek(frame)
+            ages.append(image.convert("RGB").getpixel((100, 100)))
+    assert ages == [(10 * age,) * 3 for age in range(6)]
+
+
 def test_a_video_of_a_long_episode_is_cut_and_told(run, monkeypatch, capfd):
     monkeypatch.setattr(evaluate.Film, "LONGEST", 4)
     path = Path(evaluate.evaluate(path_of(run), episodes=3, num_envs=2, video=True, device="cpu")["video"])
@@ -234,7 +254,7 @@ def test_evaluate_knows_success_and_wants_images_for_a_video(tmp_path, monkeypat
     config = tiny(tmp_path, agent_steps=12)
     loop_cases.train(config)
     assert evaluate.evaluate(path_of(config), episodes=4)["success"] == 1.0
-    with pytest.raises(evaluate.ConfigError, match="--video: this task is not seen through images"):
+    with pytest.raises(evaluate.ConfigError, match="--video: this task shows no images"):
         evaluate.evaluate(path_of(config), episodes=1, video=True)
 
 
@@ -247,7 +267,7 @@ def test_evaluate_tells_what_is_wrong_in_one_line(run, tmp_path, monkeypatch, ca
         (
             [str(new.path)],
             3,
-            f"{new.path}: there is no checkpoint yet; the first is written after 1e+09 seconds of training",
+            f"{new.path}: there is no checkpoint yet; the first is written after --checkpoint.seconds of training",
         ),
         ([], 2, "the following arguments are required: run"),
         (["x" * 300], 1, f"{'x' * 300}: cannot read the run: File name too long"),

@@ -199,6 +199,14 @@ def test_evaluation_at_the_end_alone(tmp_path, monkeypatch, counted):
     assert [line["agent_steps"] for line in lines(config, "scores", kind="evaluation")] == [40]
 
 
+def test_steps_that_are_no_whole_steps_of_all_environments_are_told(tmp_path, monkeypatch, capfd):
+    script(monkeypatch)
+    config = tiny(tmp_path, agent_steps=7)
+    train(config)
+    assert "; 8 agent steps, whole steps of 2 environments" in capfd.readouterr().out
+    assert saved(config).meta["agent_steps"] == 8
+
+
 def test_scores_come_as_episodes_end(tmp_path, monkeypatch, counted):
     env = script(monkeypatch)
     config = tiny(tmp_path)

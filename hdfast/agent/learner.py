@@ -183,6 +183,18 @@ class Learner:
         self.updates = int(state["updates"])
         self.skipped.copy_(state["skipped"])
 
+    def load_parameters(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the parameters of another learner's `state_dict`, and nothing else of it.
+
+        Raises:
+            RuntimeError: one is missing, or of another shape; nothing is as it was then.
+        """
+        for name, module in (("model", self.model), ("behavior", self.behavior)):
+            prefix = f"{name}."
+            module.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            )
+
     def _update_behavior(
         self, output: ModelOutput, is_terminal: Tensor, apply: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -53,7 +53,7 @@ class WorldModel(nn.Module):
         config: Config,
     ):
         super().__init__()
-        self.images = {k: v.shape for k, v in obs_specs.items() if len(v.shape) == 3}
+        self.images = {k: v.shape for k, v in obs_specs.items() if v.is_image}
         self.vectors = {k: math.prod(v.shape) for k, v in obs_specs.items() if len(v.shape) <= 1}
         self.scalars = {k for k, v in obs_specs.items() if not v.shape}
         unknown = [k for k in obs_specs if k not in self.images and k not in self.vectors]

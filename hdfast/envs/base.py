@@ -30,6 +30,11 @@ class ArraySpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
 
+    @property
+    def is_image(self) -> bool:
+        """Whether it is (H, W, C)."""
+        return len(self.shape) == 3
+
 
 @dataclass(frozen=True)
 class DiscreteActions:

@@ -184,8 +184,9 @@ class GymEnv(BatchEnv):
                 hint = "a script calls hdfast below `if __name__ == '__main__':`, or with --env.threads 1"
                 raise ConfigError(what, where=self.name, hint=hint) from None
             hint = "with --env.threads 1 all are in one process, which may tell more"
+            how = _how_it_ended(self._vector) or repr(error)
             raise EnvError(
-                f"the process of an environment has ended ({error!r})", where=self.name, hint=hint
+                f"the process of an environment has ended ({how})", where=self.name, hint=hint
             ) from error
 
     def _close(self) -> None:
@@ -209,6 +210,18 @@ def _make(vector: SyncVectorEnv | AsyncVectorEnv, make: Maker, num_envs: int) ->
     warnings.filterwarnings("ignore", r"\x1b\[31mERROR: ")  # gymnasium's, of what it is about to raise
     _start_server()
     vector.__init__(makers, autoreset_mode=AutoresetMode.NEXT_STEP, context="forkserver")
+
+
+def _how_it_ended(vector: AsyncVectorEnv) -> str:
+    """By which signal or exit code the first process that is gone ended; empty if none is."""
+    begun = [process for process in getattr(vector, "processes", ()) if process.pid]
+    connection.wait([process.sentinel for process in begun], 1)
+    for code in (process.exitcode for process in begun):
+        if code is not None:
+            return (
+                f"exit code {code}" if code >= 0 else f"killed by signal {-code}, {signal.strsignal(-code)}"
+            )
+    return ""
 
 
 def _script_imported(vector: AsyncVectorEnv) -> bool:

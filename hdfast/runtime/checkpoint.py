@@ -54,6 +54,10 @@ class Checkpoint:
     number: int
     path: Path
 
+    def part(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The tensors whose names begin so, without the prefix."""
+        return {k.removeprefix(prefix): t for k, t in self.tensors.items() if k.startswith(prefix)}
+
 
 def save(
     directory: Path,

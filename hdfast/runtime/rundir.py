@@ -24,7 +24,7 @@ import torch
 
 import hdfast
 from hdfast.runtime import checkpoint, errors
-from hdfast.runtime.errors import ConfigError, RunError, disk_errors
+from hdfast.runtime.errors import CheckpointError, ConfigError, RunError, disk_errors
 from hdfast.runtime.files import plain, write_json
 
 FOLDERS = ("checkpoints", "replay", "tensorboard", "videos")
@@ -185,6 +185,24 @@ def read(path: Path) -> Record:
         finished = path / "finished.json"
         summary = _read_summary(finished) if finished.exists() else None
     return Record(path, about["config"], about["created"], about["resumed"], summary)
+
+
+def newest(path: Path) -> checkpoint.Checkpoint:
+    """The newest checkpoint of the run in a directory, without locking it.
+
+    Raises: RunError: there is no run. ConfigError: it holds runs instead. CheckpointError: there is none yet, or all
+    are damaged.
+    """
+    with disk_errors(path, "read the run"):
+        below = [] if (path / "config.json").exists() else sorted(path.glob("**/config.json"))
+    if below:
+        hint = f"try {below[0].parent}"
+        raise ConfigError(f"this is not a run, it holds {len(below)}", where=path, hint=hint)
+    read(path)
+    if (found := checkpoint.load_latest(path / "checkpoints")) is None:
+        hint = "the first is written after --checkpoint.seconds of training"
+        raise CheckpointError("there is no checkpoint yet", where=path, hint=hint)
+    return found
 
 
 def difference(
