@@ -1,6 +1,7 @@
 """What a run is made of: frozen dataclasses, the model sizes, and the command line that fills them.
 
-Precedence, weakest first: the defaults below, the suite's own settings, ``--size``, flags of the command line.
+Precedence, weakest first: the defaults below, the suite's own settings, the file of ``--config``, ``--size``, all
+other flags of the command line.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from hdfast import suites
+from hdfast import config_file, suites
 from hdfast.flags import parse_flags, peek
 from hdfast.overrides import Range, apply_overrides, check_ranges
 from hdfast.runtime.errors import ConfigError, suggest
@@ -313,9 +314,7 @@ def default_config(suite: str = "atari100k", size: str | None = None) -> Config:
     """
     found = suites.get(suite)
     own = found.defaults.get("size", "small")
-    if size is not None and size not in SIZES:
-        raise ConfigError(f"--size: no size {size!r}{suggest(size, SIZES)}")
-    widths = SIZES[size or own]
+    widths = _widths(size or own)
     # What a suite says of widths is about its own size: a size that is asked for wins over it.
     layers = (widths, found.defaults) if size is None else (found.defaults, widths)
     config = apply_overrides(apply_overrides(Config(), layers[0]), layers[1])
@@ -329,9 +328,37 @@ def parse(argv: Sequence[str] | None = None, prog: str = "python -m hdfast.train
         ConfigError: a flag or value that cannot be; the message says which and what would be right.
         SystemExit: ``--help``.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    default = default_config(peek(argv, "--suite") or "atari100k", peek(argv, "--size"))
-    return validate(parse_flags(argv, default, prog))
+    argv, file = config_file.split(sys.argv[1:] if argv is None else argv)
+    suite, size = peek(argv, "--suite"), peek(argv, "--size")
+    default = default_config(suite or "atari100k", size) if file is None else _from_file(file, suite, size)
+    return validate(parse_flags(argv, default, prog, others={config_file.FLAG: config_file.ABOUT}))
+
+
+def _from_file(file: Path, suite: str | None, size: str | None) -> Config:
+    """What the fields in a file make of the defaults; the task in it is passed over for another suite's.
+
+    suite, size: of the command line, which win over those in the file.
+
+    Raises: ConfigError.
+    """
+    fields = config_file.read(file)
+    try:
+        own = default_config(str(fields.get("suite", "atari100k")), fields.get("size"))
+        config = apply_overrides(own, fields)
+        if suite is not None and suites.get(suite).name != own.suite:
+            config = dataclasses.replace(config, suite=suite, task=None)
+        return config if size is None else apply_overrides(config, {**_widths(size), "size": size})
+    except TypeError as error:
+        raise ConfigError(str(error), where=f"{config_file.FLAG} {file}") from None
+    except ConfigError as error:
+        raise ConfigError(error.what, where=f"{config_file.FLAG} {file}", hint=error.hint) from None
+
+
+def _widths(size: str) -> dict[str, Any]:
+    """Raises: ConfigError naming the nearest size."""
+    if size not in SIZES:
+        raise ConfigError(f"--size: no size {size!r}{suggest(size, SIZES)}")
+    return SIZES[size]
 
 
 def validate(config: Config) -> Config:

@@ -6,7 +6,7 @@ import io
 import itertools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from hdfast.runtime.errors import ConfigError, suggest
@@ -15,8 +15,10 @@ from hdfast.usage import usage
 T = TypeVar("T")
 
 
-def parse_flags(argv: Sequence[str], default: T, prog: str) -> T:
+def parse_flags(argv: Sequence[str], default: T, prog: str, others: Mapping[str, str]) -> T:
     """The dataclass `default` with the fields that the flags in `argv` name, by tyro's parser.
+
+    others: what else is a flag, no longer in `argv`, and what `--help` says of it.
 
     Raises:
         ConfigError: tyro's errors as one line, with the nearest right name.
@@ -29,7 +31,7 @@ def parse_flags(argv: Sequence[str], default: T, prog: str) -> T:
     for arg in argv:
         name = arg.partition("=")[0].replace("_", "-")
         if name.startswith("--") and name not in (*flags, *negated, "--help"):
-            raise ConfigError(f"there is no option {name}{suggest(name, flags)}")
+            raise ConfigError(f"there is no option {name}{suggest(name, [*flags, *others])}")
     for arg, value in itertools.pairwise(["-", *argv, "-"]):
         if (arg.startswith("--") and not value) or re.fullmatch("--[^=]+=", arg):
             # Path("") would be the current folder
@@ -37,7 +39,7 @@ def parse_flags(argv: Sequence[str], default: T, prog: str) -> T:
         if not value:
             raise ConfigError("there is no argument ''")
     if {"-h", "--help"} & set(argv):
-        sys.stdout.write(usage(default, prog) + "\n")
+        sys.stdout.write(usage(default, prog, others) + "\n")
         raise SystemExit(0)
     said = io.StringIO()
     try:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from hdfast import config, report, suites
+from hdfast import config, config_file, report, suites
 from hdfast.flags import field_names
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, natural, positive
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--devices", nargs="+", default=(), help="devices that the runs take in turn")
     parser.add_argument("--ray", metavar="ADDRESS", help="run as tasks of this ray cluster")
     own, flags = _split(sys.argv[1:])
-    of_train = {f"--{name.replace('_', '-')}" for name in field_names(config.Config())}
+    of_train = {config_file.FLAG, *(f"--{name.replace('_', '-')}" for name in field_names(config.Config()))}
     for flag in (arg.partition("=")[0] for arg in own):
         if flag not in OWN_FLAGS and flag.replace("_", "-").replace(".no-", ".") in of_train:
             raise ConfigError(f"{flag} is a flag of hdfast.train", hint="put it behind --")

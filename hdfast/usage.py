@@ -4,20 +4,21 @@ import ast
 import dataclasses
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 _COLUMN = 37  # where descriptions begin
 
 
-def usage(config: Any, prog: str) -> str:
-    """The flags that fill a nested dataclass, described by its docstrings.
+def usage(config: Any, prog: str, others: Mapping[str, str]) -> str:
+    """The flags that fill a nested dataclass, described by its docstrings, behind other flags and their descriptions.
 
     config: an instance; its values are shown as the defaults.
     """
     head = f"usage: {prog} [--flag VALUE ...]\n\n{inspect.getdoc(type(config))}\n"
-    notes = "Values shown are the defaults of the suite and size on this command line."
-    return "\n".join([head + notes, *_section(config, "")])
+    notes = "Values shown are the defaults of the suite, size and file on this command line."
+    before = [f"  {flag + ' -':<{_COLUMN - 3}} {about}" for flag, about in others.items()]
+    return "\n".join([head + notes, *before, *_section(config, "")])
 
 
 def _section(config: Any, prefix: str) -> Iterator[str]:
