@@ -26,11 +26,11 @@ import torch
 from bench import table
 from bench.agent import Bench, config_of, gflop
 from bench.machine import gemm_gflop_per_second, seconds, synchronised
-from hdfast.config import SIZES
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, positive
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import RunError
+from hdfast.sizes import SIZES
 
 ACTS = 50  # rounds of acting, which takes milliseconds
 FACTORS = {"size": "size", "batch": "B", "length": "T", "horizon": "H", "num_envs": "environments"}

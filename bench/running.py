@@ -7,11 +7,11 @@ from pathlib import Path
 from bench.agent import backend
 from hdfast import suites
 from hdfast.config import Config, default_config, validate
-from hdfast.loop import Session
 from hdfast.overrides import apply_overrides
 from hdfast.runtime.device import resolve_device
 from hdfast.runtime.rundir import RunDir
 from hdfast.runtime.signals import StopRequest
+from hdfast.session import Session
 
 # Left out, because a run spends its time on them seldom: evaluation, videos, checkpoints.
 SELDOM = {

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 from hdfast import config_file, suites
 from hdfast.flags import parse_flags, peek
 from hdfast.overrides import Range, apply_overrides, check_ranges
-from hdfast.runtime.errors import ConfigError, suggest
+from hdfast.runtime.errors import ConfigError
+from hdfast.sizes import widths
 
 Size = Literal["tiny", "small", "medium", "large", "xlarge"]
 LAST_SEED = 2**31 - 1
@@ -279,29 +280,6 @@ class Config:
         return _plain(dataclasses.asdict(self))
 
 
-# deter, units, depth, layers (HarmonyDream's Atari-100k model is `small`; DreamerV3, table B.1 for the larger ones).
-_WIDTHS: dict[str, tuple[int, int, int, int]] = {
-    "small": (512, 512, 32, 2),
-    "medium": (1024, 640, 48, 3),
-    "large": (2048, 768, 64, 4),
-    "xlarge": (4096, 1024, 96, 5),
-}
-
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "rssm": {"deter": 64, "units": 64, "stoch": 8, "classes": 8},
-        "network": {"units": 64, "layers": 1, "depth": 16, "mlp_layers": 2, "mlp_units": 64, "bins": 63},
-    },
-    **{
-        name: {
-            "rssm": {"deter": deter, "units": units},
-            "network": {"units": units, "layers": layers, "depth": depth},
-        }
-        for name, (deter, units, depth, layers) in _WIDTHS.items()
-    },
-}
-
-
 def default_config(suite: str = "atari100k", size: str | None = None) -> Config:
     """The configuration a suite starts from.
 
@@ -314,9 +292,9 @@ def default_config(suite: str = "atari100k", size: str | None = None) -> Config:
     """
     found = suites.get(suite)
     own = found.defaults.get("size", "small")
-    widths = _widths(size or own)
-    # What a suite says of widths is about its own size: a size that is asked for wins over it.
-    layers = (widths, found.defaults) if size is None else (found.defaults, widths)
+    layers = [widths(size or own), found.defaults]
+    if size is not None:  # wins over the suite's widths, which are meant for the suite's own size
+        layers.reverse()
     config = apply_overrides(apply_overrides(Config(), layers[0]), layers[1])
     return dataclasses.replace(config, suite=found.name, size=size or own)
 
@@ -347,18 +325,11 @@ def _from_file(file: Path, suite: str | None, size: str | None) -> Config:
         config = apply_overrides(own, fields)
         if suite is not None and suites.get(suite).name != own.suite:
             config = dataclasses.replace(config, suite=suite, task=None)
-        return config if size is None else apply_overrides(config, {**_widths(size), "size": size})
+        return config if size is None else apply_overrides(config, {**widths(size), "size": size})
     except TypeError as error:
         raise ConfigError(str(error), where=f"{config_file.FLAG} {file}") from None
     except ConfigError as error:
         raise ConfigError(error.what, where=f"{config_file.FLAG} {file}", hint=error.hint) from None
-
-
-def _widths(size: str) -> dict[str, Any]:
-    """Raises: ConfigError naming the nearest size."""
-    if size not in SIZES:
-        raise ConfigError(f"--size: no size {size!r}{suggest(size, SIZES)}")
-    return SIZES[size]
 
 
 def validate(config: Config) -> Config:

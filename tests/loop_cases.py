@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from hdfast import loop, suites
+from hdfast import loop, session, suites
 from hdfast.agent.learner import Learner
 from hdfast.config import Config, default_config, validate
 from hdfast.envs.base import ArraySpec, BatchEnv, DiscreteActions, EnvStep
@@ -243,5 +243,5 @@ def script(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, list[Sc
         made.setdefault(stream, []).append(Scripted(num_envs, **options))
         return made[stream][-1]
 
-    monkeypatch.setattr(loop, "make_envs", make)
+    monkeypatch.setattr(session, "make_envs", make)
     return made

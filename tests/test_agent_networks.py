@@ -12,9 +12,10 @@ from torch import nn
 from hdfast.agent.behavior import Behavior
 from hdfast.agent.networks import Norm
 from hdfast.agent.world_model import WorldModel
-from hdfast.config import SIZES, Config
+from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
 from hdfast.overrides import apply_overrides
+from hdfast.sizes import SIZES
 from hdfast_kernels import two_hot_mean
 from tests.agent_cases import SPECS, make_batch, make_learner, one_thread  # noqa: F401
 

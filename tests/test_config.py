@@ -10,10 +10,11 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from hdfast import suites
-from hdfast.config import SIZES, Config, default_config, parse, validate
+from hdfast.config import Config, default_config, parse, validate
 from hdfast.flags import field_names
 from hdfast.overrides import apply_overrides, ranges
 from hdfast.runtime.errors import ConfigError
+from hdfast.sizes import SIZES
 
 
 def value_of(config, name):

@@ -26,7 +26,7 @@ from tests.agent_cases import make_learner, one_thread, snapshot  # noqa: F401
 from tests.recorder import SYNCHRONISING, record_instead_of_capturing
 
 try:
-    from hdfast import loop
+    from hdfast import loop, session
     from hdfast.tuning.choice import Choice
     from tests.loop_cases import path_of, saved, script, tiny, train
 
@@ -63,7 +63,7 @@ def backend(
     chosen = dict.fromkeys(having, request.param)
     before = dispatch.use("cuda", chosen)
     if device.type == "cuda" and not MISSING:
-        monkeypatch.setattr(loop, "settle", lambda *args, **kwargs: Choice(chosen))
+        monkeypatch.setattr(session, "settle", lambda *args, **kwargs: Choice(chosen))
     yield request.param
     dispatch.use("cuda", before)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hdfast import evaluate, loop
+from hdfast import evaluate, loop, session
 from hdfast.envs.base import ContinuousActions
 from hdfast.runtime.errors import ConfigError, RunError
 from tests import loop_cases
@@ -250,7 +250,7 @@ def test_a_run_of_an_older_version_is_played_and_gone_on_with(run, tmp_path, cap
 
 def test_evaluate_knows_success_and_wants_images_for_a_video(tmp_path, monkeypatch):
     script(monkeypatch, actions=ContinuousActions(2), state=True)
-    monkeypatch.setattr(evaluate, "make_envs", loop.make_envs)
+    monkeypatch.setattr(evaluate, "make_envs", session.make_envs)
     config = tiny(tmp_path, agent_steps=12)
     loop_cases.train(config)
     assert evaluate.evaluate(path_of(config), episodes=4)["success"] == 1.0

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hdfast import loop
+from hdfast import loop, session
 from hdfast.agent.learner import Learner
 from hdfast.agent.policy import Policy
 from hdfast.envs.base import ContinuousActions
@@ -181,13 +181,13 @@ def test_evaluations_come_when_due_and_at_the_end_on_their_own_environments(tmp_
 def test_a_run_is_saved_before_it_is_evaluated(tmp_path, monkeypatch, counted):
     """An evaluation can take long; what was learnt before it is not lost with it."""
     script(monkeypatch)
-    config, found, play = tiny(tmp_path, eval={"every": 20}), [], loop.evaluation.play
+    config, found, play = tiny(tmp_path, eval={"every": 20}), [], session.evaluation.play
 
     def played(*args):
         found.append(saved(config).meta["agent_steps"])
         return play(*args)
 
-    monkeypatch.setattr(loop.evaluation, "play", played)
+    monkeypatch.setattr(session.evaluation, "play", played)
     train(config)
     assert found == [20, 40]
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from hdfast import loop, suites, train
+from hdfast import loop, session, suites, train
 from hdfast.replay import Replay
 from hdfast.runtime import checkpoint
 from hdfast.runtime.errors import CheckpointError, ConfigError, Interrupted, RunError
@@ -130,7 +130,7 @@ def test_killed_at_any_moment_it_resumes_with_one_history(tmp_path, monkeypatch,
     settings = {"eval": {"every": 15}, "checkpoint": {"seconds": 3}}
     script(monkeypatch)
     # A step takes a second by this clock: there is a checkpoint at every third and one at the end, seven together.
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+    monkeypatch.setattr(session, "time", SimpleNamespace(monotonic=itertools.count().__next__))
     config = tiny(tmp_path / "runs", **settings)
     with monkeypatch.context() as patch:
         copies = killed(patch, where, config, calls)

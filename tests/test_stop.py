@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from hdfast import loop, train
+from hdfast import session, train
 from hdfast.runtime.errors import EnvError, Interrupted
 from hdfast.runtime.signals import StopRequest
 from tests import loop_cases
@@ -138,14 +138,14 @@ def test_an_environment_that_raises_costs_no_step(tmp_path, monkeypatch):
 
 def test_a_signal_before_the_first_step(tmp_path, monkeypatch):
     whole, config = tiny(tmp_path / "whole"), tiny(tmp_path / "stopped")
-    make = loop.make_envs
+    make = session.make_envs
 
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         return make(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "make_envs", interrupted)
+        patch.setattr(session, "make_envs", interrupted)
         with pytest.raises(Interrupted):
             loop_cases.train(config)
     assert saved(config).meta["agent_steps"] == 0
@@ -156,14 +156,14 @@ def test_a_signal_before_the_first_step(tmp_path, monkeypatch):
 
 def test_a_signal_during_evaluation(tmp_path, monkeypatch):
     config = tiny(tmp_path, eval={"every": 15, "episodes": 50})
-    play = loop.evaluation.play
+    play = session.evaluation.play
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return play(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.evaluation, "play", interrupted)
+        patch.setattr(session.evaluation, "play", interrupted)
         with pytest.raises(Interrupted):
             loop_cases.train(config)
     assert saved(config).meta["agent_steps"] == 16

@@ -1,0 +1,359 @@
+"""One process's share of a run: act, store, learn, evaluate, log and save.
+
+Axes: N environments, B batch, T window length.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hdfast import evaluation
+from hdfast.agent.learner import Learner, captured_update
+from hdfast.agent.open_loop import open_loop
+from hdfast.agent.policy import Policy
+from hdfast.config import Config
+from hdfast.envs.base import BatchEnv
+from hdfast.replay import Replay, ReplayError
+from hdfast.replay.contents import replay_specs
+from hdfast.runtime import checkpoint, errors
+from hdfast.runtime.console import say
+from hdfast.runtime.device import (
+    resolve_precision,
+    restore_generator,
+)
+from hdfast.runtime.errors import (
+    EnvError,
+    Interrupted,
+    NonFiniteError,
+)
+from hdfast.runtime.logger import Logger
+from hdfast.runtime.profiling import annotate
+from hdfast.runtime.progress import Progress
+from hdfast.runtime.rundir import RunDir, newest
+from hdfast.runtime.signals import StopRequest
+from hdfast.runtime.video import open_loop_grid
+from hdfast.streams import make_envs, stream_seed
+from hdfast.suites import Suite, Task
+from hdfast.tuning.search import Job
+from hdfast.tuning.settle import settle
+from hdfast_kernels import dispatch
+
+VIDEO_EXAMPLES = 6
+VIDEO_CONTEXT = 5
+
+
+class Session:
+    """One process's share of a run; a context manager.
+
+    Args:
+        config, suite, task: what to train.
+        rundir: the run's directory, locked.
+        device: where learning happens.
+        stop: asked at every step.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        suite: Suite,
+        task: Task,
+        rundir: RunDir,
+        device: torch.device,
+        stop: StopRequest,
+    ):
+        self.config, self.suite, self.task, self.rundir, self.stop = config, suite, task, rundir, stop
+        saved = checkpoint.load_latest(rundir.checkpoints)
+        begin = 0 if saved is None else saved.meta["agent_steps"]
+        start = None
+        if saved is None and config.init_from is not None:
+            start = newest(Path(config.init_from).expanduser())
+        stop.say = say
+        self._make_envs = partial(make_envs, config, task, stop=stop.check)
+        self.env = self._make_envs(num_envs=config.env.num_envs, stream="train", agent_steps=begin)
+        self.eval_env: BatchEnv | None = None
+        try:
+            self._build(device, saved, start)
+        except BaseException:
+            self.env.close()
+            raise
+
+    def _build(
+        self, device: torch.device, saved: checkpoint.Checkpoint | None, start: checkpoint.Checkpoint | None
+    ) -> None:
+        """All that is made for the environments that are there, as it was when `saved` was.
+
+        start: of another run, for the parameters of a new one.
+        """
+        config, rundir, dtype = self.config, self.rundir, resolve_precision(self.config.precision, device)
+        seen = self.env.obs_specs, self.env.actions
+        choice = settle(Job(*seen, config, device, dtype), check=self.stop.check, say=say)
+        choice.use(device)
+        self.graph = config.train.graph == "on" or (config.train.graph == "auto" and choice.graph)
+        seed = stream_seed(config.seed, "learner")
+        self.learner = Learner(*seen, config, device=device, dtype=dtype, seed=seed)
+        how = {"precision": str(dtype).removeprefix("torch."), "environment": self.env.source}
+        for line in rundir.note_backends({**how, "ops": dispatch.backends_of(device), "graph": self.graph}):
+            if line.startswith(tuple(how)):
+                errors.warn(f"{rundir.path}: goes on with another {line}")
+        self.policy = Policy(
+            self.learner, self.env.num_envs, stream_seed(config.seed, "policy"), graph=self.graph
+        )
+        self.replay = Replay(
+            replay_specs(*seen),
+            num_envs=self.env.num_envs,
+            capacity=config.replay_rows,
+            device=device,
+            directory=rundir.replay,
+            seed=stream_seed(config.seed, "replay"),
+            checkpoints=config.checkpoint.keep,
+        )
+        self._update: Callable[[], None] = partial(self.learner.step, self.replay.sample)
+        if self.graph:
+            self._update = captured_update(self.learner, self.replay.sample, self.replay.generators)
+        self.agent_steps = 0
+        self.learning_from: int | None = None  # agent steps at which the prefill was complete
+        self.evaluated_at = 0
+        self.evaluation: dict[str, Any] | None = None
+        seconds = 0.0 if saved is None else self._restore(saved)
+        if start is not None:
+            with checkpoint.fitting(start.path):
+                self.learner.load_parameters(start.part("learner."))
+        self.skipped_before = int(self.learner.skipped)
+        self.saved_at = time.monotonic()
+        self.logger = Logger(
+            rundir.path,
+            action_repeat=self.suite.action_repeat,
+            resumed_at=None if saved is None else self.agent_steps,
+            evaluated_at=self.evaluated_at,
+            seconds=seconds,
+            tensorboard=config.log.tensorboard,
+        )
+        self.progress = Progress(
+            config.total_agent_steps,
+            action_repeat=self.suite.action_repeat,
+            title=f"{self.task.name} seed {config.seed}",
+        )
+
+    def __enter__(self) -> "Session":
+        self.progress.__enter__()
+        self.stop.say = self.progress.message
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        with contextlib.ExitStack() as closing:  # each is closed, whatever the others raise
+            closing.callback(self._close_replay, told=error[0] is not None)
+            closing.callback(self.logger.close)
+            if self.eval_env is not None:
+                closing.callback(self.eval_env.close)
+            closing.callback(self.env.close)
+            self.progress.__exit__(*error)
+
+    def _close_replay(self, *, told: bool) -> None:
+        try:
+            self.replay.close()
+        except ReplayError:
+            if not told:  # otherwise what went wrong first is what to tell
+                raise
+
+    def run(self) -> dict[str, Any]:
+        """Steps until the run is complete, evaluates at the end, and marks the run finished.
+
+        Raises:
+            Interrupted: a signal came; the run is saved.
+            EnvError: an environment misbehaves; the run is saved.
+            BrokenPipeError: nobody reads the output any more (`... | head`); the run is saved.
+            NonFiniteError: too many updates were skipped; the run and the offending batch are saved.
+        """
+        total = self.config.total_agent_steps
+        going_on = f"going on at agent step {self.agent_steps:,}"
+        begins = going_on if self.agent_steps else f"new run; {self.replay.describe()}"
+        if total != self.config.agent_steps:
+            begins += f"; {total:,} agent steps, whole steps of {self.env.num_envs} environments"
+        try:
+            self.progress.message(f"{self.rundir.path}: {begins}")
+            self.progress.update(agent_steps=self.agent_steps, updates=self.learner.updates)
+            if self.agent_steps < total:
+                self.train(total)
+            if self.evaluation is None or self.evaluated_at != self.agent_steps:
+                self._evaluate()
+        except (Interrupted, NonFiniteError, EnvError, BrokenPipeError):
+            self._save()
+            raise
+        self._save()
+        summary = {**self.evaluation, "updates": self.learner.updates, "seconds": self.logger.seconds}
+        self.rundir.mark_finished(summary)
+        return summary
+
+    def train(self, total: int) -> None:
+        """Steps, and learns what is owed, until there are `total` agent steps. Raises: as `run`."""
+        config, meter = self.config, evaluation.EpisodeMeter(self.env.num_envs)
+        step = self.env.reset()
+        while self.agent_steps < total:
+            self.stop.check()
+            if self._evaluation_due():
+                self._evaluate()
+            finished = meter.add(step)
+            with annotate("act"):
+                action = self._act(step.obs, step.is_first)
+            self.env.send(action)  # the environment works while the learner does
+            with annotate("replay"):
+                self.replay.add(
+                    {
+                        **step.obs,
+                        "action": action,
+                        "reward": step.reward,
+                        "is_first": step.is_first,
+                        "is_last": step.is_last,
+                        "is_terminal": step.is_terminal,
+                    }
+                )
+            before, self.agent_steps = self.agent_steps, self.agent_steps + self.env.num_envs
+            for episode in finished:
+                self._score(episode)
+            with annotate("learn"):
+                self._learn()
+            with annotate("receive"):
+                step = self.env.recv()
+            self.progress.update(agent_steps=self.agent_steps, updates=self.learner.updates)
+            if self._crossed(config.log.every, before):
+                self._log()
+            if config.log.video_every and self._crossed(config.log.video_every, before):
+                self._video()
+            if time.monotonic() - self.saved_at >= config.checkpoint.seconds:
+                self._save()
+        if not self._crossed(config.log.every, before):
+            self._log()
+
+    def _act(self, obs: Mapping[str, np.ndarray], is_first: np.ndarray) -> np.ndarray:
+        """A random action while replay is being filled, unless the policy has learnt before; then the policy's."""
+        if self.learning_from is not None or self.config.init_from is not None:
+            return self.policy(obs, is_first)
+        rng = np.random.default_rng(stream_seed(self.config.seed, "prefill", self.agent_steps))
+        return self.env.actions.sample(rng, self.env.num_envs)
+
+    def _learn(self) -> None:
+        """The updates owed up to this agent step."""
+        config = self.config
+        batch, length = config.replay.batch, config.replay.length
+        if self.learning_from is None:
+            windows = (self.replay.rows_added - length + 1) * self.env.num_envs
+            if windows < config.train.prefill:
+                return
+            self.learning_from = self.agent_steps
+            return
+        owed = int((self.agent_steps - self.learning_from) * config.updates_per_step)
+        while self.learner.updates < owed:
+            self.stop.check()
+            self.replay.stage(batch, length)
+            self._update()
+            self.learner.updates += 1
+            if self.learner.device.type == "cpu":
+                self._check_finite()
+
+    def _check_finite(self) -> None:
+        skipped = int(self.learner.skipped) - self.skipped_before
+        if skipped < self.config.train.nonfinite_limit:
+            return
+        path = self.rundir.path / "nonfinite_batch"
+        batch = self.replay.gather(self.learner.bad_starts, self.config.replay.length)
+        checkpoint.save(path, batch, {"agent_steps": self.agent_steps}, number=self.learner.updates, keep=1)
+        raise NonFiniteError(
+            f"{skipped} updates had a loss or gradient that is not finite, the last at update "
+            f"{self.learner.updates}; its batch is in {path}",
+            where=self.rundir.path,
+            hint="go on with --precision float32, or with a higher --train.nonfinite-limit",
+        )
+
+    def _score(self, episode: evaluation.Episode) -> None:
+        more = {} if episode.success is None else {"success": episode.success}
+        self.logger.score(
+            "episode", agent_steps=self.agent_steps, score=episode.score, length=episode.length, **more
+        )
+        self.progress.update(score=episode.score)
+
+    def _log(self) -> None:
+        self._check_finite()
+        metrics = self.learner.metrics()
+        metrics["skipped_updates"] = float(self.learner.skipped)
+        metrics["replay_rows"] = min(self.replay.rows_added, self.replay.ring) * self.env.num_envs
+        rates = {name: getattr(self.progress, name) for name in ("steps_per_second", "updates_per_second")}
+        metrics |= {name: rate for name, rate in rates.items() if not math.isnan(rate)}
+        values = self.logger.log(self.agent_steps, self.learner.updates, metrics)
+        prefix = "harmony/weight_"
+        weights = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+        self.progress.update(harmony=weights or None)
+
+    def _video(self) -> None:
+        length = self.config.replay.length
+        if self.learning_from is None or length <= VIDEO_CONTEXT:
+            return
+        examples = min(VIDEO_EXAMPLES, self.config.replay.batch)
+        starts = self.learner.last_starts[:examples]
+        batch = self.replay.gather(starts, length)
+        for key, model in open_loop(self.learner, batch, context=VIDEO_CONTEXT).items():
+            if batch[key].shape[-1] in (1, 3):
+                truth, guess = batch[key].cpu().numpy(), model.cpu().numpy()
+                frames = open_loop_grid(truth, guess, context=VIDEO_CONTEXT)
+                self.logger.video(f"open_loop_{key}", agent_steps=self.agent_steps, frames=frames)
+
+    def _evaluate(self) -> None:
+        self._save()  # an evaluation can be long, and a kill then is to cost nothing that was learnt
+        config = self.config.eval
+        if self.eval_env is None:
+            num_envs = min(config.num_envs, config.episodes)
+            self.eval_env = self._make_envs(num_envs=num_envs, stream="eval", agent_steps=self.agent_steps)
+        seed = stream_seed(self.config.seed, "evaluation", self.agent_steps)
+        policy = Policy(self.learner, self.eval_env.num_envs, seed, graph=self.graph)
+        self.progress.update(phase="evaluate")
+        with annotate("evaluate"):
+            episodes = evaluation.play(self.eval_env, policy, config.episodes, self.stop.check)
+        self.evaluation = evaluation.summarize(episodes)
+        self.evaluated_at = self.agent_steps
+        self.logger.score("evaluation", agent_steps=self.agent_steps, **self.evaluation)
+        self.progress.update(phase="", evaluation=self.evaluation["score"])
+
+    def _save(self) -> None:
+        """Logs, then replay, then the checkpoint that relies on both."""
+        with annotate("checkpoint"):
+            self.logger.sync()
+            self.replay.flush()
+            tensors = {f"learner.{k}": v for k, v in self.learner.state_dict().items()}
+            tensors |= {f"replay.{k}": v for k, v in self.replay.state_dict().items()}
+            tensors["policy.generator"] = self.policy.generator.get_state()
+            meta = {
+                "agent_steps": self.agent_steps,
+                "learning_from": self.learning_from,
+                "evaluated_at": self.evaluated_at,
+                "evaluation": self.evaluation,
+                "seconds": self.logger.seconds,
+            }
+            keep = self.config.checkpoint.keep
+            checkpoint.save(self.rundir.checkpoints, tensors, meta, number=self.agent_steps, keep=keep)
+        self.saved_at = time.monotonic()
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> float:
+        """Goes on from a checkpoint; the run's seconds so far."""
+        meta = saved.meta
+        self.replay.load_state_dict(saved.part("replay."))
+        with checkpoint.fitting(self.rundir.checkpoints):
+            self.learner.load_state_dict(saved.part("learner."))
+        restore_generator(self.policy.generator, saved.tensors["policy.generator"])
+        self.agent_steps, self.learning_from = meta["agent_steps"], meta["learning_from"]
+        self.evaluated_at, self.evaluation = meta["evaluated_at"], meta["evaluation"]
+        return float(meta["seconds"])
+
+    def _evaluation_due(self) -> bool:
+        """Whether a multiple of `eval.every` was passed since the last evaluation, in this session or before it."""
+        every = self.config.eval.every
+        return bool(every) and self.agent_steps // every > self.evaluated_at // every
+
+    def _crossed(self, every: int, before: int) -> bool:
+        """Whether a multiple of `every` agent steps lies between `before` and now."""
+        return self.agent_steps // every > before // every
