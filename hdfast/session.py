@@ -24,15 +24,8 @@ from hdfast.replay import Replay, ReplayError
 from hdfast.replay.contents import replay_specs
 from hdfast.runtime import checkpoint, errors
 from hdfast.runtime.console import say
-from hdfast.runtime.device import (
-    resolve_precision,
-    restore_generator,
-)
-from hdfast.runtime.errors import (
-    EnvError,
-    Interrupted,
-    NonFiniteError,
-)
+from hdfast.runtime.device import resolve_precision, restore_generator
+from hdfast.runtime.errors import EnvError, Interrupted, NonFiniteError
 from hdfast.runtime.logger import Logger
 from hdfast.runtime.profiling import annotate
 from hdfast.runtime.progress import Progress
@@ -98,6 +91,9 @@ class Session:
         self.graph = config.train.graph == "on" or (config.train.graph == "auto" and choice.graph)
         seed = stream_seed(config.seed, "learner")
         self.learner = Learner(*seen, config, device=device, dtype=dtype, seed=seed)
+        if start is not None:
+            with checkpoint.fitting(start.path):
+                self.learner.load_parameters(start.part("learner."))
         how = {"precision": str(dtype).removeprefix("torch."), "environment": self.env.source}
         for line in rundir.note_backends({**how, "ops": dispatch.backends_of(device), "graph": self.graph}):
             if line.startswith(tuple(how)):
@@ -122,9 +118,6 @@ class Session:
         self.evaluated_at = 0
         self.evaluation: dict[str, Any] | None = None
         seconds = 0.0 if saved is None else self._restore(saved)
-        if start is not None:
-            with checkpoint.fitting(start.path):
-                self.learner.load_parameters(start.part("learner."))
         self.skipped_before = int(self.learner.skipped)
         self.saved_at = time.monotonic()
         self.logger = Logger(

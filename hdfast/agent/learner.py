@@ -184,10 +184,10 @@ class Learner:
         self.skipped.copy_(state["skipped"])
 
     def load_parameters(self, state: Mapping[str, Tensor]) -> None:
-        """Takes the parameters of another learner's `state_dict`, and nothing else of it.
+        """Takes what another learner's modules hold, from its `state_dict`; optimizers and generator stay.
 
         Raises:
-            RuntimeError: one is missing, or of another shape; nothing is as it was then.
+            RuntimeError: an entry is missing, or of another shape; the others may have been taken.
         """
         for name, module in (("model", self.model), ("behavior", self.behavior)):
             prefix = f"{name}."

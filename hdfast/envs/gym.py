@@ -217,10 +217,10 @@ def _how_it_ended(vector: AsyncVectorEnv) -> str:
     begun = [process for process in getattr(vector, "processes", ()) if process.pid]
     connection.wait([process.sentinel for process in begun], 1)
     for code in (process.exitcode for process in begun):
+        if code is not None and code < 0:
+            return f"killed by signal {-code}, {signal.strsignal(-code)}"
         if code is not None:
-            return (
-                f"exit code {code}" if code >= 0 else f"killed by signal {-code}, {signal.strsignal(-code)}"
-            )
+            return f"exit code {code}"
     return ""
 
 
