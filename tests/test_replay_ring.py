@@ -258,9 +258,9 @@ def test_ready_counts_rows_per_environment_up_to_the_ring():
         (
             {"reward": np.zeros(3)},
             TypeError,
-            '"reward" is an array of float64, right is a numpy array of float32',
+            '"reward" has dtype float64, right is float32',
         ),
-        ({"reward": [0.0] * 3}, TypeError, '"reward" is a list, right is a numpy array of float32'),
+        ({"reward": [0.0] * 3}, TypeError, '"reward" is a list, right is a numpy array'),
         ({"action": np.zeros((3, 1), np.int32)}, ValueError, '"action" has shape (3, 1), right is (3,)'),
         ({"extra": np.zeros(3)}, ValueError, "missing keys [], unknown keys ['extra']"),
         ({"state": None}, ValueError, "missing keys ['state'], unknown keys []"),

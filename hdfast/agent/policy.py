@@ -78,14 +78,14 @@ class Policy:
         Observations have exactly the dtypes of the learner's `obs_specs`; those that it does not know are passed over.
 
         Raises:
-            ValueError: an observation is missing; it or is_first is no numpy array, or of another dtype or shape.
-                Nothing has changed then.
+            ValueError: an observation is missing, or an array has another shape.
+            TypeError: one is no numpy array, or has another dtype. Nothing has changed after either.
         """
         for key, spec in self.learner.obs_specs.items():
             if key not in obs:
                 raise ValueError(f"obs has the keys {list(obs)}, right are {list(self._host_obs)}")
-            self._check(f"obs[{key!r}]", obs[key], spec)
-        self._check("is_first", is_first, _FIRST)
+            spec.check(obs[key], self.num_envs, f"obs[{key!r}]")
+        _FIRST.check(is_first, self.num_envs, "is_first")
         for key, host in self._host_obs.items():
             self._send(obs[key], host, self._obs[key])
         self._send(is_first | self.fresh, self._host_first, self._first)
@@ -120,16 +120,6 @@ class Policy:
         """A buffer (N, ...), pinned where a device copies from it without waiting."""
         array = torch.from_numpy(np.zeros((self.num_envs, *spec.shape), spec.dtype))
         return array.pin_memory() if self._cuda else array
-
-    def _check(self, where: str, array: np.ndarray, spec: ArraySpec) -> None:
-        """Refuses what numpy would cast or broadcast: an image of floats in [0, 1] would be almost black."""
-        right = (self.num_envs, *spec.shape)
-        if not isinstance(array, np.ndarray):
-            raise ValueError(f"{where} is a {type(array).__name__}, right is a numpy array")
-        if array.dtype != spec.dtype:
-            raise ValueError(f"{where} has dtype {array.dtype}, right is {spec.dtype}")
-        if array.shape != right:
-            raise ValueError(f"{where} has shape {array.shape}, right is {right}")
 
     def _send(self, array: np.ndarray, host: Tensor, device: Tensor) -> None:
         host.numpy()[...] = array

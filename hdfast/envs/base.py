@@ -35,6 +35,19 @@ class ArraySpec:
         """Whether it is (H, W, C)."""
         return len(self.shape) == 3
 
+    def check(self, array: object, num_envs: int, where: str) -> None:
+        """Refuses what is no batch (num_envs, ...) of these: numpy would cast or broadcast it in silence.
+
+        Raises: TypeError (no numpy array, another dtype) or ValueError (another shape), which begin with `where`.
+        """
+        shape = (num_envs, *self.shape)
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"{where} is a {type(array).__name__}, right is a numpy array")
+        if array.dtype != self.dtype:
+            raise TypeError(f"{where} has dtype {array.dtype}, right is {self.dtype}")
+        if array.shape != shape:
+            raise ValueError(f"{where} has shape {array.shape}, right is {shape}")
+
 
 @dataclass(frozen=True)
 class DiscreteActions:
@@ -178,14 +191,7 @@ class BatchEnv(ABC):
             raise RuntimeError(f"{self.name}: {what}")
 
     def _check(self, action: np.ndarray) -> None:
-        spec = self.actions.spec
-        shape = (self.num_envs, *spec.shape)
-        if not isinstance(action, np.ndarray):
-            raise TypeError(f"{self.name}: action is a {type(action).__name__}, right is a numpy array")
-        if action.dtype != spec.dtype:
-            raise TypeError(f"{self.name}: action has dtype {action.dtype}, right is {spec.dtype}")
-        if action.shape != shape:
-            raise ValueError(f"{self.name}: action has shape {action.shape}, right is {shape}")
+        self.actions.spec.check(action, self.num_envs, f"{self.name}: action")
         if (error := self.actions.error(action)) is not None:
             raise ValueError(f"{self.name}: action has {error}")
 

@@ -54,17 +54,8 @@ class RowLayout:
             missing = sorted(self.specs.keys() - rows.keys())
             unknown = sorted(rows.keys() - self.specs.keys())
             raise ValueError(f"replay row: missing keys {missing}, unknown keys {unknown}")
-        for key, shape in self.shapes.items():
-            array, dtype = rows[key], self.specs[key].dtype
-            if not isinstance(array, np.ndarray) or array.dtype != dtype:
-                got = (
-                    f"an array of {array.dtype}"
-                    if isinstance(array, np.ndarray)
-                    else f"a {type(array).__name__}"
-                )
-                raise TypeError(f'replay row: "{key}" is {got}, right is a numpy array of {dtype}')
-            if array.shape != shape:
-                raise ValueError(f'replay row: "{key}" has shape {array.shape}, right is {shape}')
+        for key, spec in self.specs.items():
+            spec.check(rows[key], self.num_envs, f'replay row: "{key}"')
 
     def unpack(self, packed: Tensor) -> dict[str, Tensor]:
         """Views (..., N, *shape) of packed rows, uint8 (..., P)."""
