@@ -319,13 +319,14 @@ def _from_file(file: Path, suite: str | None, size: str | None) -> Config:
 
     Raises: ConfigError.
     """
-    fields = config_file.read(file)
+    fields, sized = config_file.read(file), {} if size is None else {**widths(size), "size": size}
+    other = None if suite is None else suites.get(suite).name
     try:
         own = default_config(str(fields.get("suite", "atari100k")), fields.get("size"))
         config = apply_overrides(own, fields)
-        if suite is not None and suites.get(suite).name != own.suite:
-            config = dataclasses.replace(config, suite=suite, task=None)
-        return config if size is None else apply_overrides(config, {**widths(size), "size": size})
+        if other not in (None, own.suite):
+            config = dataclasses.replace(config, suite=other, task=None)
+        return apply_overrides(config, sized)
     except TypeError as error:
         raise ConfigError(str(error), where=f"{config_file.FLAG} {file}") from None
     except ConfigError as error:

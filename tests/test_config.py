@@ -293,6 +293,9 @@ def test_a_run_s_configuration_is_where_the_next_begins(tmp_path):
     assert changed == dataclasses.replace(same, seed=5, rssm=rssm)
     sized = parse(["--size", "medium", "--config", str(file)])
     assert (sized.size, sized.rssm.deter, sized.network.depth, sized.eval.every) == ("medium", 1024, 48, 7)
+    for flag, text in (("--size", "--size: no size 'dmo'"), ("--suite", "no suite 'dmo'")):
+        with pytest.raises(ConfigError, match=f"^{text}; did you mean|^{text}; choose"):
+            parse(["--config", str(file), flag, "dmo"])
     other = parse(["--config", str(file), "--suite", "dmc"])
     assert (other.suite, other.task, other.rssm.deter) == ("dmc", None, 48)
     bare = written(tmp_path / "bare.json", {"suite": "dmc", "size": "tiny", "eval": {"every": 0}})

@@ -1,0 +1,66 @@
+"""`--init-from`: a run that begins with the parameters of another."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from hdfast.runtime.errors import CheckpointError, ConfigError, RunError
+from tests import loop_cases
+from tests.loop_cases import (
+    one_thread,  # noqa: F401
+    path_of,
+    saved,
+    script,
+    tiny,
+)
+
+
+def parameters(config):
+    """Of the world model and the behaviour, by name."""
+    kinds = ("learner.model.", "learner.behavior.")
+    return {name: tensor for name, tensor in saved(config).tensors.items() if name.startswith(kinds)}
+
+
+def test_a_run_can_begin_with_the_parameters_of_another(tmp_path, monkeypatch):
+    """They are all it takes: optimizers, replay and counts are new, and it acts with them at once."""
+    made = script(monkeypatch)
+    first = tiny(tmp_path / "first")
+    loop_cases.train(first)
+    before = parameters(first)
+    second = tiny(tmp_path / "second", init_from=str(path_of(first)), agent_steps=8)
+    assert loop_cases.train(second)["updates"] == 0
+    after = parameters(second)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(int(t) == 0 for name, t in saved(second).tensors.items() if name.endswith("steps"))
+    plain = tiny(tmp_path / "plain", agent_steps=8)
+    loop_cases.train(plain)
+    assert not all(torch.equal(tensor, parameters(plain)[name]) for name, tensor in before.items())
+    other = tiny(tmp_path / "other", init_from=str(path_of(plain)), agent_steps=8)
+    loop_cases.train(other)
+    sent = [np.concatenate(env.sent).tolist() for env in made["train"][1:]]
+    assert sent[0] != sent[1]  # the second is of random actions
+    assert sent[2] not in sent[:2]
+    shutil.rmtree(path_of(first))  # only its beginning needs it
+    longer = dataclasses.replace(second, agent_steps=40)
+    assert loop_cases.train(longer)["updates"] == 15
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in parameters(longer).items())
+
+
+def test_parameters_to_begin_with_that_are_not_there_or_do_not_fit_are_one_line(tmp_path, monkeypatch):
+    script(monkeypatch)
+    first = tiny(tmp_path / "first", agent_steps=4)
+    loop_cases.train(first)
+    for where, options, kind, text in (
+        (tmp_path / "no", {}, RunError, "there is no run here"),
+        (tmp_path / "first", {}, ConfigError, f"this is not a run, it holds 1; try {path_of(first)}"),
+        (path_of(first), {"rssm": {"deter": 8}}, CheckpointError, "the checkpoint does not fit"),
+    ):
+        with pytest.raises(kind, match=text):
+            loop_cases.train(tiny(tmp_path / "second", init_from=str(where), **options))
+    shutil.rmtree(path_of(first) / "checkpoints")
+    with pytest.raises(CheckpointError, match="there is no checkpoint yet"):
+        loop_cases.train(tiny(tmp_path / "second", init_from=str(path_of(first))))
