@@ -66,7 +66,7 @@ class TrainConfig:
     ratio: Annotated[float, Range(0, 2**20)] = 1024.0
     """Rows replayed per agent step: 1024 at B16 x T64 is one update per agent step."""
     prefill: SomeSteps = 1024
-    """Windows that a random policy collects before learning starts."""
+    """Windows that a random policy, or the one of --init-from, collects before learning starts."""
     graph: Literal["auto", "on", "off"] = "auto"
     """Update and acting as CUDA graphs; auto where they were found right and faster."""
     tune: bool = True

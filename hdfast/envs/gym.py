@@ -213,23 +213,24 @@ def _make(vector: SyncVectorEnv | AsyncVectorEnv, make: Maker, num_envs: int) ->
 
 
 def _how_it_ended(vector: AsyncVectorEnv) -> str:
-    """By which signal or exit code the first process that is gone ended; empty if none is."""
+    """By which signal or exit code the first process that failed ended; empty if none did."""
+    for code in filter(None, _exit_codes(vector)):
+        return f"exit code {code}" if code > 0 else f"killed by signal {-code}, {signal.strsignal(-code)}"
+    return ""
+
+
+def _exit_codes(vector: AsyncVectorEnv) -> list[int | None]:
+    """Of the processes that were begun, None where one runs; one that is ending has a second for it."""
     begun = [process for process in getattr(vector, "processes", ()) if process.pid]
     connection.wait([process.sentinel for process in begun], 1)
-    for code in (process.exitcode for process in begun):
-        if code is not None and code < 0:
-            return f"killed by signal {-code}, {signal.strsignal(-code)}"
-        if code is not None:
-            return f"exit code {code}"
-    return ""
+    return [process.exitcode for process in begun]
 
 
 def _script_imported(vector: AsyncVectorEnv) -> bool:
     """Whether a script began this, and its processes, or the server of forks, ended as those that import it may."""
     main = sys.modules["__main__"]
-    begun = [process for process in getattr(vector, "processes", ()) if process.pid]
-    connection.wait([process.sentinel for process in begun], 1)
-    ended = not begun or any(process.exitcode == 1 for process in begun)
+    codes = _exit_codes(vector)
+    ended = not codes or 1 in codes
     return ended and main.__spec__ is None and hasattr(main, "__file__")
 
 
