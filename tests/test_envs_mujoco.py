@@ -1,8 +1,11 @@
 """DeepMind Control Suite and Meta-World: rows against the bare pool, states without OpenGL, images through EGL."""
 
 import dataclasses
+import importlib.util
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from hdfast import envs, suites
 from hdfast.envs import mujoco
 from hdfast.envs.dmc import ControlSuite
-from hdfast.envs.metaworld import MetaWorld
+from hdfast.envs.metaworld import MetaWorld, textured_models
 from hdfast.envs.pool import library, make_pool
 from hdfast.runtime.errors import MissingLibraryError
 
@@ -266,6 +269,68 @@ def test_meta_world_is_seen_upright(egl):
         assert np.ptp(image[:8, -16:].mean(-1)) < 10
         assert np.ptp(image[-8:, -16:].mean(-1)) > 50
         assert np.isfinite(env.step(np.zeros((1, 4), np.float32)).reward).all()
+
+
+def test_meta_world_is_drawn_with_its_textures(egl):
+    images = {}
+    for name in ("lever-pull", "hammer"):
+        with envs.make("metaworld", name, num_envs=1, seed=0) as env:
+            images[name] = env.reset().obs["image"][0].astype(float)
+    for image in images.values():
+        wall, table = image[:16, -20:], image[38:44, 20:50]
+        assert 110 < wall.mean() < 145  # as the package itself draws it; envpool's is white
+        assert np.ptp(table.mean((0, 1))) > 20  # wood, and no grey
+    assert np.array_equal(images["lever-pull"][:16, -20:], images["hammer"][:16, -20:])
+
+
+def test_meta_worlds_models_are_those_of_envpool_but_for_their_looks():
+    def moves(path):
+        """A model without what only images show: comments, textures and how they lie."""
+        text = re.sub(
+            r"<!--.*?-->|<texture\b.*?/>|\b(texture|texrepeat|texuniform)=\"[^\"]*\"",
+            "",
+            path.read_text(),
+            flags=re.S,
+        )
+        return re.sub(r"\s+", "", text)
+
+    base_path = library("this test").make_spec("MetaWorld/Reach-v3").config.base_path
+    envpools, ours = Path(base_path, "mujoco/metaworld/assets"), textured_models("this test")
+    paths = [path.relative_to(envpools) for path in envpools.rglob("*.xml")]
+    assert len(paths) > 90
+    assert [path for path in paths if moves(envpools / path) != moves(ours / path)] == []
+    assert any((envpools / path).read_text() != (ours / path).read_text() for path in paths)
+
+
+def test_meta_world_without_its_package_names_the_command(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find(name) if name != "metaworld" else None)
+    with pytest.raises(MissingLibraryError, match="images of lever-pull need the textures of") as error:
+        envs.make("metaworld", "lever-pull", num_envs=1, seed=0)
+    assert error.value.exit_code == 6
+    assert "pip install --no-deps 'metaworld<4'" in str(error.value)
+    with envs.make("metaworld", "lever-pull", num_envs=1, seed=0, obs="state") as env:
+        env.reset()
+
+
+@pytest.mark.parametrize(("name", "hidden"), [("finger_spin", True), ("finger_turn_easy", False)])
+def test_marks_of_the_finger_are_seen_only_where_it_is_turned_to_them(name, hidden, egl):
+    task = DMC.task(name)
+    bare = make_pool(
+        task.env_id,
+        num_envs=1,
+        seed=0,
+        threads=0,
+        render_mode="rgb_array",
+        render_width=64,
+        render_height=64,
+        render_camera_id=0,
+    )
+    bare.reset()
+    with ControlSuite(task, **settings(DMC, num_envs=1, obs="image")) as env:
+        image, marked = env.reset().obs["image"], bare.render(np.zeros(1, np.int32))
+    pixels = np.count_nonzero((image != marked).any(-1))
+    assert 0 < pixels < 100 if hidden else pixels == 0
 
 
 def script(path, text):
