@@ -120,7 +120,7 @@ class HarmonyConfig:
     image: Scale = 1.0
     """Constant weight of the image loss (mode fixed)."""
     kl: Scale = 1.0
-    """Constant weight of the two KL losses (mode fixed)."""
+    """Constant weight of the two KL losses, which share it 5 to 1 (mode fixed); DreamerV3's scales are 0.6."""
 
 
 @dataclass(frozen=True)

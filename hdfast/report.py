@@ -63,7 +63,7 @@ def collect(
     """
     found = []
     for task in tasks if tasks is not None else (*suite.tasks, *_others(logdir, suite)):
-        scores, success, configs = {}, {}, []
+        scores, success, configs, precisions = {}, {}, [], set()
         for seed, path in _runs(logdir, suite, task):
             try:
                 record = rundir.read(path)
@@ -75,7 +75,10 @@ def collect(
                 scores[seed] = float(summary["score"])
                 if "success" in summary:
                     success[seed] = float(summary["success"])
-        if fields := _differing(configs):
+                if "precision" in summary:
+                    precisions.add(str(summary["precision"]))
+        computed = [f"precision ({' and '.join(sorted(precisions))})"] if len(precisions) > 1 else []
+        if fields := [*_differing(configs), *computed]:
             errors.warn(f"{suite.name} {task.name}: its seeds differ in {', '.join(fields)}")
         found.append(TaskScores(task, scores, success))
     return found

@@ -180,7 +180,12 @@ class Session:
             self._save()
             raise
         self._save()
-        summary = {**self.evaluation, "updates": self.learner.updates, "seconds": self.logger.seconds}
+        summary = {
+            **self.evaluation,
+            "updates": self.learner.updates,
+            "seconds": self.logger.seconds,
+            "precision": str(self.learner.dtype).removeprefix("torch."),
+        }
         self.rundir.mark_finished(summary)
         return summary
 

@@ -264,7 +264,7 @@ SUITES: dict[str, Suite] = {
                     time_limit=1_350 if game == "ChopperCommand" else 27_000,
                     random=random,
                     human=human,
-                    published={"HarmonyDream": harmony, "DreamerV3": dreamer},
+                    published={"HarmonyDream": harmony, "DreamerV3, rerun": dreamer},
                 )
                 for game, random, human, harmony, dreamer in _atari_rows()
             ),

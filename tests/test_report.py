@@ -62,7 +62,7 @@ def test_the_table_is_worked_out_by_hand(tmp_path):
     finish(tmp_path, "Alien", 0, 1607.78)  # 0.2
     text = text_of(ATARI, report.collect(tmp_path, ATARI))
     header = cells(text, "task")
-    assert header == ["task", "seeds", "score", "human-norm.", "HarmonyDream", "DreamerV3"]
+    assert header == ["task", "seeds", "score", "human-norm.", "HarmonyDream", "DreamerV3,", "rerun"]
     # The published columns are means over five seeds: of 19.1 19.8 19.6 17.2 17.5, and of 11.4 19.6 14.3 15.1 20.
     assert cells(text, "Pong") == ["Pong", "2", "-3.05", "0.500", "18.6", "16.1"]
     assert cells(text, "Boxing") == ["Boxing", "1", "24.1", "2.000", "79.6", "78.3"]
@@ -219,6 +219,15 @@ def test_seeds_that_compute_something_else_are_warned_of(tmp_path, monkeypatch, 
     code, out, err = door(report.main, [*argv, "--json"], monkeypatch, capfd)
     assert (code, err) == (0, "warning: demo Catch: its seeds differ in agent_steps, env.obs\n")
     assert json.loads(out)["tasks"]["Catch"] == {"0": 0.0, "1": 1.0, "3": 3.0, "4": 4.0}
+
+
+def test_seeds_of_different_precision_are_told_whatever_was_asked_for(tmp_path, capfd):
+    for seed, precision in enumerate(["bfloat16", "float32", None, "bfloat16"]):
+        finish(tmp_path, "Pong", seed, 1.0, **({"precision": precision} if precision else {}))
+        finish(tmp_path, "Boxing", seed, 1.0, **({"precision": "bfloat16"} if precision else {}))
+    report.collect(tmp_path, suites.get("atari100k"))
+    said = "warning: atari100k Pong: its seeds differ in precision (bfloat16 and float32)\n"
+    assert capfd.readouterr().err == said
 
 
 def test_a_field_that_an_older_version_did_not_have_counts_as_its_default(tmp_path, capfd):

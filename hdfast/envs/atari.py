@@ -1,4 +1,4 @@
-"""Atari games through envpool, exactly as in the paper's Atari 100k.
+"""Atari games through envpool, as in the paper's Atari 100k.
 
 RGB of 64 x 64 pixels by area interpolation, the maximum of the last two of four repeated frames, the game's
 minimal action set, up to 30 no-ops before an episode, no sticky actions, no fire on reset, lives unused,
