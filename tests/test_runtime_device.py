@@ -116,11 +116,14 @@ def test_what_a_device_is_prepared_by(monkeypatch, kind, little, asked, threads)
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    products = SimpleNamespace(allow_bf16_reduced_precision_reduction=True)  # torch for CPUs lacks it
+    monkeypatch.setattr(torch.backends.cuda, "matmul", products)
     device.prepare_device(torch.device(kind), little)
     assert now[-1] == threads
     assert kept == (["cpu"] if kind == "cpu" and dispatch.native_built() else [])
     assert current == ([torch.device("cuda:1")] if kind == "cuda:1" else [])
     assert torch.backends.cudnn.allow_tf32 is (kind == "cpu")
+    assert products.allow_bf16_reduced_precision_reduction is (kind == "cpu")
 
 
 def test_a_module_that_cannot_be_used_is_one_line(monkeypatch):

@@ -66,7 +66,7 @@ def prepare_device(device: torch.device, little_work: bool) -> None:
 
     On the CPU the process keeps what tensors free for the next ones: new pages would be a third of the time of an
     update in float32. On CUDA float32 is then float32 in convolutions, too, where cuDNN would take TF32, with 10 bits
-    of mantissa.
+    of mantissa, and sums of bfloat16 products are float32 to their end, where cuBLAS would round parts of long ones.
 
     One thread where an update is little work (`Config.little_work`), unless OMP_NUM_THREADS is set: two gain little
     there on idle cores, and on busy ones they wait for each other. An update of the demo on two busy cores: 31 ms of
@@ -78,6 +78,7 @@ def prepare_device(device: torch.device, little_work: bool) -> None:
         if device.index is not None:  # otherwise it is the current one
             torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         return
     if dispatch.native_built():
         try:

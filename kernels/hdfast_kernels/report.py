@@ -312,6 +312,7 @@ def cases() -> list[Case]:
         Case("lambda_return", "imagined 15x1024 fp32", lambda_return, quick=True),
         Case("rssm_observe", "observe 64x16x512 bf16", rssm_observe(64, 16, 512, 512, low), quick=True),
         Case("rssm_observe", "observe 64x16x512 fp32", rssm_observe(64, 16, 512, 512, full)),
+        Case("rssm_observe", "medium 64x16x1024 bf16", rssm_observe(64, 16, 1024, 640, low)),
         Case("rssm_observe", "medium 50x50x1024 bf16", rssm_observe(50, 50, 1024, 640, low)),
     ]
 

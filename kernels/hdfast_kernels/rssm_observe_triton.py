@@ -31,18 +31,31 @@ class Layout:
 # A tensor-core tile has 16 rows. 8 warps share a sum, each with a part of its depth: as deep as compiles without
 # spilling on sm_80, 90 and 100, 64 at most (an operand then takes 32 registers a thread). 8 columns are the least of
 # a tensor-core tile; 16 where there are more programs than multiprocessors. Programs that wait for each other must
-# all be running: persistent, they must not exceed the multiprocessors of the smallest chip in view (A100).
-ROWS, SPLIT, MULTIPROCESSORS = 16, 8, 108
+# all be running: persistent, they must not exceed the multiprocessors.
+ROWS, SPLIT = 16, 8
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # by architecture, of what is compiled for without a GPU
 
 
-def layout(B: int, D: int, U: int, low: torch.dtype, persistent: bool) -> Layout:
-    """The split of a step; ValueError where a persistent kernel would need more than 32 columns a program."""
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at the same time on a device; where none is, on the chip that kernels are compiled for."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    if device.type == "meta":
+        return MULTIPROCESSORS[triton.runtime.driver.active.get_current_target().arch]
+    return min(MULTIPROCESSORS.values())
+
+
+def layout(B: int, D: int, U: int, low: torch.dtype, persistent: bool, at_once: int) -> Layout:
+    """The split of a step for a chip with `at_once` multiprocessors.
+
+    Raises ValueError where a persistent kernel would need more than 32 columns a program.
+    """
     row_programs, columns, block = max(1, -(-B // ROWS)), max(D, U), 8
     widest = 32 if persistent else 16
-    while -(-columns // block) * row_programs > MULTIPROCESSORS and block < widest:
+    while -(-columns // block) * row_programs > at_once and block < widest:
         block *= 2
     programs = -(-columns // block)
-    if persistent and programs * row_programs > MULTIPROCESSORS:
+    if persistent and programs * row_programs > at_once:
         raise ValueError(
             f"rssm_observe: {B} sequences with {columns} columns do not fit one persistent launch"
         )
@@ -88,7 +101,7 @@ class _Observe(torch.autograd.Function):
         T, B, S = uniform.shape
         D, U, K = len(initial_deter), embed.shape[-1], len(in_stoch) // S
         is_first = is_first.view(torch.uint8)
-        grid = layout(B, D, U, in_stoch.dtype, persistent)
+        grid = layout(B, D, U, in_stoch.dtype, persistent, multiprocessors(embed.device))
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=embed.device)

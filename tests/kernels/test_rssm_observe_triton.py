@@ -47,7 +47,7 @@ def test_under_the_interpreter():
         command, capture_output=True, text=True, env=environment, cwd=here.parents[2], check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 passed" in done.stdout, done.stdout
+    assert "9 passed" in done.stdout, done.stdout
 
 
 @interpreted
@@ -148,8 +148,9 @@ def test_a_barrier_releases_and_asks_until_all_are_there():
 
 
 @needs_triton
-def test_programs_that_wait_for_each_other_all_run():
-    from hdfast_kernels.rssm_observe_triton import MULTIPROCESSORS, layout
+@pytest.mark.parametrize("at_once", [108, 132])
+def test_programs_that_wait_for_each_other_all_run(at_once):
+    from hdfast_kernels.rssm_observe_triton import layout
 
     for B, D, U in (
         (1, 512, 512),
@@ -159,9 +160,22 @@ def test_programs_that_wait_for_each_other_all_run():
         (16, 1024, 640),
         (48, 1024, 640),
     ):
-        split = layout(B, D, U, torch.bfloat16, True)
-        assert split.programs * split.row_programs <= MULTIPROCESSORS
+        split = layout(B, D, U, torch.bfloat16, True, at_once)
+        assert split.programs * split.row_programs <= at_once
         assert split.programs * split.BLOCK >= max(D, U)
     with pytest.raises(ValueError, match="1000 sequences with 512 columns do not fit one persistent launch"):
-        layout(1000, 512, 512, torch.bfloat16, True)
-    assert layout(1000, 512, 512, torch.bfloat16, False).BLOCK == 16
+        layout(1000, 512, 512, torch.bfloat16, True, at_once)
+    assert layout(1000, 512, 512, torch.bfloat16, False, at_once).BLOCK == 16
+
+
+@needs_triton
+@compiled
+def test_a_layout_is_that_of_the_chip():
+    from hdfast_kernels.rssm_observe_triton import layout, multiprocessors
+
+    blocks = {}
+    for sm in (80, 90):
+        with report.compiling(sm):
+            at_once = multiprocessors(torch.device("meta"))
+        blocks[sm] = layout(16, 1024, 640, torch.bfloat16, False, at_once).BLOCK
+    assert blocks == {80: 16, 90: 8}, "128 programs of 8 columns fit into one wave of an H100, not of an A100"
