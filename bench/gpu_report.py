@@ -93,8 +93,8 @@ def summary(record: dict[str, Any]) -> list[str]:
     counts = Counter(test["outcome"] for test in record.get("tests", []))
     if counts["passed"] or counts["failed"]:
         lines.append(f"- {counts['passed']} tests on the GPU passed, {counts['failed']} failed.")
-    chosen = [row["op"] for row in record["cuda_default"] if row["backend"] == "triton"]
-    lines.append(f"- Right and faster in Triton: {', '.join(chosen) or 'nothing that was seen here'}.")
+    chosen = [row["op"] for row in record["cuda_default"] if row["backend"] != "reference"]
+    lines.append(f"- Right and faster fused: {', '.join(chosen) or 'nothing that was seen here'}.")
     rest = [f"{name} ({step['status']})" for name, step in record["steps"].items() if step["status"] != "ok"]
     return lines + ([f"- Not complete: {', '.join(rest)}."] if rest else [])
 

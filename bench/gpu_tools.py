@@ -124,12 +124,13 @@ def outcomes(path: Path) -> list[dict[str, str]]:
 
 
 def tests_of(op: str, tests: Iterable[dict[str, str]]) -> Counter[str]:
-    """Outcomes of the tests of an op's Triton kernels on a GPU, by file or by the name of the op in the test's."""
-    files = {f"test_{op}", f"test_{op}_triton", f"test_{op.removesuffix('_loss').removesuffix('_mean')}"}
+    """Outcomes of the tests of an op's fused kernels on a GPU, by file or by the name of the op in the test's."""
+    short = op.removesuffix("_loss").removesuffix("_mean").removesuffix("_step")
+    files = {f"test_{op}", f"test_{op}_triton", f"test_{short}", f"test_native_{short}"}
     mine = [
         test
         for test in tests
-        if "triton-cuda" in test["name"]
+        if re.search("(triton|fused)-cuda", test["name"])
         and "persistent" not in test["name"]  # a variant that no default chooses
         and (test["file"] in files or (test["file"] == "test_training_shapes" and op in test["name"]))
     ]

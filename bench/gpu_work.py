@@ -9,7 +9,6 @@ Axes: T time, B windows, N environments.
 
 import argparse
 import contextlib
-import functools
 import json
 import re
 import statistics
@@ -60,27 +59,29 @@ Run = Callable[[], Any]
 def backend(name: str) -> Iterator[None]:
     """Has every op that implements backend `name` run on it by default, and every other one on its reference.
 
-    "default" changes nothing; "triton-persistent" is "triton" with the observe scan in one launch a direction.
+    "default" changes nothing; "triton" has Adam fused, too, and "triton-persistent" the observe scan in one launch a
+    direction besides.
 
     Raises: ValueError for another name.
     """
     if name not in BACKENDS:
         raise ValueError(f"no backend {name!r}, right are {', '.join(BACKENDS)}")
     before: dict[str, dict[str, str]] = {}
-    scan = dispatch._ops["rssm_observe"].implementations
-    triton_scan = scan["triton"]
     try:
         if name != "default":
-            wanted = name.removesuffix("-persistent")
-            chosen = {op: wanted for op in dispatch.ops() if wanted in dispatch._ops[op].implementations}
+            wanted = {
+                "triton": ("triton", "fused"),
+                "triton-persistent": ("persistent", "triton", "fused"),
+            }.get(name, (name,))
+            have = {op: dispatch._ops[op].implementations for op in dispatch.ops()}
+            chosen = {
+                op: next(b for b in wanted if b in own) for op, own in have.items() if {*wanted} & {*own}
+            }
             before = {device: dispatch.use(device, chosen) for device in ("cpu", "cuda")}
-        if name == "triton-persistent":
-            scan["triton"] = functools.partial(triton_scan, persistent=True)
         yield
     finally:
         for device, table in before.items():
             dispatch.use(device, table)
-        scan["triton"] = triton_scan
 
 
 def synchronize(device: torch.device) -> None:

@@ -355,13 +355,13 @@ def test_gather_windows(compare, name):
     beside_eager(compare, run, eager, nbytes, name=name, op="gather_windows", dtype=torch.uint8)
 
 
-ADAM = ["eager", "fused", *backends_available("adam_step", torch.empty(0, device=DEVICE))]
+ADAM = ["eager", "torch.optim", *backends_available("adam_step", torch.empty(0, device=DEVICE))]
 
 
 @pytest.mark.parametrize("name", ADAM)
 @pytest.mark.benchmark(group="adam_step small fp32")
 def test_adam_step(compare, name):
-    """The parameters of the small model, with its clip; `eager` and `fused` are torch.optim.Adam's."""
+    """The parameters of the small model, with its clip; `eager` and `torch.optim`: its Adam, foreach and fused."""
     shapes = [(3 * D, D + U), *[(1024, 512)] * 12, (4096, 1536), (256, 128, 4, 4), *[(512,)] * 40]
     params = [number(*shape, scale=0.02) for shape in shapes]
     grads = [torch.randn_like(param) for param in params]
@@ -381,7 +381,7 @@ def test_adam_step(compare, name):
         return run
 
     eager = optimizer(foreach=True)
-    if name in ("eager", "fused"):
+    if name in ("eager", "torch.optim"):
         run = eager if name == "eager" else optimizer(fused=True)
     else:
         values = [param.detach() for param in params]

@@ -26,6 +26,7 @@ from hdfast.tuning.search import (
     EAGER_TIMES,
     FINE,
     GRAPH,
+    INSTEAD,
     TIMES,
     TOGETHER,
     Job,
@@ -34,7 +35,7 @@ from hdfast.tuning.search import (
 from hdfast.tuning.settle import find, summary
 
 PATIENCE = 6.0  # times that of a run: on a CPU an update may take seconds, and nothing waits for this
-TIMING = (TIMES, EAGER_TIMES, FINE)
+TIMING = (TIMES, EAGER_TIMES, FINE, INSTEAD)
 
 
 def tune(config: Config, console: Console, *, again: bool) -> Choice:
@@ -85,6 +86,9 @@ def table(choice: Choice) -> Table:
         worth = f"{without[op]:.2f}" if op in without else ""
         runs = "as by default" if choice.ops is None else choice.ops.get(op, "reference")
         rows.add_row(op, "yes" if line["right"] else "no", worth, runs)
+    for name, line in choice.report.get(INSTEAD, {}).get("tried", {}).items():
+        worth = f"{line['without']:.2f}" if "without" in line else ""
+        rows.add_row(name, "yes" if line["right"] else "no", worth, "")
     if graph := choice.report.get(GRAPH):
         right = "yes" if graph["right"] else "no"
         rows.add_row("update and act", right, "", "CUDA graph" if choice.graph else "eager")

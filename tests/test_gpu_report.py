@@ -17,11 +17,13 @@ def test_triton_is_proposed_where_it_is_right_and_faster_everywhere():
     ops = dict.fromkeys(
         ("image_loss", "kl_balance", "two_hot_loss", "lambda_return"), ("reference", "triton")
     )
-    ops |= {"adam_step": ("reference",), "rssm_observe": ("reference", "triton")}
+    ops |= {"rssm_observe": ("reference", "triton", "persistent"), "linear": ("reference", "native")}
+    ops["adam_step"] = ("reference", "fused", "native")
     tests = [
         {"file": f"test_{name}", "name": "t[triton-cuda]", "outcome": outcome, "reason": ""}
         for name, outcome in (("image_loss", "passed"), ("kl_balance", "failed"), ("two_hot", "passed"))
     ]
+    tests.append({"file": "test_native_adam", "name": "t[fused-cuda]", "outcome": "passed", "reason": ""})
     tests.append(
         {
             "file": "test_training_shapes",
@@ -31,7 +33,7 @@ def test_triton_is_proposed_where_it_is_right_and_faster_everywhere():
         }
     )
     benchmarks = [bench_row(name, "reference", 10.0) for name in ops]
-    benchmarks += [bench_row(name, "triton", 4.0) for name in ops]
+    benchmarks += [bench_row(name, "fused" if name == "adam_step" else "triton", 4.0) for name in ops]
     benchmarks += [
         bench_row("two_hot_loss", i, us, "g bf16") for i, us in (("reference", 3.0), ("triton", 4.0))
     ]
@@ -42,10 +44,11 @@ def test_triton_is_proposed_where_it_is_right_and_faster_everywhere():
         for row in proposal({"tests": tests, "benchmarks": benchmarks, "rows": rows}, ops)
     }
     assert found == {
-        "adam_step": ("reference", "has no Triton kernel"),
+        "adam_step": ("fused", "1 tests passed; 2.50 to 2.50 x the reference"),
         "image_loss": ("triton", "1 tests passed; 2.50 to 2.50 x the reference"),
         "kl_balance": ("reference", "1 of 1 tests failed"),
         "lambda_return": ("reference", "no test of it ran on a GPU"),
+        "linear": ("reference", "has no fused kernel"),
         "rssm_observe": ("triton", "1 tests passed; 2.50 to 3.00 x the reference"),
         "two_hot_loss": ("reference", "1 tests passed; 0.75 to 2.50 x the reference"),
     }
@@ -178,5 +181,5 @@ def test_the_markdown_of_nothing():
     text = markdown(record)
     assert "nothing is measured without a GPU" in text
     assert "CUDA_DEFAULT: dict[str, str] = {}" in text
-    assert "- Right and faster in Triton: nothing that was seen here." in text
+    assert "- Right and faster fused: nothing that was seen here." in text
     assert "## Training" not in text

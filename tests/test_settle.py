@@ -117,7 +117,7 @@ def test_a_run_searches_once_where_it_does_so_by_itself(monkeypatch):
     assert len(searched) == 1
     assert len(said) == 2
     assert "--train.no-tune" in said[0]
-    assert said[1].startswith("1 ops in native (ms an update: plain PyTorch 12.3, fused 5); kept in ")
+    assert said[1].startswith("1 op in native (ms an update: plain PyTorch 12.3, fused 5); kept in ")
     assert settled(said, train={"tune": False}) == Choice(), "nor what is remembered"
 
 
@@ -180,7 +180,7 @@ def test_the_door_tells_and_remembers(monkeypatch, capfd):
     rows = [line.split() for line in out.splitlines()]
     assert ["kl_balance", "yes", "1.25", "native"] in rows
     assert ["linear", "no", "reference"] in rows
-    assert "1 ops in native (ms an update: plain PyTorch 2, fused 1)" in out
+    assert "1 op in native (ms an update: plain PyTorch 2, fused 1)" in out
     assert door(tune.main, ["--suite", "demo"], monkeypatch, capfd)[0] == 0
     assert len(searched) == 1
     assert door(tune.main, ["--suite", "demo", "--again"], monkeypatch, capfd)[0] == 0

@@ -13,7 +13,7 @@ import torch
 from hdfast.runtime.errors import Interrupted
 from hdfast.tuning import search as searching
 from hdfast.tuning.choice import Choice
-from hdfast.tuning.search import FINE, GRAPH, TIMES, Job, TuningError, chosen, leave_out
+from hdfast.tuning.search import FINE, GRAPH, INSTEAD, TIMES, Job, TuningError, chosen, leave_out
 from hdfast.tuning.settle import summary
 from hdfast.tuning.trials import Verdict
 from tests.agent_cases import SPECS, make_actions, one_thread, small_config  # noqa: F401
@@ -190,6 +190,9 @@ def test_where_a_capture_fails_another_process_does_the_rest_without(monkeypatch
         def candidates(self):
             return {"kl_balance": "triton"}
 
+        def others(self):
+            return {}
+
         def judge(self, ops):
             return Verdict(True)
 
@@ -241,6 +244,36 @@ def test_the_fastest_is_chosen_and_no_op_stays_that_costs_time():
     assert left["without"]["a"] == pytest.approx(10.52 / 8.52, abs=1e-3)
     slow = searching.times(Clock(lambda ops, graph: 1 + len(ops)), {"a": "triton"}, False)
     assert (slow["ops"], slow["graph"]) == ({}, False)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "ms", "taken", "told"),
+    [
+        ("", 8.0, "persistent", {"right": True, "why": "", "without": 1.25}),
+        ("", 11.0, "triton", {"right": True, "why": "", "without": 0.909}),
+        ("op", 8.0, "triton", {"right": False, "why": "off"}),
+        ("graph", 8.0, "triton", {"right": False, "why": "stale"}),
+    ],
+)
+def test_other_kernels_take_the_place_of_some_where_they_are_right_and_faster(wrong, ms, taken, told):
+    class Fake(Clock):
+        def judge(self, ops):
+            assert ops == {"scan": "persistent"}
+            return Verdict(False, "off") if wrong == "op" else Verdict(True)
+
+        def judge_graph(self, ops):
+            assert ops == {"scan": "persistent", "a": "triton"}
+            return Verdict(False, "stale") if wrong == "graph" else Verdict(True)
+
+    clock, alive = Fake(lambda ops, graph: ms if ops["scan"] == "persistent" else 10.0), []
+    found = {"right": True, "ops": {"scan": "triton", "a": "triton"}, "graph": True}
+    line = searching.replace(clock, found, {"scan": "persistent"}, lambda: alive.append(1))
+    assert line["ops"] == {"scan": taken, "a": "triton"}
+    assert line["tried"] == {"scan, persistent": told}
+    assert (line["right"], line["graph"]) == (True, True)
+    assert alive
+    last = {FINE: {**found, "ops": {"a": "triton"}}, INSTEAD: line}
+    assert chosen(last).ops == line["ops"]
 
 
 def test_what_follows_from_the_lines():

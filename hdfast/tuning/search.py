@@ -32,7 +32,7 @@ from hdfast.tuning.trials import WORTH, Trials, Verdict
 LIMIT = 180.0  # seconds for one trial; the first of an op compiles its kernels
 BUDGET = 600.0  # seconds for all; a run that is to begin has waited long enough by then
 DEFINITION, TOGETHER, GRAPH, TIMES = "plain PyTorch", "all together", "CUDA graphs", "times"
-EAGER_TIMES, FINE = "times without graphs", "times without each"
+EAGER_TIMES, FINE, INSTEAD = "times without graphs", "times without each", "times with other kernels"
 
 Report = Callable[[Mapping[str, Any]], None]
 
@@ -87,7 +87,7 @@ def search(
             return chosen(job.known)  # all is done, or the time is over
         job.known[begun] = {"end": begun, "right": False, "why": reason}
         tell(job.known[begun])
-        if begun == FINE or time.monotonic() > end:
+        if begun in (FINE, INSTEAD) or time.monotonic() > end:
             return chosen(job.known)
 
 
@@ -98,7 +98,8 @@ def milliseconds(report: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 def chosen(known: Mapping[str, Mapping[str, Any]]) -> Choice:
     """The choice that follows from the last lines of all trials."""
-    last = next((known[name] for name in (FINE, EAGER_TIMES, TIMES) if known.get(name, {}).get("right")), {})
+    order = (INSTEAD, FINE, EAGER_TIMES, TIMES)
+    last = next((known[name] for name in order if known.get(name, {}).get("right")), {})
     report = {name: {k: v for k, v in line.items() if k != "end"} for name, line in known.items()}
     return Choice(last.get("ops"), bool(last.get("graph", False)), report)
 
@@ -148,7 +149,12 @@ def work(job: Job, write: Report) -> None:
     if graph and not found["right"]:
         found = trial(EAGER_TIMES, surviving(lambda: times(trials, ops, False)))
     if found["right"] and found["ops"]:
-        trial(FINE, surviving(lambda: leave_out(trials, found, lambda: write({"begin": FINE}))))
+        fine = trial(FINE, surviving(lambda: leave_out(trials, found, lambda: write({"begin": FINE}))))
+        best = fine if fine["right"] else found
+        if others := {op: backend for op, backend in trials.others().items() if op in best["ops"]}:
+            trial(
+                INSTEAD, surviving(lambda: replace(trials, best, others, lambda: write({"begin": INSTEAD})))
+            )
 
 
 def times(trials: Trials, ops: Mapping[str, str], graph: bool) -> dict[str, Any]:
@@ -178,6 +184,29 @@ def leave_out(trials: Trials, found: Mapping[str, Any], alive: Callable[[], None
         if there < WORTH * here:
             ops = rest
     return {"right": True, "ops": ops, "graph": found["graph"], "without": without}
+
+
+def replace(
+    trials: Trials, found: Mapping[str, Any], others: Mapping[str, str], alive: Callable[[], None]
+) -> dict[str, Any]:
+    """What is found with other backends of some ops, where they are right and the update is faster with them.
+
+    others: backend by op. alive: called before each.
+    """
+    ops, tried = dict(found["ops"]), {}
+    for op, backend in others.items():
+        alive()
+        swapped = {**ops, op: backend}
+        verdict = trials.judge({op: backend})
+        if verdict.right and found["graph"]:
+            verdict = trials.judge_graph(swapped)
+        told = tried[f"{op}, {backend}"] = asdict(verdict)
+        if verdict.right:
+            alive()
+            here, there = trials.milliseconds((ops, found["graph"]), (swapped, found["graph"]))
+            told["without"] = round(here / there, 3)
+            ops = swapped if there < here else ops
+    return {"right": True, "ops": ops, "graph": found["graph"], "tried": tried}
 
 
 def _lines(

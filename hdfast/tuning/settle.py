@@ -70,7 +70,9 @@ def summary(choice: Choice) -> str:
     if choice.ops is None:
         return "no update could be timed, so ops run as by default"
     fused = Counter(choice.ops.values())
-    parts = [f"{count} ops in {backend}" for backend, count in sorted(fused.items())] or ["plain PyTorch"]
+    parts = [
+        f"{count} {'op' if count == 1 else 'ops'} in {backend}" for backend, count in sorted(fused.items())
+    ] or ["plain PyTorch"]
     parts += ["as a CUDA graph"] if choice.graph else []
     ms = milliseconds(choice.report)
     times = ", ".join(

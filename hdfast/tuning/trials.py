@@ -27,7 +27,11 @@ from hdfast.replay.contents import random_row, replay_specs
 from hdfast.runtime.graphs import WARMUP
 from hdfast_kernels import dispatch
 
-FUSED = {"cuda": "triton", "cpu": "native"}  # what is tried beside the definition
+FUSED = {
+    "cuda": ("triton", "fused"),
+    "cpu": ("native",),
+}  # what is tried beside the definition: the first there is
+INSTEAD = {"cuda": ("persistent",)}  # and what may take its place
 NUDGES = 2  # updates whose parameters are moved by a rounding error
 SLACK, TOLERANCE = 4.0, 0.02  # times the yardstick, and in any case
 ROUNDS, ROUND_SECONDS = 5, 0.05
@@ -81,9 +85,18 @@ class Trials:
         """The fused backend of every op that has one here; none where HDFAST_BACKEND decides."""
         if os.environ.get("HDFAST_BACKEND"):
             return {}
-        fused = FUSED[self.device.type]
+        return self._first_of(FUSED[self.device.type])
+
+    def others(self) -> dict[str, str]:
+        """The other fused backend of every op that has two here."""
+        return self._first_of(INSTEAD.get(self.device.type, ()))
+
+    def _first_of(self, backends: tuple[str, ...]) -> dict[str, str]:
+        """By op, the first of these backends that runs here."""
         probe = torch.empty(0, device=self.device)
-        return {op: fused for op in dispatch.ops() if fused in dispatch.backends_available(op, probe)}
+        runs = {op: dispatch.backends_available(op, probe) for op in dispatch.ops()}
+        have = {op: [backend for backend in backends if backend in runs[op]] for op in runs}
+        return {op: names[0] for op, names in have.items() if names}
 
     def measure_definition(self) -> None:
         """What plain PyTorch comes to, and how far rounding leads it astray."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .numerics import as_contiguous, copy_back
 
 
 def adam_step_native(
@@ -22,12 +23,11 @@ def adam_step_native(
     apply: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `hdfast_kernels.adam_step`; what is changed in place and not contiguous is changed in a copy first."""
-    changed, strided = (*params, *exp_avg, *exp_avg_sq), False
+    changed, count = (*params, *exp_avg, *exp_avg_sq), len(params)
     for tensor in changed:
         if tensor.dtype != torch.float32:
             raise TypeError(f"adam_step: a tensor is {tensor.dtype}, expected float32")
-        strided = strided or not tensor.is_contiguous()
-    laid, count = [tensor.contiguous() for tensor in changed] if strided else changed, len(params)
+    laid = as_contiguous(changed)
     grads = [native.as_float(grad) for grad in grads]
     norm = native.empty()
     applied = torch.ones((), dtype=torch.bool, device="cpu") if apply is None else apply.clone()
@@ -38,9 +38,7 @@ def adam_step_native(
         native.ptr(sizes), count, native.ptr(step), float(lr), *betas, eps, weight_decay, max_norm,
         native.ptr(norm), native.ptr(applied), native.threads(),
     )  # fmt: skip
-    for tensor, copy in zip(changed, laid, strict=True) if strided else ():
-        if copy is not tensor:
-            tensor.copy_(copy)
+    copy_back(changed, laid)
     # As in-place operations do, so that a backward through what was computed before is refused.
     torch.autograd.graph.increment_version([*changed, step])
     return norm, applied

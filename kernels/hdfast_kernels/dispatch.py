@@ -1,7 +1,8 @@
 """Which implementation of an op runs.
 
-Every op has up to three backends: `reference` (plain PyTorch, the definition), `triton` (CUDA) and `native`
-(C++ on the CPU). A call may name one (`backend="native"`), the environment may force one on every op that has
+An op has some of these backends: `reference` (plain PyTorch, the definition), `triton` (CUDA), `persistent` (in Triton
+too, one launch for what else takes hundreds), `fused` (a kernel of PyTorch's own that does all of it) and `native` (C++
+on the CPU). A call may name one (`backend="native"`), the environment may force one on every op that has
 it (`HDFAST_BACKEND=reference`), and otherwise the table below decides. A backend that is asked for and cannot
 run is an error that says how to mend it; nothing falls back silently.
 """
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("reference", "triton", "native")
+BACKENDS = ("reference", "triton", "persistent", "fused", "native")
+IN_TRITON = ("triton", "persistent")
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
 
 # What runs by default where more than one backend can. An op that is not named runs its reference. On the CPU
@@ -66,16 +68,19 @@ def register(
     *,
     reference: Callable[..., Any] | None = None,
     triton: Callable[..., Any] | None = None,
+    persistent: Callable[..., Any] | None = None,
+    fused: Callable[..., Any] | None = None,
     native: Callable[..., Any] | None = None,
     dtypes: tuple[torch.dtype, ...] | None = FUSED_DTYPES,
 ) -> None:
     """Add implementations of `op`; the calls for one op may be several and add up.
 
-    `dtypes` are those of the deciding tensor that the fused backends (triton, native) take; None means all.
+    `dtypes` are those of the deciding tensor that all but the reference take; None means all.
     """
     entry = _ops.setdefault(op, _Op())
-    given = {"reference": reference, "triton": triton, "native": native}
-    entry.implementations |= {name: function for name, function in given.items() if function is not None}
+    given = (reference, triton, persistent, fused, native)
+    named = zip(BACKENDS, given, strict=True)
+    entry.implementations |= {name: function for name, function in named if function is not None}
     entry.dtypes = dtypes
 
 
@@ -106,7 +111,7 @@ def resolve(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[...,
     """
     name = resolve_name(op, backend, tensor)
     implementation = _ops[op].implementations[name]
-    if name == "triton" and tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+    if name in IN_TRITON and tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return functools.partial(_on, tensor.device, implementation)
     return implementation
 
@@ -200,6 +205,8 @@ def _obstacle(op: str, backend: str, tensor: torch.Tensor) -> str | None:
             return f"the tensor is on {device}, native runs on the CPU; move it or use another backend"
         if not native_built():
             return f"the C++ module hdfast_kernels._native is not built; build it with `{BUILD_COMMAND}`"
+        return None
+    if backend not in IN_TRITON:
         return None
     if not triton_installed():
         return "triton is not installed; install it with `pip install triton`"

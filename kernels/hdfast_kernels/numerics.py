@@ -1,6 +1,8 @@
 """What several ops share: the dtype they compute in, and the argument checks that their messages phrase
 alike."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,3 +41,17 @@ def check_eps(op: str, eps: float) -> None:
     """Raise ValueError unless a norm's eps is positive: a constant row would divide by zero."""
     if not eps > 0:
         raise ValueError(f"{op}: eps is {eps}, expected a positive number")
+
+
+def as_contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The same tensors, copies in place of those that are not contiguous."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return tensors
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def copy_back(tensors: Sequence[Tensor], laid: Sequence[Tensor]) -> None:
+    """Writes what became of the copies of `as_contiguous` into the tensors that they stood for."""
+    for tensor, copy in zip(tensors, laid, strict=True) if laid is not tensors else ():
+        if copy is not tensor:
+            tensor.copy_(copy)

@@ -15,6 +15,8 @@ Axes: T time, B batch, D deter, U units, S groups, K classes. Source: DreamerV3'
 dreamerv3/rssm.py) with HarmonyDream's sizes; the prior head is not part of the op.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -79,6 +81,7 @@ dispatch.register(
     "rssm_observe",
     reference=rssm_observe_reference,
     triton=rssm_observe_triton,
+    persistent=functools.partial(rssm_observe_triton, persistent=True),
     native=rssm_observe_native,
 )
 
@@ -123,7 +126,9 @@ def rssm_observe(
         *_norm_weight, *_norm_bias: (U,), (3D,), (U,) float32, of the LayerNorms.
         unimix: share of the uniform distribution in the classes' probabilities.
         eps: of the LayerNorms.
-        backend: "reference", "triton" or "native"; None takes the fastest that is proven on the device.
+        backend: "reference", "triton", "persistent" (Triton in one launch a direction, for which all programs must
+            run at the same time; ValueError where they cannot) or "native"; None takes the fastest that is proven on
+            the device.
 
     The matrices (in_stoch, gru, post_deter, logit_weight) share a dtype, which is that of the GEMMs; all else is
     computed in float32 (float64 if they are).

@@ -31,18 +31,16 @@ class Layout:
 # A tensor-core tile has 16 rows. 8 warps share a sum, each with a part of its depth: as deep as compiles without
 # spilling on sm_80, 90 and 100, 64 at most (an operand then takes 32 registers a thread). 8 columns are the least of
 # a tensor-core tile; 16 where there are more programs than multiprocessors. Programs that wait for each other must
-# all be running: persistent, they must not exceed the multiprocessors.
-ROWS, SPLIT = 16, 8
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # by architecture, of what is compiled for without a GPU
+# all be running: persistent, they must not exceed the multiprocessors. More than an A100's are not used: 128 programs
+# of 8 columns would fit into one wave of an H100, and spill there or on a B200, whatever the depth.
+ROWS, SPLIT, MULTIPROCESSORS = 16, 8, 108
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run at the same time on a device; where none is, on the chip that kernels are compiled for."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    if device.type == "meta":
-        return MULTIPROCESSORS[triton.runtime.driver.active.get_current_target().arch]
-    return min(MULTIPROCESSORS.values())
+    """How many programs may run at the same time."""
+    if device.type != "cuda":
+        return MULTIPROCESSORS
+    return min(MULTIPROCESSORS, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def layout(B: int, D: int, U: int, low: torch.dtype, persistent: bool, at_once: int) -> Layout:

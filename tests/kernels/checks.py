@@ -50,7 +50,7 @@ class Backend:
 
 def backends(op: str, *, reference: bool = True) -> list[Any]:
     """pytest parameters: every backend of `op` that runs here, of those in HDFAST_TEST_BACKENDS if it is set."""
-    wanted = os.environ.get("HDFAST_TEST_BACKENDS", "reference,triton,native").split(",")
+    wanted = os.environ.get("HDFAST_TEST_BACKENDS", "reference,triton,fused,native").split(",")
     out = []
     for device in ("cpu", "cuda"):
         if device == "cuda" and (not torch.cuda.is_available() or dispatch.triton_interpreted()):

@@ -148,7 +148,7 @@ def test_a_barrier_releases_and_asks_until_all_are_there():
 
 
 @needs_triton
-@pytest.mark.parametrize("at_once", [108, 132])
+@pytest.mark.parametrize("at_once", [108, 96])
 def test_programs_that_wait_for_each_other_all_run(at_once):
     from hdfast_kernels.rssm_observe_triton import layout
 
@@ -166,16 +166,3 @@ def test_programs_that_wait_for_each_other_all_run(at_once):
     with pytest.raises(ValueError, match="1000 sequences with 512 columns do not fit one persistent launch"):
         layout(1000, 512, 512, torch.bfloat16, True, at_once)
     assert layout(1000, 512, 512, torch.bfloat16, False, at_once).BLOCK == 16
-
-
-@needs_triton
-@compiled
-def test_a_layout_is_that_of_the_chip():
-    from hdfast_kernels.rssm_observe_triton import layout, multiprocessors
-
-    blocks = {}
-    for sm in (80, 90):
-        with report.compiling(sm):
-            at_once = multiprocessors(torch.device("meta"))
-        blocks[sm] = layout(16, 1024, 640, torch.bfloat16, False, at_once).BLOCK
-    assert blocks == {80: 16, 90: 8}, "128 programs of 8 columns fit into one wave of an H100, not of an A100"
