@@ -23,10 +23,11 @@ from .tiles import as_rows, row_tile
 # Forward gathers from a table that lies in the L2 cache (1 MiB at 1,024 x 512 bfloat16) and is bound by
 # latency: 8 numbers a thread are one 16-byte load, and 8 groups at once keep 8 of them in flight.
 FORWARD_COLUMNS, FORWARD_TILE, FORWARD_THREAD, FORWARD_UNROLL = 512, 1024, 8, 8
-# Backward: 32 groups x 4 blocks of 128 columns (U = 512) are 128 programs, one for nearly each of an H100's 132
-# multiprocessors, and none of them shares an output: no atomics, and the rows are added up in one order. 32 rows at a
-# time are the most that float32 holds in registers (64 spill on sm_80).
-BACKWARD_ROWS, BACKWARD_COLUMNS = 32, 128
+# Backward is a product of matrices, the one-hot one made in registers. No two programs share an output: no atomics, and
+# the rows are added up in one order. In bfloat16 a program has 4 groups, whose 128 classes fill the tensor cores
+# and read the gradient once; float32 has no more registers than for one group. Where rows are many, so are the programs:
+# each has a part of the rows, at least BACKWARD_PART tiles of them, and the parts are added up after.
+BACKWARD_COLUMNS, BACKWARD_PART, BACKWARD_PARTS = 128, 32, 8
 # Numbers that PyTorch's backward pass of a bag of embeddings counts in 32 bits on CUDA; it keeps one for each of them.
 _EMBEDDING_LIMIT = 2**29
 
@@ -104,28 +105,39 @@ def onehot_linear_backward(
     dy_ptr,
     dweight_ptr,
     rows,
-    ITERATIONS: tl.constexpr,  # tiles of ROWS that cover the rows
+    ITERATIONS: tl.constexpr,  # tiles of ROWS that cover a part of the rows
     S: tl.constexpr,
     K: tl.constexpr,
     U: tl.constexpr,
     ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
     CLASSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One group's K rows of the weight gradient: one_hot.T @ dy, with the one-hot made in registers."""
-    group = tl.program_id(0)
+    """A part's sum of some groups' rows of the weight gradient: one_hot.T @ dy, with the one-hot made in registers."""
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)  # (GROUPS,)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
-    class_ = tl.arange(0, CLASSES)[:, None]  # (CLASSES, 1)
-    dweight = tl.zeros((CLASSES, BLOCK), tl.float32)
+    part = tl.program_id(2).to(tl.int64)
+    class_ = tl.arange(0, CLASSES)[None, :, None]
+    dweight = tl.zeros((GROUPS * CLASSES, BLOCK), tl.float32)
     for iteration in range(ITERATIONS):
-        row = tl.cast(iteration, tl.int64) * ROWS + tl.arange(0, ROWS)
-        picked = tl.load(index_ptr + row * S + group, mask=row < rows, other=-1)
+        row = (part * ITERATIONS + iteration) * ROWS + tl.arange(0, ROWS)
+        known = (row < rows)[None, :] & (group < S)[:, None]  # (GROUPS, ROWS)
+        picked = tl.load(index_ptr + row[None, :] * S + group[:, None], mask=known, other=-1)
         inside = (row < rows)[:, None] & (column < U)
         dy = tl.load(dy_ptr + row[:, None] * U + column, mask=inside, other=0.0)  # (ROWS, BLOCK)
-        one_hot = tl.where(picked[None, :] == class_, 1.0, 0.0).to(dy.dtype)  # (CLASSES, ROWS)
+        one_hot = tl.where(picked[:, None, :] == class_, 1.0, 0.0).to(dy.dtype)  # (GROUPS, CLASSES, ROWS)
+        one_hot = tl.reshape(one_hot, (GROUPS * CLASSES, ROWS))
         dweight = tl.dot(one_hot, dy, dweight, input_precision="ieee")  # tf32 would round a float32 dy
-    at = (group * K + class_).to(tl.int64) * U + column
-    tl.store(dweight_ptr + at, dweight.to(dweight_ptr.dtype.element_ty), mask=(class_ < K) & (column < U))
+    line = tl.arange(0, GROUPS * CLASSES)[:, None]
+    group = tl.program_id(0) * GROUPS + line // CLASSES
+    class_ = line % CLASSES
+    at = (part * S * K + group * K + class_) * U + column
+    tl.store(
+        dweight_ptr + at,
+        dweight.to(dweight_ptr.dtype.element_ty),
+        mask=(group < S) & (class_ < K) & (column < U),
+    )
 
 
 class _OnehotLinear(torch.autograd.Function):
@@ -160,18 +172,28 @@ class _OnehotLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         index, weight = ctx.saved_tensors
-        (rows, S), (SK, U) = index.shape, weight.shape
         dweight = dlatent = None
         if ctx.needs_input_grad[1]:
-            dweight = torch.empty_like(weight)
-            classes = max(16, triton.next_power_of_2(SK // S))  # a tensor core's product has at least 16 rows
-            onehot_linear_backward[(S, triton.cdiv(U, BACKWARD_COLUMNS))](
-                index, as_rows(dy, U), dweight, rows, triton.cdiv(rows, BACKWARD_ROWS), S, SK // S, U,
-                BACKWARD_ROWS, classes, BACKWARD_COLUMNS, num_warps=4, num_stages=3,
-            )  # fmt: skip
+            dweight = _weight_gradient(index, as_rows(dy, weight.shape[1]), weight)
         if ctx.needs_input_grad[2]:
             dlatent = straight_through_gradient(dy, weight, *ctx.latent)
         return None, dweight, dlatent, dy if ctx.needs_input_grad[3] else None
+
+
+def _weight_gradient(index: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+    """index (rows, S), dy (rows, U) -> the gradient of weight (S*K, U), in its dtype."""
+    (rows, S), (SK, U), half = index.shape, weight.shape, weight.dtype == torch.bfloat16
+    classes = max(16, triton.next_power_of_2(SK // S))  # a tensor core's product has at least 16 rows
+    groups = max(1, min(triton.next_power_of_2(S), 128 // classes)) if half else 1
+    tile = 64 if half else 32
+    tiles = triton.cdiv(rows, tile)
+    parts = max(1, min(tiles // BACKWARD_PART, BACKWARD_PARTS))
+    out = weight.new_empty((parts, SK, U), dtype=weight.dtype if parts == 1 else torch.float32)
+    onehot_linear_backward[(triton.cdiv(S, groups), triton.cdiv(U, BACKWARD_COLUMNS), parts)](
+        index, dy, out, rows, triton.cdiv(tiles, parts), S, SK // S, U, tile, groups, classes, BACKWARD_COLUMNS,
+        num_warps=8, num_stages=3 if half else 2,
+    )  # fmt: skip
+    return out[0] if parts == 1 else out.sum(0).to(weight.dtype)
 
 
 def onehot_linear(

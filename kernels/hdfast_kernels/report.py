@@ -293,6 +293,8 @@ def cases() -> list[Case]:
         Case("onehot_linear", "observe 16x32 to 512 bf16", onehot_linear(16, 512, low)),
         Case("onehot_linear", "imagine 1024x32 to 512 bf16", onehot_linear(1024, 512, low), quick=True),
         Case("onehot_linear", "imagine 1024x32 to 512 fp32", onehot_linear(1024, 512, full)),
+        Case("onehot_linear", "actor-critic 16384x32 to 512 bf16", onehot_linear(16384, 512, low)),
+        Case("onehot_linear", "actor-critic 16384x32 to 512 fp32", onehot_linear(16384, 512, full)),
         Case("onehot_linear", "medium 1024x32 to 640 bf16", onehot_linear(1024, 640, low)),
         Case("sample_onehot", "imagine 1024x32x32 bf16", sample_onehot(1024, low), quick=True),
         Case("sample_onehot", "imagine 1024x32x32 fp32", sample_onehot(1024, full)),

@@ -8,7 +8,8 @@ from checks import backends, check_against_fp64, random
 
 from hdfast_kernels import onehot_linear
 
-# leading axes, S, K, U: one row; odd; the agent's 32 x 32; no rows; one group; more rows than a block; whole tiles
+# leading axes, S, K, U: one row; odd; the agent's 32 x 32; no rows; one group; more rows than a block; whole tiles;
+# rows that are added up in parts
 CASES = [
     ((1,), 3, 5, 7),
     ((3, 3), 5, 7, 33),
@@ -17,6 +18,7 @@ CASES = [
     ((9,), 1, 2, 1),
     ((150,), 4, 40, 140),
     ((40,), 3, 8, 256),
+    ((4200,), 3, 5, 24),
 ]
 
 
