@@ -1,20 +1,19 @@
 """Prints the tables of the suites that have runs, from those that are finished, beside the published scores.
 
-Or writes the learning curves of all runs, finished or not (--curves).
+Or those of several folders side by side (--logdir A B), such as of learned harmony and of none. Or writes the
+learning curves of all runs, finished or not (--curves).
 """
 
+import argparse
 import csv
 import io
 import json
-import math
 import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from hdfast import suites
@@ -25,6 +24,7 @@ from hdfast.runtime.arguments import Arguments, given_path
 from hdfast.runtime.console import Console
 from hdfast.runtime.errors import ConfigError, RunError, disk_errors
 from hdfast.runtime.files import plain, replacing
+from hdfast.tables import TaskScores, as_dict, side_by_side, table, title
 
 CURVES = (  # the columns of --curves
     "suite",
@@ -39,27 +39,17 @@ CURVES = (  # the columns of --curves
 )
 
 
-@dataclass(frozen=True)
-class TaskScores:
-    """The finished runs of one task: seed -> final score, and share of episodes solved where the task says so."""
-
-    task: suites.Task
-    scores: Mapping[int, float]
-    success: Mapping[int, float] = field(default_factory=dict)
-
-    @property
-    def mean(self) -> float:
-        """Mean score over seeds; NaN if no run is finished."""
-        return _mean(self.scores.values())
-
-
 def collect(
-    logdir: Path, suite: suites.Suite, tasks: Sequence[suites.Task] | None = None
+    logdir: Path,
+    suite: suites.Suite,
+    tasks: Sequence[suites.Task] | None = None,
+    *,
+    label: str = "",
 ) -> list[TaskScores]:
     """Reads the final evaluation of every finished run of `tasks` below `logdir`.
 
     By default these are all tasks of the suite, and what else was trained of it. A run that cannot be read is warned
-    of, and left out. A task whose seeds differ in what they compute is warned of.
+    of, and left out. A task whose seeds differ in what they compute is warned of, after `label`.
     """
     found = []
     for task in tasks if tasks is not None else (*suite.tasks, *_others(logdir, suite)):
@@ -79,7 +69,7 @@ def collect(
                     precisions.add(str(summary["precision"]))
         computed = [f"precision ({' and '.join(sorted(precisions))})"] if len(precisions) > 1 else []
         if fields := [*_differing(configs), *computed]:
-            errors.warn(f"{suite.name} {task.name}: its seeds differ in {', '.join(fields)}")
+            errors.warn(f"{label}{suite.name} {task.name}: its seeds differ in {', '.join(fields)}")
         found.append(TaskScores(task, scores, success))
     return found
 
@@ -102,15 +92,21 @@ def curves(logdir: Path, suite: suites.Suite) -> list[dict[str, Any]]:
     return found
 
 
-def write_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_curves(path: Path, rows: Sequence[Mapping[str, Any]], folders: Sequence[str] = ()) -> None:
     """Writes rows of `curves` as CSV, by suite, task, seed and agent steps, atomically.
+
+    folders: in their order come the rows, whose first column `logdir` then names one of them.
 
     Raises: DiskFullError, RunError.
     """
+
+    def order(row: Mapping[str, Any]) -> list[Any]:
+        return [*([folders.index(row["logdir"])] if folders else []), *(row[name] for name in CURVES[:4])]
+
     text = io.StringIO()
-    writer = csv.DictWriter(text, CURVES, lineterminator="\n")
+    writer = csv.DictWriter(text, (*(["logdir"] if folders else []), *CURVES), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(sorted(rows, key=lambda row: [row[name] for name in CURVES[:4]]))
+    writer.writerows(sorted(rows, key=order))
     with disk_errors(path, "write the curves"):
         target = Path(os.path.realpath(path))  # a link stays one
         if target.exists() and not target.is_file():
@@ -184,71 +180,42 @@ def _others(logdir: Path, suite: suites.Suite) -> list[suites.Task]:
     return list(tasks.values())
 
 
-def table(suite: suites.Suite, rows: Sequence[TaskScores]) -> Table:
-    """Score, success, human-normalised score and published ones per task, then mean, median and IQM of the normalised.
-
-    The aggregates of the published methods are over the tasks that are finished here, so that columns compare.
-    """
-    human = any(row.task.human is not None for row in rows)
-    solved = any(row.success for row in rows)
-    view = Table(box=box.SIMPLE_HEAD)
-    view.add_column("task")
-    optional = [*(["success"] if solved else []), *(["human-norm."] if human else [])]
-    for name in ("seeds", "score", *optional, *suite.methods):
-        view.add_column(name, justify="right")
-    for row in rows:
-        cells = [row.task.name, str(len(row.scores)), _number(row.mean)]
-        if solved:
-            cells.append(f"{_mean(row.success.values()):.0%}" if row.success else "-")
-        if human:
-            known = row.task.human is not None and row.scores
-            cells.append(f"{suites.human_normalized(row.task, row.mean):.3f}" if known else "-")
-        for method in suite.methods:
-            seeds = row.task.published.get(method)
-            cells.append(_number(sum(seeds) / len(seeds)) if seeds else "-")
-        view.add_row(*cells)
-    done = {row.task.name: list(row.scores.values()) for row in rows if row.scores}
-    ours = suite.aggregate(done) if done else None
-    if ours is None:
-        return view
-    published = [
-        suite.aggregate({k: v for k, v in suite.published(method).items() if k in done})
-        for method in suite.methods
-    ]
-    view.add_section()
-    for name in ("mean", "median", "iqm"):
-        others = [f"{getattr(p, name):.3f}" if p else "-" for p in published]
-        view.add_row(f"human-norm. {name}", str(len(done)), "", f"{getattr(ours, name):.3f}", *others)
-    return view
-
-
-def as_dict(suite: suites.Suite, rows: Sequence[TaskScores]) -> dict[str, Any]:
-    """The same for JSON: per task the scores and success rates by seed, and the aggregates."""
-    done = {row.task.name: list(row.scores.values()) for row in rows if row.scores}
-    aggregate = suite.aggregate(done) if done else None
-    success = {row.task.name: {str(k): v for k, v in row.success.items()} for row in rows if row.success}
-    return {
-        "suite": suite.name,
-        "tasks": {row.task.name: {str(k): v for k, v in row.scores.items()} for row in rows},
-        "success": success or None,
-        "human_normalized": None if aggregate is None else vars(aggregate),
-    }
-
-
 def show(suite: suites.Suite, rows: Sequence[TaskScores]) -> None:
-    """Prints the table; as wide as its content when the output is not a terminal."""
+    """Prints the table; with room for 120 columns when the output is not a terminal."""
+    _print(title(suite, [rows]), table(suite, rows))
+
+
+def compare(suite: suites.Suite, found: Mapping[str, Sequence[TaskScores]]) -> None:
+    """Prints the table of several folders; found: name of the folder -> what `collect` finds in it."""
+    finished = any(row.scores for rows in found.values() for row in rows)
+    view = side_by_side(suite, found) if finished else "no run is finished yet\n"
+    _print(title(suite, found.values()), view)
+
+
+def _print(heading: str, view: Table | str) -> None:
     console = Console()
-    console.print(f"{suite.name}: score of the final evaluation, mean over seeds", highlight=False)
-    console.print(table(suite, rows), width=None if console.is_terminal else 120)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    console.print(heading, highlight=False, markup=False, soft_wrap=True)
+    console.print(view)
 
 
 def main() -> None:
     parser = Arguments("python -m hdfast.report", __doc__)
     parser.add_argument("--suite", help="which suite, all that have runs if left out")
-    parser.add_argument("--logdir", type=given_path, default=Path("runs"), help="folder that holds all runs")
+    parser.add_argument(
+        "--logdir",
+        type=given_path,
+        nargs="+",
+        action="extend",
+        default=argparse.SUPPRESS,  # "extend" would keep any other
+        help="folder that holds all runs, or several to compare (default: runs)",
+    )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
-        "--json", action="store_true", help="print JSON instead: one suite, or a list of them"
+        "--json",
+        action="store_true",
+        help="print JSON instead: one suite, or a list of them; of several folders a list with the suites of each",
     )
     instead.add_argument(
         "--curves",
@@ -258,45 +225,102 @@ def main() -> None:
     )
     args = parser.parse_args()
     chosen = [suites.get(args.suite)] if args.suite is not None else []
-    with disk_errors(args.logdir, "read the folder"):
-        if not args.logdir.is_dir():
-            raise ConfigError(f"there is no folder {args.logdir}", where="--logdir")
-    if not (chosen := chosen or with_runs(args.logdir)):
-        hint = "a run is <logdir>/<suite>/<task>/seed<k>, of python -m hdfast.train --logdir"
-        raise RunError("there are no runs in this folder", where=args.logdir, hint=hint)
+    folders = getattr(args, "logdir", [Path("runs")])
+    runs = _suites_of(folders, chosen)
     if args.curves is not None:
-        rows = [row for suite in chosen for row in curves(args.logdir, suite)]
-        if not rows:
-            of = "" if args.suite is None else f" of {args.suite}"
-            hint = "a run evaluates every --eval.every agent steps, and at its end"
-            raise RunError(f"there are no evaluations{of} in this folder", where=args.logdir, hint=hint)
-        write_curves(args.curves, rows)
-        runs = {(row["suite"], row["task"], row["seed"]) for row in rows}
-        sys.stdout.write(f"{_count(rows, 'evaluation')} of {_count(runs, 'run')}: {args.curves}\n")
+        _save_curves(args.curves, runs, several=len(folders) > 1, of=args.suite)
         return
-    found = [(suite, collect(args.logdir, suite)) for suite in chosen]
+    if len(folders) > 1:
+        _show_several(runs, as_json=args.json)
+        return
+    ((folder, there),) = runs.items()
+    found = [(suite, collect(folder, suite)) for suite in there]
     if args.json:
         about = [as_dict(suite, rows) for suite, rows in found]
-        sys.stdout.write(json.dumps(plain(about if args.suite is None else about[0]), indent=2) + "\n")
+        _write_json(about if args.suite is None else about[0])
     else:
         for suite, rows in found:
             show(suite, rows)
 
 
+def _suites_of(folders: Sequence[Path], chosen: Sequence[suites.Suite]) -> dict[Path, list[suites.Suite]]:
+    """Folder -> which of the chosen suites have runs in it, or of all.
+
+    Of several folders those without runs are warned of, and left out; a single one has what was chosen.
+
+    Raises: ConfigError, DiskFullError, RunError.
+    """
+    found: dict[Path, list[suites.Suite]] = {}
+    for folder in folders:
+        with disk_errors(folder, "read the folder"):
+            if not folder.is_dir():
+                raise ConfigError(f"there is no folder {folder}", where="--logdir")
+            if twice := [other for other in found if other.samefile(folder)]:
+                raise ConfigError(f"{twice[0]} and {folder} are the same folder", where="--logdir")
+        found[folder] = [suite for suite in with_runs(folder) if not chosen or suite in chosen]
+    if len(folders) == 1 and chosen:
+        return {folders[0]: list(chosen)}
+    of = f" of {chosen[0].name}" if chosen else ""
+    if not any(found.values()):
+        hint = "a run is <logdir>/<suite>/<task>/seed<k>, of python -m hdfast.train --logdir"
+        raise RunError(f"there are no runs{of} in {_these(folders)}", where=_names(folders), hint=hint)
+    for folder, there in found.items():
+        if not there:
+            errors.warn(f"{folder}: there are no runs{of} in this folder")
+    return {folder: there for folder, there in found.items() if there}
+
+
+def _save_curves(
+    path: Path, runs: Mapping[Path, Sequence[suites.Suite]], *, several: bool, of: str | None
+) -> None:
+    """Writes the curves of the runs, and says how many. Raises: DiskFullError, RunError."""
+    rows = [
+        {**({"logdir": str(folder)} if several else {}), **row}
+        for folder, there in runs.items()
+        for suite in there
+        for row in curves(folder, suite)
+    ]
+    if not rows:
+        of = "" if of is None else f" of {of}"
+        hint = "a run evaluates every --eval.every agent steps, and at its end"
+        raise RunError(f"there are no evaluations{of} in {_these(runs)}", where=_names(runs), hint=hint)
+    write_curves(path, rows, [str(folder) for folder in runs] if several else [])
+    evaluated = {(row.get("logdir"), row["suite"], row["task"], row["seed"]) for row in rows}
+    sys.stdout.write(f"{_count(rows, 'evaluation')} of {_count(evaluated, 'run')}: {path}\n")
+
+
+def _show_several(runs: Mapping[Path, Sequence[suites.Suite]], *, as_json: bool) -> None:
+    """A table for each suite that a folder has runs of, or JSON with an object for each folder."""
+    found = {
+        str(folder): {suite.name: collect(folder, suite, label=f"{folder}: ") for suite in there}
+        for folder, there in runs.items()
+    }
+    if as_json:
+        about = [
+            {"logdir": folder, "suites": [as_dict(suites.get(name), rows) for name, rows in tables.items()]}
+            for folder, tables in found.items()
+        ]
+        _write_json(about)
+        return
+    for name, suite in suites.SUITES.items():
+        if any(name in tables for tables in found.values()):
+            compare(suite, {folder: tables.get(name, []) for folder, tables in found.items()})
+
+
+def _write_json(about: Any) -> None:
+    sys.stdout.write(json.dumps(plain(about), indent=2) + "\n")
+
+
+def _these(folders: Collection[Path]) -> str:
+    return "this folder" if len(folders) == 1 else "these folders"
+
+
+def _names(folders: Collection[Path]) -> str:
+    return ", ".join(map(str, folders))
+
+
 def _count(things: Collection[Any], name: str) -> str:
     return f"{len(things)} {name}{'s' * (len(things) != 1)}"
-
-
-def _mean(values: Collection[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
-def _number(value: float) -> str:
-    if math.isnan(value):
-        return "-"
-    if abs(value) >= 1e12:
-        return f"{value:.3g}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 if __name__ == "__main__":

@@ -110,13 +110,26 @@ class Suite:
 
         scores: task name -> the score of each of its runs, at least one.
         """
+        normalized = self._normalized(scores)
+        return aggregate(normalized) if normalized else None
+
+    def interval(self, scores: Mapping[str, Sequence[float]]) -> tuple[Aggregate, Aggregate] | None:
+        """The ends of the 95% interval of `aggregate`, see `interval`; None where there is nothing to tell it from.
+
+        That is where no human was measured, a task has a single run, or a score is not finite.
+        """
+        normalized = self._normalized(scores)
+        known = all(len(runs) > 1 and np.isfinite(runs).all() for runs in normalized)
+        return interval(normalized) if normalized and known else None
+
+    def _normalized(self, scores: Mapping[str, Sequence[float]]) -> list[list[float]]:
+        """The human-normalised score of each run, of the tasks that a human was measured on."""
         tasks = [(self.task(name), runs) for name, runs in scores.items()]
-        normalized = [
+        return [
             [human_normalized(task, score) for score in runs]
             for task, runs in tasks
             if task.human is not None
         ]
-        return aggregate(normalized) if normalized else None
 
 
 def human_normalized(task: Task, score: float) -> float:
@@ -135,14 +148,29 @@ def aggregate(scores: Sequence[Sequence[float]]) -> Aggregate:
     """
     if not scores or not all(len(runs) for runs in scores):
         raise ValueError("every task needs at least one score, and there has to be a task")
-    means = [float(np.mean(runs)) for runs in scores]
-    pooled = np.sort(np.concatenate([np.asarray(runs, np.float64) for runs in scores]))
-    cut = len(pooled) // 4
-    return Aggregate(
-        mean=float(np.mean(means)),
-        median=float(np.median(means)),
-        iqm=float(np.mean(pooled[cut : len(pooled) - cut])),
-    )
+    (found,) = _aggregates([np.asarray([runs], np.float64) for runs in scores])
+    return Aggregate(*found.tolist())
+
+
+def interval(scores: Sequence[Sequence[float]], resamples: int = 2_000) -> tuple[Aggregate, Aggregate]:
+    """The ends of the 95% interval of each aggregate, by a stratified bootstrap as in rliable.
+
+    Every task's runs are drawn anew from its own, with replacement; the ends are the 2.5% and 97.5% percentiles over
+    the resamples. The draws are the same in every call.
+    """
+    rng = np.random.default_rng(0)
+    drawn = [rng.choice(np.asarray(runs, np.float64), (resamples, len(runs))) for runs in scores]
+    low, high = np.percentile(_aggregates(drawn), [2.5, 97.5], axis=0)
+    return Aggregate(*low.tolist()), Aggregate(*high.tolist())
+
+
+def _aggregates(scores: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean, median and IQM (R, 3) of R samples of all tasks, each (R, its runs)."""
+    means = np.stack([runs.mean(-1) for runs in scores], -1)
+    pooled = np.sort(np.concatenate(scores, -1), -1)
+    cut = pooled.shape[-1] // 4
+    iqm = pooled[:, cut : pooled.shape[-1] - cut].mean(-1)
+    return np.stack([means.mean(-1), np.median(means, -1), iqm], -1)
 
 
 _GYM_ID = re.compile(r"(?:[A-Za-z_][\w.]*:)?(?:[A-Za-z0-9][\w:-]*/)?[A-Za-z0-9][\w.-]*")

@@ -8,7 +8,7 @@ import os
 import pytest
 from rich.console import Console
 
-from hdfast import report, suites
+from hdfast import report, suites, tables
 from hdfast.config import default_config
 from hdfast.overrides import apply_overrides
 from hdfast.runtime.logger import Logger
@@ -28,7 +28,7 @@ def finish(logdir, task, seed, score, *, suite="atari100k", finished=True, **mor
 
 def text_of(suite, rows, width=120):
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(report.table(suite, rows))
+    console.print(tables.table(suite, rows))
     return console.export_text()
 
 
@@ -64,7 +64,7 @@ def test_the_table_is_worked_out_by_hand(tmp_path):
     header = cells(text, "task")
     assert header == ["task", "seeds", "score", "human-norm.", "HarmonyDream", "DreamerV3,", "rerun"]
     # The published columns are means over five seeds: of 19.1 19.8 19.6 17.2 17.5, and of 11.4 19.6 14.3 15.1 20.
-    assert cells(text, "Pong") == ["Pong", "2", "-3.05", "0.500", "18.6", "16.1"]
+    assert " ".join(cells(text, "Pong")) == "Pong 2 -3.05 ± 17.65 0.500 ± 0.500 18.6 16.1"
     assert cells(text, "Boxing") == ["Boxing", "1", "24.1", "2.000", "79.6", "78.3"]
     assert cells(text, "Alien") == ["Alien", "1", "1,608", "0.200", "889.7", "785.7"]
     assert cells(text, "Qbert") == ["Qbert", "0", "-", "-", "3,933", "2,872"]
@@ -79,11 +79,72 @@ def test_the_table_is_worked_out_by_hand(tmp_path):
     assert float(median[4]) == pytest.approx(harmony[0], abs=6e-4)
 
 
+def test_the_spread_over_seeds_stands_beside_the_means(tmp_path, monkeypatch, capfd):
+    """The standard error of 12, 14, 19 is sqrt((9 + 1 + 16) / 2 / 3) = 2.08; human - random is 35.3, and 12."""
+    argv = ["--logdir", str(tmp_path), "--suite", "atari100k"]
+    for seed, score in enumerate((12.0, 14.0, 19.0)):
+        finish(tmp_path, "Pong", seed, score)
+    for seed, score in enumerate((0.1, 24.1)):  # normalised 0 and 2
+        finish(tmp_path, "Boxing", seed, score)
+    code, out, err = door(report.main, argv, monkeypatch, capfd)
+    assert (code, err) == (0, "")
+    title = (
+        "atari100k: score of the final evaluation, mean over seeds ± standard error; [95% bootstrap interval]"
+    )
+    assert out.splitlines()[0] == title
+    assert max(map(len, out.splitlines())) <= 120
+    assert " ".join(cells(out, "Pong")) == "Pong 3 15.0 ± 2.1 1.011 ± 0.059 18.6 16.1"
+    assert " ".join(cells(out, "Boxing")) == "Boxing 2 12.1 ± 12.0 1.000 ± 1.000 79.6 78.3"
+    # Boxing draws 0 0, 0 2 or 2 2; Pong's mean goes from 0.926 to 1.125, most often in between.
+    mean = cells(out, "human-norm. mean")
+    assert mean[:4] == ["human-norm.", "mean", "2", "1.006"]
+    low, high = float(mean[4].strip("[,")), float(mean[5].strip("]"))
+    assert 0.926 / 2 <= low < 0.53
+    assert 1.49 < high <= 2.125 / 2 + 0.5
+    _, out, _ = door(report.main, [*argv, "--json"], monkeypatch, capfd)
+    about = json.loads(out)
+    pong = about["standard_error"].pop("Pong")
+    assert pong == pytest.approx({"score": 2.081666, "human_normalized": 2.081666 / 35.3})
+    assert about["standard_error"] == {"Boxing": pytest.approx({"score": 12.0, "human_normalized": 1.0})}
+    assert list(about["interval"]) == list(about["human_normalized"]) == ["mean", "median", "iqm"]
+    assert [f"{end:.2f}" for end in about["interval"]["mean"]] == [mean[4].strip("[,"), mean[5].strip("]")]
+    finish(tmp_path, "Alien", 0, 227.8)  # a task of which there is a single run
+    code, out, err = door(report.main, argv, monkeypatch, capfd)
+    assert (code, err, "[" in out) == (0, "", False)
+    assert out.startswith("atari100k: score of the final evaluation, mean over seeds ± standard error\n")
+    assert cells(out, "Pong")[2:5] == ["15.0", "±", "2.1"]
+    assert cells(out, "Alien")[2:4] == ["227.8", "0.000"]
+    _, out, _ = door(report.main, [*argv, "--json"], monkeypatch, capfd)
+    assert json.loads(out)["interval"] is None
+    assert "Alien" not in json.loads(out)["standard_error"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "text"),
+    [
+        ((0.96, 0.98), "0.97 ± 0.01"),
+        ((999.0, 1002.0), "1,000 ± 2"),
+        ((1e13, 3e13), "2e+13 ± 1e+13"),
+        ((5.0, 5.0, 5.0), "5.00 ± 0.00"),
+        ((1.0, math.inf), "inf"),
+        ((1.0, math.nan), "-"),
+        ((-1e308, 1e308), "0.00 ± inf"),
+    ],
+)
+def test_how_a_score_and_its_error_are_written(tmp_path, scores, text):
+    demo = suites.get("demo")
+    for seed, score in enumerate(scores):
+        finish(tmp_path, "Catch", seed, score, suite="demo")
+    shown = cells(text_of(demo, report.collect(tmp_path, demo)), "Catch")
+    assert shown == ["Catch", str(len(scores)), *text.split()]
+
+
 def test_nothing_trained_yet(tmp_path):
     text = text_of(ATARI, report.collect(tmp_path, ATARI))
     assert cells(text, "Pong") == ["Pong", "0", "-", "-", "18.6", "16.1"]
     assert "human-norm. mean" not in text
-    assert report.as_dict(ATARI, report.collect(tmp_path, ATARI))["human_normalized"] is None
+    about = tables.as_dict(ATARI, report.collect(tmp_path, ATARI))
+    assert (about["standard_error"], about["human_normalized"], about["interval"]) == (None, None, None)
 
 
 def test_what_was_trained_beside_the_tasks_of_the_suite_is_shown(tmp_path):
@@ -112,11 +173,12 @@ def test_success_rates_stand_beside_the_scores(tmp_path):
     rows = report.collect(tmp_path, metaworld)
     text = text_of(metaworld, rows)
     assert cells(text, "task") == ["task", "seeds", "score", "success"]
-    assert cells(text, "lever-pull") == ["lever-pull", "2", "50.0", "75%"]
+    assert " ".join(cells(text, "lever-pull")) == "lever-pull 2 50.0 ± 50.0 75% ± 25%"
     assert cells(text, "reach") == ["reach", "0", "-", "-"]
-    about = report.as_dict(metaworld, rows)
+    about = tables.as_dict(metaworld, rows)
     assert about["success"] == {"lever-pull": {"0": 0.5, "1": 1.0}}
-    assert report.as_dict(ATARI, report.collect(tmp_path, ATARI))["success"] is None
+    assert about["standard_error"] == {"lever-pull": {"score": 50.0, "success": 0.25}}
+    assert tables.as_dict(ATARI, report.collect(tmp_path, ATARI))["success"] is None
 
 
 def test_the_door(tmp_path, monkeypatch, capfd):
@@ -215,7 +277,7 @@ def test_seeds_that_compute_something_else_are_warned_of(tmp_path, monkeypatch, 
     configured(tmp_path, 4, agent_steps=7, env={"obs": "state"})
     code, out, err = door(report.main, argv, monkeypatch, capfd)
     assert (code, err) == (0, "warning: demo Catch: its seeds differ in agent_steps, env.obs\n")
-    assert cells(out, "Catch") == ["Catch", "4", "2.00"]
+    assert cells(out, "Catch") == ["Catch", "4", "2.00", "±", "0.91"]
     code, out, err = door(report.main, [*argv, "--json"], monkeypatch, capfd)
     assert (code, err) == (0, "warning: demo Catch: its seeds differ in agent_steps, env.obs\n")
     assert json.loads(out)["tasks"]["Catch"] == {"0": 0.0, "1": 1.0, "3": 3.0, "4": 4.0}

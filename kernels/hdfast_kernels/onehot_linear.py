@@ -24,8 +24,8 @@ from .tiles import as_rows, row_tile
 # latency: 8 numbers a thread are one 16-byte load, and 8 groups at once keep 8 of them in flight.
 FORWARD_COLUMNS, FORWARD_TILE, FORWARD_THREAD, FORWARD_UNROLL = 512, 1024, 8, 8
 # Backward is a product of matrices, the one-hot one made in registers. No two programs share an output: no atomics, and
-# the rows are added up in one order. In bfloat16 a program has 4 groups, whose 128 classes fill the tensor cores
-# and read the gradient once; float32 has no more registers than for one group. Where rows are many, so are the programs:
+# the rows are added up in one order. In bfloat16 a program has 4 groups, whose 128 classes fill the tensor cores and
+# read the gradient once; float32 has no more registers than for one group. Where rows are many, so are the programs:
 # each has a part of the rows, at least BACKWARD_PART tiles of them, and the parts are added up after.
 BACKWARD_COLUMNS, BACKWARD_PART, BACKWARD_PARTS = 128, 32, 8
 # Numbers that PyTorch's backward pass of a bag of embeddings counts in 32 bits on CUDA; it keeps one for each of them.

@@ -1,0 +1,213 @@
+"""The tables of a suite: final scores of its tasks, their spread over seeds, and the aggregates of all of them."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from hdfast import suites
+
+AGGREGATES = ("mean", "median", "iqm")
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """The finished runs of one task: seed -> final score, and share of episodes solved where the task says so."""
+
+    task: suites.Task
+    scores: Mapping[int, float]
+    success: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """Mean score over seeds; NaN if no run is finished."""
+        return _mean(self.scores.values())
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of that mean; NaN if fewer than two runs are finished."""
+        return _standard_error(self.scores.values())
+
+    @property
+    def normalized(self) -> tuple[float, float] | None:
+        """Mean human-normalised score and its standard error; None where no human was measured, or no run ended."""
+        if self.task.human is None or self.task.random is None or not self.scores:
+            return None
+        scale = self.task.human - self.task.random
+        return suites.human_normalized(self.task, self.mean), self.standard_error / scale
+
+
+def title(suite: suites.Suite, found: Collection[Sequence[TaskScores]]) -> str:
+    """What the tables of one or several folders show, in a line; what stands for the spread where there is one."""
+    spread = " ± standard error" if any(len(row.scores) > 1 for rows in found for row in rows) else ""
+    interval = "; [95% bootstrap interval]" if any(map(suite.interval, _comparable(found))) else ""
+    return f"{suite.name}: score of the final evaluation, mean over seeds{spread}{interval}"
+
+
+def table(suite: suites.Suite, rows: Sequence[TaskScores]) -> Table:
+    """Score, success, human-normalised score and published ones per task, then mean, median and IQM of the normalised.
+
+    Beside means over two seeds or more stands the standard error, beside aggregates of such tasks alone a 95%
+    interval. The aggregates of the published methods are over the tasks that are finished here, so that columns
+    compare.
+    """
+    human = any(row.task.human is not None for row in rows)
+    solved = any(row.success for row in rows)
+    view = Table(box=box.SIMPLE_HEAD)
+    view.add_column("task")
+    optional = [*(["success"] if solved else []), *(["human-norm."] if human else [])]
+    for name in ("seeds", "score", *optional, *suite.methods):
+        view.add_column(name, justify="right")
+    for row in rows:
+        cells = [row.task.name, str(len(row.scores)), _score(row)]
+        if solved:
+            cells.append(_success(row))
+        if human:
+            cells.append("-" if row.normalized is None else _spread(*row.normalized, "{:.3f}"))
+        for method in suite.methods:
+            seeds = row.task.published.get(method)
+            cells.append(_number(sum(seeds) / len(seeds)) if seeds else "-")
+        view.add_row(*cells)
+    done = _done(rows)
+    if (ours := _aggregates(suite, done)) is None:
+        return view
+    published = [
+        suite.aggregate({k: v for k, v in suite.published(method).items() if k in done})
+        for method in suite.methods
+    ]
+    view.add_section()
+    for name in AGGREGATES:
+        others = [f"{getattr(p, name):.3f}" if p else "-" for p in published]
+        view.add_row(f"human-norm. {name}", str(len(done)), "", ours[name], *others)
+    return view
+
+
+def side_by_side(suite: suites.Suite, found: Mapping[str, Sequence[TaskScores]]) -> Table:
+    """Score of each folder per task, success where it is known, then the aggregates of each folder.
+
+    Rows are the tasks that a folder has finished. The aggregates are over the tasks that every folder has finished,
+    those apart that have finished none, so that columns compare.
+
+    Args:
+        found: name of the folder -> what `collect` finds in it.
+    """
+    tasks = {row.task.name: row.task for rows in found.values() for row in rows}
+    by_name = [{row.task.name: row for row in rows} for rows in found.values()]
+    solved = any(row.success for rows in found.values() for row in rows)
+    view = Table(box=box.SIMPLE_HEAD)
+    view.add_column("task")
+    view.add_column("seeds", justify="right")
+    for name in (*found, *([f"{folder}, success" for folder in found] if solved else [])):
+        view.add_column(Text(name), justify="right")
+    for name, task in tasks.items():
+        rows = [folder.get(name, TaskScores(task, {})) for folder in by_name]
+        if any(row.scores for row in rows):
+            success = map(_success, rows) if solved else []
+            view.add_row(name, _counts([len(row.scores) for row in rows]), *map(_score, rows), *success)
+    comparable = _comparable(found.values())
+    aggregates = [_aggregates(suite, done) for done in comparable]
+    if not any(aggregates):
+        return view
+    view.add_section()
+    for name in AGGREGATES:
+        cells = [texts[name] if texts else "-" for texts in aggregates]
+        view.add_row(f"human-norm. {name}", str(max(map(len, comparable))), *cells)
+    return view
+
+
+def as_dict(suite: suites.Suite, rows: Sequence[TaskScores]) -> dict[str, Any]:
+    """The same for JSON: scores and success rates per task and seed, their standard errors, and the aggregates."""
+    done = _done(rows)
+    aggregate, ends = suite.aggregate(done) if done else None, suite.interval(done)
+    success = {row.task.name: {str(k): v for k, v in row.success.items()} for row in rows if row.success}
+    errors = {}
+    for row in rows:
+        if len(row.scores) > 1:
+            errors[row.task.name] = {"score": row.standard_error}
+            if len(row.success) > 1:
+                errors[row.task.name]["success"] = _standard_error(row.success.values())
+            if row.normalized is not None:
+                errors[row.task.name]["human_normalized"] = row.normalized[1]
+    return {
+        "suite": suite.name,
+        "tasks": {row.task.name: {str(k): v for k, v in row.scores.items()} for row in rows},
+        "success": success or None,
+        "standard_error": errors or None,
+        "human_normalized": None if aggregate is None else vars(aggregate),
+        "interval": ends and {name: [getattr(end, name) for end in ends] for name in AGGREGATES},
+    }
+
+
+def _done(rows: Sequence[TaskScores]) -> dict[str, list[float]]:
+    """Task name -> final scores, of the tasks that have any."""
+    return {row.task.name: list(row.scores.values()) for row in rows if row.scores}
+
+
+def _comparable(found: Collection[Sequence[TaskScores]]) -> list[dict[str, list[float]]]:
+    """`_done` of each folder, of the tasks that are finished in every folder that has finished any."""
+    done = [_done(rows) for rows in found]
+    common = set.intersection(*(set(scores) for scores in done if scores)) if any(done) else set()
+    return [{name: runs for name, runs in scores.items() if name in common} for scores in done]
+
+
+def _counts(counts: Sequence[int]) -> str:
+    """One number if all are the same, otherwise all of them."""
+    return " / ".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
+
+
+def _aggregates(suite: suites.Suite, done: Mapping[str, Sequence[float]]) -> dict[str, str] | None:
+    """Each aggregate as text, with its interval where there is one; None if there is nothing to aggregate."""
+    found = suite.aggregate(done) if done else None
+    if found is None:
+        return None
+    ends = suite.interval(done)
+    cells = {}
+    for name in AGGREGATES:
+        interval = f" [{getattr(ends[0], name):.2f}, {getattr(ends[1], name):.2f}]" if ends else ""
+        cells[name] = f"{getattr(found, name):.3f}{interval}"
+    return cells
+
+
+def _score(row: TaskScores) -> str:
+    return _spread(row.mean, row.standard_error, _format(row.mean))
+
+
+def _success(row: TaskScores) -> str:
+    values = row.success.values()
+    return _spread(_mean(values), _standard_error(values), "{:.0%}") if values else "-"
+
+
+def _spread(mean: float, error: float, form: str) -> str:
+    """`mean ± error`, or the mean alone where the error is not known."""
+    return form.format(mean) + ("" if math.isnan(error) else f" ± {form.format(error)}")
+
+
+def _number(value: float) -> str:
+    return _format(value).format(value)
+
+
+def _format(value: float) -> str:
+    """How a score of that size is written, and the error beside it."""
+    size = abs(value)
+    if math.isnan(size):
+        return "-"
+    if size >= 1e12:
+        return "{:.3g}"
+    return "{:,.0f}" if size >= 1000 else "{:.1f}" if size >= 10 else "{:.2f}"
+
+
+def _mean(values: Collection[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _standard_error(values: Collection[float]) -> float:
+    """Of the mean of values; NaN for fewer than two."""
+    if len(values) < 2:
+        return math.nan
+    mean = _mean(values)
+    squares = sum((value - mean) * (value - mean) for value in values)
+    return math.sqrt(squares / (len(values) - 1) / len(values))
