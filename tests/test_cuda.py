@@ -40,7 +40,7 @@ UPDATES = 10  # compared, after those before the capture
 # graphs may add to the distance of two eager runs: one stale key of the batch makes it 0.9 and more.
 TOLERANCE = 0.01
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-BACKENDS = ["reference", "triton"]
+BACKENDS = {"reference": ("reference",), "triton": ("triton", "fused")}  # of an op, the first that it has
 
 
 @pytest.fixture(params=DEVICES)
@@ -57,10 +57,11 @@ def backend(
     request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
     """Of every op that has it, also in runs, which choose for themselves otherwise."""
-    if request.param == "triton" and device.type == "cpu":
+    if request.param != "reference" and device.type == "cpu":
         pytest.skip("Triton runs on CUDA")
-    having = [op for op in dispatch.ops() if request.param in dispatch._ops[op].implementations]
-    chosen = dict.fromkeys(having, request.param)
+    have = {op: [name for name in BACKENDS[request.param] if name in dispatch._ops[op].implementations]
+            for op in dispatch.ops()}  # fmt: skip
+    chosen = {op: names[0] for op, names in have.items() if names}
     before = dispatch.use("cuda", chosen)
     if device.type == "cuda" and not MISSING:
         monkeypatch.setattr(session, "settle", lambda *args, **kwargs: Choice(chosen))
