@@ -5,6 +5,7 @@ other flags of the command line.
 """
 
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ Share = Annotated[float, Range(0, 1)]
 Scale = Annotated[float, Range(0, 1e9)]
 Positive = Annotated[float, Range(1e-30, 1e9)]
 
+_OF_GYM = ("kwargs", "time_limit")  # fields of env that have no effect in any other suite
+
 
 @dataclass(frozen=True)
 class EnvConfig:
@@ -39,12 +42,16 @@ class EnvConfig:
     """Environments stepped together."""
     source: Literal["auto", "envpool", "ale"] = "auto"
     """Which package emulates Atari; auto takes envpool where it is installed."""
-    obs: Literal["image", "state", "both"] = "image"
-    """What a robotic task, or one of gym, is seen through."""
+    obs: Literal["auto", "image", "state", "both"] = "image"
+    """What a robotic task, or one of gym, is seen through; auto: image, of gym state where none is observed."""
     render: Literal["full", "fast"] = "full"
     """fast drops shadows and antialiasing of MuJoCo scenes: same physics, slightly other images."""
     threads: Annotated[int, Range(0, 4096)] = 0
     """Environment threads; 0 lets the source choose. Of gym: a process each, or 1 for none."""
+    kwargs: str = "{}"
+    """Of gym: what gymnasium.make is given by name, a JSON object such as '{"level": 3}'."""
+    time_limit: Annotated[int, Range(0, 2**31 - 1)] = 0
+    """Of gym: agent steps after which an episode is truncated; 0 leaves it to the environment."""
 
 
 @dataclass(frozen=True)
@@ -313,7 +320,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "python -m hdfast.train
 
 
 def _from_file(file: Path, suite: str | None, size: str | None) -> Config:
-    """What the fields in a file make of the defaults; the task in it is passed over for another suite's.
+    """What the fields in a file make of the defaults; its task, and what gym alone has, are not for another suite.
 
     suite, size: of the command line, which win over those in the file.
 
@@ -325,7 +332,8 @@ def _from_file(file: Path, suite: str | None, size: str | None) -> Config:
         own = default_config(str(fields.get("suite", "atari100k")), fields.get("size"))
         config = apply_overrides(own, fields)
         if other not in (None, own.suite):
-            config = dataclasses.replace(config, suite=other, task=None)
+            env = dataclasses.replace(config.env, **{name: getattr(EnvConfig(), name) for name in _OF_GYM})
+            config = dataclasses.replace(config, suite=other, task=None, env=env)
         return apply_overrides(config, sized)
     except TypeError as error:
         raise ConfigError(str(error), where=f"{config_file.FLAG} {file}") from None
@@ -350,6 +358,7 @@ def validate(config: Config) -> Config:
     if (last := config.seed + config.seeds - 1) > LAST_SEED:
         asked = f"--seed {config.seed} --seeds {config.seeds}"
         raise ConfigError(f"{asked} ends at seed {last:,}, out of range: right is up to {LAST_SEED:,}")
+    config = dataclasses.replace(config, env=_checked_env(config.env, suite))
     plain = Config()
     for section, mode, names in (
         ("harmony", "fixed", ("reward", "image", "kl")),
@@ -371,6 +380,22 @@ def validate(config: Config) -> Config:
             f"windows of {config.replay.length} rows need at least {2 * rows}"
         )
     return config
+
+
+def _checked_env(env: EnvConfig, suite: suites.Suite) -> EnvConfig:
+    """`env`, its kwargs written in one way. Raises: ConfigError."""
+    for name in _OF_GYM:
+        if getattr(env, name) != getattr(EnvConfig(), name) and suite.source != "gym":
+            flag = f"--env.{name}".replace("_", "-")
+            raise ConfigError(f"{flag} has no effect in suite {suite.name}", hint="--suite gym takes it")
+    hint = """right is such as --env.kwargs '{"level": 3}'"""
+    try:
+        kwargs = json.loads(env.kwargs)
+    except ValueError as error:
+        raise ConfigError(f"--env.kwargs {env.kwargs} is no JSON: {error}", hint=hint) from None
+    if not isinstance(kwargs, dict):
+        raise ConfigError(f"--env.kwargs {env.kwargs} is no JSON object", hint=hint)
+    return dataclasses.replace(env, kwargs=json.dumps(kwargs, sort_keys=True, separators=(",", ":")))
 
 
 def _plain(value: Any) -> Any:

@@ -88,9 +88,12 @@ def load(
     task = suites.get(config.suite).task(config.task)
     where = resolve_device(device)
     prepare_device(where, config.little_work)
-    unseen = drawn and config.env.obs == "state"
-    shown = dataclasses.replace(config, env=dataclasses.replace(config.env, obs="both")) if unseen else config
-    env = make_envs(shown, task, num_envs=num_envs, stream="evaluate")
+    env = make_envs(config, task, num_envs=num_envs, stream="evaluate")
+    unseen = drawn and config.env.obs != "image" and not any(spec.is_image for spec in env.obs_specs.values())
+    if unseen:
+        env.close()
+        shown = dataclasses.replace(config, env=dataclasses.replace(config.env, obs="both"))
+        env = make_envs(shown, task, num_envs=num_envs, stream="evaluate")
     try:
         dtype = resolve_precision(config.precision, where)
         specs = {key: spec for key, spec in env.obs_specs.items() if not (unseen and spec.is_image)}

@@ -55,6 +55,7 @@ def play(
     episodes: int,
     stop: Callable[[], object] = lambda: None,
     watch: Callable[[EnvStep], object] = lambda step: None,
+    tell: Callable[[int], object] = lambda done: None,
 ) -> list[Episode]:
     """Plays `episodes` episodes from fresh resets.
 
@@ -66,6 +67,7 @@ def play(
         episodes: how many, at least 1.
         stop: called at every step; may raise to give up.
         watch: gets every row, those that end or follow the last episodes included.
+        tell: gets at every step how many episodes are done.
     """
     quota = np.array([episodes // env.num_envs + (i < episodes % env.num_envs) for i in range(env.num_envs)])
     meter, done = EpisodeMeter(env.num_envs), []
@@ -76,6 +78,7 @@ def play(
             if quota[episode.env] > 0:
                 quota[episode.env] -= 1
                 done.append(episode)
+        tell(len(done))
         if not quota.any():
             return done
         stop()

@@ -5,15 +5,16 @@ import dataclasses
 import multiprocessing
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from hdfast import envs
 from hdfast.config import Config
 from hdfast.replay import ReplayError
-from hdfast.runtime import graphs
+from hdfast.runtime import checkpoint, graphs
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device
-from hdfast.runtime.errors import NO_ROOM, ConfigError, DiskFullError, RunError
-from hdfast.runtime.rundir import RunDir
+from hdfast.runtime.errors import NO_ROOM, ConfigError, DiskFullError, RunError, disk_errors
+from hdfast.runtime.rundir import RunDir, filled, read
 from hdfast.runtime.signals import StopRequest
 from hdfast.session import Session
 from hdfast.suites import get
@@ -32,6 +33,7 @@ RESUMABLE_CHANGES = (
     "train.tune",
     "train.nonfinite_limit",
     "checkpoint",
+    "eval",
     "log",
 )
 
@@ -77,6 +79,7 @@ def run(config: Config) -> dict[str, Any]:
     prepare_device(device, config.little_work)
     graphs.check_graph(config.train.graph, device)
     envs.check(config.suite, task.name)  # before a mistyped name becomes a directory
+    config = _as_begun(config, config.logdir / config.suite / task.folder / f"seed{config.seed}")
     with (
         replay_errors(),
         RunDir.open(
@@ -94,5 +97,23 @@ def run(config: Config) -> dict[str, Any]:
         if rundir.summary is not None:
             sys.stdout.write(f"{rundir.path}: finished already\n")
             return dict(rundir.summary)
-        with StopRequest() as stop, Session(config, suite, task, rundir, device, stop) as session:
-            return session.run()
+        with StopRequest() as stop:
+            try:
+                session = Session(config, suite, task, rundir, device, stop)
+            except BaseException:
+                rundir.discard_unbegun()
+                raise
+            with session:
+                return session.run()
+
+
+def _as_begun(config: Config, path: Path) -> Config:
+    """`config`, seeing what the run that has begun in directory `path` sees, where that is left open."""
+    if config.env.obs != "auto":
+        return config
+    with disk_errors(path, "use the run's directory", hint="choose another --logdir"):
+        begun = (path / "config.json").exists() and checkpoint.numbered(path / "checkpoints")
+    match filled(read(path).config, Config().to_dict()) if begun else {}:
+        case {"env": {"obs": "image" | "state" | "both" as obs}}:
+            return dataclasses.replace(config, env=dataclasses.replace(config.env, obs=obs))
+    return config

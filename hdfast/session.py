@@ -29,7 +29,7 @@ from hdfast.runtime.errors import EnvError, Interrupted, NonFiniteError
 from hdfast.runtime.logger import Logger
 from hdfast.runtime.profiling import annotate
 from hdfast.runtime.progress import Progress
-from hdfast.runtime.rundir import RunDir, newest
+from hdfast.runtime.rundir import RunDir, difference, filled, newest, read
 from hdfast.runtime.signals import StopRequest
 from hdfast.runtime.video import open_loop_grid
 from hdfast.streams import make_envs, stream_seed
@@ -92,7 +92,7 @@ class Session:
         seed = stream_seed(config.seed, "learner")
         self.learner = Learner(*seen, config, device=device, dtype=dtype, seed=seed)
         if start is not None:
-            with checkpoint.fitting(start.path):
+            with checkpoint.fitting(start.path, self._other_sizes()):
                 self.learner.load_parameters(start.part("learner."))
         how = {"precision": str(dtype).removeprefix("torch."), "environment": self.env.source}
         for line in rundir.note_backends({**how, "ops": dispatch.backends_of(device), "graph": self.graph}):
@@ -133,6 +133,13 @@ class Session:
             action_repeat=self.suite.action_repeat,
             title=f"{self.task.name} seed {config.seed}",
         )
+
+    def _other_sizes(self) -> list[str]:
+        """What makes the model of --init-from another than this one, as lines of `difference`."""
+        other = filled(read(Path(self.config.init_from).expanduser()).config, Config().to_dict())
+        sizes = ("rssm", "network")
+        ours = self.config.to_dict()
+        return difference({name: other[name] for name in sizes}, {name: ours[name] for name in sizes})
 
     def __enter__(self) -> "Session":
         self.progress.__enter__()
@@ -309,9 +316,13 @@ class Session:
             self.eval_env = self._make_envs(num_envs=num_envs, stream="eval", agent_steps=self.agent_steps)
         seed = stream_seed(self.config.seed, "evaluation", self.agent_steps)
         policy = Policy(self.learner, self.eval_env.num_envs, seed, graph=self.graph)
-        self.progress.update(phase="evaluate")
+        self.progress.update(phase="evaluate", done=(0, config.episodes))
+
+        def tell(done: int) -> None:
+            self.progress.update(done=(done, config.episodes))
+
         with annotate("evaluate"):
-            episodes = evaluation.play(self.eval_env, policy, config.episodes, self.stop.check)
+            episodes = evaluation.play(self.eval_env, policy, config.episodes, self.stop.check, tell=tell)
         self.evaluation = evaluation.summarize(episodes)
         self.evaluated_at = self.agent_steps
         self.logger.score("evaluation", agent_steps=self.agent_steps, **self.evaluation)

@@ -38,5 +38,7 @@ def make_envs(
         obs=config.env.obs,
         render=config.env.render,
         threads=config.env.threads,
+        kwargs=config.env.kwargs,
+        time_limit=config.env.time_limit,
         stop=stop,
     )

@@ -337,7 +337,7 @@ SUITES: dict[str, Suite] = {
             source="gym",
             tasks=(),
             action_repeat=1,
-            defaults=_DMC_DEFAULTS,
+            defaults={**_DMC_DEFAULTS, "env": {**_DMC_DEFAULTS["env"], "obs": "auto"}},
         ),
         Suite(
             name="metaworld",

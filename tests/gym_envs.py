@@ -16,7 +16,7 @@ from gymnasium import spaces
 
 
 class Count(gymnasium.Env):
-    """Every pixel is the age of the episode, the reward the age plus the action / 100; ends at age `length`."""
+    """Every pixel is the age of the episode, the reward the age plus the action / 100; ends at age `length`, if any."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012 (gymnasium's own way)
 
@@ -24,7 +24,7 @@ class Count(gymnasium.Env):
         self,
         observation: spaces.Space | None = None,
         action: spaces.Space | None = None,
-        length: int = 5,
+        length: int | None = 5,
         render_mode: str | None = None,
     ) -> None:
         self.observation_space = observation or spaces.Box(0, 255, (16, 16, 3), np.uint8)
@@ -49,6 +49,25 @@ class Count(gymnasium.Env):
 
     def render(self) -> np.ndarray:
         return np.full((40, 60, 3), 10 * self.age, np.uint8)
+
+
+class Pictured(Count):
+    """Observes `picture(16, 16, C)`, with the channels first if `first`, in numbers of 0 to `white`."""
+
+    def __init__(self, observation: spaces.Box, *, first: bool = False, white: float = 255) -> None:
+        super().__init__(observation)
+        self.first, self.white = first, white
+
+    def observe(self, space: spaces.Space | None = None) -> np.ndarray:
+        shape, dtype = self.observation_space.shape, self.observation_space.dtype
+        image = picture(16, 16, shape[0] if self.first else shape[2])
+        return (np.moveaxis(image, -1, 0) if self.first else image).astype(dtype) * dtype.type(
+            self.white / 255
+        )
+
+
+class Many(gymnasium.vector.VectorEnv):
+    """Many environments in one."""
 
 
 class Broken(Count):
@@ -182,6 +201,33 @@ class Solved(Count):
         return *row, info
 
 
+def clipped(action: spaces.Box, outside: Any = gymnasium.wrappers.RecordEpisodeStatistics) -> gymnasium.Env:
+    """As CleanRL wraps one: its actions are clipped, and wrappers outside of that have no actions of their own."""
+    return outside(gymnasium.wrappers.ClipAction(Count(action=action)))
+
+
+def doubled(env: gymnasium.Env) -> gymnasium.Env:
+    """Actions are twice what they were, and still without bounds."""
+    return gymnasium.wrappers.TransformAction(env, lambda action: 2 * action, None)
+
+
+class Skip(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
+    """Two steps of the environment are one."""
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        gymnasium.utils.RecordConstructorArgs.__init__(self)
+        super().__init__(env)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        super().step(action)
+        return super().step(action)
+
+
+def limited() -> gymnasium.Env:
+    """Has a time limit that it was not registered with."""
+    return gymnasium.wrappers.TimeLimit(Count(length=None), 4)
+
+
 class Seeded(Count):
     """The reward of every step is drawn at random."""
 
@@ -198,13 +244,33 @@ def pixels(*shape: int) -> spaces.Box:
     return spaces.Box(0, 255, shape, np.uint8)
 
 
+def picture(*shape: int) -> np.ndarray:
+    """Bytes that count up."""
+    return (np.arange(np.prod(shape)) % 256).astype(np.uint8).reshape(shape)
+
+
+def unit(*shape: int, high: float = 1, dtype: Any = np.float32) -> spaces.Box:
+    return box(*shape, low=0, high=high, dtype=dtype)
+
+
+PICTURES = {  # how `Pictured` shows its picture
+    "Planes": {"observation": pixels(3, 16, 16), "first": True},
+    "Plane": {"observation": pixels(1, 16, 16), "first": True},
+    "Unit": {"observation": unit(16, 16, 3), "white": 1},
+    "UnitPlane": {"observation": unit(1, 16, 16, dtype=np.float64), "first": True, "white": 1},
+    "Float": {"observation": unit(16, 16, 1, high=255)},
+    "FloatPlanes": {"observation": unit(3, 16, 16, high=255, dtype=np.float64), "first": True},
+    "Bright": {"observation": unit(16, 16, 3), "white": 255},
+    "Nan": {"observation": unit(16, 16, 3, high=255), "white": np.nan},
+}
+
 GOALS = spaces.Dict(
     {"image": pixels(30, 20, 3), "depth": pixels(64, 64, 1), "arm": box(2, 2), "goal": spaces.Discrete(7)}
 )
 
 NAMES = {  # of a vector beside an image called "image": what an environment is called -> what the vector is
-    **{f"Named{i}": name for i, name in enumerate(("keys", "training", "type", "to", "t 1-a_b"))},
-    **{f"Misnamed{i}": name for i, name in enumerate(("a.b", "", "a/b", "../../x", "new\nline", 7))},
+    **{f"Named{i}": name for i, name in enumerate(("keys", "training", "type", "to", "t 1-a_b", "a/b"))},
+    **{f"Misnamed{i}": name for i, name in enumerate(("a.b", "", "../../x", "new\nline", 7))},
     **{f"Lost{name.title()}": name for name in ("dyn", "rep", "cont")},
 }
 
@@ -244,6 +310,10 @@ for name, kind, settings in (
     ("LostImage", Count, {"observation": spaces.Dict({"camera": pixels(8, 8, 3), "image": box(2)})}),
     ("ClimbingImage", Count, {"observation": spaces.Dict({"../../x": pixels(8, 8, 3)})}),
     ("Planar", Count, {"observation": pixels(3, 84, 84)}),
+    *((f"Picture{name}", Pictured, settings) for name, settings in PICTURES.items()),
+    ("Unsure", Count, {"observation": box(8, 8, 3, low=0, high=2)}),
+    ("Twice", Count, {"observation": spaces.Dict({"a/b": box(2), "a-b": box(2)})}),
+    ("Many", Many, {}),
     ("Still", Count, {"action": box(2, low=0, high=0)}),
     ("Bodiless", Count, {"action": box(0)}),
     ("HalfStill", Count, {"action": spaces.Box(np.float32([0, -1]), np.float32([0, 1]))}),
@@ -253,7 +323,21 @@ for name, kind, settings in (
     ("Multi", Count, {"action": spaces.MultiDiscrete([2, 2])}),
     ("Whole", Count, {"action": box(2, dtype=np.int32)}),
     ("Unbounded", Count, {"action": box(2, low=-np.inf, high=np.inf)}),
+    ("Clipped", clipped, {"action": spaces.Box(np.float32([-2, 0]), np.float32([2, 10]))}),
+    ("ClippedTwice", clipped, {"action": box(2, low=-3, high=3), "outside": gymnasium.wrappers.ClipAction}),
+    ("ClippedHalf", clipped, {"action": box(2, low=0, high=np.inf)}),
+    ("ClippedDoubled", clipped, {"action": box(2), "outside": doubled}),
 ):
-    gymnasium.register(f"{name}-v0", kind, kwargs=settings)
+    gymnasium.register(f"{name}-v0", kind, kwargs=settings, max_episode_steps=1000)
 gymnasium.register("Limited-v0", Count, max_episode_steps=3)
+gymnasium.register("Endless-v0", Count, kwargs={"length": None})
+gymnasium.register("ManyAlone-v0", vector_entry_point=Many)
+gymnasium.register("LimitedInside-v0", limited)
+gymnasium.register(
+    "Skipping-v0",
+    Count,
+    kwargs={"length": None},
+    max_episode_steps=6,
+    additional_wrappers=(Skip.wrapper_spec(),),
+)
 gymnasium.registry["Undrawn-v0"].entry_point = type("Undrawn", (Count,), {"metadata": {"render_modes": []}})

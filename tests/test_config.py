@@ -110,8 +110,13 @@ def another(config, name):
     section, _, field = name.rpartition(".")
     kind = get_type_hints(type(value_of(config, section) if section else config))[field]
     value = value_of(config, name)
-    if name in ("suite", "task"):
-        return {"suite": ("demo", "demo"), "task": ("pong", "Pong")}[name]
+    named = {
+        "suite": ("demo", "demo"),
+        "task": ("pong", "Pong"),
+        "env.kwargs": ('{"level": 3}', '{"level":3}'),
+    }
+    if name in named:
+        return named[name]
     if get_origin(kind) is Literal:
         choice = next(choice for choice in get_args(kind) if choice != value)
         return choice, choice
@@ -131,7 +136,8 @@ def test_every_number_has_a_range():
 
 @pytest.mark.parametrize("name", field_names(Config()))
 def test_every_field_is_a_typed_flag(name):
-    default = parse([])
+    suite = ["--suite", "gym"] if name in ("env.kwargs", "env.time_limit") else []
+    default = parse(suite)
     if isinstance(value_of(default, name), bool):
         head, _, tail = name.replace("_", "-").rpartition(".")
         for flag, right in ((tail, True), (f"no-{tail}", False)):
@@ -143,7 +149,7 @@ def test_every_field_is_a_typed_flag(name):
         text, right = another(default, name)
     modes = {f"harmony.{loss}": "fixed" for loss in ("reward", "image", "kl")}  # in which it has an effect
     modes |= {f"loss.{loss}": "off" for loss in ("reward", "image")}
-    mode = ["--harmony.mode", modes[name]] if name in modes else []
+    mode = [*suite, *(["--harmony.mode", modes[name]] if name in modes else [])]
     default = parse(mode)
     for flag in (name, name.replace("_", "-")):
         got = parse([f"--{flag}", text, *mode])
@@ -222,6 +228,20 @@ def test_every_field_is_a_typed_flag(name):
         ),
         ("--optimizer.actor-eps 0", "--optimizer.actor-eps 0.0 is out of range: right is 1e-30 to"),
         ("--optimizer.model-clip 0", "--optimizer.model-clip 0.0 is out of range: right is 1e-30 to"),
+        (
+            "--env.kwargs {}x --suite gym",
+            "--env.kwargs {}x is no JSON: Extra data: line 1 column 3 (char 2); right",
+        ),
+        (
+            "--env.kwargs [3] --suite gym",
+            "--env.kwargs [3] is no JSON object; right is such as --env.kwargs '{",
+        ),
+        ('--env.kwargs {"a":1}', "--env.kwargs has no effect in suite atari100k; --suite gym takes it"),
+        (
+            "--env.time-limit 9 --suite dmc",
+            "--env.time-limit has no effect in suite dmc; --suite gym takes it",
+        ),
+        ("--env.time-limit -1 --suite gym", "--env.time-limit -1 is out of range: right is 0 to"),
         (
             "--replay.capacity 100",
             "--replay.capacity 100 is too small: 1 environment(s) with windows of 64 rows need at least 128",
@@ -353,6 +373,23 @@ def test_every_suite_has_a_config_that_can_be(name):
     config = validate(default_config(name))
     assert config.suite == name
     assert config.updates_per_step > 0
+
+
+def test_arguments_of_an_environment_are_part_of_the_configuration_in_one_spelling(tmp_path):
+    argv = ["--suite", "gym", "--task", "A-v0", "--env.time-limit", "9"]
+    first = parse([*argv, "--env.kwargs", '{"map": "a b", "level": 3}'])
+    assert first.env.kwargs == '{"level":3,"map":"a b"}'
+    assert first == parse([*argv, "--env.kwargs", '{ "level":3,"map":"a b" }'])
+    file = written(tmp_path / "config.json", {"config": first.to_dict()})
+    assert parse(["--config", str(file)]) == first
+    assert parse(["--config", str(file), "--env.kwargs", "{}"]).env.kwargs == "{}"
+    other = parse(["--config", str(file), "--suite", "dmc"])
+    assert (other.env.kwargs, other.env.time_limit) == ("{}", 0)
+
+
+def test_what_is_seen_is_left_open_for_environments_of_ones_own_alone():
+    for name in suites.SUITES:
+        assert default_config(name).env.obs == ("auto" if name == "gym" else "image")
 
 
 @pytest.mark.parametrize("name", suites.SUITES)

@@ -4,17 +4,20 @@ Axes: N environments.
 """
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import re
 import signal
+import sys
 import time
 
 import gymnasium
 import numpy as np
 import pytest
 
-from hdfast import envs, evaluation, loop, report, suites
+from hdfast import envs, evaluation, loop, report, suites, train
+from hdfast.envs import gym_spaces
 from hdfast.evaluate import evaluate
 from hdfast.runtime.errors import CheckpointError, ConfigError, Interrupted, RunError
 from hdfast.suites import UnknownName
@@ -106,6 +109,9 @@ def test_a_seed_decides_what_happens_and_reset_does_not_repeat_it():
         ("Count", "image", {"image": (16, 16, 3)}),
         ("Tall", "image", {"image": (64, 64, 3)}),
         ("Grey", "image", {"image": (16, 16, 1)}),
+        ("Grey", "auto", {"image": (16, 16, 1)}),
+        ("Goals", "auto", {"image": (64, 64, 3), "depth": (64, 64, 1)}),
+        *((name, "auto", {"state": (3,)}) for name in ("Drawn", "Undrawn", "Blind")),
         ("Goals", "image", {"image": (64, 64, 3), "depth": (64, 64, 1)}),
         ("Goals", "state", {"arm": (4,), "goal": (7,)}),
         ("Goals", "both", {"image": (64, 64, 3), "depth": (64, 64, 1), "arm": (4,), "goal": (7,)}),
@@ -146,6 +152,25 @@ def test_actions_are_stretched_and_counted_from_where_they_start():
         assert env.step(np.array([2], np.int32)).reward == pytest.approx(1.07)
 
 
+@pytest.mark.parametrize("threads", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "reward", "theirs"), [("Clipped", 0.98, [[-2, 5], [1, 10]]), ("ClippedTwice", 0.97, None)]
+)
+def test_actions_that_are_clipped_have_the_bounds_that_they_are_clipped_to(name, threads, reward, theirs):
+    with make(name, 2, threads=threads) as env:
+        assert env.actions == envs.ContinuousActions(2)
+        env.reset()
+        action = np.float32([[-1, 0], [0.5, 1]])
+        assert env.step(action).reward[0] == pytest.approx(reward)
+        assert theirs is None or env._theirs(action).tolist() == theirs
+
+
+def test_the_wrapper_that_the_refusal_of_actions_names_gives_them_bounds():
+    unbounded = gym_envs.Count(action=gym_envs.box(2, low=-np.inf, high=np.inf))
+    bounded = gymnasium.wrappers.TransformAction(unbounded, lambda action: action, gym_envs.box(2))
+    assert gym_spaces.actions_of(gym_spaces.action_space_of(bounded), "it") == envs.ContinuousActions(2)
+
+
 @pytest.mark.parametrize(
     ("name", "obs", "message"),
     [
@@ -159,12 +184,19 @@ def test_actions_are_stretched_and_counted_from_where_they_start():
             "image",
             r"'image' is \(4, 84, 84\) uint8; an image is \(H, W, 3\), \(H, W, 1\) or \(H, W\) uint8",
         ),
-        ("Planar", "image", r"'image' is \(3, 84, 84\) uint8; an image is .*; gymnasium.wrappers.Transform"),
+        ("Unsure", "image", r"'image' is \(8, 8, 3\) float32; an image is .*; gymnasium.wrappers.Transform"),
         ("Float", "both", r"'image' is \(8, 8, 3\) float32; an image is .*; gymnasium.wrappers.Transform"),
         ("Float", "state", r"'image' is \(8, 8, 3\) float32; an image is"),
         ("Count", "state", r"Count-v0: its observations hold no vectors; --env.obs image sees the images"),
         ("List", "both", r"'list' is Sequence\(.*, which has no fixed length"),
         ("Taken", "image", r"an observation cannot be called 'reward'"),
+        ("Twice", "both", r"observations 'a-b' and 'a/b' would both be called 'a-b'"),
+        (
+            "Many",
+            "auto",
+            r"Many-v0: it is a VectorEnv; register a single environment; hdfast makes its own .*num-envs",
+        ),
+        ("ManyAlone", "auto", r"ManyAlone-v0: it is a VectorEnv; register a single"),
         *(
             (name, "both", re.escape(f"an observation cannot be called {key!r}; right are letters, digits"))
             for name, key in gym_envs.NAMES.items()
@@ -181,7 +213,14 @@ def test_actions_are_stretched_and_counted_from_where_they_start():
             r"its actions are MultiDiscrete\(\[2 2\]\); right are Discrete, or a Box of floats",
         ),
         ("Whole", "image", r"its actions are Box\(.*int32\); right are"),
-        ("Unbounded", "image", r"its actions have no bounds: Box\(-inf, inf"),
+        *(
+            (
+                name,
+                "image",
+                r"no bounds: Box\(.*inf, .*; gymnasium.wrappers.TransformAction\(env, f, Box\(low, high\)\) gives",
+            )
+            for name in ("Unbounded", "ClippedHalf", "ClippedDoubled")
+        ),
         ("Still", "image", r"its actions leave no choice: Box\(0.0, 0.0, \(2,\)"),
         ("Bodiless", "image", r"its actions leave no choice: Box\(.*\(0,\)"),
     ],
@@ -200,6 +239,45 @@ def test_what_cannot_be_drawn_can_be_trained_from_its_vectors():
         with pytest.raises(envs.MissingLibraryError) as raised:
             make("Blind", obs=obs)
         assert str(raised.value) == right
+
+
+def test_what_observes_vectors_is_not_drawn_unless_asked_for(monkeypatch, capfd):
+    """CartPole draws with pygame, which is not needed to see its four numbers."""
+    monkeypatch.setitem(sys.modules, "pygame", None)
+    argv = [*loop_cases.flags()[2:], "--suite", "gym", "--task", "CartPole-v1", "--env.threads", "1"]
+    code, out, err = loop_cases.door(train.main, [*argv, "--dry-run"], monkeypatch, capfd)
+    assert (code, err) == (0, "")
+    about = json.loads(out)
+    assert about["environment"]["observations"] == {"state": {"shape": [4], "dtype": "float32"}}
+    assert about["config"]["env"]["obs"] == "auto"
+    argv += ["--env.obs", "image"]
+    code, _, err = loop_cases.door(train.main, [*argv, "--dry-run"], monkeypatch, capfd)
+    assert code == 6
+    assert "--env.obs state does without drawing" in err
+
+
+@pytest.mark.parametrize("saved", ["image", "state", "both", "auto"])
+def test_a_run_goes_on_with_what_it_saw_where_that_is_left_open(tmp_path, saved):
+    task = {"suite": "gym", "task": "tests.gym_envs:Drawn-v0"}
+    loop_cases.train(tiny(tmp_path, **task, agent_steps=4, env={"threads": 1, "obs": saved}))
+    summary = loop_cases.train(tiny(tmp_path, **task, agent_steps=8, env={"threads": 1, "obs": "auto"}))
+    assert summary["length"] == 5
+    (file,) = tmp_path.rglob("config.json")
+    about = json.loads(file.read_text())
+    assert (about["config"]["env"]["obs"], len(about["resumed"])) == (saved, 1)
+    other = "state" if saved == "image" else "image"
+    with pytest.raises(ConfigError, match="another config"):
+        loop_cases.train(tiny(tmp_path, **task, env={"threads": 1, "obs": other}))
+
+
+def test_a_run_that_has_not_begun_sees_what_is_asked_for_now(tmp_path):
+    """Such as one that could not be drawn."""
+    task = {"suite": "gym", "task": "tests.gym_envs:Blind-v0", "agent_steps": 4}
+    with pytest.raises(envs.MissingLibraryError):
+        loop_cases.train(tiny(tmp_path, **task, env={"threads": 1, "obs": "image"}))
+    loop_cases.train(tiny(tmp_path, **task, env={"threads": 1, "obs": "auto"}))
+    (file,) = tmp_path.rglob("config.json")
+    assert json.loads(file.read_text())["config"]["env"]["obs"] == "auto"
 
 
 @pytest.mark.parametrize("obs", ["image", "both"])
@@ -224,8 +302,33 @@ def test_an_observed_image_is_of_the_size_that_its_space_says():
             env.step(np.zeros(1, np.int32))
 
 
+@pytest.mark.parametrize("name", ["Planes", "Plane", "Unit", "UnitPlane", "Float", "FloatPlanes"])
+def test_an_image_may_be_of_floats_and_have_its_channels_first(name):
+    with make(f"Picture{name}") as env:
+        (image,) = env.reset().obs["image"]
+        spec = env.obs_specs["image"]
+    assert spec.shape == image.shape == (16, 16, 3 if name in ("Planes", "Unit", "FloatPlanes") else 1)
+    assert spec.dtype == image.dtype == np.uint8
+    assert np.array_equal(image, gym_envs.picture(*image.shape))
+
+
+def test_an_image_of_floats_has_the_numbers_that_its_space_says():
+    for name, white in (("Bright", 1), ("Nan", 255)):
+        with make(f"Picture{name}") as env:
+            right = f"Picture{name}-v0: observation 'image' has numbers that are not 0 to {white}$"
+            with pytest.raises(RunError, match=right):
+                env.reset()
+
+
+def test_a_slash_in_the_name_of_an_observation_becomes_a_hyphen():
+    with make("Named5", obs="both") as env:
+        assert {key: spec.shape for key, spec in env.obs_specs.items()} == {"image": (8, 8, 3), "a-b": (2,)}
+        env.reset()
+        assert env.step(np.zeros(1, np.int32)).obs["a-b"].tolist() == [[1, 1]]
+
+
 def test_a_drawing_may_change_its_size():
-    with make("Growing") as env:
+    with make("Growing", obs="image") as env:
         env.reset()
         assert (env.step(np.zeros(1, np.int32)).obs["image"] == 10).all()
 
@@ -242,7 +345,8 @@ def test_a_run_tells_once_which_vectors_it_does_not_see(tmp_path, threads):
 
 
 @pytest.mark.parametrize(
-    ("name", "obs"), [("Goals", "both"), ("Goals", "state"), ("Drawn", "image"), ("Count", "image")]
+    ("name", "obs"),
+    [("Goals", "both"), ("Goals", "state"), ("Drawn", "image"), ("Drawn", "auto"), ("Count", "auto")],
 )
 def test_nothing_is_told_where_all_is_seen_that_was_asked_for(name, obs, capfd):
     make(name, obs=obs).close()
@@ -255,7 +359,7 @@ def test_an_observation_may_be_called_what_a_module_is_too(tmp_path, name):
     config = tiny(tmp_path, **overrides)
     loop_cases.train(config)
     config = dataclasses.replace(config, task=f"tests.gym_envs-{name}-v0")  # its folder
-    assert lines(config, "metrics")[-1][f"loss/{gym_envs.NAMES[name]}"] >= 0
+    assert lines(config, "metrics")[-1][f"loss/{gym_envs.NAMES[name].replace('/', '-')}"] >= 0
     assert evaluate(path_of(config), episodes=2, device="cpu")["length"] == 5
 
 
@@ -275,7 +379,16 @@ def test_an_action_may_be_fixed_where_others_are_not():
         ),
         (
             "Zzzz-v0",
-            r"no environment 'Zzzz-v0' .*; one of your own is named with its module, my_envs:Maze-v0$",
+            r"no environment 'Zzzz-v0' .*; those of a package are named with its module before a colon, such as "
+            r"ale_py:ALE/Pong-v5 or my_envs:Maze-v0$",
+        ),
+        (
+            "MiniGrid-Empty-5x5-v0",
+            r"is registered with gymnasium; those of a package are named with its module",
+        ),
+        (
+            "Arcade/Pong-v5",
+            r"no environment 'Arcade/Pong-v5' .*; those of a package are named with its module",
         ),
         ("tests.gym_envs:Coumt-v0", r"no environment 'Coumt-v0' .*did you mean 'Count-v0'"),
         (

@@ -49,8 +49,9 @@ def test_what_an_environment_gives_wrong_never_reaches_the_agent(how, text, thre
 
 
 def test_an_environment_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
-    with pytest.raises(RunError, match=r"^WrongInit-v0: it raised ValueError: no such map$") as error:
+    with pytest.raises(RunError) as error:
         make("WrongInit")
+    assert str(error.value) == "WrongInit-v0: it raised ValueError: no such map"
     assert "in __init__: raise ValueError" in error.value.details[-1]
     needed = "^WrongNeeds-v0 needs no_such_package_at_all; pip install no_such_package_at_all$"
     with pytest.raises(envs.MissingLibraryError, match=needed):
@@ -60,8 +61,9 @@ def test_an_environment_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"^torn: it raised SyntaxError: "):
         envs.check("gym", "torn:Any-v0")
     (tmp_path / "closed.py").write_text("raise PermissionError('not here')\n")
-    with pytest.raises(RunError, match=r"^closed: it raised PermissionError: not here$") as error:
+    with pytest.raises(RunError) as error:
         envs.check("gym", "closed:Any-v0")
+    assert str(error.value) == "closed: it raised PermissionError: not here"
     assert error.value.details == (
         f"{tmp_path / 'closed.py'}:1 in <module>: raise PermissionError('not here')",
     )

@@ -131,12 +131,13 @@ def test_evaluate_writes_a_video_of_the_first_episode(run):
     path.unlink()
 
 
-def test_a_video_of_a_run_from_vectors_is_drawn_and_changes_no_score(tmp_path):
+@pytest.mark.parametrize("obs", ["state", "auto"])
+def test_a_video_of_a_run_from_vectors_is_drawn_and_changes_no_score(tmp_path, obs):
     config = tiny(
         tmp_path,
         suite="gym",
         task="tests.gym_envs:Drawn-v0",
-        env={"num_envs": 1, "obs": "state"},
+        env={"num_envs": 1, "obs": obs},
         agent_steps=12,
     )
     loop_cases.train(config)

@@ -183,13 +183,23 @@ def test_a_run_is_saved_before_it_is_evaluated(tmp_path, monkeypatch, counted):
     script(monkeypatch)
     config, found, play = tiny(tmp_path, eval={"every": 20}), [], session.evaluation.play
 
-    def played(*args):
+    def played(*args, **options):
         found.append(saved(config).meta["agent_steps"])
-        return play(*args)
+        return play(*args, **options)
 
     monkeypatch.setattr(session.evaluation, "play", played)
     train(config)
     assert found == [20, 40]
+
+
+def test_a_run_may_be_evaluated_otherwise_from_now_on(tmp_path, monkeypatch, counted):
+    """What it learns does not depend on it, so that it is no other run."""
+    script(monkeypatch)
+    train(tiny(tmp_path, agent_steps=20, eval={"every": 20, "episodes": 2}))
+    config = tiny(tmp_path, agent_steps=40, eval={"every": 10, "episodes": 1})
+    train(config)
+    found = lines(config, "scores", kind="evaluation")
+    assert [(line["agent_steps"], line["episodes"]) for line in found] == [(20, 2), (30, 1), (40, 1)]
 
 
 def test_evaluation_at_the_end_alone(tmp_path, monkeypatch, counted):

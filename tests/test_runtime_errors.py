@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import traceback
 
 import pytest
 
@@ -46,6 +47,11 @@ def test_every_error_survives_pickling():
     ):
         copy = pickle.loads(pickle.dumps(error))
         assert (str(copy), copy.exit_code, copy.details) == (str(error), error.exit_code, error.details)
+
+
+def test_a_traceback_tells_the_details_too():
+    error = errors.ConfigError("what", details=["a: 1 -> 2"])
+    assert "".join(traceback.format_exception(error)).endswith("ConfigError: what\n  a: 1 -> 2\n")
 
 
 def test_disk_errors_tell_a_full_disk_from_another_trouble():

@@ -58,6 +58,25 @@ def test_a_new_phase_is_told_at_once():
     assert re.findall(r"phase=(\w+)", stream.getvalue()) == ["fill", "train"]
 
 
+def test_a_phase_tells_how_much_of_it_is_done_and_rates_stay_those_of_training():
+    progress, clock, stream = piped(total=1000, plain_seconds=30)
+    for second in range(11):
+        clock.now = 1000.0 + second
+        progress.update(agent_steps=10 * second, updates=5 * second)
+    progress.update(phase="evaluate", done=(0, 8))
+    for done in range(1, 9):
+        clock.now += 15
+        progress.update(done=(done, 8))
+    progress.update(phase="")
+    rates = "agent_steps=100/1000 done=10.0% frames/s=10.0 updates/s=5.00 left=0:01:30"
+    lines = stream.getvalue().splitlines()[1:]
+    assert lines[:5] == [f"{rates} phase=evaluate,{done}/8" for done in (0, 2, 4, 6, 8)]
+    assert "phase" not in lines[5]
+    assert progress.live_lines(200)[0].plain.count("evaluate") == 0
+    progress.update(phase="evaluate", done=(3, 8))
+    assert progress.live_lines(200)[0].plain.endswith("phase evaluate 3/8")
+
+
 def test_rates_are_those_of_the_last_minute_and_do_not_count_what_a_resumed_run_had():
     progress, clock, _ = piped(total=10_000)
     steps = 5000

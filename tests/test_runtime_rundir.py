@@ -278,6 +278,27 @@ def test_a_damaged_file_is_told(tmp_path, name, text, why):
     assert (run.path / f"{name}.json").read_bytes() == text
 
 
+def test_a_directory_that_was_made_for_nothing_goes_again(tmp_path):
+    logdir = tmp_path / "runs"
+    with open_run(logdir) as run:
+        run.note_backends({"precision": "float32"})
+        run.discard_unbegun()
+    assert list(tmp_path.iterdir()) == []
+    with open_run(logdir) as run, RunDir.open(logdir, "atari100k", "Pong", 7, CONFIG) as other:
+        other.discard_unbegun()
+        assert [path.name for path in run.path.parent.iterdir()] == [run.path.name], (
+            "but not another run's folder"
+        )
+    with open_run(tmp_path / "more") as run:
+        for begun in (run.replay / "chunk", run.path / "metrics.jsonl"):
+            begun.touch()
+            run.discard_unbegun()
+            assert begun.exists(), "nor one in which a run has begun"
+    with open_run(logdir) as run:
+        run.discard_unbegun()
+        assert run.path.exists(), "nor one that was there before"
+
+
 def test_checkpoints_without_a_config_are_not_taken_for_a_new_run(tmp_path):
     with open_run(tmp_path) as run:
         (run.checkpoints / "0000000001.safetensors").touch()

@@ -158,9 +158,9 @@ def test_a_signal_during_evaluation(tmp_path, monkeypatch):
     config = tiny(tmp_path, eval={"every": 15, "episodes": 50})
     play = session.evaluation.play
 
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
-        return play(*args)
+        return play(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(session.evaluation, "play", interrupted)

@@ -17,7 +17,7 @@ _CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "atari": {"source": ("auto", "envpool", "ale"), "obs": ("image",), "render": ("full",)},
     "catch": {"source": ("auto", "envpool"), "obs": ("image",), "render": ("full",)},
     "dmc": _MUJOCO,
-    "gym": {"source": ("auto",), "obs": ("image", "state", "both"), "render": ("full",)},
+    "gym": {"source": ("auto",), "obs": ("auto", "image", "state", "both"), "render": ("full",)},
     "metaworld": _MUJOCO,
 }
 
@@ -29,9 +29,11 @@ def make(
     num_envs: int,
     seed: int,
     source: str = "auto",
-    obs: str = "image",
+    obs: str = "auto",
     render: str = "full",
     threads: int = 0,
+    kwargs: str = "{}",
+    time_limit: int = 0,
     stop: Callable[[], object] = lambda: None,
 ) -> BatchEnv:
     """The environments of one task, by the names of `hdfast.suites`.
@@ -39,9 +41,12 @@ def make(
     num_envs: how many step together.
     seed: 0 or more, decides all that is random in them. Training and evaluation need different ones.
     source: for Atari `envpool`, `ale`, or `auto`: envpool where it is installed, else ale.
-    obs: for robotic tasks and those of gymnasium `image`, `state` or `both`.
+    obs: for robotic tasks and those of gymnasium `image`, `state` or `both`; `auto` is image, of gymnasium state
+        where no image is observed.
     render: for robotic tasks `full`, or `fast`: no shadows, no antialiasing.
     threads: of the source; 0 lets it choose.
+    kwargs: what those of gymnasium are made with, a JSON object.
+    time_limit: agent steps after which an episode of gymnasium is truncated; 0 leaves it to the environment.
     stop: called while those of gymnasium are waited for; what it raises ends the wait if they hang.
 
     Raises UnknownName (a ValueError) for a suite, a task or a setting that does not exist, listing the
@@ -50,6 +55,8 @@ def make(
     """
     benchmark = suites.get(suite)
     found = benchmark.task(task)
+    if obs == "auto" and benchmark.source != "gym":
+        obs = "image"
     for setting, value in (("source", source), ("obs", obs), ("render", render)):
         choices = _CHOICES[benchmark.source][setting]
         if value not in choices:
@@ -79,7 +86,7 @@ def make(
         case "gym":
             from hdfast.envs.gym import GymEnv
 
-            return GymEnv(found, **shared, obs=obs, stop=stop)
+            return GymEnv(found, **shared, obs=obs, kwargs=kwargs, time_limit=time_limit, stop=stop)
         case "metaworld":
             from hdfast.envs.metaworld import MetaWorld
 

@@ -3,11 +3,12 @@
 A task is what `gymnasium.make` takes: `CarRacing-v3`, or `my_envs:Maze-v0`, for which the module my_envs is imported
 first. Episodes end as the environment says: `terminated` is terminal, `truncated` (a time limit) is not.
 
-Images are observations of (H, W, 3), (H, W, 1) or (H, W) uint8, alone or in a Dict under names of letters, digits,
-`_`, `-` and spaces, else the environment is drawn (`render_mode="rgb_array"`). All other observations are vectors,
+Images are observations of (H, W, 3), (H, W, 1) or (H, W) uint8, of (3, H, W) or (1, H, W), or such floats of 0 to 1 or
+0 to 255, alone or in a Dict under names of letters, digits, `_`, `-` and spaces (a `/` becomes `-`). Where there is
+none, and one is asked for, the environment is drawn (`render_mode="rgb_array"`). All other observations are vectors,
 Discrete ones one-hot, a Dict inside the Dict joined into one. Images that are not all square with one side of 8, 16, 32
-or 64 become 64 x 64 by Pillow's box filter. Bounded Box actions are stretched to [-1, 1]. Where `info` holds `success`
-or `is_success`, an episode succeeds if one of its rows does.
+or 64 become 64 x 64 by Pillow's box filter. Bounded Box actions are stretched to [-1, 1]; of a ClipAction, the bounds
+are those that it clips to. Where `info` holds `success` or `is_success`, an episode succeeds if one of its rows does.
 
 Axes: N environments, H, W pixels.
 """
@@ -35,8 +36,9 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import clear_mpi_env_vars
 
 from hdfast.envs.base import ArraySpec, BatchEnv, EnvStep, env_seeds
+from hdfast.envs.gym_spaces import actions_of
 from hdfast.envs.gym_thread import GymThread
-from hdfast.envs.gym_view import SIGNALS, Maker, actions_of, told
+from hdfast.envs.gym_view import SIGNALS, Maker, told
 from hdfast.runtime.errors import ConfigError, EnvError, HdfastError, suggest
 from hdfast.suites import Task, UnknownName
 
@@ -62,7 +64,8 @@ def find(env_id: str) -> EnvSpec:
     except gymnasium.error.Error:
         hint = suggest(name, gymnasium.registry)
         if not module and "did you mean" not in hint:
-            hint = "; one of your own is named with its module, my_envs:Maze-v0"
+            names = "ale_py:ALE/Pong-v5 or my_envs:Maze-v0"
+            hint = f"; those of a package are named with its module before a colon, such as {names}"
         raise UnknownName(f"no environment {name!r} is registered with gymnasium{hint}") from None
 
 
@@ -70,15 +73,16 @@ class GymEnv(BatchEnv):
     """Environments of one id.
 
     More than one are stepped in a process each, or with `threads` 1 in this process; whichever, while the learner
-    works. obs: `image`, `state` (the vectors) or `both`.
+    works. obs: `image`, `state` (the vectors), `both`, or `auto`: image where one is observed, else state.
+    kwargs, time_limit: as `hdfast.envs.make`.
 
     stop: called while they are waited for. If they do not answer in the GRACE_SECONDS after it first raises, what it
     raises comes from whoever waits, and close() kills them.
 
     Raises UnknownName; MissingLibraryError where a package that the environment needs is missing; ConfigError for
-    observations or actions that the agent cannot take, with what would be right, and for a script that lets no process
-    begin; EnvError, also later, for what an environment raises, for numbers that are not finite, and where its process
-    dies.
+    observations or actions that the agent cannot take, with what would be right, for arguments that the environment
+    does not take, and for a script that lets no process begin; EnvError, also later, for what an environment raises,
+    for numbers that are not finite, and where its process dies.
     """
 
     source = "gymnasium"
@@ -91,12 +95,14 @@ class GymEnv(BatchEnv):
         seed: int,
         action_repeat: int,
         threads: int = 0,
-        obs: str = "image",
+        obs: str = "auto",
+        kwargs: str = "{}",
+        time_limit: int = 0,
         stop: Callable[[], object] = lambda: None,
     ) -> None:
         self.name = task.name
         self._seeds: list[int] | None = env_seeds(seed, num_envs)
-        make = Maker(find(task.env_id), obs, os.getpid())
+        make = Maker(find(task.env_id), obs, kwargs, time_limit, os.getpid())
         kind = AsyncVectorEnv if num_envs > 1 and threads != 1 else SyncVectorEnv
         self._vector = kind.__new__(kind)  # its processes are known while it is being made
         self._stop, self._thread = stop, GymThread(stop)

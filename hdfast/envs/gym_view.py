@@ -7,10 +7,9 @@ import contextlib
 import fcntl
 import functools
 import importlib
-import math
+import json
 import multiprocessing
 import os
-import re
 import signal
 import traceback
 import warnings
@@ -22,17 +21,28 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec
-from gymnasium.wrappers import AddRenderObservation
+from gymnasium.envs.registration import EnvSpec, load_env_creator
+from gymnasium.vector import VectorEnv
+from gymnasium.wrappers import AddRenderObservation, TimeLimit
 from PIL import Image
 
-from hdfast.envs.base import ContinuousActions, DiscreteActions
+from hdfast.envs.gym_spaces import (
+    action_space_of,
+    actions_of,
+    called,
+    channels_first,
+    is_image,
+    key_of,
+    parts_of,
+    shape_of,
+    white_of,
+    wrong,
+)
 from hdfast.runtime.errors import ConfigError, EnvError, HdfastError, MissingLibraryError, tell_warnings, warn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # to stop is for the learner, when it has saved
 SIZE = 64
 _AS_THEY_ARE = (8, 16, 32, 64)  # sides of images that are not resized
-_TAKEN = ("action", "reward", "is_first", "is_last", "is_terminal")  # what replay calls its other columns
 _LOSSES = ("dyn", "rep", "cont")  # what the agent calls its other losses; images have one together, "image"
 _TO_SEE = "let it observe (H, W, 3) uint8, or render 'rgb_array'; --env.obs state does without"
 _LARGEST = float(np.finfo(np.float32).max)
@@ -57,7 +67,9 @@ def told(name: str) -> Iterator[None]:
         raise _raised(error, name) from error
 
 
-def _raised(error: BaseException, name: str, hint: str = "") -> EnvError:
+def _raised(
+    error: BaseException, name: str, hint: str = "", *, kind: type[HdfastError] = EnvError
+) -> HdfastError:
     """The one line of what environment `name` raised."""
     ours = (
         *(Path(module.__file__).parent for module in (gymnasium, importlib)),
@@ -70,12 +82,27 @@ def _raised(error: BaseException, name: str, hint: str = "") -> EnvError:
         and not any(Path(frame.filename).is_relative_to(folder) for folder in ours)
     ]
     what = ": ".join(filter(None, (type(error).__name__, str(error).strip())))
-    return EnvError(f"it raised {what}", where=name, hint=hint, details=frames)
+    return kind(f"it raised {what}", where=name, hint=hint, details=frames)
+
+
+def _refuse_many(spec: EnvSpec) -> None:
+    """Raises ConfigError for what is registered as many environments in one."""
+    creator = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
+    if creator is None or (isinstance(creator, type) and issubclass(creator, VectorEnv)):
+        hint = "register a single environment; hdfast makes its own copies, --env.num-envs of them"
+        raise ConfigError("it is a VectorEnv", where=spec.id, hint=hint)
 
 
 @functools.cache  # once, not again for evaluation
 def _tell_unseen(name: str, seen: tuple[str, ...], unseen: tuple[str, ...]) -> None:
     warn(f"{name}: sees {', '.join(seen)}, not {', '.join(unseen)}; --env.obs both sees all")
+
+
+@functools.cache
+def _tell_endless(name: str) -> None:
+    warn(
+        f"{name}: has no time limit, and evaluation waits for the end of every episode; --env.time-limit sets one"
+    )
 
 
 def _end_with_parent() -> None:
@@ -96,11 +123,14 @@ def _end_with_parent() -> None:
 class Maker:
     """Makes one environment, seen as `obs` says, in this process (`owner`) or in one of its own.
 
+    kwargs, time_limit: as `hdfast.envs.make`.
     quiet: in one of its own it passes over warnings, which another process gives.
     """
 
     spec: EnvSpec
     obs: str
+    kwargs: str
+    time_limit: int
     owner: int
     quiet: bool = False
 
@@ -114,9 +144,12 @@ class Maker:
             if self.quiet:
                 warnings.simplefilter("ignore")
         with told(self.spec.id):
-            env = gymnasium.make(self.spec)
-            parts = _parts(env.observation_space)
-            drawn = self.obs != "state" and not any(map(_is_image, parts.values()))
+            _refuse_many(self.spec)
+            env = self._make()
+            parts = parts_of(env.observation_space, self.spec.id)
+            pictured = any(map(is_image, parts.values()))
+            obs = self.obs if self.obs != "auto" else "image" if pictured else "state"
+            drawn = obs != "state" and not pictured
             if drawn:
                 if "rgb_array" not in env.metadata.get("render_modes", ()):
                     raise ConfigError(
@@ -126,18 +159,38 @@ class Maker:
                     )
                 env.close()
                 try:
-                    env = gymnasium.make(self.spec, render_mode="rgb_array")
+                    env = self._make(render_mode="rgb_array")
                     env = AddRenderObservation(env, render_only=False, render_key="image")
                 except gymnasium.error.DependencyNotInstalled as error:
                     hint = "--env.obs state does without drawing"
                     raise MissingLibraryError(str(error), where=self.spec.id, hint=hint) from error
                 except NotImplementedError as error:
                     raise _raised(error, self.spec.id, _TO_SEE) from error
-            seen = Seen(env, self.obs, drawn=drawn)
-        unseen = tuple(key for key, space in parts.items() if not _is_image(space) and not _wrong(key, space))
-        if self.obs == "image" and not drawn and unseen and os.getpid() == self.owner:
-            _tell_unseen(self.spec.id, tuple(seen.observation_space), unseen)
+            seen = Seen(env, obs, drawn=drawn)
+        unseen = tuple(key for key, space in parts.items() if not is_image(space) and not wrong(key, space))
+        if os.getpid() == self.owner:
+            if obs == "image" and not drawn and unseen:
+                _tell_unseen(self.spec.id, tuple(seen.observation_space), unseen)
+            if env.spec.max_episode_steps is None:
+                _tell_endless(self.spec.id)
         return seen
+
+    def _make(self, **more: Any) -> gymnasium.Env:
+        """The environment as it is registered, with what was asked for and `more`."""
+        given = {**json.loads(self.kwargs), **more}
+        if self.time_limit:
+            given[
+                "max_episode_steps"
+            ] = -1  # wrappers that are registered may count other steps than the agent's
+        try:
+            env = gymnasium.make(self.spec, **given)
+        except TypeError as error:
+            if self.kwargs == "{}":
+                raise
+            hint = f"--env.kwargs gave it {self.kwargs}"
+            first = error.__context__ or error  # gymnasium adds to it what it was called with
+            raise _raised(first, self.spec.id, hint, kind=ConfigError) from error
+        return TimeLimit(env, self.time_limit) if self.time_limit else env
 
 
 class Seen(gymnasium.ObservationWrapper):
@@ -150,13 +203,13 @@ class Seen(gymnasium.ObservationWrapper):
         super().__init__(env)
         self._drawn = drawn
         self._name = name = env.spec.id
-        parts = _parts(env.observation_space)
-        images = {key: space for key, space in parts.items() if _is_image(space) and obs != "state"}
-        vectors = {key: space for key, space in parts.items() if not _is_image(space) and obs != "image"}
+        parts = parts_of(env.observation_space, name)
+        images = {key: space for key, space in parts.items() if is_image(space) and obs != "state"}
+        vectors = {key: space for key, space in parts.items() if not is_image(space) and obs != "image"}
         self._whole = not isinstance(env.observation_space, spaces.Dict)
         for key, space in ({**images, **vectors} or parts).items():  # or what it would be told to see
-            if (wrong := _wrong(key, space)) is not None:
-                raise ConfigError(wrong, where=name)
+            if (what := wrong(key, space)) is not None:
+                raise ConfigError(what, where=name)
         for key in vectors.keys() & {*_LOSSES, *(["image"] if images else [])}:
             what = (
                 f"an observation that is no image cannot be called {key!r}; the agent has a loss of that name"
@@ -166,10 +219,12 @@ class Seen(gymnasium.ObservationWrapper):
             raise ConfigError(
                 "its observations hold no vectors", where=name, hint="--env.obs image sees the images"
             )
-        actions_of(env.action_space, name)
-        sides = {side for space in images.values() for side in space.shape[:2]}
+        self.action_space = action_space_of(env)
+        actions_of(self.action_space, name)
+        sides = {side for space in images.values() for side in shape_of(space)[:2]}
         self._side = next(iter(sides)) if len(sides) == 1 and sides <= set(_AS_THEY_ARE) else SIZE
         self._images, self._vectors = images, vectors
+        self._white = {key: white_of(space) for key, space in images.items()}
         self.observation_space = spaces.Dict(
             {
                 **{key: self._image_space(space) for key, space in images.items()},
@@ -200,7 +255,10 @@ class Seen(gymnasium.ObservationWrapper):
             warnings.warn(f"{error}; it was being closed", stacklevel=2)
 
     def observation(self, observation: Any) -> dict[str, np.ndarray]:
-        parts = {_key(self.env.observation_space): observation} if self._whole else observation
+        if self._whole:
+            parts = {key_of(self.env.observation_space): observation}
+        else:
+            parts = {called(key): value for key, value in observation.items()}
         return {
             key: self._vector(key, parts[key]) if key in self._vectors else self._image(key, parts[key])
             for key in self.observation_space
@@ -222,13 +280,20 @@ class Seen(gymnasium.ObservationWrapper):
         same = image.shape == space.shape
         if self._drawn:
             same = (image.ndim, image.shape[2:]) == (len(space.shape), space.shape[2:])
-        if image.dtype != np.uint8 or not same:
-            what = f"observation {key!r} is {image.shape} {image.dtype}, its space says {space.shape} uint8"
-            raise EnvError(what, where=self._name)
-        return self._resized(image)
+        floats = space.dtype != np.uint8
+        if not same or not (image.dtype.kind == "f" if floats else image.dtype == np.uint8):
+            seen, right = f"{image.shape} {image.dtype}", f"{space.shape} {space.dtype}"
+            raise EnvError(f"observation {key!r} is {seen}, its space says {right}", where=self._name)
+        if floats:
+            white = self._white[key]
+            image = np.rint(image * (255 / white))
+            if not (image.min() >= 0 and image.max() <= 255):  # NaN is neither
+                raise EnvError(f"observation {key!r} has numbers that are not 0 to {white}", where=self._name)
+            image = image.astype(np.uint8)
+        return self._resized(np.moveaxis(image, 0, -1) if channels_first(space) else image)
 
     def _image_space(self, space: spaces.Box) -> spaces.Box:
-        return spaces.Box(0, 255, (self._side, self._side, math.prod(space.shape[2:])), np.uint8)
+        return spaces.Box(0, 255, (self._side, self._side, shape_of(space)[2]), np.uint8)
 
     def _resized(self, image: np.ndarray) -> np.ndarray:
         if image.shape[:2] != (self._side, self._side):
@@ -244,49 +309,3 @@ def _success(info: dict[str, Any]) -> dict[str, bool]:
         if value.size == 1 and value.dtype.kind in "biuf":
             return {"success": bool(value.item() > 0)}
     return {}
-
-
-def _key(space: spaces.Space) -> str:
-    """What an observation without a name is called."""
-    return "image" if _is_image(space) else "state"
-
-
-def _parts(space: spaces.Space) -> dict[str, spaces.Space]:
-    return dict(space.spaces) if isinstance(space, spaces.Dict) else {_key(space): space}
-
-
-def _is_image(space: spaces.Space) -> bool:
-    """Whether it is meant as one; whether the agent can take it is for `_wrong` to say."""
-    return isinstance(space, spaces.Box) and (
-        len(space.shape) == 3 or (len(space.shape) == 2 and space.dtype == np.uint8)
-    )
-
-
-def _wrong(key: str, space: spaces.Space) -> str | None:
-    """What keeps the agent from taking an observation, and what would be right; None if nothing does."""
-    if not isinstance(key, str) or not re.fullmatch(r"[\w -]+", key):
-        return f"an observation cannot be called {key!r}; right are letters, digits, '_', '-' and ' '"
-    if key in _TAKEN:
-        return f"an observation cannot be called {key!r}; replay has a column of that name"
-    if not _is_image(space):
-        return (
-            None if space.is_np_flattenable else f"observation {key!r} is {space}, which has no fixed length"
-        )
-    if space.dtype != np.uint8 or (len(space.shape) == 3 and space.shape[2] not in (1, 3)):
-        right = "an image is (H, W, 3), (H, W, 1) or (H, W) uint8; gymnasium.wrappers.TransformObservation makes one"
-        return f"observation {key!r} is {space.shape} {space.dtype}; {right}"
-    return None
-
-
-def actions_of(space: spaces.Space, name: str) -> DiscreteActions | ContinuousActions:
-    """Raises ConfigError for actions that the agent does not have."""
-    if isinstance(space, spaces.Discrete):
-        return DiscreteActions(int(space.n))
-    if not isinstance(space, spaces.Box) or not np.issubdtype(space.dtype, np.floating):
-        raise ConfigError(f"its actions are {space}; right are Discrete, or a Box of floats", where=name)
-    if not space.is_bounded():
-        hint = "give them bounds, gymnasium.wrappers.RescaleAction or ClipAction"
-        raise ConfigError(f"its actions have no bounds: {space}", where=name, hint=hint)
-    if not (space.high > space.low).any():
-        raise ConfigError(f"its actions leave no choice: {space}", where=name)
-    return ContinuousActions(math.prod(space.shape))

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,15 +184,19 @@ def _chunks(file: Any) -> Iterator[memoryview]:
 
 
 @contextlib.contextmanager
-def fitting(path: Path) -> Iterator[None]:
-    """Turns what torch says of parameters of other names or shapes into one line about the checkpoint at `path`."""
+def fitting(path: Path, differing: Sequence[str] = ()) -> Iterator[None]:
+    """Turns what torch says of parameters of other names or shapes into one line about the checkpoint at `path`.
+
+    differing: lines of what is known to be another than in training, told in place of a parameter's shape.
+    """
     try:
         yield
     except RuntimeError as error:
         first, *_, example = str(error).splitlines()
         if "loading state_dict" not in first:
             raise
-        hint = "is its environment, or config.json, another than in training?"
+        hint = "" if differing else "is its environment, or config.json, another than in training?"
+        details = differing or [example.strip()]
         raise CheckpointError(
-            "the checkpoint does not fit", where=path, hint=hint, details=[example.strip()]
+            "the checkpoint does not fit", where=path, hint=hint, details=details
         ) from error

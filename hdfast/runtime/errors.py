@@ -44,6 +44,8 @@ class HdfastError(Exception):
         super().__init__(what)
         self.what, self.where, self.details = what, str(where), tuple(details)
         self.hint = hint.removeprefix("; ")
+        for line in self.details:
+            self.add_note(f"  {line}")  # below the error in a traceback
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what

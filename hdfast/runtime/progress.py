@@ -56,6 +56,7 @@ class Progress:
         self._evaluation = math.nan
         self._harmony: dict[str, float] = {}
         self._phase = ""
+        self._done: tuple[int, int] | None = None
         self._clock = clock
         self._every_seconds = live_seconds if self._live else plain_seconds
         self._next_seconds = -math.inf
@@ -71,6 +72,7 @@ class Progress:
         evaluation: float | None = None,
         harmony: Mapping[str, float] | None = None,
         phase: str | None = None,
+        done: tuple[int, int] | None = None,
     ) -> None:
         """Tell what changed; drawn when enough time has passed since the last drawing, or the phase is new.
 
@@ -79,6 +81,7 @@ class Progress:
         agent_steps, updates: counts so far. score: of the last episode; the mean of the last EPISODES is shown.
         evaluation: mean of the last one.
         harmony: weights by name, in the order to be shown. phase: a word on what goes on, such as "evaluate".
+        done: how much of the phase, of how much; forgotten when another begins.
         """
         self._agent_steps = self._agent_steps if agent_steps is None else agent_steps
         self._updates = self._updates if updates is None else updates
@@ -87,8 +90,9 @@ class Progress:
         self._harmony = self._harmony if harmony is None else dict(harmony)
         new_phase = phase is not None and phase != self._phase
         self._phase = phase if new_phase else self._phase
+        self._done = done if new_phase or done is not None else self._done
         now = self._clock()
-        if self._samples or agent_steps is not None:
+        if agent_steps is not None or (self._samples and done is None):  # rates are those of training
             self._sample(now)
         if now >= self._next_seconds or new_phase:
             self._draw(now)
@@ -145,6 +149,8 @@ class Progress:
             shown["left"] = _duration(self.seconds_left)
         if self._phase:
             shown["phase"] = self._phase
+            if self._done is not None:
+                shown["phase"] += " {}/{}".format(*self._done)
         return shown
 
     def plain_line(self) -> str:

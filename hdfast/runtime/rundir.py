@@ -5,11 +5,13 @@ finished.json: {"summary": {"score": number, ...}, "time": ...}, written when th
 backends.json: how the last session computed.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from hdfast.runtime import checkpoint, errors
 from hdfast.runtime.errors import CheckpointError, ConfigError, RunError, disk_errors
 from hdfast.runtime.files import plain, write_json
 
+OPENING = {"config.json", "backends.json", "lock"}  # what is there before a run begins
 FOLDERS = ("checkpoints", "replay", "tensorboard", "videos")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _ABSENT = "(absent)"
@@ -55,6 +58,7 @@ class RunDir:
 
     def __init__(self, path: Path, state: State, summary: dict[str, Any] | None, lock: int) -> None:
         self.path, self.state, self.summary, self._lock = path, state, summary, lock
+        self._made: list[Path] = []  # folders that `open` made, the run's own first
         self.checkpoints, self.replay, self.tensorboard, self.videos = (path / name for name in FOLDERS)
 
     @classmethod
@@ -93,11 +97,14 @@ class RunDir:
         requested = plain(dict(config), "config")
         with disk_errors(path, "use the run's directory", hint="choose another --logdir"):
             _check_is_directory(path)
+            made = [folder for folder in (path, *path.parents) if not folder.exists()]
             path.mkdir(parents=True, exist_ok=True)
             lock = _lock(path, warn)
             try:
                 origin = {**provenance(), "device": plain(dict(device or {}), "device")}
-                return cls._open_locked(path, requested, ignore, growing, defaults or {}, origin, lock)
+                opened = cls._open_locked(path, requested, ignore, growing, defaults or {}, origin, lock)
+                opened._made = made
+                return opened
             except BaseException:
                 os.close(lock)
                 raise
@@ -154,6 +161,16 @@ class RunDir:
                 before = {}
             write_json(path, plain(dict(how), "how"))
         return difference({name: before.get(name, value) for name, value in how.items()}, how)
+
+    def discard_unbegun(self) -> None:
+        """Removes the directory if `open` made it and the run has written nothing of its own into it since."""
+        written = {path.name for path in self.path.rglob("*") if not path.is_dir()}
+        if not self._made or not written <= OPENING:
+            return
+        with contextlib.suppress(OSError):
+            shutil.rmtree(self.path)
+            for folder in self._made[1:]:
+                folder.rmdir()  # which fails where there is another run
 
     def close(self) -> None:
         """Release the lock. Closing twice is allowed."""

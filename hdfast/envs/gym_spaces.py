@@ -1,0 +1,116 @@
+"""What the spaces of a gymnasium environment are to the agent: images, vectors and actions; what it cannot take.
+
+Axes: H, W pixels, C channels.
+"""
+
+import math
+import re
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.wrappers import ClipAction
+
+from hdfast.envs.base import ContinuousActions, DiscreteActions
+from hdfast.runtime.errors import ConfigError
+
+_NAME = re.compile(r"[\w -]+")
+_TAKEN = ("action", "reward", "is_first", "is_last", "is_terminal")  # what replay calls its other columns
+
+
+def key_of(space: spaces.Space) -> str:
+    """What an observation without a name is called."""
+    return "image" if is_image(space) else "state"
+
+
+def parts_of(space: spaces.Space, name: str) -> dict[str, spaces.Space]:
+    """The observations of environment `name` by what the agent calls them. Raises: ConfigError."""
+    if not isinstance(space, spaces.Dict):
+        return {key_of(space): space}
+    theirs: dict[str, str] = {}
+    for key in space:
+        if (other := theirs.setdefault(called(key), key)) != key:
+            what = f"observations {other!r} and {key!r} would both be called {called(key)!r}"
+            raise ConfigError(what, where=name)
+    return {ours: space[key] for ours, key in theirs.items()}
+
+
+def called(key: Any) -> Any:
+    """What the agent calls an observation of a Dict: "-" stands for "/", if that makes a name that it can have."""
+    new = key.replace("/", "-") if isinstance(key, str) else ""
+    return new if _NAME.fullmatch(new) else key
+
+
+def is_image(space: spaces.Space) -> bool:
+    """Whether it is meant as one; whether the agent can take it is for `wrong` to say."""
+    return isinstance(space, spaces.Box) and (
+        len(space.shape) == 3 or (len(space.shape) == 2 and space.dtype == np.uint8)
+    )
+
+
+def channels_first(space: spaces.Box) -> bool:
+    """Whether an image is (C, H, W); where both could be meant it is not."""
+    return len(space.shape) == 3 and space.shape[2] not in (1, 3) and space.shape[0] in (1, 3)
+
+
+def shape_of(space: spaces.Box) -> tuple[int, int, int]:
+    """(H, W, C) of an image."""
+    if channels_first(space):
+        return *space.shape[1:], space.shape[0]
+    return *space.shape[:2], math.prod(space.shape[2:])
+
+
+def white_of(space: spaces.Box) -> int | None:
+    """The brightest that an image can be, of 0 to 1 or 0 to 255; None if it is something else."""
+    if space.dtype == np.uint8:
+        return 255
+    if space.dtype in (np.float32, np.float64) and (space.low == 0).all():
+        return next((white for white in (1, 255) if (space.high == white).all()), None)
+    return None
+
+
+def wrong(key: str, space: spaces.Space) -> str | None:
+    """What keeps the agent from taking an observation, and what would be right; None if nothing does."""
+    if not isinstance(key, str) or not _NAME.fullmatch(key):
+        return f"an observation cannot be called {key!r}; right are letters, digits, '_', '-' and ' '"
+    if key in _TAKEN:
+        return f"an observation cannot be called {key!r}; replay has a column of that name"
+    if not is_image(space):
+        return (
+            None if space.is_np_flattenable else f"observation {key!r} is {space}, which has no fixed length"
+        )
+    if white_of(space) is None or shape_of(space)[2] not in (1, 3):
+        right = "an image is (H, W, 3), (H, W, 1) or (H, W) uint8; gymnasium.wrappers.TransformObservation makes one"
+        return f"observation {key!r} is {space.shape} {space.dtype}; {right}"
+    return None
+
+
+def action_space_of(env: gymnasium.Env) -> spaces.Space:
+    """What an environment takes; where its ClipAction takes all numbers, those that it clips to."""
+    layer = env
+    while _unbounded(layer.action_space) and isinstance(layer, gymnasium.Wrapper):
+        inner = layer.env
+        passes = not isinstance(layer, gymnasium.ActionWrapper) and layer.action_space == inner.action_space
+        if not (passes or isinstance(layer, ClipAction)):
+            break
+        layer = inner
+    return layer.action_space
+
+
+def _unbounded(space: spaces.Space) -> bool:
+    return isinstance(space, spaces.Box) and not space.is_bounded()
+
+
+def actions_of(space: spaces.Space, name: str) -> DiscreteActions | ContinuousActions:
+    """Raises ConfigError for actions that the agent does not have."""
+    if isinstance(space, spaces.Discrete):
+        return DiscreteActions(int(space.n))
+    if not isinstance(space, spaces.Box) or not np.issubdtype(space.dtype, np.floating):
+        raise ConfigError(f"its actions are {space}; right are Discrete, or a Box of floats", where=name)
+    if _unbounded(space):
+        hint = "gymnasium.wrappers.TransformAction(env, f, Box(low, high)) gives them bounds"
+        raise ConfigError(f"its actions have no bounds: {space}", where=name, hint=hint)
+    if not (space.high > space.low).any():
+        raise ConfigError(f"its actions leave no choice: {space}", where=name)
+    return ContinuousActions(math.prod(space.shape))

@@ -1,0 +1,120 @@
+"""How environments of users' own are made: with which arguments, and until when their episodes go on.
+
+Axes: N environments.
+"""
+
+import dataclasses
+import json
+
+import gymnasium
+import numpy as np
+import pytest
+
+from hdfast import envs
+from hdfast.envs import gym_view
+from hdfast.evaluate import evaluate
+from hdfast.runtime.errors import ConfigError, EnvError
+from tests import loop_cases
+from tests.loop_cases import one_thread, path_of, tiny  # noqa: F401
+
+
+def make(name, num_envs=1, **settings):
+    return envs.make("gym", f"tests.gym_envs:{name}-v0", num_envs=num_envs, **{"seed": 0, **settings})
+
+
+def end_of(env, most=20):
+    """After how many agent steps the first episode ends, and whether that is terminal."""
+    with env:
+        env.reset()
+        for count in range(1, most + 1):
+            row = env.step(np.zeros(env.num_envs, np.int32))
+            if row.is_last.any():
+                assert row.is_last.all()
+                return count, bool(row.is_terminal.all())
+    return None
+
+
+@pytest.mark.parametrize(("num_envs", "threads"), [(1, 0), (2, 0), (2, 1)])
+def test_arguments_reach_every_environment(num_envs, threads):
+    assert end_of(make("Count", num_envs, threads=threads)) == (5, True)
+    assert end_of(make("Count", num_envs, threads=threads, kwargs='{"length":3}')) == (3, True)
+
+
+def test_arguments_reach_what_is_drawn_too():
+    kwargs = '{"length":2,"render_mode":"rgb_array"}'
+    assert end_of(make("Drawn", obs="both", kwargs=kwargs)) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ('{"lenght":3}', "Count.__init__() got an unexpected keyword argument 'lenght'"),
+        ('{"id":"Tall-v0"}', "make() got multiple values for argument 'id'"),
+    ],
+)
+def test_arguments_that_an_environment_does_not_take_are_one_line(kwargs, text):
+    for num_envs in (1, 2):
+        with pytest.raises(ConfigError) as error:
+            make("Count", num_envs, kwargs=kwargs)
+        assert str(error.value) == f"Count-v0: it raised TypeError: {text}; --env.kwargs gave it {kwargs}"
+        assert error.value.details == ()
+
+
+def test_a_type_error_of_an_environment_without_arguments_is_its_own(monkeypatch):
+    envs.check("gym", "tests.gym_envs:Count-v0")
+    wrong = dataclasses.replace(gymnasium.spec("Count-v0"), kwargs={"lenght": 3})
+    monkeypatch.setitem(gymnasium.registry, "Count-v0", wrong)
+    with pytest.raises(EnvError, match=r"it raised TypeError: .*'lenght'") as error:
+        make("Count")
+    assert "--env.kwargs" not in str(error.value)
+
+
+def test_a_run_with_other_arguments_is_another_run(tmp_path):
+    task = {"suite": "gym", "task": "tests.gym_envs:Count-v0"}
+    env = {"threads": 1, "kwargs": '{"length": 3}', "time_limit": 9}
+    config = tiny(tmp_path, **task, env=env)
+    assert loop_cases.train(config)["length"] == 3
+    config = dataclasses.replace(config, task="tests.gym_envs-Count-v0")  # its folder
+    stored = json.loads((path_of(config) / "config.json").read_text())["config"]["env"]
+    assert (stored["kwargs"], stored["time_limit"]) == ('{"length":3}', 9)
+    assert evaluate(path_of(config), episodes=2, device="cpu")["length"] == 3
+    for changed, line in (
+        ({"kwargs": '{"length": 4}'}, r'env.kwargs: "{\"length\":3}" -> "{\"length\":4}"'),
+        ({"time_limit": 2}, "env.time_limit: 9 -> 2"),
+    ):
+        with pytest.raises(ConfigError, match="another config") as error:
+            loop_cases.train(tiny(tmp_path, **task, env={**env, **changed}))
+        assert error.value.details == (line,)
+
+
+@pytest.mark.parametrize(
+    ("name", "time_limit", "end"),
+    [
+        ("Endless", 0, None),
+        ("Endless", 4, (4, False)),
+        ("Limited", 0, (3, False)),
+        ("Limited", 4, (4, False)),  # in place of the one that is registered
+        ("LimitedInside", 0, (4, False)),
+        ("LimitedInside", 3, (3, False)),
+        ("Skipping", 0, (3, False)),
+        ("Skipping", 2, (2, False)),  # its own are two of these
+        ("Count", 5, (5, True)),
+        ("Count", 4, (4, False)),
+    ],
+)
+def test_a_time_limit_is_of_agent_steps_and_never_terminal(name, time_limit, end):
+    assert end_of(make(name, time_limit=time_limit)) == end
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_an_environment_without_a_time_limit_is_told_once(num_envs, capfd):
+    gym_view._tell_endless.cache_clear()
+    for settings in ({"time_limit": 4}, {}, {}):
+        make("Endless", num_envs, **settings).close()
+    for name in ("Limited", "LimitedInside"):
+        make(name, num_envs).close()
+    right = (
+        "warning: Endless-v0: has no time limit, and evaluation waits for the end of every episode; "
+        "--env.time-limit sets one\n"
+    )
+    assert capfd.readouterr().err == right
