@@ -42,6 +42,22 @@ class Trained:
     policy: Policy
     checkpoint: checkpoint.Checkpoint
 
+    def act(self, observation: Any, *, is_first: bool = False) -> Any:
+        """An action for an environment of your own, from what it observes, both in its own spaces.
+
+        Args:
+            observation: of `gymnasium.make(...)` for a run of suite gym, what it draws where the agent sees that; for
+                other suites as in `env.obs_specs`.
+            is_first: whether it is the first of an episode; the first call is taken as one.
+
+        Raises:
+            ValueError: the agent was loaded for several environments, or a part of the observation is missing or of
+            another shape. TypeError, EnvError: the observation is none of the environment's.
+        """
+        if self.env.num_envs != 1:
+            raise ValueError(f"act() is for one environment, this was loaded for {self.env.num_envs}")
+        return self.env.taken(self.policy(self.env.seen(observation), np.array([is_first])))
+
     def __enter__(self) -> Self:
         return self
 

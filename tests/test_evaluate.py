@@ -6,6 +6,7 @@ import shutil
 import time
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -294,3 +295,46 @@ def test_evaluate_tells_what_is_wrong_in_one_line(run, tmp_path, monkeypatch, ca
     ):
         got, out, err = door(evaluate.main, argv, monkeypatch, capfd)
         assert (got, out, err) == (code, "", f"error: {text}\n")
+
+
+@pytest.mark.parametrize("name", ["Arm", "From5", "Goals", "Drawn", "Catch"])
+def test_it_acts_in_an_environment_of_ones_own_as_in_its_own(name, tmp_path):
+    """From observations and with actions as the environment has them, the same episode."""
+    drawn, ours = name == "Drawn", name != "Catch"
+    task = {"suite": "gym", "task": f"tests.gym_envs:{name}-v0"} if ours else {}
+    obs = "image" if drawn else "both" if name == "Goals" else "auto"
+    config = tiny(tmp_path, agent_steps=4, env={"obs": obs if ours else "image"}, **task)
+    loop_cases.train(config)
+    folder = path_of(config) if not ours else next(tmp_path.glob("gym/*/seed0"))
+    with evaluate.load(folder, seed=3, device="cpu") as trained:
+        step, theirs, rows = trained.env.reset(), [], []
+        while not step.is_last.any():
+            rows.append({key: value[0] for key, value in step.obs.items()})
+            action = trained.policy(step.obs, step.is_first)
+            theirs.append(trained.env.taken(action))
+            step = trained.env.step(action)
+    with evaluate.load(folder, seed=3, device="cpu") as trained:
+        if not ours:  # one thing is seen: alone, or by its name
+            assert [trained.act(rows[0]["image"]), *map(trained.act, rows[1:])] == theirs
+            return
+        env = gymnasium.make(config.task, **({"render_mode": "rgb_array"} if drawn else {}))
+        observation, _ = env.reset()
+        for i, expected in enumerate(theirs):
+            action = trained.act(env.render() if drawn else observation, is_first=i == 0)
+            assert env.action_space.contains(action)
+            assert np.array_equal(action, expected)
+            observation, *_ = env.step(action)
+        assert trained.act(env.render() if drawn else observation, is_first=True) is not None
+
+
+def test_what_it_cannot_act_on_is_told(run):
+    with evaluate.load(path_of(run), device="cpu") as trained:
+        with pytest.raises(ValueError, match="Catch: the observation has no 'image', but pixels"):
+            trained.act({"pixels": np.zeros((16, 16, 3), np.uint8)})
+        with pytest.raises(
+            ValueError, match=r"obs\['image'\] has shape \(1, 8, 8, 3\), right is \(1, 16, 16, 3\)"
+        ):
+            trained.act(np.zeros((8, 8, 3), np.uint8))
+    several = evaluate.load(path_of(run), num_envs=2, device="cpu")
+    with several, pytest.raises(ValueError, match=r"act\(\) is for one environment, this was loaded for 2"):
+        several.act(np.zeros((16, 16, 3), np.uint8))

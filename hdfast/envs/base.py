@@ -10,10 +10,11 @@ frames = agent_steps * action_repeat.
 import importlib
 import importlib.util
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import ModuleType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -169,6 +170,26 @@ class BatchEnv(ABC):
         """send() and recv() in one."""
         self.send(action)
         return self.recv()
+
+    def seen(self, observation: Any) -> dict[str, np.ndarray]:
+        """What one environment gave by itself as a row of the agent's, (1, ...) for each of `obs_specs`.
+
+        observation: by name; where the agent sees one thing alone, that.
+
+        Raises ValueError where one is missing.
+        """
+        named = (
+            observation if isinstance(observation, Mapping) else dict.fromkeys(self.obs_specs, observation)
+        )
+        if missing := [key for key in self.obs_specs if key not in named]:
+            raise ValueError(
+                f"{self.name}: the observation has no {missing[0]!r}, but {', '.join(map(str, named))}"
+            )
+        return {key: np.asarray(named[key])[None] for key in self.obs_specs}
+
+    def taken(self, action: np.ndarray) -> Any:
+        """The first row's action as one environment takes it by itself."""
+        return action[0]
 
     def close(self) -> None:
         """Free the environments; closing twice is fine, anything else afterwards is a RuntimeError."""

@@ -164,13 +164,27 @@ class GymEnv(BatchEnv):
             info={"success": success} if self._tells_success else {},
         )
 
+    def seen(self, observation: Any) -> dict[str, np.ndarray]:
+        """As `BatchEnv.seen`, of what the environment gives in its own space; where it is drawn, of the frame.
+
+        Raises EnvError where the observation is none of that space, ValueError for environments in other processes.
+        """
+        if not isinstance(self._vector, SyncVectorEnv):
+            raise ValueError(f"{self.name}: its environments are in processes of their own; take one alone")
+        with told(self.name):
+            return {key: array[None] for key, array in self._vector.envs[0].seen(observation).items()}
+
+    def taken(self, action: np.ndarray) -> Any:
+        first = self._theirs(action[:1])[0]
+        return int(first) if isinstance(self._vector.single_action_space, spaces.Discrete) else first
+
     def _theirs(self, action: np.ndarray) -> np.ndarray:
         """Actions (N,) or (N, size) in [-1, 1] as the environment counts or scales them."""
         space = self._vector.single_action_space
         if isinstance(space, spaces.Discrete):
             return action + space.start
         middle, reach = space.high / 2 + space.low / 2, space.high / 2 - space.low / 2
-        stretched = middle + reach * action.reshape(self.num_envs, *space.shape)
+        stretched = middle + reach * action.reshape(len(action), *space.shape)
         return np.clip(stretched, space.low, space.high).astype(space.dtype)
 
     def _result(self, answer: Future[Any]) -> Any:

@@ -254,6 +254,10 @@ class Seen(gymnasium.ObservationWrapper):
         except HdfastError as error:  # whatever came of it has been saved
             warnings.warn(f"{error}; it was being closed", stacklevel=2)
 
+    def seen(self, observation: Any) -> dict[str, np.ndarray]:
+        """`observation` of what the environment gives by itself, without what draws it: the frame where it is drawn."""
+        return self.observation({"image": observation} if self._drawn else observation)
+
     def observation(self, observation: Any) -> dict[str, np.ndarray]:
         if self._whole:
             parts = {key_of(self.env.observation_space): observation}
