@@ -4,18 +4,38 @@ Where no kernel of ours is faster. Axes: N images, H x W pixels, channels; weigh
 larger one, 4, 4), in the dtype of the activations.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# Channels of a map for each of its pixels, of all images together, from which on the weights are most of what moves.
+FEW = 2
 
 
 def convolve(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     """x halved, or doubled where `transposed`."""
+    images, height, width, _ = x.shape
+    pixels = images * (height // 2) * (width // 2)
+    if not transposed and x.dtype == torch.float32 and FEW * pixels <= len(weight):
+        return _as_product(x, weight)
     width = x.shape[2] if transposed else x.shape[2] // 2
     maps = _laid(x.permute(0, 3, 1, 2), width), _laid(weight, width)
     out = torch.ops.aten.convolution(*maps, None, *_constants(transposed))
     return out.permute(0, 2, 3, 1).to(x.dtype)
+
+
+def _as_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x halved by a product of matrices, for which the weights stay as they lie, and of the pixels there are copies."""
+    (images, height, width, channels), depth = x.shape, 16 * x.shape[3]
+    map_size = (images, height // 2, width // 2)
+    x = F.pad(x, (0, 0, 1, 1, 1, 1))
+    of_image, down, across, _ = x.stride()
+    windows = x.as_strided((*map_size, channels, 4, 4), (of_image, 2 * down, 2 * across, 1, down, across))
+    out = windows.reshape(math.prod(map_size), depth) @ weight.reshape(len(weight), depth).mT
+    return out.view(*map_size, len(weight))
 
 
 def gradients(

@@ -15,7 +15,8 @@ ISAS = native.isas() if dispatch.native_built() else []
 # the layers, a block of several images, a row in several blocks, every width of a tile; none. The last have tiles of
 # 2 x 2 enough, on two threads, for 9 multiplications in place of 16: the layers; sides and blocks that are not whole;
 # every width of a panel. Then images of few channels: gray; two; colours; four; several of them. Last, channels that
-# fill the processor's tiles: one pixel; odd sides; blocks of images and of rows, the last not whole; deep
+# fill the processor's tiles: one pixel; odd sides; blocks of images and of rows, the last not whole; deep;
+# none. And few pixels for the channels of their map.
 SHAPES = [
     (1, 1, 1, 16, 16),
     (3, 5, 7, 5, 6),
@@ -48,6 +49,8 @@ SHAPES = [
     (1, 7, 301, 64, 64),
     (2, 3, 2, 544, 32),
     (0, 4, 4, 32, 32),
+    (1, 4, 4, 40, 24),
+    (2, 3, 2, 25, 7),
 ]
 
 
@@ -184,3 +187,18 @@ def test_mistakes_are_answered():
         strided_conv(x[..., :2], weight)
     with pytest.raises(ValueError, match=r"weight has shape \(4, 3, 4, 4\), expected \(3, O, 4, 4\)"):
         strided_conv(x, weight, transposed=True)
+
+
+@pytest.mark.skipif(not dispatch.native_built(), reason="the C++ module is not built")
+@pytest.mark.parametrize("sides", [(8, 8), (7, 9), (2, 3)], ids=str)
+@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_where_weights_are_most_of_what_moves_a_map_is_a_product(sides, low):
+    """As an encoder's last layers are when one image is acted on; in bfloat16 they are oneDNN's all the same."""
+    x, weight = random(1, *sides, 12).to(low), random(40, 12, 4, 4, seed=1, scale=0.1).float()
+    with Calls() as calls:
+        out = strided_conv(x, weight, backend="native")
+    names = {name for name, _ in calls.made}
+    assert ("aten.mm.default" in names) is ("aten.convolution.default" not in names) is (low == torch.float32)
+    expected = strided_conv(x.double(), weight.double(), backend="reference")
+    off = 2e-2 if low == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(out.double(), expected, rtol=off, atol=off)
