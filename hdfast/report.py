@@ -5,6 +5,7 @@ learning curves of all runs, finished or not (--curves).
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -133,6 +134,20 @@ def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     ignore = {"seed", *RESUMABLE_CHANGES}
     lines = [line for other in configs[1:] for line in rundir.difference(configs[0], other, ignore)]
     return list(dict.fromkeys(line.partition(":")[0] for line in lines))
+
+
+def _otherwise(folders: Sequence[Path], suite: suites.Suite) -> list[str]:
+    """What the runs of each folder compute otherwise than those of the first, in a line, as its first run has it."""
+    configs = {}
+    for folder in folders:
+        for path in sorted((folder / suite.name).glob("*/seed*/config.json")):
+            with contextlib.suppress(RunError):  # which has been told
+                configs[folder] = rundir.filled(rundir.read(path.parent).config, Config().to_dict())
+                break
+    first = next(iter(configs), None)
+    ignore = {"seed", *RESUMABLE_CHANGES}
+    lines = {folder: rundir.difference(configs[first], config, ignore) for folder, config in configs.items()}
+    return [f"{folder} against {first}: {', '.join(found)}" for folder, found in lines.items() if found]
 
 
 def _evaluations(path: Path) -> list[dict[str, Any]]:
@@ -305,6 +320,7 @@ def _show_several(runs: Mapping[Path, Sequence[suites.Suite]], *, as_json: bool)
     for name, suite in suites.SUITES.items():
         if any(name in tables for tables in found.values()):
             compare(suite, {folder: tables.get(name, []) for folder, tables in found.items()})
+            sys.stdout.write("".join(f"{line}\n" for line in _otherwise(list(runs), suite)))
 
 
 def _write_json(about: Any) -> None:

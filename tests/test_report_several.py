@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hdfast import report
+from hdfast.config import default_config
 from tests.loop_cases import door
 from tests.test_report import cells, configured, evaluate, finish
 
@@ -74,6 +75,21 @@ def test_a_folder_that_has_finished_nothing_leaves_the_others_aggregates(folders
     code, out, err = door(report.main, ["--logdir", "new", "newer"], monkeypatch, capfd)
     assert (code, err) == (0, "")
     assert out == "atari100k: score of the final evaluation, mean over seeds\nno run is finished yet\n\n"
+
+
+def test_what_the_folders_compute_otherwise_is_told_below_the_table(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    configured(Path("runs"), 0)
+    configured(Path("again"), 1, logdir="again", device="cuda")
+    configured(Path("off"), 0, harmony={"mode": "off"}, agent_steps=7)
+    code, out, err = door(report.main, ["--logdir", "runs", "again", "off"], monkeypatch, capfd)
+    assert (code, err) == (0, "")
+    steps = default_config("demo").agent_steps
+    assert (
+        out.splitlines()[-1]
+        == f'off against runs: agent_steps: {steps} -> 7, harmony.mode: "learned" -> "off"'
+    )
+    assert "again against" not in out
 
 
 def test_suites_and_tasks_of_one_folder_alone(folders, monkeypatch, capfd):
