@@ -46,16 +46,19 @@ class Trained:
         """An action for an environment of your own, from what it observes, both in its own spaces.
 
         Args:
-            observation: of `gymnasium.make(...)` for a run of suite gym, what it draws where the agent sees that; for
-                other suites as in `env.obs_specs`.
+            observation: of `gymnasium.make(...)` for a run of suite gym, what it draws where the agent sees that, and
+                both by name, "image" and "state", where it sees both; for other suites as in `env.obs_specs`.
             is_first: whether it is the first of an episode; the first call is taken as one.
 
         Raises:
-            ValueError: the agent was loaded for several environments, or a part of the observation is missing or of
-            another shape. TypeError, EnvError: the observation is none of the environment's.
+            ValueError: the agent was loaded for several environments or for its own to be drawn, or a part of the
+            observation is missing or of another shape.
+            TypeError, EnvError: the observation is none of the environment's.
         """
         if self.env.num_envs != 1:
             raise ValueError(f"act() is for one environment, this was loaded for {self.env.num_envs}")
+        if self.env.obs_specs.keys() != self.policy.learner.obs_specs.keys():
+            raise ValueError("act() is of what the agent sees; load it without drawn=True")
         return self.env.taken(self.policy(self.env.seen(observation), np.array([is_first])))
 
     def __enter__(self) -> Self:

@@ -11,10 +11,10 @@ from typing import Any
 from hdfast import envs
 from hdfast.config import Config
 from hdfast.replay import ReplayError
-from hdfast.runtime import checkpoint, graphs
+from hdfast.runtime import graphs
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device
 from hdfast.runtime.errors import NO_ROOM, ConfigError, DiskFullError, RunError, disk_errors
-from hdfast.runtime.rundir import RunDir, filled, read
+from hdfast.runtime.rundir import RunDir, filled, has_begun, path_of, read
 from hdfast.runtime.signals import StopRequest
 from hdfast.session import Session
 from hdfast.suites import get
@@ -79,7 +79,7 @@ def run(config: Config) -> dict[str, Any]:
     prepare_device(device, config.little_work)
     graphs.check_graph(config.train.graph, device)
     envs.check(config.suite, task.name)  # before a mistyped name becomes a directory
-    config = _as_begun(config, config.logdir / config.suite / task.folder / f"seed{config.seed}")
+    config = _as_begun(config, path_of(config.logdir, config.suite, task.folder, config.seed))
     with (
         replay_errors(),
         RunDir.open(
@@ -112,7 +112,7 @@ def _as_begun(config: Config, path: Path) -> Config:
     if config.env.obs != "auto":
         return config
     with disk_errors(path, "use the run's directory", hint="choose another --logdir"):
-        begun = (path / "config.json").exists() and checkpoint.numbered(path / "checkpoints")
+        begun = (path / "config.json").exists() and has_begun(path)
     match filled(read(path).config, Config().to_dict()) if begun else {}:
         case {"env": {"obs": "image" | "state" | "both" as obs}}:
             return dataclasses.replace(config, env=dataclasses.replace(config.env, obs=obs))

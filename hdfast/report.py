@@ -54,7 +54,8 @@ def collect(
     """
     found = []
     for task in tasks if tasks is not None else (*suite.tasks, *_others(logdir, suite)):
-        scores, success, configs, precisions = {}, {}, [], set()
+        scores, success, configs = {}, {}, []
+        precisions, episodes = set(), set()
         for seed, path in _runs(logdir, suite, task):
             try:
                 record = rundir.read(path)
@@ -68,7 +69,10 @@ def collect(
                     success[seed] = float(summary["success"])
                 if "precision" in summary:
                     precisions.add(str(summary["precision"]))
-        computed = [f"precision ({' and '.join(sorted(precisions))})"] if len(precisions) > 1 else []
+                if "episodes" in summary:
+                    episodes.add(str(summary["episodes"]))
+        found_out = {"precision": precisions, "eval.episodes": episodes}
+        computed = [f"{k} ({' and '.join(sorted(v))})" for k, v in found_out.items() if len(v) > 1]
         if fields := [*_differing(configs), *computed]:
             errors.warn(f"{label}{suite.name} {task.name}: its seeds differ in {', '.join(fields)}")
         found.append(TaskScores(task, scores, success))

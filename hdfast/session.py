@@ -139,7 +139,8 @@ class Session:
         other = filled(read(Path(self.config.init_from).expanduser()).config, Config().to_dict())
         sizes = ("rssm", "network")
         ours = self.config.to_dict()
-        return difference({name: other[name] for name in sizes}, {name: ours[name] for name in sizes})
+        sides = ({name: config[name] for name in sizes} for config in (other, ours))
+        return difference(*sides, ignore=("rssm.unimix",))
 
     def __enter__(self) -> "Session":
         self.progress.__enter__()

@@ -25,6 +25,7 @@ from hdfast.runtime.arguments import Arguments, natural, positive
 from hdfast.runtime.console import Console
 from hdfast.runtime.device import resolve_device
 from hdfast.runtime.errors import ConfigError, MissingLibraryError, RunError
+from hdfast.runtime.rundir import path_of
 from hdfast.runtime.signals import StopRequest
 
 OWN_FLAGS = ("--suite", "--task", "--seed", "--seeds", "--dry-run", "--help", "-h")
@@ -134,7 +135,7 @@ def jobs_of(
                 *(sys.executable, "-m", "hdfast.train", "--suite", suite.name),
                 *("--task", task.name, "--seed", str(seed), *flags),
             ),
-            log=logdir / suite.name / task.folder / f"seed{seed}" / "train.log",
+            log=path_of(logdir, suite.name, task.folder, seed) / "train.log",
         )
         for seed in seeds
         for task in tasks

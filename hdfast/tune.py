@@ -65,6 +65,8 @@ def tune(config: Config, console: Console, *, again: bool) -> Choice:
             begun.add(line["begin"])
         elif "end" in line and not (line["end"] in TIMING and line["right"]):
             say(f"  {line['end']}: {'right' if line['right'] else 'no: ' + str(line.get('why'))}")
+        for name, told in line.get("tried", {}).items():
+            say(f"  {name}: {'right' if told['right'] else 'no: ' + told['why']}")
 
     say(f"{describe_device(device)['name']}, {task.name}, {shape}, {precision}")
     with StopRequest() as stop:

@@ -98,6 +98,7 @@ def test_actions_are_stretched_to_the_bounds_of_the_joints():
         row = env.step(action)
         # Yaw within -1 and 1, lift within -1 and 1.1, extension within -0.8 and 0.8.
         joints = np.tile([1.0, -1.0, 0.4], (2, 4))
+        assert np.allclose(env.taken(action), joints[0])
         bare.step(joints)
         obs, *_ = bare.step(joints)
         assert np.array_equal(row.obs["egocentric_state"], obs["egocentric_state"].astype(np.float32))
@@ -308,7 +309,7 @@ def test_meta_world_without_its_package_names_the_command(monkeypatch):
     with pytest.raises(MissingLibraryError, match="images of lever-pull need the textures of") as error:
         envs.make("metaworld", "lever-pull", num_envs=1, seed=0)
     assert error.value.exit_code == 6
-    assert "pip install --no-deps 'metaworld<4'" in str(error.value)
+    assert "pip install --no-deps 'metaworld>=3.0,<3.1'" in str(error.value)
     with envs.make("metaworld", "lever-pull", num_envs=1, seed=0, obs="state") as env:
         env.reset()
 
@@ -329,6 +330,7 @@ def test_marks_of_the_finger_are_seen_only_where_it_is_turned_to_them(name, hidd
     bare.reset()
     with ControlSuite(task, **settings(DMC, num_envs=1, obs="image")) as env:
         image, marked = env.reset().obs["image"], bare.render(np.zeros(1, np.int32))
+        assert env.source == ("envpool, other models" if hidden else "envpool")
     pixels = np.count_nonzero((image != marked).any(-1))
     assert 0 < pixels < 100 if hidden else pixels == 0
 

@@ -297,13 +297,22 @@ def test_evaluate_tells_what_is_wrong_in_one_line(run, tmp_path, monkeypatch, ca
         assert (got, out, err) == (code, "", f"error: {text}\n")
 
 
-@pytest.mark.parametrize("name", ["Arm", "From5", "Goals", "Drawn", "Catch"])
-def test_it_acts_in_an_environment_of_ones_own_as_in_its_own(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "obs"),
+    [
+        ("Arm", "auto"),
+        ("From5", "auto"),
+        ("Goals", "both"),
+        ("Drawn", "image"),
+        ("Drawn", "both"),
+        ("Catch", "image"),
+    ],
+)
+def test_it_acts_in_an_environment_of_ones_own_as_in_its_own(name, obs, tmp_path):
     """From observations and with actions as the environment has them, the same episode."""
     drawn, ours = name == "Drawn", name != "Catch"
     task = {"suite": "gym", "task": f"tests.gym_envs:{name}-v0"} if ours else {}
-    obs = "image" if drawn else "both" if name == "Goals" else "auto"
-    config = tiny(tmp_path, agent_steps=4, env={"obs": obs if ours else "image"}, **task)
+    config = tiny(tmp_path, agent_steps=4, env={"obs": obs}, **task)
     loop_cases.train(config)
     folder = path_of(config) if not ours else next(tmp_path.glob("gym/*/seed0"))
     with evaluate.load(folder, seed=3, device="cpu") as trained:
@@ -319,12 +328,18 @@ def test_it_acts_in_an_environment_of_ones_own_as_in_its_own(name, tmp_path):
             return
         env = gymnasium.make(config.task, **({"render_mode": "rgb_array"} if drawn else {}))
         observation, _ = env.reset()
+
+        def seen():
+            if not drawn:
+                return observation
+            return env.render() if obs == "image" else {"image": env.render(), "state": observation}
+
         for i, expected in enumerate(theirs):
-            action = trained.act(env.render() if drawn else observation, is_first=i == 0)
+            action = trained.act(seen(), is_first=i == 0)
             assert env.action_space.contains(action)
             assert np.array_equal(action, expected)
             observation, *_ = env.step(action)
-        assert trained.act(env.render() if drawn else observation, is_first=True) is not None
+        assert trained.act(seen(), is_first=True) is not None
 
 
 def test_what_it_cannot_act_on_is_told(run):
@@ -338,3 +353,15 @@ def test_what_it_cannot_act_on_is_told(run):
     several = evaluate.load(path_of(run), num_envs=2, device="cpu")
     with several, pytest.raises(ValueError, match=r"act\(\) is for one environment, this was loaded for 2"):
         several.act(np.zeros((16, 16, 3), np.uint8))
+
+
+def test_what_is_drawn_for_a_video_is_nothing_that_it_acts_on(tmp_path):
+    loop_cases.train(
+        tiny(tmp_path, agent_steps=4, suite="gym", task="tests.gym_envs:Drawn-v0", env={"obs": "state"})
+    )
+    (folder,) = tmp_path.glob("gym/*/seed0")
+    drawn = evaluate.load(folder, device="cpu", drawn=True)
+    with drawn, pytest.raises(ValueError, match="load it without drawn=True"):
+        drawn.act(np.zeros(3, np.float32))
+    with evaluate.load(folder, device="cpu") as trained:
+        assert trained.act(np.zeros(3, np.float32)) in (0, 1, 2)

@@ -290,6 +290,12 @@ def test_seeds_of_different_precision_are_told_whatever_was_asked_for(tmp_path, 
     report.collect(tmp_path, suites.get("atari100k"))
     said = "warning: atari100k Pong: its seeds differ in precision (bfloat16 and float32)\n"
     assert capfd.readouterr().err == said
+    finish(tmp_path, "Alien", 0, 1.0)
+    finish(tmp_path, "Alien", 1, 1.0, episodes=10)
+    report.collect(tmp_path, suites.get("atari100k"), [suites.get("atari100k").task("Alien")])
+    assert (
+        capfd.readouterr().err == "warning: atari100k Alien: its seeds differ in eval.episodes (10 and 100)\n"
+    )
 
 
 def test_a_field_that_an_older_version_did_not_have_counts_as_its_default(tmp_path, capfd):

@@ -252,14 +252,18 @@ def test_the_fastest_is_chosen_and_no_op_stays_that_costs_time():
         ("", 8.0, "persistent", {"right": True, "why": "", "without": 1.25}),
         ("", 11.0, "triton", {"right": True, "why": "", "without": 0.909}),
         ("op", 8.0, "triton", {"right": False, "why": "off"}),
+        ("together", 8.0, "triton", {"right": False, "why": "off"}),
+        ("", 9.95, "triton", {"right": True, "why": "", "without": 1.005}),
         ("graph", 8.0, "triton", {"right": False, "why": "stale"}),
     ],
 )
 def test_other_kernels_take_the_place_of_some_where_they_are_right_and_faster(wrong, ms, taken, told):
     class Fake(Clock):
         def judge(self, ops):
-            assert ops == {"scan": "persistent"}
-            return Verdict(False, "off") if wrong == "op" else Verdict(True)
+            assert ops["scan"] == "persistent"
+            return (
+                Verdict(False, "off") if wrong == ("op" if len(ops) == 1 else "together") else Verdict(True)
+            )
 
         def judge_graph(self, ops):
             assert ops == {"scan": "persistent", "a": "triton"}

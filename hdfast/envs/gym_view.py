@@ -100,9 +100,7 @@ def _tell_unseen(name: str, seen: tuple[str, ...], unseen: tuple[str, ...]) -> N
 
 @functools.cache
 def _tell_endless(name: str) -> None:
-    warn(
-        f"{name}: has no time limit, and evaluation waits for the end of every episode; --env.time-limit sets one"
-    )
+    warn(f"{name}: gymnasium knows of no time limit; if an episode may not end, --env.time-limit ends it")
 
 
 def _end_with_parent() -> None:
@@ -179,9 +177,8 @@ class Maker:
         """The environment as it is registered, with what was asked for and `more`."""
         given = {**json.loads(self.kwargs), **more}
         if self.time_limit:
-            given[
-                "max_episode_steps"
-            ] = -1  # wrappers that are registered may count other steps than the agent's
+            # Wrappers that are registered may count other steps than the agent's.
+            given["max_episode_steps"] = -1
         try:
             env = gymnasium.make(self.spec, **given)
         except TypeError as error:
@@ -255,8 +252,11 @@ class Seen(gymnasium.ObservationWrapper):
             warnings.warn(f"{error}; it was being closed", stacklevel=2)
 
     def seen(self, observation: Any) -> dict[str, np.ndarray]:
-        """`observation` of what the environment gives by itself, without what draws it: the frame where it is drawn."""
-        return self.observation({"image": observation} if self._drawn else observation)
+        """`observation` of what the environment gives by itself: the frame where that alone is drawn and seen.
+
+        Where it is seen beside vectors, it is "image" in a mapping with them, a single one of which is "state".
+        """
+        return self.observation({"image": observation} if self._drawn and not self._vectors else observation)
 
     def observation(self, observation: Any) -> dict[str, np.ndarray]:
         if self._whole:

@@ -36,7 +36,8 @@ def textured_models(needed_by: str) -> Path:
         if (folder / "textures").is_dir():
             return folder
     raise MissingLibraryError(
-        f"images of {needed_by} need the textures of metaworld 3", hint="pip install --no-deps 'metaworld<4'"
+        f"images of {needed_by} need the textures of metaworld 3",
+        hint="pip install --no-deps 'metaworld>=3.0,<3.1'",
     )
 
 

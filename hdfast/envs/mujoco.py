@@ -133,6 +133,8 @@ class MujocoEnv(PoolEnv):
                 "render_camera_id": camera,
             }
             changes = {**(looks or {}), **(WITHOUT_SHADOWS if render == "fast" else {})}
+            if models or looks:
+                self.source = "envpool, other models"
             if models or changes:
                 envpools = library(task.name).make_spec(task.env_id).config.base_path
                 folder = Path(self._folder.name)
@@ -161,9 +163,14 @@ class MujocoEnv(PoolEnv):
         low, high = pool.action_space.low.astype(np.float64), pool.action_space.high.astype(np.float64)
         self._middle, self._reach = (high + low) / 2, (high - low) / 2
 
+    def taken(self, action: np.ndarray) -> np.ndarray:
+        return self._stretched(action[0])
+
+    def _stretched(self, action: np.ndarray) -> np.ndarray:
+        return (self._middle + self._reach * action).astype(self._pool.action_space.dtype)
+
     def _send(self, action: np.ndarray) -> None:
-        stretched = (self._middle + self._reach * action).astype(self._pool.action_space.dtype)
-        self._answer = self._stepper.submit(self._advance, stretched)
+        self._answer = self._stepper.submit(self._advance, self._stretched(action))
 
     def _recv(self) -> EnvStep:
         return self._answer.result()

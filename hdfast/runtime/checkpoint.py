@@ -187,7 +187,7 @@ def _chunks(file: Any) -> Iterator[memoryview]:
 def fitting(path: Path, differing: Sequence[str] = ()) -> Iterator[None]:
     """Turns what torch says of parameters of other names or shapes into one line about the checkpoint at `path`.
 
-    differing: lines of what is known to be another than in training, told in place of a parameter's shape.
+    differing: lines of what is known to be another than in training, told before a parameter's shape.
     """
     try:
         yield
@@ -196,7 +196,7 @@ def fitting(path: Path, differing: Sequence[str] = ()) -> Iterator[None]:
         if "loading state_dict" not in first:
             raise
         hint = "" if differing else "is its environment, or config.json, another than in training?"
-        details = differing or [example.strip()]
+        details = [*differing, example.strip()]
         raise CheckpointError(
             "the checkpoint does not fit", where=path, hint=hint, details=details
         ) from error

@@ -93,7 +93,7 @@ class RunDir:
                 raise ConfigError(
                     f"{what} {name!r} cannot name a folder", hint="use letters, digits, '.', '_', '-'"
                 )
-        path = Path(logdir) / suite / task / f"seed{seed}"
+        path = path_of(logdir, suite, task, seed)
         requested = plain(dict(config), "config")
         with disk_errors(path, "use the run's directory", hint="choose another --logdir"):
             _check_is_directory(path)
@@ -123,7 +123,7 @@ class RunDir:
         for name in FOLDERS:
             (path / name).mkdir(exist_ok=True)
         record = read(path) if (path / "config.json").exists() else None
-        begun = bool(checkpoint.numbered(path / "checkpoints"))
+        begun = has_begun(path)
         if record is None and begun:
             hint = "restore config.json or remove the directory"
             raise RunError("there are checkpoints but no config.json", where=path, hint=hint)
@@ -164,11 +164,17 @@ class RunDir:
 
     def discard_unbegun(self) -> None:
         """Removes the directory if `open` made it and the run has written nothing of its own into it since."""
-        written = {path.name for path in self.path.rglob("*") if not path.is_dir()}
-        if not self._made or not written <= OPENING:
+        if not self._made:
             return
+        aside = self.path.with_name(
+            f".{self.path.name}.{os.getpid()}"
+        )  # whoever begins the run now makes another
         with contextlib.suppress(OSError):
-            shutil.rmtree(self.path)
+            self.path.rename(aside)
+            if not {path.name for path in aside.rglob("*") if not path.is_dir()} <= OPENING:
+                aside.rename(self.path)
+                return
+            shutil.rmtree(aside)
             for folder in self._made[1:]:
                 folder.rmdir()  # which fails where there is another run
 
@@ -185,6 +191,16 @@ class RunDir:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def path_of(logdir: Path, suite: str, task: str, seed: int) -> Path:
+    """Where a run lives; task: the name of its folder."""
+    return Path(logdir) / suite / task / f"seed{seed}"
+
+
+def has_begun(path: Path) -> bool:
+    """Whether the run in a directory has a checkpoint: until then it has learnt nothing."""
+    return bool(checkpoint.numbered(path / "checkpoints"))
 
 
 def read(path: Path) -> Record:

@@ -198,6 +198,8 @@ def replace(
         alive()
         swapped = {**ops, op: backend}
         verdict = trials.judge({op: backend})
+        if verdict.right and len(swapped) > 1:
+            verdict = trials.judge(swapped)
         if verdict.right and found["graph"]:
             verdict = trials.judge_graph(swapped)
         told = tried[f"{op}, {backend}"] = asdict(verdict)
@@ -205,7 +207,7 @@ def replace(
             alive()
             here, there = trials.milliseconds((ops, found["graph"]), (swapped, found["graph"]))
             told["without"] = round(here / there, 3)
-            ops = swapped if there < here else ops
+            ops = swapped if there < WORTH * here else ops
     return {"right": True, "ops": ops, "graph": found["graph"], "tried": tried}
 
 

@@ -27,11 +27,9 @@ from hdfast.replay.contents import random_row, replay_specs
 from hdfast.runtime.graphs import WARMUP
 from hdfast_kernels import dispatch
 
-FUSED = {
-    "cuda": ("triton", "fused"),
-    "cpu": ("native",),
-}  # what is tried beside the definition: the first there is
-INSTEAD = {"cuda": ("persistent",)}  # and what may take its place
+# What is tried beside the definition, of an op the first that it has, and what may take the place of that.
+FUSED = {"cuda": ("triton", "fused"), "cpu": ("native",)}
+INSTEAD = {"cuda": ("persistent",)}
 NUDGES = 2  # updates whose parameters are moved by a rounding error
 SLACK, TOLERANCE = 4.0, 0.02  # times the yardstick, and in any case
 ROUNDS, ROUND_SECONDS = 5, 0.05

@@ -77,7 +77,7 @@ def test_one_launch_does_what_a_launch_for_each_stage_does(sizes):
     case = cast(make_case(sizes), torch.float32)
     stages = run(triton_op(persistent=False), case)
     with cooperative(rssm_observe_kernels) as launch:
-        together = run(triton_op(persistent=True), case)
+        together = run(op("persistent"), case)
     assert launch.barriers == 5 * sizes.T
     for name, value in stages.items():
         assert torch.equal(value, together[name]), name
