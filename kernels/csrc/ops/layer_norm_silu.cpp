@@ -100,6 +100,8 @@ void backward_narrow(const T* grad, const T* x, const float* weight, const float
   for (int v = 0; v < V; v++) w[v] = load(weight + v * W, Whole{}), b[v] = load(bias + v * W, Whole{});
   for (int r = 0; r < W; r++) {
     sum_d[r] = sum_dn[r] = Vf{};
+    prefetch_to_read(x + (2 * W + r) * width, width);
+    prefetch_to_read(grad + (2 * W + r) * width, width);
     for (int v = 0; v < V; v++) {
       const int64_t at = r * width + v * W;
       const Vf n = (load(x + at, Whole{}) - mean[r]) * rstd[r];
