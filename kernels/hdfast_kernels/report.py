@@ -42,7 +42,8 @@ INSTRUCTIONS = {
     "local": r"\b(?:LDL|STL)\b",
     "shfl": r"\bSHFL\b",
     "bar": r"\bBAR\b",
-    "atom": r"\b(?:ATOM|ATOMG|ATOMS|RED|REDG)\b",
+    # But for those that keep account of a program's tensor memory on sm_100, and give nothing back.
+    "atom": r"\b(?:ATOM|ATOMG|RED|REDG)\b|\bATOMS\b(?!\.(?:OR|AND) RZ)",
 }
 
 
