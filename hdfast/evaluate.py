@@ -16,7 +16,7 @@ import numpy as np
 from hdfast import evaluation, suites
 from hdfast.agent.learner import Learner
 from hdfast.agent.policy import Policy
-from hdfast.config import MOST_ENVS, Config, validate
+from hdfast.config import Config, validate
 from hdfast.envs.base import BatchEnv, EnvStep
 from hdfast.overrides import apply_overrides
 from hdfast.runtime import checkpoint, errors, rundir
@@ -24,6 +24,7 @@ from hdfast.runtime.arguments import Arguments, given_path, natural, positive
 from hdfast.runtime.device import prepare_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import ConfigError
 from hdfast.runtime.video import encode_gif, save_gif
+from hdfast.sections import MOST_ENVS
 from hdfast.streams import make_envs, stream_seed
 
 

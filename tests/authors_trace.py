@@ -24,8 +24,9 @@ from hdfast.agent.behavior import Behavior, Draws, Scores, Trajectory
 from hdfast.agent.distributions import normal_parameters, unimix_log_probs
 from hdfast.agent.networks import Latent
 from hdfast.agent.world_model import WorldModel
-from hdfast.config import Config, NetworkConfig, ReplayConfig, RSSMConfig
+from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
+from hdfast.sections import NetworkConfig, ReplayConfig, RSSMConfig
 from hdfast_kernels import two_hot_mean
 from tests.authors_parameters import HARMONY, counterparts, fill, in_their_layout
 from tests.traces import AUTHORS, Trace, TraceError, load

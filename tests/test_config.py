@@ -295,62 +295,6 @@ def test_help_is_complete_and_short(capsys):
     assert max(map(len, out.splitlines())) <= 180
 
 
-def written(path, content):
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
-
-
-def test_a_run_s_configuration_is_where_the_next_begins(tmp_path):
-    """Flags change it, --size its widths, another suite leaves its task, and what one call asked for stays behind."""
-    argv = ["--suite", "demo", "--task", "Catch", "--seed", "3", "--rssm.deter", "48", "--eval.every", "7"]
-    first = parse([*argv, "--logdir", str(tmp_path), "--seeds", "4", "--dry-run"])
-    file = written(tmp_path / "config.json", {"config": first.to_dict(), "created": {}})
-    same = dataclasses.replace(first, seeds=1, dry_run=False)
-    assert parse(["--config", str(file)]) == parse([f"--config={tmp_path}"]) == same
-    assert parse(["--config", "no", "--config", str(file)]) == same
-    changed = parse(["--config", str(file), "--seed", "5", "--rssm.units", "9"])
-    rssm = dataclasses.replace(same.rssm, units=9)
-    assert changed == dataclasses.replace(same, seed=5, rssm=rssm)
-    sized = parse(["--size", "medium", "--config", str(file)])
-    assert (sized.size, sized.rssm.deter, sized.network.depth, sized.eval.every) == ("medium", 1024, 48, 7)
-    for flag, text in (("--size", "--size: no size 'dmo'"), ("--suite", "no suite 'dmo'")):
-        with pytest.raises(ConfigError, match=f"^{text}; did you mean|^{text}; choose"):
-            parse(["--config", str(file), flag, "dmo"])
-    other = parse(["--config", str(file), "--suite", "dmc"])
-    assert (other.suite, other.task, other.rssm.deter) == ("dmc", None, 48)
-    bare = written(tmp_path / "bare.json", {"suite": "dmc", "size": "tiny", "eval": {"every": 0}})
-    assert parse(["--config", str(bare)]) == parse(["--suite", "dmc", "--size", "tiny", "--eval.every", "0"])
-
-
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        (None, "it cannot be read: No such file or directory"),
-        ("{", "it cannot be read: Expecting property name"),
-        ([1], "it holds [1], right is an object of fields"),
-        ({"config": 3}, "it holds 3, right is an object of fields"),
-        ({"rssm": {"detr": 3}}, "config.rssm has no field 'detr'; did you mean 'deter'"),
-        ({"rssm": {"deter": "many"}}, "config.rssm.deter cannot be 'many'"),
-        ({"suite": "deno"}, "no suite 'deno'; did you mean 'demo'"),
-        ({"size": "tinny"}, "no size 'tinny'; did you mean 'tiny'"),
-    ],
-)
-def test_a_file_of_no_configuration_is_one_line(tmp_path, content, text):
-    file = tmp_path / "config.json"
-    if content is not None:
-        written(file, content)
-    with pytest.raises(ConfigError) as error:
-        parse(["--config", str(file)])
-    assert str(error.value).startswith(f"--config {file}: ")
-    assert text in str(error.value)
-
-
-@pytest.mark.parametrize("argv", [["--config"], ["--config="], ["--config", "--seed", "1"]])
-def test_a_file_of_no_name_is_told(argv):
-    with pytest.raises(ConfigError, match="--config needs a value"):
-        parse(argv)
-
-
 def test_the_stored_form_is_json_and_reads_back(tmp_path):
     config = parse(["--suite", "demo", "--logdir", str(tmp_path), "--rssm.deter", "64", "--seed", "3"])
     stored = json.loads(json.dumps(config.to_dict()))
@@ -373,18 +317,6 @@ def test_every_suite_has_a_config_that_can_be(name):
     config = validate(default_config(name))
     assert config.suite == name
     assert config.updates_per_step > 0
-
-
-def test_arguments_of_an_environment_are_part_of_the_configuration_in_one_spelling(tmp_path):
-    argv = ["--suite", "gym", "--task", "A-v0", "--env.time-limit", "9"]
-    first = parse([*argv, "--env.kwargs", '{"map": "a b", "level": 3}'])
-    assert first.env.kwargs == '{"level":3,"map":"a b"}'
-    assert first == parse([*argv, "--env.kwargs", '{ "level":3,"map":"a b" }'])
-    file = written(tmp_path / "config.json", {"config": first.to_dict()})
-    assert parse(["--config", str(file)]) == first
-    assert parse(["--config", str(file), "--env.kwargs", "{}"]).env.kwargs == "{}"
-    other = parse(["--config", str(file), "--suite", "dmc"])
-    assert (other.env.kwargs, other.env.time_limit) == ("{}", 0)
 
 
 def test_what_is_seen_is_left_open_for_environments_of_ones_own_alone():

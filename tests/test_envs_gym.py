@@ -5,7 +5,6 @@ Axes: N environments.
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -16,11 +15,10 @@ import gymnasium
 import numpy as np
 import pytest
 
-from hdfast import envs, evaluation, loop, report, suites, train
+from hdfast import envs, evaluation, train
 from hdfast.envs import gym_spaces
 from hdfast.evaluate import evaluate
-from hdfast.runtime.errors import CheckpointError, ConfigError, Interrupted, RunError
-from hdfast.suites import UnknownName
+from hdfast.runtime.errors import ConfigError, RunError
 from tests import gym_envs, loop_cases
 from tests.loop_cases import lines, one_thread, path_of, tiny  # noqa: F401
 
@@ -171,69 +169,6 @@ def test_the_wrapper_that_the_refusal_of_actions_names_gives_them_bounds():
     assert gym_spaces.actions_of(gym_spaces.action_space_of(bounded), "it") == envs.ContinuousActions(2)
 
 
-@pytest.mark.parametrize(
-    ("name", "obs", "message"),
-    [
-        (
-            "Undrawn",
-            "image",
-            r"Undrawn-v0: there is no image in its observations, and it draws none; let it observe",
-        ),
-        (
-            "Stacked",
-            "image",
-            r"'image' is \(4, 84, 84\) uint8; an image is \(H, W, 3\), \(H, W, 1\) or \(H, W\) uint8",
-        ),
-        ("Unsure", "image", r"'image' is \(8, 8, 3\) float32; an image is .*; gymnasium.wrappers.Transform"),
-        ("Float", "both", r"'image' is \(8, 8, 3\) float32; an image is .*; gymnasium.wrappers.Transform"),
-        ("Float", "state", r"'image' is \(8, 8, 3\) float32; an image is"),
-        ("Count", "state", r"Count-v0: its observations hold no vectors; --env.obs image sees the images"),
-        ("List", "both", r"'list' is Sequence\(.*, which has no fixed length"),
-        ("Taken", "image", r"an observation cannot be called 'reward'"),
-        ("Twice", "both", r"observations 'a-b' and 'a/b' would both be called 'a-b'"),
-        (
-            "Many",
-            "auto",
-            r"Many-v0: it is a VectorEnv; register a single environment; hdfast makes its own .*num-envs",
-        ),
-        ("ManyAlone", "auto", r"ManyAlone-v0: it is a VectorEnv; register a single"),
-        *(
-            (name, "both", re.escape(f"an observation cannot be called {key!r}; right are letters, digits"))
-            for name, key in gym_envs.NAMES.items()
-            if name.startswith("Misnamed")
-        ),
-        ("ClimbingImage", "image", r"an observation cannot be called '../../x'; right are letters, digits"),
-        ("LostCont", "both", r"no image cannot be called 'cont'; the agent has a loss of that name"),
-        ("LostDyn", "state", r"no image cannot be called 'dyn'; the agent has a loss of that name"),
-        ("LostRep", "both", r"no image cannot be called 'rep'; the agent has a loss of that name"),
-        ("LostImage", "both", r"no image cannot be called 'image'; the agent has a loss of that name"),
-        (
-            "Multi",
-            "image",
-            r"its actions are MultiDiscrete\(\[2 2\]\); right are Discrete, or a Box of floats",
-        ),
-        ("Whole", "image", r"its actions are Box\(.*int32\); right are"),
-        *(
-            (
-                name,
-                "image",
-                r"no bounds: Box\(.*inf, .*; gymnasium.wrappers.TransformAction\(env, f, Box\(low, high\)\) gives",
-            )
-            for name in ("Unbounded", "ClippedHalf", "ClippedDoubled")
-        ),
-        ("Still", "image", r"its actions leave no choice: Box\(0.0, 0.0, \(2,\)"),
-        ("Bodiless", "image", r"its actions leave no choice: Box\(.*\(0,\)"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:.*WARN:UserWarning")  # gymnasium's of the same
-def test_what_the_agent_cannot_take_is_refused_with_what_is_right(name, obs, message):
-    with pytest.raises(ConfigError, match=message) as raised:
-        make(name, obs=obs)
-    assert "\n" not in str(raised.value)
-    for wrapper in re.findall(r"gymnasium\.wrappers\.(\w+)", str(raised.value)):
-        assert hasattr(gymnasium.wrappers, wrapper)
-
-
 def test_what_cannot_be_drawn_can_be_trained_from_its_vectors():
     right = 'Blind-v0: no brush, run `pip install "brush"`; --env.obs state does without drawing'
     for obs in ("image", "both"):
@@ -373,48 +308,6 @@ def test_an_action_may_be_fixed_where_others_are_not():
         assert env._theirs(np.float32([[1, -1]])).tolist() == [[0, -1]]
 
 
-@pytest.mark.parametrize(
-    ("task", "message"),
-    [
-        (
-            "CartPol-v1",
-            r"no environment 'CartPol-v1' is registered with gymnasium; did you mean 'CartPole-v1'",
-        ),
-        (
-            "Zzzz-v0",
-            r"no environment 'Zzzz-v0' .*; those of a package are named with its module before a colon, such as "
-            r"ale_py:ALE/Pong-v5 or my_envs:Maze-v0$",
-        ),
-        (
-            "MiniGrid-Empty-5x5-v0",
-            r"is registered with gymnasium; those of a package are named with its module",
-        ),
-        (
-            "Qwkz/Xjyqq-v0",
-            r"no environment 'Qwkz/Xjyqq-v0' .*; those of a package are named with its module",
-        ),
-        ("tests.gym_envs:Coumt-v0", r"no environment 'Coumt-v0' .*did you mean 'Count-v0'"),
-        (
-            "tests.no_such:Count-v0",
-            r"no module 'tests.no_such' to import for tests.no_such:Count-v0; install it",
-        ),
-        ("a b", r"no task 'a b' in suite gym; a task is what gymnasium.make takes, such as"),
-    ],
-)
-def test_a_wrong_name_is_answered_before_it_becomes_a_directory(task, message, tmp_path):
-    with pytest.raises(UnknownName, match=message) as raised:
-        loop_cases.train(tiny(tmp_path, suite="gym", task=task))
-    assert "\n" not in str(raised.value)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_module_that_imports_what_is_missing_names_it(tmp_path, monkeypatch):
-    (tmp_path / "needs.py").write_text("import no_such_package_at_all\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(envs.MissingLibraryError, match="needs needs no_such_package_at_all; pip install"):
-        envs.check("gym", "needs:Any-v0")
-
-
 def test_signals_of_the_terminal_are_for_the_learner_alone():
     with make("Broken", 2) as env:
         env.reset()
@@ -437,51 +330,3 @@ def test_the_environments_work_while_the_learner_does():
         assert time.monotonic() - began < 0.4
         env.recv()
         assert time.monotonic() - began > 0.4
-
-
-@pytest.mark.parametrize(("now", "error"), [("Tall", RunError), ("From9", CheckpointError)])
-def test_a_run_whose_environment_has_changed_is_not_gone_on_with(tmp_path, monkeypatch, now, error):
-    config = tiny(tmp_path, suite="gym", task="tests.gym_envs:Count-v0", checkpoint={"seconds": 0})
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            loop.Session, "_evaluate", lambda self: os.kill(os.getpid(), signal.SIGTERM) or self.stop.check()
-        )
-        with pytest.raises(Interrupted):
-            loop_cases.train(config)
-    before = {
-        p: p.read_bytes()
-        for p in tmp_path.rglob("*")
-        if p.is_file() and p.name not in ("lock", "config.json")
-    }
-    changed = dataclasses.replace(gymnasium.spec(f"{now}-v0"), id="Count-v0")
-    monkeypatch.setitem(gymnasium.registry, "Count-v0", changed)
-    with pytest.raises(error, match=r"does not fit|holds rows of .*, this run has"):
-        loop_cases.train(config)
-    assert {p: p.read_bytes() for p in before} == before
-    assert not multiprocessing.active_children()
-
-
-def test_a_run_tells_how_often_it_succeeds(tmp_path):
-    task = "tests.gym_envs:SolvedAtTheEnd-v0"
-    config = tiny(tmp_path, suite="gym", task=task, env={"threads": 1}, eval={"episodes": 4})
-    summary = loop_cases.train(config)
-    assert summary["success"] == 0.5
-    config = dataclasses.replace(config, task="tests.gym_envs-SolvedAtTheEnd-v0")  # its folder
-    told = [line["success"] for line in lines(config, "scores", kind="episode")]
-    assert set(told) == {False, True}
-    assert evaluate(path_of(config), episodes=4, num_envs=2, device="cpu")["success"] == 0.5
-    (row,) = report.collect(tmp_path, suites.get("gym"))
-    assert row.success == {0: 0.5}
-
-
-def test_a_run_on_an_environment_of_ones_own(tmp_path):
-    task = "tests.gym_envs:Tall-v0"
-    overrides = {"suite": "gym", "task": task, "env": {"num_envs": 2, "threads": 1}}
-    config = tiny(tmp_path, **overrides)
-    summary = loop_cases.train(config)
-    path = tmp_path / "gym" / "tests.gym_envs-Tall-v0" / "seed0"
-    assert (path / "finished.json").exists()
-    assert summary["length"] == 5
-    assert evaluate(path, episodes=2, device="cpu")["scores"] == pytest.approx([15, 15], abs=0.11)
-    (row,) = report.collect(tmp_path, suites.get("gym"))
-    assert (row.task.name, row.scores) == (task, {0: summary["score"]})

@@ -44,6 +44,12 @@ def settings(suite, **changed):
     return {"action_repeat": suite.action_repeat, **defaults, **changed}
 
 
+def drawing_pool(task, **settings):
+    """envpool's own pool of a task, which draws what the first camera sees."""
+    drawn = {"render_mode": "rgb_array", "render_width": 64, "render_height": 64, "render_camera_id": 0}
+    return make_pool(task.env_id, seed=0, threads=0, **drawn, **settings)
+
+
 def test_an_agent_step_is_two_control_steps_with_their_rewards_summed():
     task = short(DMC, "walker_stand", time_limit=4)
     bare = make_pool(task.env_id, num_envs=2, seed=0, threads=0, max_episode_steps=8)
@@ -212,17 +218,7 @@ def test_every_task_is_known_to_envpool():
 
 def test_images_show_what_the_bare_pool_draws(egl):
     task = short(DMC, "cartpole_swingup", time_limit=3)
-    bare = make_pool(
-        task.env_id,
-        num_envs=3,
-        seed=0,
-        threads=0,
-        max_episode_steps=6,
-        render_mode="rgb_array",
-        render_width=64,
-        render_height=64,
-        render_camera_id=0,
-    )
+    bare = drawing_pool(task, num_envs=3, max_episode_steps=6)
     rng = np.random.default_rng(0)
     with ControlSuite(task, **settings(DMC, num_envs=3, threads=2, obs="both")) as env:
         assert list(env.obs_specs) == ["position", "velocity", "image"]
@@ -317,16 +313,7 @@ def test_meta_world_without_its_package_names_the_command(monkeypatch):
 @pytest.mark.parametrize(("name", "hidden"), [("finger_spin", True), ("finger_turn_easy", False)])
 def test_marks_of_the_finger_are_seen_only_where_it_is_turned_to_them(name, hidden, egl):
     task = DMC.task(name)
-    bare = make_pool(
-        task.env_id,
-        num_envs=1,
-        seed=0,
-        threads=0,
-        render_mode="rgb_array",
-        render_width=64,
-        render_height=64,
-        render_camera_id=0,
-    )
+    bare = drawing_pool(task, num_envs=1)
     bare.reset()
     with ControlSuite(task, **settings(DMC, num_envs=1, obs="image")) as env:
         image, marked = env.reset().obs["image"], bare.render(np.zeros(1, np.int32))

@@ -9,7 +9,8 @@ import pytest
 from hdfast import report
 from hdfast.config import default_config
 from tests.loop_cases import door
-from tests.test_report import cells, configured, evaluate, finish
+from tests.test_report import cells, configured, finish
+from tests.test_report_curves import evaluate
 
 
 @pytest.fixture

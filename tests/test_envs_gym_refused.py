@@ -1,0 +1,118 @@
+"""Environments that the agent cannot take, and names that name none: one line with what would be right."""
+
+import re
+
+import gymnasium
+import pytest
+
+from hdfast import envs
+from hdfast.runtime.errors import ConfigError
+from hdfast.suites import UnknownName
+from tests import gym_envs, loop_cases
+from tests.loop_cases import tiny
+from tests.test_envs_gym import make
+
+
+@pytest.mark.parametrize(
+    ("name", "obs", "message"),
+    [
+        (
+            "Undrawn",
+            "image",
+            r"Undrawn-v0: there is no image in its observations, and it draws none; let it observe",
+        ),
+        (
+            "Stacked",
+            "image",
+            r"'image' is \(4, 84, 84\) uint8; an image is \(H, W, 3\), \(H, W, 1\) or \(H, W\) uint8",
+        ),
+        ("Unsure", "image", r"'image' is \(8, 8, 3\) float32; an image is .*; gymnasium.wrappers.Transform"),
+        ("Float", "both", r"'image' is \(8, 8, 3\) float32; an image is .*; gymnasium.wrappers.Transform"),
+        ("Float", "state", r"'image' is \(8, 8, 3\) float32; an image is"),
+        ("Count", "state", r"Count-v0: its observations hold no vectors; --env.obs image sees the images"),
+        ("List", "both", r"'list' is Sequence\(.*, which has no fixed length"),
+        ("Taken", "image", r"an observation cannot be called 'reward'"),
+        ("Twice", "both", r"observations 'a-b' and 'a/b' would both be called 'a-b'"),
+        (
+            "Many",
+            "auto",
+            r"Many-v0: it is a VectorEnv; register a single environment; hdfast makes its own .*num-envs",
+        ),
+        ("ManyAlone", "auto", r"ManyAlone-v0: it is a VectorEnv; register a single"),
+        *(
+            (name, "both", re.escape(f"an observation cannot be called {key!r}; right are letters, digits"))
+            for name, key in gym_envs.NAMES.items()
+            if name.startswith("Misnamed")
+        ),
+        ("ClimbingImage", "image", r"an observation cannot be called '../../x'; right are letters, digits"),
+        ("LostCont", "both", r"no image cannot be called 'cont'; the agent has a loss of that name"),
+        ("LostDyn", "state", r"no image cannot be called 'dyn'; the agent has a loss of that name"),
+        ("LostRep", "both", r"no image cannot be called 'rep'; the agent has a loss of that name"),
+        ("LostImage", "both", r"no image cannot be called 'image'; the agent has a loss of that name"),
+        (
+            "Multi",
+            "image",
+            r"its actions are MultiDiscrete\(\[2 2\]\); right are Discrete, or a Box of floats",
+        ),
+        ("Whole", "image", r"its actions are Box\(.*int32\); right are"),
+        *(
+            (
+                name,
+                "image",
+                r"no bounds: Box\(.*inf, .*; gymnasium.wrappers.TransformAction\(env, f, Box\(low, high\)\) gives",
+            )
+            for name in ("Unbounded", "ClippedHalf", "ClippedDoubled")
+        ),
+        ("Still", "image", r"its actions leave no choice: Box\(0.0, 0.0, \(2,\)"),
+        ("Bodiless", "image", r"its actions leave no choice: Box\(.*\(0,\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*WARN:UserWarning")  # gymnasium's of the same
+def test_what_the_agent_cannot_take_is_refused_with_what_is_right(name, obs, message):
+    with pytest.raises(ConfigError, match=message) as raised:
+        make(name, obs=obs)
+    assert "\n" not in str(raised.value)
+    for wrapper in re.findall(r"gymnasium\.wrappers\.(\w+)", str(raised.value)):
+        assert hasattr(gymnasium.wrappers, wrapper)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (
+            "CartPol-v1",
+            r"no environment 'CartPol-v1' is registered with gymnasium; did you mean 'CartPole-v1'",
+        ),
+        (
+            "Zzzz-v0",
+            r"no environment 'Zzzz-v0' .*; those of a package are named with its module before a colon, such as "
+            r"ale_py:ALE/Pong-v5 or my_envs:Maze-v0$",
+        ),
+        (
+            "MiniGrid-Empty-5x5-v0",
+            r"is registered with gymnasium; those of a package are named with its module",
+        ),
+        (
+            "Qwkz/Xjyqq-v0",
+            r"no environment 'Qwkz/Xjyqq-v0' .*; those of a package are named with its module",
+        ),
+        ("tests.gym_envs:Coumt-v0", r"no environment 'Coumt-v0' .*did you mean 'Count-v0'"),
+        (
+            "tests.no_such:Count-v0",
+            r"no module 'tests.no_such' to import for tests.no_such:Count-v0; install it",
+        ),
+        ("a b", r"no task 'a b' in suite gym; a task is what gymnasium.make takes, such as"),
+    ],
+)
+def test_a_wrong_name_is_answered_before_it_becomes_a_directory(task, message, tmp_path):
+    with pytest.raises(UnknownName, match=message) as raised:
+        loop_cases.train(tiny(tmp_path, suite="gym", task=task))
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_module_that_imports_what_is_missing_names_it(tmp_path, monkeypatch):
+    (tmp_path / "needs.py").write_text("import no_such_package_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(envs.MissingLibraryError, match="needs needs no_such_package_at_all; pip install"):
+        envs.check("gym", "needs:Any-v0")

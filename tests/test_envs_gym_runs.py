@@ -1,0 +1,63 @@
+"""Runs on environments of users' own: gone on with, their success, their videos and reports."""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+
+import gymnasium
+import pytest
+
+from hdfast import loop, report, suites
+from hdfast.evaluate import evaluate
+from hdfast.runtime.errors import CheckpointError, Interrupted, RunError
+from tests import loop_cases
+from tests.loop_cases import lines, one_thread, path_of, tiny  # noqa: F401
+
+
+@pytest.mark.parametrize(("now", "error"), [("Tall", RunError), ("From9", CheckpointError)])
+def test_a_run_whose_environment_has_changed_is_not_gone_on_with(tmp_path, monkeypatch, now, error):
+    config = tiny(tmp_path, suite="gym", task="tests.gym_envs:Count-v0", checkpoint={"seconds": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            loop.Session, "_evaluate", lambda self: os.kill(os.getpid(), signal.SIGTERM) or self.stop.check()
+        )
+        with pytest.raises(Interrupted):
+            loop_cases.train(config)
+    before = {
+        p: p.read_bytes()
+        for p in tmp_path.rglob("*")
+        if p.is_file() and p.name not in ("lock", "config.json")
+    }
+    changed = dataclasses.replace(gymnasium.spec(f"{now}-v0"), id="Count-v0")
+    monkeypatch.setitem(gymnasium.registry, "Count-v0", changed)
+    with pytest.raises(error, match=r"does not fit|holds rows of .*, this run has"):
+        loop_cases.train(config)
+    assert {p: p.read_bytes() for p in before} == before
+    assert not multiprocessing.active_children()
+
+
+def test_a_run_tells_how_often_it_succeeds(tmp_path):
+    task = "tests.gym_envs:SolvedAtTheEnd-v0"
+    config = tiny(tmp_path, suite="gym", task=task, env={"threads": 1}, eval={"episodes": 4})
+    summary = loop_cases.train(config)
+    assert summary["success"] == 0.5
+    config = dataclasses.replace(config, task="tests.gym_envs-SolvedAtTheEnd-v0")  # its folder
+    told = [line["success"] for line in lines(config, "scores", kind="episode")]
+    assert set(told) == {False, True}
+    assert evaluate(path_of(config), episodes=4, num_envs=2, device="cpu")["success"] == 0.5
+    (row,) = report.collect(tmp_path, suites.get("gym"))
+    assert row.success == {0: 0.5}
+
+
+def test_a_run_on_an_environment_of_ones_own(tmp_path):
+    task = "tests.gym_envs:Tall-v0"
+    overrides = {"suite": "gym", "task": task, "env": {"num_envs": 2, "threads": 1}}
+    config = tiny(tmp_path, **overrides)
+    summary = loop_cases.train(config)
+    path = tmp_path / "gym" / "tests.gym_envs-Tall-v0" / "seed0"
+    assert (path / "finished.json").exists()
+    assert summary["length"] == 5
+    assert evaluate(path, episodes=2, device="cpu")["scores"] == pytest.approx([15, 15], abs=0.11)
+    (row,) = report.collect(tmp_path, suites.get("gym"))
+    assert (row.task.name, row.scores) == (task, {0: summary["score"]})
