@@ -4,7 +4,8 @@ Rates of the machine and of the grid barrier; update, scan, imagination, acting 
 as CUDA graphs; the tests marked `gpu`; every op beside eager PyTorch; what torch.profiler, ncu and compute-sanitizer
 see; a short training; predictions beside measurements; and which backends should run by default.
 
-Writes `record.json` after every step, and at the end `record.md`, to `bench/results/<device>/`. Needs no network.
+Writes `record.json` after every step, and at the end `record.md`, to `bench/results/<device>/`, beside what all its
+commands said (`log.txt`) and timelines for a browser's tracing page (`trace *.json.gz`). Needs no network.
 Every step has a time limit and a process of its own; one that fails, or whose tool or package is not there, is
 recorded with its reason, and what it had found by then is kept. On a CPU it runs to the end, too.
 """
@@ -23,6 +24,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from bench.gpu_report import markdown  # noqa: E402
 # What tells most comes first, if time ends before all are done: graphs, and every kernel at the rows of training.
 TESTS = ("tests/test_cuda.py", "tests/kernels/test_training_shapes.py", "tests/kernels", "tests")
 GRACE = 15  # seconds between a request to end, at which reports are written, and the end
+WORKERS = 12  # processes that test side by side, most of their time compiling
 
 
 @dataclass
@@ -75,6 +78,12 @@ class Record:
         self.found["steps"][name] = step
         self.write()
 
+    def log(self, text: str) -> None:
+        """Keeps all that a command said beside the record."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "log.txt").open("a") as file:
+            file.write(text)
+
     def write(self) -> None:
         """The record as it is, whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -99,8 +108,6 @@ def execute(
             stdout=said,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            # Where this runs in the background of a shell, SIGINT is ignored, and would be by what it starts.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         grace, reason = min(grace, seconds / 3), None
         try:
@@ -119,6 +126,12 @@ def execute(
         lines = [line for line in text.strip().splitlines() if line.strip()] or [""]
         reason = f"exit code {process.returncode}: {lines[-1][:300]}"
     return reason, text
+
+
+def heed_interrupts() -> None:
+    """Has what this process starts heed SIGINT, also where it was started in the background of a shell."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # which is inherited, a handler is not
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def missing(*packages: str) -> str | None:
@@ -189,8 +202,11 @@ def work(record: Record, what: str, backend: str = "default") -> Callable[[float
                 str(rows),
                 "--seconds",
                 f"{own:.0f}",
+                "--traces",
+                str(record.folder),
             ]
-            reason, _ = execute([sys.executable, *command], seconds, grace=2)
+            reason, said = execute([sys.executable, *command], seconds, grace=2)
+            record.log(said)
             found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
         record.found["rows"] += found
         wrong = [row["error"] for row in found if "error" in row]
@@ -202,25 +218,45 @@ def work(record: Record, what: str, backend: str = "default") -> Callable[[float
 
 
 def tests(record: Record) -> Callable[[float], str | None]:
-    """The step of the tests that need a GPU."""
+    """The step of the tests that need a GPU, side by side; what fails there is tried once more, alone."""
 
     def do(seconds: float) -> str | None:
         if absent := missing("pytest"):
             return absent
         until = time.monotonic() + seconds
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-        with tempfile.TemporaryDirectory() as folder:
-            path, found = Path(folder) / "outcomes", []
-            command += ["--continue-on-collection-errors", "-p", "bench.gpu_tests", f"--outcomes={path}"]
-            while True:  # where a test ended the process, with those behind it
-                before = len(found)
-                reason, _ = execute([*command, *TESTS], max(5.0, until - time.monotonic()))
-                record.found["tests"] = found = gpu_tools.outcomes(path)
+        command += ["--continue-on-collection-errors", "-p", "bench.gpu_tests"]
+
+        def share(path: Path, *options: str, until: float = until) -> str | None:
+            """What a process does of the tests, and where a test ended it, another one with those behind it."""
+            found = -1
+            while True:
+                left = max(5.0, until - time.monotonic())
+                reason, said = execute([*command, f"--outcomes={path}", *options, *TESTS], left, OMP_NUM_THREADS="2")
+                record.log(said)
+                before, found = found, len(gpu_tools.outcomes(path))
                 over = time.monotonic() > until - GRACE
-                if over or len(found) == before or gpu_tools.FINISHED in path.read_text():
-                    break
-        if failed := sum(test["outcome"] == "failed" for test in found):
-            reason = f"{failed} of {len(found)} tests failed" + (f"; {reason}" if over else "")
+                if over or found == before or gpu_tools.finished(path):
+                    return reason if over else None
+
+        with tempfile.TemporaryDirectory() as folder:
+            workers = min(WORKERS, max(1, (os.cpu_count() or 1) - 2)) if record.on_gpu else 1
+            paths = [Path(folder) / f"outcomes {at}" for at in range(workers)]
+            with ThreadPoolExecutor(workers) as pool:
+                each = [
+                    pool.submit(share, path, f"--share={at}/{workers}", until=until - 0.2 * seconds)
+                    for at, path in enumerate(paths)
+                ]
+            reason = next(filter(None, [one.result() for one in each]), None)
+            failed = [test["id"] for test in gpu_tools.outcomes(*paths) if test["outcome"] == "failed"]
+            if failed and workers > 1:
+                among = Path(folder) / "failed"
+                among.write_text("\n".join(failed))
+                paths.append(Path(folder) / "alone")
+                reason = share(paths[-1], f"--among={among}") or reason
+            record.found["tests"] = found = gpu_tools.outcomes(*paths)
+        if failures := sum(test["outcome"] == "failed" for test in found):
+            reason = f"{failures} of {len(found)} tests failed" + (f"; {reason}" if reason else "")
         if found and all(test["outcome"] == "skipped" for test in found):
             return f"skipped: all {len(found)} tests: {found[0]['reason']}"
         return reason
@@ -245,7 +281,8 @@ def benchmarks(record: Record, select: str) -> Callable[[float], str | None]:
                 f"--benchmark-json={report}",
             ]
             command += ["-k", select] if select else []
-            reason, _ = execute([sys.executable, *command], seconds)
+            reason, said = execute([sys.executable, *command], seconds)
+            record.log(said)
             record.found["benchmarks"] = gpu_tools.benchmark_rows(report)
         return reason
 
@@ -267,6 +304,7 @@ def watched(
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "compute-sanitizer" else {}
         command = [sys.executable, "-m", "bench.gpu_work", what, "--backend", "triton", "--out", os.devnull]
         reason, text = execute([path, *options, *command], seconds, grace=3, **environment)
+        record.log(text)
         record.found[name] = gpu_tools.ncu_rows(text) if tool == "ncu" else gpu_tools.sanitizer_row(text)
         if obstacle := gpu_tools.tool_obstacle(text):
             return obstacle
@@ -288,7 +326,8 @@ def training(record: Record) -> Callable[[float], str | None]:
             command = ["-m", "hdfast.train", "--suite", "demo", "--logdir", folder]
             if record.on_gpu:  # what `choice` does would take all of the time
                 command += ["--train.no-tune", "--train.graph", "on"]
-            reason, _ = execute([sys.executable, *command], seconds)
+            reason, said = execute([sys.executable, *command], seconds)
+            record.log(said)
             scores = next(Path(folder).rglob("scores.jsonl"), None)
             lines = [json.loads(line) for line in scores.read_text().splitlines()] if scores else []
         record.found["training"] = [
@@ -308,8 +347,10 @@ def main() -> int:
         "--select", default="not compile", help="pytest -k expression for the benchmarks of ops"
     )
     parser.add_argument("--seconds", type=float, default=460, help="time limit of the whole record")
+    parser.add_argument("--steps", default="", help="regular expression: only the steps whose name it is found in")
     args = parser.parse_args()
     began = time.monotonic()
+    heed_interrupts()
     keep_compiled_kernels()
     about = machine()
     on_gpu = about["device"].startswith("cuda")
@@ -328,11 +369,11 @@ def main() -> int:
     sanitizer = ["--report-api-errors", "no", "--tool"]
     backends = {"reference": 5, "triton": 9, "triton-persistent": 3} if on_gpu else {"default": 5}
     profiled = ("reference", "triton") if on_gpu else ("default",)
-    # With how much of the time, beside each other. Triton's first step compiles its kernels for all that follow.
+    # With how much of the time, beside each other. The tests, side by side, compile kernels for all that follow.
     steps: list[tuple[str, float, Callable[[float], str | None]]] = [
         ("rates", 3, work(record, "peaks")),
+        ("tests", 20, tests(record)),
         *((f"timings {name}", weight, work(record, "timings", name)) for name, weight in backends.items()),
-        ("tests", 12, tests(record)),
         ("ops", 8, benchmarks(record, args.select)),
         *((f"profile {name}", 2, work(record, "profiles", name)) for name in profiled),
         ("ncu", 5 * gpu, watched(record, "ncu", "ncu", ncu, "once")),
@@ -351,6 +392,7 @@ def main() -> int:
         *([("choice", 6, work(record, "choice"))] if on_gpu else []),
         ("training", 6, training(record)),
     ]
+    steps = [step for step in steps if re.search(args.steps, step[0])]
     for at, (name, weight, do) in enumerate(steps):
         record.step(name, weight, sum(step[1] for step in steps[at:]), do)
     from hdfast_kernels import dispatch

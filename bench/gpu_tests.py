@@ -1,5 +1,7 @@
 """A pytest plugin for tests that may take their process along: `pytest -p bench.gpu_tests --outcomes FILE`.
 
+`--share 2/12` leaves all but every twelfth test to others, `--among FILE` all but those whose ids are its lines.
+
 Every test's begin and outcome is a JSON line of FILE as soon as it is known, and tests that are in it are left out: the
 same command once more goes on behind the test that crashed or hung. A test that takes longer than LONGEST, or than the
 seconds of its mark `gpu(seconds)`, ends the process, even where it waits for a kernel that never ends; so does an error
@@ -24,6 +26,8 @@ LONGEST = float(os.environ.get("HDFAST_LONGEST_TEST", 60))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path, help="file of outcomes, a JSON line each")
+    parser.addoption("--share", default="0/1", help="I/N: the tests I, I + N, I + 2 N, ...")
+    parser.addoption("--among", type=Path, help="file of tests, an id a line: only these")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,9 +44,16 @@ class Outcomes:
         self.known = {json.loads(line)["test"] for line in lines}
         self.lasting = False
 
+    @pytest.hookimpl(trylast=True)  # of those that the mark selects
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        left = [item for item in items if item.nodeid not in self.known]
-        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in self.known])
+        share, shares = map(int, config.getoption("share").split("/"))
+        path = config.getoption("among")
+        among = None if path is None else set(path.read_text().splitlines())
+        left, others = [], []
+        for at, item in enumerate(items):
+            mine = at % shares == share and (among is None or item.nodeid in among)
+            (left if mine and item.nodeid not in self.known else others).append(item)
+        config.hook.pytest_deselected(items=others)
         items[:] = left
 
     @pytest.hookimpl(wrapper=True)

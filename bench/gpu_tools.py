@@ -105,22 +105,30 @@ def sanitizer_row(text: str) -> dict[str, Any]:
     return {"errors": int(found.group(1)) if found else None, "kinds": dict(kinds.most_common(10))}
 
 
-def outcomes(path: Path) -> list[dict[str, str]]:
-    """name, file, outcome (passed, failed, skipped) and reason of every test that bench.gpu_tests wrote of.
+def outcomes(*paths: Path) -> list[dict[str, str]]:
+    """id, name, file, outcome (passed, failed, skipped) and reason of every test that bench.gpu_tests wrote of.
 
-    A test that was begun and has no outcome took its process along: it failed.
+    A test that was begun and has no outcome took its process along: it failed. Of several files the last one counts.
     """
     last: dict[str, dict[str, str]] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        row = json.loads(line)
-        if row["outcome"] != FINISHED:
-            last[row["test"]] = row
+    for path in paths:
+        for line in path.read_text().splitlines() if path.exists() else []:
+            row = json.loads(line)
+            if row["outcome"] != FINISHED:
+                last[row["test"]] = row
     rows = []
     for test, row in last.items():
         file, _, name = test.partition("::")
         told = {"outcome": row["outcome"] or "failed", "reason": row["reason"] if row["outcome"] else ENDED}
-        rows.append({"name": name.rpartition("::")[2] or file, "file": Path(file).stem, **told})
+        rows.append({"id": test, "name": name.rpartition("::")[2] or file, "file": Path(file).stem, **told})
     return rows
+
+
+def finished(path: Path) -> bool:
+    """Whether bench.gpu_tests came to the end of all its tests."""
+    return path.exists() and any(
+        json.loads(line)["outcome"] == FINISHED for line in path.read_text().splitlines()
+    )
 
 
 def tests_of(op: str, tests: Iterable[dict[str, str]]) -> Counter[str]:
@@ -155,7 +163,7 @@ def benchmark_rows(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def occupied(spans: list[tuple[str, float, float]], updates: int, top: int = 15) -> dict[str, Any]:
+def occupied(spans: list[tuple[str, float, float]], updates: int, top: int = 60) -> dict[str, Any]:
     """What kernels do in an update: how many run, how long any of them does, and how long none.
 
     spans: name, begin and end in µs of everything that ran in `updates` updates. The idle share is of the time from

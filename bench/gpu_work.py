@@ -13,6 +13,7 @@ import json
 import re
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,8 @@ def profiles(device: torch.device, name: str, write: "Rows") -> None:
             events = [event for event in found.events() if event.device_type == kind]
             spans = [(e.name, e.time_range.start, e.time_range.end) for e in events]
             row |= occupied(spans, updates)
+            if write.traces is not None:
+                found.export_chrome_trace(str(write.traces / f"trace {name}{' graph' * graph}.json.gz"))
 
 
 def once(device: torch.device, name: str, write: "Rows") -> None:
@@ -257,8 +260,8 @@ def choice(device: torch.device, name: str, write: "Rows") -> None:
 class Rows:
     """Appends rows to a file, each as soon as it is there, until the time is over."""
 
-    def __init__(self, path: Path, seconds: float):
-        self.path, self.until = path, time.monotonic() + seconds
+    def __init__(self, path: Path, seconds: float, traces: Path | None = None):
+        self.path, self.traces, self.until = path, traces, time.monotonic() + seconds
 
     @contextlib.contextmanager
     def row(self, **about: Any) -> Iterator[dict[str, Any]]:
@@ -271,6 +274,7 @@ class Rows:
             raise
         except Exception as error:
             lines = str(error).strip().splitlines()
+            traceback.print_exc()
             row["error"] = f"{type(error).__name__}: {lines[0] if lines else ''}"
             self._write(row)
             if re.search(LASTING, str(error)):  # nothing works in this process after it
@@ -299,11 +303,12 @@ def main() -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="default")
     parser.add_argument("--out", type=Path, required=True, help="file to append rows to")
     parser.add_argument("--seconds", type=float, default=60, help="begin no row after so long")
+    parser.add_argument("--traces", type=Path, help="folder for the timelines of profiles")
     args = parser.parse_args()
     with contextlib.suppress(TimeoutError):
         device = resolve_device("auto")
         prepare_device(device, little_work=False)
-        WORK[args.work](device, args.backend, Rows(args.out, args.seconds))
+        WORK[args.work](device, args.backend, Rows(args.out, args.seconds, args.traces))
 
 
 if __name__ == "__main__":

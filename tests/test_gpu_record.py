@@ -37,6 +37,7 @@ def test_outcomes_of_tests(tmp_path):
     rows = gpu_tools.outcomes(path)
     assert [row["outcome"] for row in rows] == ["passed", "failed", "skipped", "failed", "failed"]
     assert rows[1] == {
+        "id": f"{folder}test_b[triton-cuda]",
         "name": "test_b[triton-cuda]",
         "file": "test_kl_balance",
         "outcome": "failed",
@@ -56,7 +57,7 @@ def test_outcomes_of_tests(tmp_path):
 
 
 TESTS_THAT_END_BADLY = """
-import os, time, pytest
+import os, pathlib, time, pytest
 
 def test_passes(): pass
 def test_is_wrong(): assert 1 == 2
@@ -67,16 +68,24 @@ def test_crashes(): os._exit(3)
 def test_takes_long(): time.sleep(4)
 def test_hangs(): time.sleep(600)
 def test_breaks_the_device(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_fails_once():
+    before = pathlib.Path(__file__).with_name("before")
+    alone = before.exists()
+    before.touch()
+    assert alone
 def test_is_last(): pass
 """
 
 
-def test_a_test_that_takes_its_process_along_costs_no_other(record, tmp_path, monkeypatch):
+@pytest.mark.parametrize("cores", [2, 5])
+def test_a_test_that_takes_its_process_along_costs_no_other(cores, record, tmp_path, monkeypatch):
     file = tmp_path / "test_bad.py"
     file.write_text(TESTS_THAT_END_BADLY)
+    monkeypatch.setattr(gpu_record.os, "cpu_count", lambda: cores)
     monkeypatch.setattr(gpu_record, "TESTS", ("-m", "", "--rootdir", str(tmp_path), str(file)))
     monkeypatch.setenv("HDFAST_LONGEST_TEST", "2")
-    assert gpu_record.tests(record)(60) == "4 of 8 tests failed"
+    alone = cores > 3  # what fails side by side with others is tried once more
+    assert gpu_record.tests(record)(60) == f"{4 if alone else 5} of 9 tests failed"
     assert {row["name"]: (row["outcome"], row["reason"][:24]) for row in record.found["tests"]} == {
         "test_passes": ("passed", ""),
         "test_is_wrong": ("failed", "assert 1 == 2"),
@@ -85,6 +94,7 @@ def test_a_test_that_takes_its_process_along_costs_no_other(record, tmp_path, mo
         "test_takes_long": ("passed", ""),
         "test_hangs": ("failed", "the process crashed or h"),
         "test_breaks_the_device": ("failed", "RuntimeError: CUDA error"),
+        "test_fails_once": ("passed", "") if alone else ("failed", "assert False"),
         "test_is_last": ("passed", ""),
     }
 
@@ -137,6 +147,7 @@ def test_commands_that_fail_and_that_do_not_end():
     asleep = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('report')"
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell
     try:
+        gpu_record.heed_interrupts()
         assert gpu_record.execute([*python, asleep], 12) == ("partial: ended at its limit of 8 s", "report\n")
     finally:
         signal.signal(signal.SIGINT, before)
