@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch
+from .image_blocks import double_to_image
 from .image_deconv_native import CHANNELS, image_deconv_native
 from .numerics import check_device, check_shape
 
@@ -31,8 +32,8 @@ def image_deconv(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None
         x: (N, H, W, K) float32 or bfloat16.
         weight: (K, C, 4, 4) float32.
         bias: (C,) float32.
-        backend: "reference" or "native" (C at most 4); None lets `dispatch` choose, and takes the reference for
-            more channels.
+        backend: "reference", "fused" or "native" (both: C at most 4); None lets `dispatch` choose, and takes the
+            reference for more channels.
 
     Returns (N, 2H, 2W, C) in x's dtype, sums in float32. Differentiable in all three.
 
@@ -47,10 +48,15 @@ def image_deconv(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None
     check_device("image_deconv", x=x, weight=weight, bias=bias)
     if backend is None and weight.shape[1] > CHANNELS:
         backend = "reference"
-    elif backend == "native" and weight.shape[1] > CHANNELS:
-        limit = f"native makes images of at most {CHANNELS} channels, not {weight.shape[1]}"
+    elif backend in ("fused", "native") and weight.shape[1] > CHANNELS:
+        limit = f"{backend} makes images of at most {CHANNELS} channels, not {weight.shape[1]}"
         raise dispatch.BackendError(f'image_deconv: {limit}; use backend="reference"')
     return dispatch.resolve("image_deconv", backend, x)(x, weight, bias)
 
 
-dispatch.register("image_deconv", reference=image_deconv_reference, native=image_deconv_native)
+dispatch.register(
+    "image_deconv",
+    reference=image_deconv_reference,
+    fused=double_to_image,
+    native=image_deconv_native,
+)

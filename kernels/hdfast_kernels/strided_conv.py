@@ -2,14 +2,15 @@
 
 Axes: N images, H x W pixels, C channels in, O channels out.
 
-Source: HarmonyDream's encoder and decoder (ALGORITHM §3). On CUDA the convolutions are PyTorch's.
+Source: HarmonyDream's encoder and decoder (ALGORITHM §3). On CUDA the convolutions are PyTorch's; `fused`
+asks it for those of images otherwise (image_blocks.py).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, image_blocks
 from .numerics import check_device
 from .strided_conv_native import strided_conv_native
 
@@ -21,6 +22,13 @@ def strided_conv_reference(x: Tensor, weight: Tensor, transposed: bool = False) 
     return convolution(x.permute(0, 3, 1, 2), kernel, stride=2, padding=1).permute(0, 2, 3, 1)
 
 
+def strided_conv_fused(x: Tensor, weight: Tensor, transposed: bool = False) -> Tensor:
+    """Images are halved as blocks of pixels; what has more channels is the reference's."""
+    if transposed or x.shape[-1] > image_blocks.CHANNELS:
+        return strided_conv_reference(x, weight, transposed)
+    return image_blocks.halve_image(x, weight)
+
+
 def strided_conv(
     x: Tensor, weight: Tensor, *, transposed: bool = False, backend: str | None = None
 ) -> Tensor:
@@ -30,7 +38,7 @@ def strided_conv(
         x: (N, H, W, C) float32 or bfloat16, at least 2 x 2 pixels where they are halved.
         weight: (O, C, 4, 4), or (C, O, 4, 4) where `transposed`; float32, rounded to x's dtype.
         transposed: double the sides by a transposed convolution.
-        backend: "reference" or "native"; None lets `dispatch` choose.
+        backend: "reference", "fused" or "native"; None lets `dispatch` choose.
 
     Returns (N, H // 2, W // 2, O), or (N, 2H, 2W, O), in x's dtype. Differentiable in both.
 
@@ -51,4 +59,9 @@ def strided_conv(
     return dispatch.resolve("strided_conv", backend, x)(x, weight, transposed)
 
 
-dispatch.register("strided_conv", reference=strided_conv_reference, native=strided_conv_native)
+dispatch.register(
+    "strided_conv",
+    reference=strided_conv_reference,
+    fused=strided_conv_fused,
+    native=strided_conv_native,
+)

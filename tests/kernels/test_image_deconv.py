@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from checks import backends, check_against_fp64, random
+from checks import Calls, backends, check_against_fp64, random
 
 from hdfast_kernels import image_deconv
 from hdfast_kernels.dispatch import BackendError
@@ -25,7 +25,10 @@ SHAPES = [
     (2, 3, 9, 16, 4),
     (1, 1, 1, 32, 2),
     (0, 8, 8, 16, 3),
+    (1, 3, 1, 1, 1),
+    (1, 17, 23, 8, 3),
 ]
+FUSED = [one for one in backends("image_deconv") if one.values[0].name == "fused"]
 
 
 def inputs(shape, dtype, device):
@@ -75,6 +78,18 @@ def test_channels_first_activations(backend):
         arguments["x"].detach().permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1).requires_grad_()
     )
     check_against_fp64(partial(image_deconv, backend=backend.name), image_deconv_reference, arguments)
+    assert image_deconv(**arguments, backend=backend.name).is_contiguous()
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_fused_convolves_sixteen_channels(backend):
+    """Forward; for the gradient of the activations; and that of the kernel, the only one that is asked for."""
+    arguments = inputs((2, 5, 4, 8, 3), torch.float32, backend.device)
+    with Calls() as calls:
+        image_deconv(**arguments, backend="fused").float().square().sum().backward()
+    given = [arguments for name, arguments in calls.made if "aten.convolution" in name]
+    assert [tuple(one[1].shape) for one in given] == [(16, 8, 2, 2), (8, 16, 2, 2), (2, 16, 6, 5)]
+    assert given[2][-1] == [False, True, False]
 
 
 def test_gradients_of_the_reference():
@@ -88,8 +103,9 @@ def test_gradients_of_the_reference():
 def test_many_channels_are_left_to_pytorch():
     x, weight, bias = inputs((1, 2, 2, 4, 5), torch.float32, "cpu").values()
     assert torch.equal(image_deconv(x, weight, bias), image_deconv_reference(x, weight, bias))
-    with pytest.raises(BackendError, match="at most 4 channels, not 5"):
-        image_deconv(x, weight, bias, backend="native")
+    for backend in ("fused", "native"):
+        with pytest.raises(BackendError, match=f"{backend} makes images of at most 4 channels, not 5"):
+            image_deconv(x, weight, bias, backend=backend)
 
 
 def test_mistakes_are_answered():

@@ -76,6 +76,72 @@ def test_errs_no_more_than_twice_plain_pytorch(shape, transposed, dtype, backend
     check_against_fp64(op, strided_conv_reference, inputs(shape, transposed, dtype, backend.device))
 
 
+# Images of N, H and W, C and O channels: gray, the least; odd both ways; two; four, one side odd; colours, the other; a
+# row of tiles that is not whole.
+IMAGES = [
+    (1, 2, 2, 1, 1),
+    (2, 5, 7, 1, 16),
+    (1, 3, 3, 2, 5),
+    (2, 7, 6, 4, 8),
+    (3, 4, 9, 3, 16),
+    (1, 26, 50, 3, 4),
+]
+FUSED = [one for one in backends("strided_conv") if one.values[0].name == "fused"]
+
+
+def image_inputs(shape, dtype, device="cpu"):
+    *size, outputs = shape
+    return {
+        "x": random(*size).to(device, dtype).requires_grad_(),
+        "weight": random(outputs, size[-1], 4, 4, seed=1, scale=0.1)
+        .to(device, torch.float32)
+        .requires_grad_(),
+    }
+
+
+@pytest.mark.parametrize("backend", backends("strided_conv", reference=False))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", IMAGES, ids=str)
+def test_images_of_any_sides(shape, dtype, backend):
+    arguments = image_inputs(shape, dtype, backend.device)
+    check_against_fp64(partial(strided_conv, backend=backend.name), strided_conv_reference, arguments)
+
+
+@pytest.mark.parametrize("backend", backends("strided_conv"))
+def test_images_and_weights_that_lie_otherwise(backend):
+    x, weight = image_inputs((2, 6, 8, 3, 8), torch.float32, backend.device).values()
+    expected = strided_conv(x, weight, backend=backend.name)
+    x = x.detach().permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    weight = weight.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = strided_conv(x, weight, backend=backend.name)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, expected)
+    out.square().sum().backward()
+    assert weight.grad.shape == weight.shape
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_fused_computes_nothing_that_is_not_wanted(backend):
+    """Of an image that needs no gradient: one convolution, of 16 channels, and the gradient of its kernel."""
+    x, weight = image_inputs((2, 6, 8, 3, 8), torch.float32, backend.device).values()
+    with Calls() as calls:
+        strided_conv(x.detach(), weight, backend="fused").sum().backward()
+    given = [arguments for name, arguments in calls.made if "aten.convolution" in name]
+    assert [one[0].shape[1] for one in given] == [16, 8]
+    assert given[1][-1] == [False, True, False]
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_fused_leaves_many_channels_to_the_reference(backend):
+    for shape, transposed in (((2, 4, 4, 8, 5), False), ((2, 4, 4, 8, 3), True)):
+        arguments = inputs(shape, transposed, torch.float32, backend.device)
+        with Calls() as calls:
+            strided_conv(**arguments, backend="fused")
+        with Calls() as expected:
+            strided_conv_reference(**arguments)
+        assert [name for name, _ in calls.made] == [name for name, _ in expected.made]
+
+
 def asked_of_pytorch(arguments):
     """The convolutions that are left to PyTorch: "forward", and the inputs whose gradients it is asked for."""
     with Calls() as calls:

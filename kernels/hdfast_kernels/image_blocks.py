@@ -1,0 +1,360 @@
+"""The convolutions of images, kernel 4, stride 2, padding 1, put as convolutions of kernel 2, stride 1 over blocks.
+
+A library convolves 16 channels or more as fast as it multiplies matrices, and the 3 of an image many times slower. So
+the image, with a border of zeros, is cut into blocks of 2 x 2 pixels, whose numbers are the channels of a position:
+
+    blocks[n, p, q, (a, b, c)] = image[n, 2p - 1 + a, 2q - 1 + b, c]         a, b in 0..1; c in 0..3, zero from C on
+
+Axes: N images, H x W pixels of the smaller map, O its channels; the image has 2H or 2H + 1 rows (columns alike) and C
+channels, at most 4; P = H + 1, Q = W + 1 positions. A tap i of the kernel is i = 2t + a, t in 0..1. Along the rows,
+and alike along the columns:
+
+    halved[r] = sum over i of image[2r - 1 + i] * weight[i]                  the definition
+              = sum over t and a of blocks[r + t, a] * weight[2t + a]        as 2r - 1 + i = 2(r + t) - 1 + a
+    doubled[2r - 1 + i] += x[r] * weight[i]                                  the definition
+    blocks[p, a] = sum over t of x[p - t] * weight[2t + a]                   of doubled, as p = r + t
+
+The second is a convolution with padding 1 whose kernel is turned round. Each is the gradient of the other, so that the
+two, and one gradient of a kernel, are all that is asked of the library. On a GPU the blocks are cut and put together
+by a Triton kernel each, in one pass; elsewhere, and without Triton, by PyTorch. Where Triton runs it multiplies too,
+bfloat16, for which the library takes several times as long as memory does: it reads blocks as rows of a matrix, and
+puts what is doubled together as an image before it is stored.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import dispatch
+from ._triton import tl, triton
+from .tiles import sum_of_partials
+
+CHANNELS = 4  # of an image, at most: the 4 pixels of a block then have 16
+# Positions in a tile of the kernel that cuts, 16 numbers a thread; rows and numbers of a row in a tile of the other:
+# 64 pixels of 3 colours are three.
+POSITIONS, ROWS, COLUMNS, WARPS = 128, 32, 64, 4
+# Pixels of the smaller maps in a tile of a product: 128 have few neighbours in other tiles, whose blocks would be read
+# again, and leave registers for several programs a multiprocessor, whose loads hide each other's latency. Triton is not
+# to copy them ahead in a pipeline, as copies pass by the L1 cache, from which neighbours come. So many programs, 6 a
+# multiprocessor of an H100, have a share of a kernel's gradient. Columns in a tile that is doubled, as few as fill the
+# tensor cores; down at most so many rows, of which one more is read than written. Channels of the smaller maps at a
+# time: those that they have, those that they are summed over.
+TILE, PROGRAMS, LINES, DOWN, MOST_OUTPUTS, MOST_INPUTS = 128, 6 * 132, 64, 12, 64, 64
+
+
+@triton.jit
+def image_blocks_forward(
+    image_ptr, blocks_ptr, sums_ptr, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    Q: tl.constexpr, SUMMED: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """Cuts (N, H, W, C) into (N, P, Q, 16); each program's sums over its positions are a row of (programs, 16)."""
+    image = tl.program_id(0).to(tl.int64)
+    position = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS)
+    number = tl.arange(0, 16)
+    a, b, c = number // 8, number // 4 % 2, number % 4
+    row, column = 2 * (position // Q) - 1, 2 * (position % Q) - 1
+    inside = (row[:, None] + a >= 0) & (row[:, None] + a < H)
+    inside &= (column[:, None] + b >= 0) & (column[:, None] + b < W)
+    at = ((row * W + column) * C)[:, None] + ((a * W + b) * C + c)
+    # of positions beyond the last, too, no row is inside
+    pixels = tl.load(image_ptr + image * (H * W * C) + at, mask=inside & (c < C), other=0.0)
+    to = position[:, None] * 16 + number
+    tl.store(blocks_ptr + image * (P * Q * 16) + to, pixels, mask=position[:, None] < P * Q)
+    if SUMMED:
+        program = image * tl.num_programs(1) + tl.program_id(1)
+        tl.store(sums_ptr + program * 16 + number, tl.sum(pixels.to(tl.float32), axis=0))
+
+
+# The length of a row is kept from Triton, which else would give each thread 16 bytes in sequence to store: 32 lanes
+# would then read from 11 lines of the cache at a time, where those beside each other read from 3.
+@triton.jit(do_not_specialize=["length"])
+def image_blocks_backward(
+    blocks_ptr, bias_ptr, image_ptr, length, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    P: tl.constexpr, Q: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Puts (N, P, Q, 16) together to (N, H, W, C), rows of `length` = W * C numbers, and adds a bias (C,)."""
+    image = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    right, c = column // C + 1, column % C  # a border is above and to the left
+    below = (row + 1) // 2 * (Q * 16) + (row + 1) % 2 * 8
+    at = below + (right // 2 * 16 + right % 2 * 4 + c)
+    inside = (row < H) & (column < W * C)
+    pixels = tl.load(blocks_ptr + image * (P * Q * 16) + at, mask=inside, other=0.0)
+    if BIASED:
+        pixels = pixels.to(tl.float32) + tl.load(bias_ptr + c)
+    to = image_ptr + image * H * length + (row * length + column)
+    tl.store(to, pixels.to(image_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def windows(blocks_ptr, pixel, pixels, H: tl.constexpr, W: tl.constexpr):
+    """(pixels, 64): of pixels of all the smaller maps, the blocks that each is made of; t, u, a, b, c."""
+    # a row has one position more than pixels, a map one row more
+    position = pixel + pixel // W + pixel // (H * W) * (W + 1)
+    depth = tl.arange(0, 64)[None, :]
+    at = position.to(tl.int64)[:, None] * 16 + (depth // 32 * ((W + 1) * 16) + depth % 32)
+    return tl.load(blocks_ptr + at, mask=(pixel < pixels)[:, None], other=0.0)
+
+
+@triton.jit
+def image_halved_forward(
+    blocks_ptr, kernel_ptr, out_ptr, pixels, H: tl.constexpr, W: tl.constexpr, OUTPUTS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Blocks (N, P, Q, 16), kernel (O, t, u, 16) -> (N, H, W, O): windows @ kernel.T, a tile of it."""
+    pixel = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    output = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    at = output * 64 + tl.arange(0, 64)[:, None]
+    kernel = tl.load(kernel_ptr + at, mask=output < OUTPUTS, other=0.0)
+    out = tl.dot(windows(blocks_ptr, pixel, pixels, H, W), kernel)
+    to = out_ptr + pixel.to(tl.int64)[:, None] * OUTPUTS + output
+    tl.store(to, out.to(out_ptr.dtype.element_ty), mask=(pixel < pixels)[:, None] & (output < OUTPUTS))
+
+
+@triton.jit
+def image_doubled_forward(
+    x_ptr, kernel_ptr, bias_ptr, image_ptr, lines, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, BIASED: tl.constexpr, LINES: tl.constexpr,
+    DOWN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x (N, H, W, K), kernel (16, 1 - t, 1 - u, K) -> image (N, HEIGHT, WIDTH, C): blocks, put together in registers.
+
+    A line is a column q of an image, of which a program goes down DOWN positions: row p of x is read once, for position
+    p and for the next. Of a position's two rows of pixels each is stored by itself: eight numbers, beside those of its
+    neighbours.
+    """
+    line = tl.program_id(0) * LINES + tl.arange(0, LINES)[:, None]
+    image, q = (line // (W + 1)).to(tl.int64), line % (W + 1)
+    depth, result = tl.arange(0, 2 * BLOCK), tl.arange(0, 32)[None, :]  # 1 - u, k; 1 - t, a, b, c
+    right, k = depth // BLOCK, depth % BLOCK
+    column = q - 1 + right[None, :]
+    inside = (column >= 0) & (column < W) & (line < lines)
+    x_ptrs = x_ptr + image * (H * W * K) + ((q - 1) * K + (right * K + k)[None, :])
+    kernel_ptrs = kernel_ptr + (result % 16 * (4 * K) + result // 16 * (2 * K)) + (right * K + k)[:, None]
+    kernel = tl.load(kernel_ptrs, mask=(k < K)[:, None], other=0.0)
+    pair = tl.arange(0, 8)[None, :]  # of pixels: b, c
+    across, c = 2 * q - 1 + pair // 4, pair % 4
+    stored = (across >= 0) & (across < WIDTH) & (line < lines)
+    to = image_ptr + image * (HEIGHT * WIDTH * C) + (across * C + c)
+    bias = tl.load(bias_ptr + c, mask=c < C, other=0.0) if BIASED else 0.0
+    before, top = tl.zeros((LINES, 16), tl.float32), tl.program_id(1) * DOWN
+    for step in range(DOWN + 1):
+        p = top - 1 + step
+        deep = tl.where((p >= 0) & (p < H), K, 0)
+        both = tl.zeros((LINES, 32), tl.float32)
+        for first in range(0, K, BLOCK):
+            if K > BLOCK:
+                kernel = tl.load(kernel_ptrs + first, mask=(first + k < K)[:, None], other=0.0)
+            read = inside & (first + k < deep)[None, :]
+            x = tl.load(x_ptrs + (p * (W * K) + first), mask=read, other=0.0)
+            both = tl.dot(x, kernel, both)
+        following, blocks = tl.split(tl.permute(tl.reshape(both, (LINES, 2, 16)), (0, 2, 1)))
+        above, below = tl.split(tl.permute(tl.reshape(before + blocks, (LINES, 2, 8)), (0, 2, 1)))
+        at = to + (2 * p - 1) * (WIDTH * C)
+        colours = tl.where((p >= top) & (p > 0) & (p <= H), C, 0)
+        tl.store(at, (above + bias).to(image_ptr.dtype.element_ty), mask=stored & (c < colours))
+        colours = tl.where((p >= top) & (2 * p < HEIGHT), C, 0)
+        tl.store(at + WIDTH * C, (below + bias).to(image_ptr.dtype.element_ty), mask=stored & (c < colours))
+        before = following
+
+
+@triton.jit
+def image_weight_backward(
+    blocks_ptr, small_ptr, partial_ptr, pixels, tiles, H: tl.constexpr, W: tl.constexpr, OUTPUTS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Blocks (N, P, Q, 16), small (N, H, W, O) -> (programs, 64, O): windows.T @ small, of every so many tiles."""
+    output = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    total = tl.zeros((64, BLOCK), tl.float32)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        pixel = tile * TILE + tl.arange(0, TILE)
+        at = pixel.to(tl.int64)[:, None] * OUTPUTS + output
+        small = tl.load(small_ptr + at, mask=(pixel < pixels)[:, None] & (output < OUTPUTS), other=0.0)
+        total = tl.dot(tl.trans(windows(blocks_ptr, pixel, pixels, H, W)), small, total)
+    to = (tl.program_id(0) * 64 + tl.arange(0, 64)[:, None]) * OUTPUTS + output
+    tl.store(partial_ptr + to, total, mask=output < OUTPUTS)
+
+
+def blocks_of(image: Tensor, summed: bool = False) -> tuple[Tensor, Tensor | None]:
+    """(N, H, W, C) -> (N, H // 2 + 1, W // 2 + 1, 16), and (C,) float32 sums over all pixels if they are wanted."""
+    image = image.contiguous()
+    images, height, width, channels = image.shape
+    down, across = height // 2 + 1, width // 2 + 1
+    if not _in_triton(image):
+        margins = (0, CHANNELS - channels, 1, 1 - width % 2, 1, 1 - height % 2)
+        pairs = F.pad(image, margins).view(images, down, 2, across, 2, CHANNELS)
+        blocks = pairs.transpose(2, 3).reshape(images, down, across, 16)
+        return blocks, image.sum((0, 1, 2), dtype=torch.float32) if summed else None
+    blocks = image.new_empty((images, down, across, 16))
+    tiles = triton.cdiv(down * across, POSITIONS)
+    sums = image.new_empty((images * tiles, 4, CHANNELS), dtype=torch.float32) if summed else None
+    if images:
+        image_blocks_forward[(images, tiles)](
+            image, blocks, sums, height, width, channels, down, across, summed, POSITIONS, num_warps=WARPS
+        )
+    return blocks, sums.sum((0, 1))[:channels] if summed else None
+
+
+def image_of(blocks: Tensor, height: int, width: int, channels: int, bias: Tensor | None = None) -> Tensor:
+    """(N, P, Q, 16) -> (N, height, width, channels), the inverse of `blocks_of`, plus a bias (channels,) in float32."""
+    images, down, across, _ = blocks.shape
+    if not _in_triton(blocks):
+        pairs = blocks.view(images, down, across, 2, 2, CHANNELS).transpose(2, 3)
+        padded = pairs.reshape(images, 2 * down, 2 * across, CHANNELS)
+        image = padded[:, 1 : 1 + height, 1 : 1 + width, :channels].contiguous()
+        return image if bias is None else (image.float() + bias.float()).to(blocks.dtype)
+    image = blocks.new_empty((images, height, width, channels))
+    bias = bias if bias is None else bias.float().contiguous()
+    tiles = triton.cdiv(height, ROWS), triton.cdiv(width * channels, COLUMNS)
+    if images:
+        image_blocks_backward[(images, *tiles)](
+            blocks, bias, image, width * channels, height, width, channels, down, across, bias is not None, ROWS,
+            COLUMNS, num_warps=WARPS,
+        )  # fmt: skip
+    return image
+
+
+def _in_triton(tensor: Tensor) -> bool:
+    """Whether Triton can run on that tensor here; it compiles for those without memory, which are the report's."""
+    runs = tensor.device.type in ("cuda", "meta") or dispatch.triton_interpreted()
+    return runs and dispatch.triton_installed()
+
+
+def _multiplies(blocks: Tensor) -> bool:
+    """Whether Triton multiplies there: bfloat16, which tensor cores take; its kernels count positions in 32 bits."""
+    return blocks.dtype == torch.bfloat16 and blocks.shape[:-1].numel() < 2**30 and _in_triton(blocks)
+
+
+def _channels_of_tile(channels: int, most: int) -> int:
+    """A power of two of them, as tensor cores want it: 16 at the least."""
+    return max(16, min(triton.next_power_of_2(channels), most))
+
+
+def _halved(blocks: Tensor, weight: Tensor) -> Tensor:
+    """(N, P, Q, 16), (O, C, 4, 4) -> (N, H, W, O)."""
+    outputs, channels = weight.shape[:2]
+    kernel = blocks.new_zeros((outputs, 2, 2, 2, 2, CHANNELS))  # o, t, u, a, b, c
+    kernel[..., :channels].copy_(_taps(weight).permute(0, 2, 4, 3, 5, 1))
+    if not _multiplies(blocks):
+        return _convolved(blocks, kernel.view(outputs, 2, 2, 16), 0)
+    images, down, across, _ = blocks.shape
+    out = blocks.new_empty((images, down - 1, across - 1, outputs))
+    pixels, tile = out.shape[:-1].numel(), _channels_of_tile(outputs, MOST_OUTPUTS)
+    if pixels:
+        image_halved_forward[(triton.cdiv(pixels, TILE), triton.cdiv(outputs, tile))](
+            blocks, kernel, out, pixels, down - 1, across - 1, outputs, TILE, tile, num_warps=WARPS, num_stages=1
+        )  # fmt: skip
+    return out
+
+
+def _doubled(x: Tensor, weight: Tensor, size: tuple[int, int, int], bias: Tensor | None = None) -> Tensor:
+    """(N, H, W, K), (K, C, 4, 4) -> (N, *size), and a bias (C,) added in float32."""
+    (images, height, width, inputs), channels = x.shape, weight.shape[1]
+    kernel = x.new_zeros((2, 2, CHANNELS, 2, 2, inputs))  # a, b, c, 1 - t, 1 - u, k
+    kernel[:, :, :channels].copy_(_taps(weight).flip(2, 4).permute(3, 5, 1, 2, 4, 0))
+    if not _multiplies(x):
+        return image_of(_convolved(x, kernel.view(16, 2, 2, inputs), 1), *size, bias)
+    image = x.new_empty((images, *size))
+    bias = bias if bias is None else bias.float().contiguous()
+    lines, tile = images * (width + 1), _channels_of_tile(inputs, MOST_INPUTS)
+    parts = triton.cdiv(height + 1, DOWN)
+    if lines:
+        image_doubled_forward[(triton.cdiv(lines, LINES), parts)](
+            x, kernel, bias, image, lines, height, width, inputs, *size, bias is not None, LINES,
+            triton.cdiv(height + 1, parts), tile, num_warps=WARPS, num_stages=1,
+        )  # fmt: skip
+    return image
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """(O, C, 4, 4) -> (O, C, t, a, u, b)."""
+    return weight.reshape(*weight.shape[:2], 2, 2, 2, 2)
+
+
+def _convolved(x: Tensor, kernel: Tensor, padding: int) -> Tensor:
+    """(N, H, W, inputs), (outputs, 2, 2, inputs) -> (N, H - 1 + 2 padding, W - 1 + 2 padding, outputs)."""
+    maps = x.permute(0, 3, 1, 2), kernel.permute(0, 3, 1, 2)
+    out = torch.ops.aten.convolution(*maps, None, *_constants(padding))
+    return out.permute(0, 2, 3, 1).contiguous()
+
+
+def _weight_gradient(blocks: Tensor, small: Tensor, weight: Tensor) -> Tensor:
+    """Like `weight`; of `_halved` where `small` (N, H, W, O) is the gradient, of `_doubled` where `blocks` are."""
+    outputs, channels = weight.shape[:2]
+    if _multiplies(blocks):
+        taps = _windows_times(blocks, small).view(2, 2, 2, 2, CHANNELS, outputs)[:, :, :, :, :channels]
+        taps = taps.permute(5, 4, 0, 2, 1, 3)  # of t, u, a, b, c, o
+        return taps.to(weight.dtype, memory_format=torch.contiguous_format).reshape(weight.shape)
+    halves = small.permute(0, 3, 1, 2)
+    like = blocks.new_empty((outputs, 2, 2, 16)).permute(0, 3, 1, 2)  # its shape counts, not its numbers
+    _, grad, _ = torch.ops.aten.convolution_backward(
+        halves, blocks.permute(0, 3, 1, 2), like, None, *_constants(0), [False, True, False]
+    )
+    taps = grad.unflatten(1, (2, 2, CHANNELS))[:, :, :, :channels]  # o, a, b, c, t, u
+    taps = taps.permute(0, 3, 4, 1, 5, 2).to(weight.dtype, memory_format=torch.contiguous_format)
+    return taps.reshape(weight.shape)
+
+
+def _windows_times(blocks: Tensor, small: Tensor) -> Tensor:
+    """(N, P, Q, 16), (N, H, W, O) -> (1, 64 * O) float32: every tap's channels times O, summed over all pixels."""
+    height, width, outputs = small.shape[1:]
+    pixels, tile = small.shape[:-1].numel(), _channels_of_tile(outputs, MOST_OUTPUTS)
+    if not pixels:
+        return blocks.new_zeros((1, 64 * outputs), dtype=torch.float32)
+    tiles, across = triton.cdiv(pixels, TILE), triton.cdiv(outputs, tile)
+    programs = min(tiles, max(1, PROGRAMS // across))
+    partial = blocks.new_empty((1, programs, 64 * outputs), dtype=torch.float32)
+    image_weight_backward[(programs, across)](
+        blocks, small, partial, pixels, tiles, height, width, outputs, TILE, tile, num_warps=WARPS, num_stages=1
+    )  # fmt: skip
+    return sum_of_partials(partial)
+
+
+def _constants(padding: int) -> tuple:
+    """Stride, padding, dilation, transposed, output padding, groups."""
+    return [1, 1], [padding, padding], [1, 1], False, [0, 0], 1
+
+
+class _HalveImage(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, image: Tensor, weight: Tensor) -> Tensor:
+        blocks, _ = blocks_of(image)
+        ctx.save_for_backward(blocks if ctx.needs_input_grad[1] else None, weight)
+        ctx.size = image.shape[1:]
+        return _halved(blocks, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (blocks, weight), grad, grad_image, grad_weight = ctx.saved_tensors, grad.contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            grad_image = _doubled(grad, weight, ctx.size)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_gradient(blocks, grad, weight)
+        return grad_image, grad_weight
+
+
+class _DoubleToImage(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        x, (_, height, width, _) = x.contiguous(), x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.bias_dtype = bias.dtype
+        return _doubled(x, weight, (2 * height, 2 * width, len(bias)), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (x, weight), grad_x, grad_weight = ctx.saved_tensors, None, None
+        blocks, grad_bias = blocks_of(grad, summed=ctx.needs_input_grad[2])
+        if ctx.needs_input_grad[0]:
+            grad_x = _halved(blocks, weight)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_gradient(blocks, x, weight)
+        return grad_x, grad_weight, grad_bias if grad_bias is None else grad_bias.to(ctx.bias_dtype)
+
+
+halve_image = _HalveImage.apply  # (N, H, W, C), (O, C, 4, 4) -> (N, H // 2, W // 2, O)
+double_to_image = _DoubleToImage.apply  # (N, H, W, K), (K, C, 4, 4), (C,) -> (N, 2H, 2W, C)

@@ -1,0 +1,136 @@
+"""image_blocks: an image cut into blocks of pixels, and put together again."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import backends, poisoned_memory, random
+
+from hdfast_kernels import image_blocks
+from hdfast_kernels.image_blocks import blocks_of, image_of
+
+FUSED = [one for one in backends("strided_conv") if one.values[0].name == "fused"]
+# The least; odd; colours in several tiles, the last not whole; four; two, wide; none.
+IMAGES = [(1, 2, 2, 1), (2, 3, 5, 3), (2, 37, 70, 3), (1, 6, 3, 4), (1, 2, 151, 2), (0, 4, 4, 3)]
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_literal_numbers(backend):
+    image = torch.arange(1.0, 17.0, device=backend.device).view(1, 4, 4, 1)
+    blocks, sums = blocks_of(image, summed=True)
+    assert sums.tolist() == [136.0]
+    assert blocks.shape == (1, 3, 3, 16)
+    assert torch.all(blocks.view(3, 3, 4, 4)[..., 1:] == 0)
+    assert blocks.view(3, 3, 4, 4)[..., 0].tolist() == [
+        [[0, 0, 0, 1], [0, 0, 2, 3], [0, 0, 4, 0]],
+        [[0, 5, 0, 9], [6, 7, 10, 11], [8, 0, 12, 0]],
+        [[0, 13, 0, 0], [14, 15, 0, 0], [16, 0, 0, 0]],
+    ]
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", IMAGES, ids=str)
+def test_one_is_the_inverse_of_the_other(shape, dtype, backend):
+    exact = random(*shape)
+    image = exact.to(backend.device, dtype)
+    bias = random(shape[-1], seed=1).to(backend.device, torch.float32)
+    with poisoned_memory():
+        blocks, sums = blocks_of(image, summed=True)
+        again, raised = (image_of(blocks, *shape[1:], given) for given in (None, bias))
+    assert blocks.dtype == again.dtype == raised.dtype == dtype
+    assert torch.equal(again, image)
+    assert torch.equal(raised, (image.float() + bias).to(dtype))
+    assert blocks.count_nonzero() == image.count_nonzero()  # beside the pixels, zeros
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums.double().cpu(), exact.sum((0, 1, 2)), rtol=1e-5, atol=1e-3)
+
+
+# N, H and W of the smaller map, rows and columns of the image beyond twice that, O or K, C: the least; odd; gray; a map
+# in several tiles, across and down; channels in several tiles; in a tile that is not whole; none.
+MAPS = [
+    (1, 1, 1, 0, 0, 1, 1),
+    (3, 5, 7, 1, 0, 24, 3),
+    (2, 4, 9, 0, 1, 16, 1),
+    (2, 27, 68, 0, 0, 8, 3),
+    (2, 3, 5, 1, 1, 150, 4),
+    (1, 12, 11, 0, 0, 48, 2),
+    (0, 4, 4, 0, 0, 16, 3),
+]
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+def test_products_of_bfloat16(shape, backend):
+    """Halved, the gradient of a kernel, doubled without and with a bias: summed in float32, then rounded."""
+    images, height, width, below, right, deep, channels = shape
+    sizes = (images, 2 * height + below, 2 * width + right, channels), (images, height, width, deep)
+    image, small = (random(*size, seed=k).to(backend.device, torch.bfloat16) for k, size in enumerate(sizes))
+    weight = random(deep, channels, 4, 4, seed=2, scale=0.1).to(backend.device, torch.float32)
+    bias = random(channels, seed=3).to(backend.device, torch.float32)
+    with poisoned_memory():
+        blocks, _ = blocks_of(image)
+        got = [image_blocks._halved(blocks, weight), image_blocks._weight_gradient(blocks, small, weight)]
+        got += [image_blocks._doubled(small, weight, sizes[0][1:], given) for given in (None, bias)]
+    leaves = image.double().requires_grad_(), weight.double().requires_grad_()
+    halved = F.conv2d(leaves[0].permute(0, 3, 1, 2), leaves[1], stride=2, padding=1).permute(0, 2, 3, 1)
+    doubled, gradient = torch.autograd.grad(halved, leaves, small.double())
+    expected = [halved.detach(), gradient, doubled, doubled + bias.double()]
+    rounded_once = image_blocks._multiplies(blocks)
+    for value, exact, dtype in zip(
+        got, expected, (torch.bfloat16, torch.float32, *[torch.bfloat16] * 2), strict=True
+    ):
+        assert (value.shape, value.dtype) == (exact.shape, dtype)
+        share = 2**-8 if rounded_once else 2**-6
+        scale = exact.abs().max().item() if exact.numel() else 0.0
+        near = {"rtol": share, "atol": (1e-5 if rounded_once else share) * scale}
+        torch.testing.assert_close(value.double(), exact, **near)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_gradient_of_more_tiles_than_programs(backend, monkeypatch):
+    """Each program then has several, and none of them is left out; of channels in three tiles, too."""
+    monkeypatch.setattr(image_blocks, "PROGRAMS", 5)
+    blocks = random(3, 17, 20, 16).to(backend.device, torch.bfloat16)
+    for deep in (16, 130):
+        small = random(3, 16, 19, deep, seed=1).to(backend.device, torch.bfloat16)
+        weight = torch.empty((deep, 4, 4, 4), device=backend.device)
+        got = image_blocks._weight_gradient(blocks, small, weight)
+        windows = blocks.double().unfold(1, 2, 1).unfold(2, 2, 1).unflatten(3, (2, 2, 4))
+        exact = torch.einsum("nrsabctu,nrso->octaub", windows, small.double()).reshape(weight.shape)
+        near = 1e-4 if image_blocks._multiplies(blocks) else 1.0
+        torch.testing.assert_close(got.double(), exact, rtol=0.01, atol=near)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_gradient_repeats_bit_by_bit(backend):
+    blocks, small = (random(2, 33 - k, 33 - k, 16, seed=k).to(backend.device, torch.bfloat16) for k in (0, 1))
+    weight = torch.empty((16, 3, 4, 4), device=backend.device)
+    first, second = (image_blocks._weight_gradient(blocks, small, weight) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+def test_more_than_32_bits_count():
+    images = (1 << 31) // (33 * 33 * 16) + 2
+    image = torch.zeros((images, 64, 64, 3), dtype=torch.bfloat16, device="cuda")
+    image[-1] = random(64, 64, 3).to(image)
+    again = image_of(blocks_of(image)[0], 64, 64, 3)
+    assert torch.equal(again[-1], image[-1])
+    assert not again[:-1].any()
+
+
+@pytest.mark.gpu
+def test_products_of_more_than_32_bits_count():
+    images = (1 << 31) // (32 * 32 * 32) + 2
+    last = {"device": "cuda", "dtype": torch.bfloat16}
+    small, weight = torch.zeros((images, 32, 32, 32), **last), random(32, 3, 4, 4, scale=0.1).float().cuda()
+    small[-1] = random(32, 32, 32, seed=1).to(small)
+    doubled = image_blocks._doubled(small, weight, (64, 64, 3))
+    assert torch.equal(doubled[-1:], image_blocks._doubled(small[-1:], weight, (64, 64, 3)))
+    assert not doubled[:-1].any()
+    blocks, _ = blocks_of(doubled)
+    halved = image_blocks._halved(blocks, weight)
+    assert torch.equal(halved[-1:], image_blocks._halved(blocks[-1:], weight))
+    assert not halved[:-1].any()
+    got, expected = (image_blocks._weight_gradient(blocks[k:], small[k:], weight) for k in (0, images - 1))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
