@@ -1,15 +1,27 @@
-"""Adam against the formulas of optax in float64, and the updates that it refuses."""
+"""Adam against the formulas of optax in float64, the updates that it refuses, and its parameters as one tensor."""
+
+import copy
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hdfast.agent.optimizer import Adam
-from tests.agent_cases import one_thread  # noqa: F401
+from hdfast.agent import optimizer as optimizers
+from hdfast.agent.optimizer import ALIGNMENT, Adam
+from tests.agent_cases import differing, make_batch, make_learner, one_thread, snapshot  # noqa: F401
+from tests.recorder import Recording
 
 SHAPES = [(3, 4), (5,), (), (2, 1, 3)]
 YES, NO = torch.tensor(True), torch.tensor(False)
+
+
+@pytest.fixture(params=["each", "flat"])
+def layout(request, monkeypatch):
+    """Every parameter in memory of its own, or all as views of one tensor, as on CUDA."""
+    monkeypatch.setattr(optimizers, "FLAT", ("cpu",) if request.param == "flat" else ())
+    return request.param
 
 
 def parameters(seed: int = 0) -> list[nn.Parameter]:
@@ -47,7 +59,7 @@ class Optax:
 @pytest.mark.parametrize(
     ("lr", "eps", "clip"), [(1e-4, 1e-8, 1000.0), (3e-5, 1e-5, 100.0), (1e-2, 1e-1, 0.5)]
 )
-def test_it_is_optax_adam(lr, eps, clip):
+def test_it_is_optax_adam(lr, eps, clip, layout):
     """Twelve steps whose gradients grow through the clip, on parameters so small that rounding hides no error."""
     mine = parameters()
     for p in mine:
@@ -68,7 +80,7 @@ def test_it_is_optax_adam(lr, eps, clip):
         assert error <= 5e-5 * np.abs(value - first).max()
 
 
-def test_the_first_step_on_literal_numbers():
+def test_the_first_step_on_literal_numbers(layout):
     """A first Adam step is lr * g / (|g| + eps), whatever the size of g."""
     p = nn.Parameter(torch.tensor([1.0, 1.0, 1.0]))
     Adam([p], lr=0.1, eps=1.0, clip=1000.0).step([torch.tensor([1.0, -3.0, 0.0])], YES)
@@ -79,7 +91,7 @@ def test_the_first_step_on_literal_numbers():
 
 
 @pytest.mark.parametrize("why", ["nan", "inf", "overflow", "asked"])
-def test_a_refused_step_leaves_no_trace(why):
+def test_a_refused_step_leaves_no_trace(why, layout):
     """Afterwards everything is bit for bit as if the step had never been asked for."""
     bad = gradients(7)
     if why in ("nan", "inf"):
@@ -102,7 +114,7 @@ def test_a_refused_step_leaves_no_trace(why):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_saved_state_goes_on_bit_for_bit():
+def test_a_saved_state_goes_on_bit_for_bit(layout):
     first, second = parameters(), parameters(seed=1)
     a, b = (Adam(p, lr=1e-2, eps=1e-8, clip=1.0) for p in (first, second))
     a.step(gradients(0), YES)
@@ -115,3 +127,218 @@ def test_a_saved_state_goes_on_bit_for_bit():
     assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
     with pytest.raises(KeyError):
         a.load_state_dict({})
+
+
+# Parameters as one tensor.
+
+
+class Network(nn.Module):
+    """A convolution, which has a gradient of its own order of memory, and what has two axes, one and none."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv, self.linear, self.scale = (
+            nn.Conv2d(3, 5, 2),
+            nn.Linear(20, 4),
+            nn.Parameter(torch.ones(())),
+        )
+
+    def gradients(self, seed, scale=1.0):
+        generator = torch.Generator().manual_seed(seed)
+        made = [scale * torch.randn(p.shape, generator=generator) for p in self.parameters()]
+        order = torch.channels_last
+        return [g.to(memory_format=order) if g.ndim == 4 else g for g in made]
+
+
+def network_and_adam(flat, seed=0, clip=1e6):
+    network = Network(seed)
+    return network, Adam(network.parameters(), lr=1e-2, eps=1e-8, clip=clip, flat=flat)
+
+
+def identical(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("clip", [1e6, 1.0], ids=["unclipped", "clipped"])
+def test_flat_parameters_learn_as_others_do(clip):
+    (one, flat), (other, each) = (network_and_adam(kind, clip=clip) for kind in (True, False))
+    for seed in range(6):
+        grads = one.gradients(seed)
+        grads[4] = grads[4][:1].expand(4)  # of a sum, say
+        kept = [grad.clone() for grad in grads]
+        told = [adam.step(grads, NO if seed == 3 else YES) for adam in (flat, each)]
+        assert all(map(torch.equal, grads, kept))
+        assert told[0][0].item() == pytest.approx(told[1][0].item(), rel=1e-6)
+        assert told[0][1].item() is told[1][1].item() is (seed != 3)
+    if clip > 1:  # the norm, of other order, is not looked at
+        assert identical(one.state_dict(), other.state_dict())
+        assert identical(flat.state_dict(), each.state_dict())
+    for a, b in ((one, other), (flat, each)):
+        for name, tensor in a.state_dict().items():
+            torch.testing.assert_close(tensor, b.state_dict()[name], rtol=1e-5, atol=1e-7)
+
+
+def test_flat_parameters_have_their_places():
+    network, adam = network_and_adam(True)
+    (whole,) = adam.held.tensors()
+    storages = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    assert storages == {whole.untyped_storage().data_ptr()}
+    inside = torch.zeros(whole.shape, dtype=torch.bool)
+    for p in network.parameters():
+        assert p.is_contiguous()
+        assert p.is_leaf
+        assert p.requires_grad
+        assert p.storage_offset() % ALIGNMENT == 0
+        place = inside[p.storage_offset() :][: p.numel()]
+        assert not place.any(), "no two share memory"
+        place.fill_(True)
+    for seed in range(3):
+        adam.step(network.gradients(seed), YES)
+    assert not whole[~inside].any()
+    assert whole[inside].all()
+
+
+def test_gradients_are_laid_out_in_few_calls():
+    """On CUDA, `_foreach_copy_` takes its tensors one by one where a pair of them differs in strides or dtype."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append((func._schema.name.removeprefix("aten::"), args))
+            return func(*args, **(kwargs or {}))
+
+    calls = []
+    network, adam = network_and_adam(True)
+    grads = network.gradients(0)
+    with Watch():
+        adam._gradient.copy_(grads)
+    (together,) = (args for name, args in calls if name == "_foreach_copy_")
+    assert len(together[0]) == len(grads) - 1
+    for into, given in zip(*together[:2], strict=True):
+        assert (into.shape, into.stride(), into.dtype) == (given.shape, given.stride(), given.dtype)
+    assert [name for name, _ in calls if name == "copy_"] == ["copy_"], "the convolution's"
+    for part, grad in zip(adam._gradient.parts, grads, strict=True):
+        assert torch.equal(part, grad)
+
+
+@pytest.mark.parametrize("flat", [True, False], ids=["to flat", "from flat"])
+def test_a_state_goes_from_one_layout_to_the_other(flat):
+    (old, before), (new, after) = network_and_adam(not flat), network_and_adam(flat, seed=1)
+    for seed in range(2):
+        before.step(old.gradients(seed), YES)
+        after.step(old.gradients(seed + 5), YES)
+    addresses = [tensor.data_ptr() for tensor in (*new.parameters(), *after.state_dict().values())]
+    after.load_state_dict({name: tensor.clone() for name, tensor in before.state_dict().items()})
+    new.load_state_dict(old.state_dict())
+    for seed in range(2):
+        before.step(old.gradients(seed), YES)
+        after.step(old.gradients(seed), YES)
+    assert identical(before.state_dict(), after.state_dict())
+    assert identical(old.state_dict(), new.state_dict())
+    assert addresses == [tensor.data_ptr() for tensor in (*new.parameters(), *after.state_dict().values())]
+
+
+def test_a_copy_of_flat_parameters_learns_by_itself():
+    network, adam = network_and_adam(True)
+    adam.step(network.gradients(0), YES)
+    before = copy.deepcopy((network.state_dict(), adam.state_dict()))
+    other, its_adam = copy.deepcopy((network, adam))
+    its_adam.step(network.gradients(1), YES)
+    assert identical(network.state_dict(), before[0])
+    assert identical(adam.state_dict(), before[1])
+    adam.step(network.gradients(1), YES)
+    assert identical(network.state_dict(), other.state_dict())
+    assert identical(adam.state_dict(), its_adam.state_dict())
+
+
+def test_what_is_set_anew_is_taken():
+    (one, flat), (other, each) = network_and_adam(True), network_and_adam(False)
+    for network, adam in ((one, flat), (other, each)):
+        adam.step(one.gradients(0), YES)
+        network.linear.weight.data = torch.full((4, 20), 0.5)
+        adam.step(one.gradients(1), YES)
+    assert identical(one.state_dict(), other.state_dict())
+
+
+def test_mistakes_are_answered(layout):
+    network = Network()
+    adam = Adam(network.parameters(), lr=1e-2, eps=1e-8, clip=1.0)
+    grads = network.gradients(0)
+    for wrong in (grads[:-1], [torch.ones(1), *grads[1:]], [*grads[:3], grads[3].T, grads[4]]):
+        with pytest.raises(ValueError, match="expected"):
+            adam.step(wrong, YES)
+    assert adam.steps.item() == 0
+
+
+def test_a_backward_through_what_was_computed_before_is_refused(layout):
+    network = Network()
+    adam = Adam(network.parameters(), lr=1e-2, eps=1e-8, clip=1.0)
+    loss = network.linear(network.linear.weight).square().sum()
+    adam.step(network.gradients(0), YES)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.fixture
+def learners(monkeypatch):
+    """Makes learners with parameters each by itself and with flat ones, on plain PyTorch."""
+    monkeypatch.setenv("HDFAST_BACKEND", "reference")
+
+    def make(flat, **options):
+        monkeypatch.setattr(optimizers, "FLAT", ("cpu",) if flat else ())
+        learner = make_learner(**options)
+        assert {learner._slow_critic.flat, *(a.held.flat for a in learner.optimizers.values())} == {flat}
+        return learner
+
+    return make
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_a_learner_with_flat_parameters_learns_as_others_do(continuous, learners):
+    flat, each = (learners(kind, continuous=continuous) for kind in (True, False))
+    assert differing(snapshot(flat), snapshot(each)) == set()
+    for seed in range(4):
+        for learner in (flat, each):
+            learner.step(lambda b, t, seed=seed: make_batch(flat, seed))
+    expected = snapshot(each)
+    for name, tensor in snapshot(flat).items():
+        torch.testing.assert_close(
+            tensor, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    assert flat.skipped.item() == 0
+    assert flat.behavior.slow_updates.item() == 4
+
+
+def test_a_learner_with_flat_parameters_can_be_captured(learners):
+    recorded, eager = learners(True), learners(True)
+    data = [make_batch(eager, seed) for seed in range(6)]
+    static = {name: tensor.clone() for name, tensor in data[0].items()}
+
+    def addresses():
+        return [p.data_ptr() for module in (recorded.model, recorded.behavior) for p in module.parameters()]
+
+    before, recording = addresses(), None
+    for k, batch in enumerate(data):
+        eager.step(lambda b, t, batch=batch: dict(batch))
+        for name, tensor in batch.items():
+            static[name].copy_(tensor)
+        if recording is not None:
+            recording.replay()
+        elif k == 1:
+            recording = Recording(lambda: recorded.step(lambda b, t: dict(static)))
+        else:
+            recorded.step(lambda b, t: dict(static))
+    assert differing(snapshot(recorded), snapshot(eager)) == set()
+    assert addresses() == before
+
+
+def test_a_copy_of_a_flat_learner_learns_by_itself(learners):
+    learner = learners(True)
+    learner.step(lambda b, t: make_batch(learner))
+    other = copy.deepcopy(learner)
+    before = snapshot(learner)
+    other.step(lambda b, t: make_batch(other))
+    assert differing(snapshot(learner), before) == set()
+    learner.step(lambda b, t: make_batch(learner))
+    assert differing(snapshot(learner), snapshot(other)) == set()
+    assert differing(snapshot(learner), before)

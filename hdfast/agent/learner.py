@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hdfast.agent.behavior import Behavior, Draws
 from hdfast.agent.networks import parameter_counts
-from hdfast.agent.optimizer import Adam
+from hdfast.agent.optimizer import Adam, Parameters
 from hdfast.agent.world_model import ModelOutput, WorldModel
 from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
@@ -84,6 +84,7 @@ class Learner:
                 clip=opt.critic_clip,
             ),
         }
+        self._slow_critic = Parameters(self.behavior.slow_critic.parameters())
         self.generator = torch.Generator(self.device)
         self.generator.manual_seed(seed)
         self.updates = 0
@@ -212,7 +213,9 @@ class Learner:
         applied, actor_metrics = self._step("actor", actor_loss, finite)
         norm, applied = self.optimizers["critic"].step(critic_gradients, applied)
         behavior.return_range.bounds.copy_(torch.where(applied, bounds, behavior.return_range.bounds))
-        behavior.update_slow_critic(applied)
+        behavior.update_slow_critic(
+            applied, self._slow_critic.tensors(), self.optimizers["critic"].held.tensors()
+        )
         metrics |= {"loss_actor": actor_loss.detach(), "loss_critic": critic_loss.detach()}
         return applied, metrics | actor_metrics | {"grad_norm_critic": norm}
 

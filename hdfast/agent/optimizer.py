@@ -1,11 +1,94 @@
-"""Adam with a clip of the global gradient norm, all on the device: no scalar of it ever visits the host."""
+"""Adam with a clip of the global gradient norm, all on the device: no scalar of it ever visits the host.
 
-from collections.abc import Iterable
+On CUDA all parameters of an optimizer, their gradients and their moments are one tensor each, so that a step is a few
+launches at the speed of memory, whatever the number of parameters.
+"""
+
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from hdfast_kernels import adam_step
+
+FLAT = ("cuda",)  # where parameters are one tensor, unless it is said otherwise
+# Numbers from where one tensor in it may begin to where another may: 512 bytes of float32, as a tensor of its own has
+# from PyTorch, so that matrix products find the same alignment.
+ALIGNMENT = 128
+
+
+class Flat:
+    """Zeros for tensors of the shapes of `like`, all in one tensor.
+
+    whole: (N,) float32 on the device of the first. parts: of each its place in `whole`, contiguous, aligned. What is
+    between them is zero, and Adam leaves it so.
+    """
+
+    def __init__(self, like: Sequence[Tensor]):
+        starts, end = [], 0
+        for tensor in like:
+            starts.append(end)
+            end += -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
+        self.whole = torch.zeros(end, dtype=torch.float32, device=like[0].device)
+        # The parts with one axis, as which all contiguous tensors have the same strides.
+        self._lines = [self.whole[a : a + tensor.numel()] for a, tensor in zip(starts, like, strict=True)]
+        self.parts = [line.view(tensor.shape) for line, tensor in zip(self._lines, like, strict=True)]
+
+    @torch.no_grad()
+    def copy_(self, tensors: Sequence[Tensor]) -> None:
+        """Copies tensors of these shapes into their places, the contiguous ones all at once.
+
+        Raises ValueError where there are more or fewer, or a shape differs.
+        """
+        shapes = [tensor.shape for tensor in tensors]
+        if shapes != [part.shape for part in self.parts]:
+            expected = [tuple(part.shape) for part in self.parts]
+            raise ValueError(f"tensors have the shapes {[tuple(one) for one in shapes]}, expected {expected}")
+        lines, given = [], []
+        for tensor, line, part in zip(tensors, self._lines, self.parts, strict=True):
+            # Of two orders or dtypes in a list, PyTorch copies every tensor of it by itself.
+            if tensor.is_contiguous() and tensor.dtype == line.dtype:
+                lines.append(line)
+                given.append(tensor.view(-1))
+            else:
+                part.copy_(tensor)
+        if given:
+            torch._foreach_copy_(lines, given)
+
+
+class Parameters:
+    """Parameters that are changed together.
+
+    Args:
+        parameters: float32, all on one device; modules and others keep them as they are.
+        flat: make them views of one tensor; None: where FLAT says so.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], flat: bool | None = None):
+        self.each = list(parameters)
+        self.flat = self.each[0].device.type in FLAT if flat is None else flat
+        self._memory = Flat(self.each) if self.flat else None
+        self.tensors()
+
+    @torch.no_grad()
+    def tensors(self) -> Sequence[Tensor]:
+        """The tensors to change in place: one if flat, else the parameters."""
+        if self._memory is None:
+            return self.each
+        for parameter, part in zip(self.each, self._memory.parts, strict=True):
+            # At first; in a copy, whose modules have memory of their own; and where `.data` was set.
+            if parameter.data_ptr() != part.data_ptr():
+                part.copy_(parameter)
+                parameter.data = part
+        return [self._memory.whole]
+
+    def changed(self) -> None:
+        """To be called after a change: a backward pass through what was computed before is then refused.
+
+        Where each is changed by itself, autograd sees to that.
+        """
+        if self.flat:
+            torch.autograd.graph.increment_version(self.each)
 
 
 class Adam:
@@ -17,6 +100,7 @@ class Adam:
         parameters: float32 parameters, all on one device.
         lr, eps, betas: of Adam, with eps outside the square root.
         clip: largest global norm of the gradient.
+        flat: make the parameters views of one tensor; None: on CUDA.
     """
 
     def __init__(
@@ -27,11 +111,18 @@ class Adam:
         eps: float,
         clip: float,
         betas: tuple[float, float] = (0.9, 0.999),
+        flat: bool | None = None,
     ):
-        self.parameters = list(parameters)
+        self.held = Parameters(parameters, flat)
+        self.parameters = self.held.each
         self.lr, self.eps, self.clip, self.betas = lr, eps, clip, betas
-        self.mean = [torch.zeros_like(p) for p in self.parameters]
-        self.square = [torch.zeros_like(p) for p in self.parameters]
+        if self.held.flat:
+            self._gradient, mean, square = (Flat(self.parameters) for _ in range(3))
+            self._moments = [mean.whole], [square.whole]
+            self.mean, self.square = mean.parts, square.parts
+        else:
+            self.mean, self.square = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
+            self._moments = self.mean, self.square
         self.steps = torch.zeros((), dtype=torch.float32, device=self.parameters[0].device)
 
     @torch.no_grad()
@@ -45,11 +136,13 @@ class Adam:
         Returns:
             norm: scalar, the global norm before clipping. applied: scalar bool, `apply` and the norm is finite.
         """
-        return adam_step(
-            self.parameters,
+        if self.held.flat:
+            self._gradient.copy_(gradients)
+            gradients = [self._gradient.whole]
+        told = adam_step(
+            self.held.tensors(),
             gradients,
-            self.mean,
-            self.square,
+            *self._moments,
             self.steps,
             self.lr,
             self.betas,
@@ -57,6 +150,8 @@ class Adam:
             max_norm=self.clip,
             apply=apply,
         )
+        self.held.changed()
+        return told
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments and step count, by name."""

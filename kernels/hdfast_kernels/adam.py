@@ -21,6 +21,7 @@ from torch import Tensor
 from . import dispatch
 from .adam_fused import adam_step_fused
 from .adam_native import adam_step_native
+from .adam_triton import adam_step_triton
 from .numerics import check_device, check_shape
 
 
@@ -86,14 +87,14 @@ def adam_step(
 
     Args:
         params, grads, exp_avg, exp_avg_sq: at least one float32 tensor each, shapes alike by position, on one
-            device. Fused and native copy those that are not contiguous to and fro.
+            device. All but the reference copy those that are not contiguous to and fro.
         step: scalar float32, the number of steps done; becomes one more.
         lr: learning rate, a number or a scalar tensor on the parameters' device.
         betas, eps: of Adam; betas in [0, 1).
         weight_decay: added to the gradient times the parameter, after the clip.
         max_norm: the global norm that the gradient is scaled down to where it is larger.
         apply: scalar bool tensor; False leaves the step out too.
-        backend: "reference", "fused" or "native"; None lets `dispatch` choose.
+        backend: "reference", "triton", "fused" or "native"; None lets `dispatch` choose.
 
     Returns:
         norm: scalar float32, the global norm before the clip.
@@ -157,6 +158,7 @@ def _check_scalar(name: str, value: Tensor, dtype: torch.dtype) -> None:
 dispatch.register(
     "adam_step",
     reference=adam_step_reference,
+    triton=adam_step_triton,
     fused=adam_step_fused,
     native=adam_step_native,
     dtypes=(torch.float32,),
