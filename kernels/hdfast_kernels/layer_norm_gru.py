@@ -20,7 +20,7 @@ from . import dispatch
 from ._triton import tl, triton
 from .layer_norm_gru_native import layer_norm_gru_native
 from .numerics import check_axes, check_device, check_eps, check_shape, compute_dtype
-from .tiles import PARTIALS, as_rows, row_tile, tanh, tanh_and_slope
+from .tiles import PARTIALS, as_rows, row_tile, sum_of_partials, tanh, tanh_and_slope
 
 # Numbers of one gate in a tile and for each thread. Backward holds 6 accumulators and some 15 operands: 8 a
 # thread take 255 registers (2 programs a multiprocessor at D = 512), 4 a thread 128 (4 programs).
@@ -288,7 +288,7 @@ class _LayerNormGRU(torch.autograd.Function):
             layer_norm_gru_backward[(programs,)](
                 *tensors, partial, rows, ctx.eps, iterations, D, tile.rows, tile.block, num_warps=tile.warps
             )
-        dweight, dbias = partial.sum(dim=1).to(weight.dtype)
+        dweight, dbias = sum_of_partials(partial).to(weight.dtype)
         return dgates.view(*dnext.shape[:-1], 3 * D), ddeter.view(dnext.shape), dweight, dbias, None
 
 

@@ -17,7 +17,12 @@ from . import dispatch
 from ._triton import tl, triton
 from .layer_norm_silu_native import layer_norm_silu_native
 from .numerics import check_axes, check_device, check_eps, check_shape, compute_dtype
-from .tiles import PARTIALS, as_rows, normalise, row_tile
+from .tiles import as_rows, normalise, row_tile, sigmoid, sum_of_partials
+
+# Backward: numbers in a tile and for each thread, a 16-byte load of bfloat16 for each operand, and as much of the next
+# tile on its way meanwhile. That takes up to 80 registers a thread and, where a row is WIDE, 96: 6 and 5 programs a
+# multiprocessor run at once, of which an H100 has 132. Each program has a row of partial sums.
+TILE, THREAD, WIDE, PARTIALS, WIDE_PARTIALS = 1024, 8, 512, 792, 660
 
 
 def layer_norm_silu_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-3) -> Tensor:
@@ -39,7 +44,7 @@ def layer_norm_silu_forward(
     x = tl.load(x_ptr + row * C + column, mask=inside, other=0.0).to(tl.float32)
     normed, _ = normalise(x, column < C, C, eps)
     z = normed * weight + bias
-    tl.store(y_ptr + row * C + column, (z * tl.sigmoid(z)).to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + row * C + column, (z * sigmoid(z)).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -63,16 +68,22 @@ def layer_norm_silu_backward(
     bias = tl.load(bias_ptr + column, mask=column < C, other=0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), tl.float32)
+    row = program * ROWS + tl.arange(0, ROWS)[:, None]
+    inside = (row < rows) & (column < C)
+    next_x = tl.load(x_ptr + row * C + column, mask=inside, other=0.0)
+    next_dy = tl.load(dy_ptr + row * C + column, mask=inside, other=0.0)
     for iteration in range(ITERATIONS):
-        row = (iteration * programs + program) * ROWS + tl.arange(0, ROWS)[:, None]
-        inside = (row < rows) & (column < C)
-        x = tl.load(x_ptr + row * C + column, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + row * C + column, mask=inside, other=0.0).to(tl.float32)
+        x, dy, at, known = next_x.to(tl.float32), next_dy.to(tl.float32), row * C + column, inside
+        # the next tile is on its way while this one is worked on; after the last one there is none
+        row += programs * ROWS
+        inside = (row < rows) & (column < C) & (iteration + 1 < ITERATIONS)
+        next_x = tl.load(x_ptr + row * C + column, mask=inside, other=0.0)
+        next_dy = tl.load(dy_ptr + row * C + column, mask=inside, other=0.0)
         # mean and rstd again rather than from memory: the row is in registers, and with few channels they are
         # 1/8 of it
         normed, rstd = normalise(x, column < C, C, eps)
         z = normed * weight + bias
-        gate = tl.sigmoid(z)
+        gate = sigmoid(z)
         dz = dy * gate * (1.0 + z * (1.0 - gate))
         dweight += dz * normed
         dbias += dz
@@ -80,7 +91,7 @@ def layer_norm_silu_backward(
         mean = (tl.sum(dnormed, axis=1) * (1.0 / C))[:, None]
         along = (tl.sum(dnormed * normed, axis=1) * (1.0 / C))[:, None]
         dx = rstd * (dnormed - mean - normed * along)
-        tl.store(dx_ptr + row * C + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=known)
     slot = tl.arange(0, BLOCK)
     tl.store(partial_ptr + program * C + slot, tl.sum(dweight, axis=0), mask=slot < C)
     tl.store(partial_ptr + (programs + program) * C + slot, tl.sum(dbias, axis=0), mask=slot < C)
@@ -103,14 +114,15 @@ class _LayerNormSiLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, bias = ctx.saved_tensors
-        (rows, channels), tile = x.shape, row_tile(x.shape[1])
-        programs = min(PARTIALS, tile.programs(rows))
+        (rows, channels), tile = x.shape, row_tile(x.shape[1], TILE, THREAD)
+        iterations = -(-tile.programs(rows) // (PARTIALS if tile.block < WIDE else WIDE_PARTIALS))
+        programs = -(-tile.programs(rows) // iterations)  # no more than it takes to be done at the same time
         dx, partial = torch.empty_like(x), x.new_empty((2, programs, channels), dtype=torch.float32)
         layer_norm_silu_backward[(programs,)](
             x, weight, bias, as_rows(dy, channels), dx, partial, rows, ctx.eps,
-            -(-tile.programs(rows) // programs), channels, tile.rows, tile.block, num_warps=tile.warps,
+            iterations, channels, tile.rows, tile.block, num_warps=tile.warps,
         )  # fmt: skip
-        dweight, dbias = partial.sum(dim=1).to(weight.dtype)
+        dweight, dbias = sum_of_partials(partial).to(weight.dtype)
         return dx.view(dy.shape), dweight, dbias, None
 
 

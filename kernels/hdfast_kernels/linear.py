@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch
+from .linear_fused import linear_fused
 from .linear_native import linear_native
 from .numerics import check_axes, check_device, check_shape
 
@@ -14,9 +15,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     Args:
         x: (..., K) float32 or bfloat16.
         weight: (N, K), bias: (N,) or None; rounded to x's dtype, which costs a copy where theirs is another.
-        backend: "reference" or "native"; None lets `dispatch` choose.
+        backend: "reference", "fused" or "native"; None lets `dispatch` choose.
 
-    Returns (..., N) in x's dtype. Differentiable in all three, once.
+    Returns (..., N) in x's dtype, from fused also as a view of longer rows. Differentiable in all three, once.
 
     Raises ValueError on shapes or devices that do not fit, TypeError if the dtypes differ and x's is an integer
     one; `dispatch.BackendError` if the backend cannot run here.
@@ -35,4 +36,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     return dispatch.resolve("linear", backend, x)(x, weight, bias)
 
 
-dispatch.register("linear", reference=F.linear, native=linear_native)
+dispatch.register("linear", reference=F.linear, fused=linear_fused, native=linear_native)

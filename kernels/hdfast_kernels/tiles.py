@@ -19,6 +19,8 @@ TILE, THREAD = 2048, 16
 # which one reduction adds up in a fixed order: 4 a multiprocessor of an H100 (132), and no atomics, so that a
 # run repeats bit by bit.
 PARTIALS = 528
+# Rows and columns of them that a program of that reduction reads at once.
+SUM_ROWS, SUM_COLUMNS = 1024, 8
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,26 @@ def as_rows(x: Tensor, columns: int) -> Tensor:
     return x.contiguous().view(x.numel() // columns, columns)
 
 
+def rows_apart(x: Tensor, columns: int) -> Tensor:
+    """(..., columns) -> (N, columns) with numbers side by side in a row, and rows any distance apart; a view if it can.
+
+    So the kernels read what a layer padded to aligned rows gives, without a copy.
+    """
+    flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    return flat if flat.stride(1) == 1 else as_rows(flat, columns)
+
+
+def readable_columns(flat: Tensor, block: int) -> int:
+    """How many columns of each row of (N, columns) may be read: `block`, where memory has that many, or its own.
+
+    What is read beyond the row's own must not matter. It spares the mask, with which loads are not 16 bytes long.
+    """
+    (rows, columns), stride = flat.shape, flat.stride(0)
+    end = flat.storage_offset() + (rows - 1) * stride + block
+    inside = stride >= block and end * flat.element_size() <= flat.untyped_storage().nbytes()
+    return block if rows and inside else columns
+
+
 @triton.jit
 def tanh(x):
     """tanh to half a unit of float32 at 1, from exp, which the interpreter has too."""
@@ -61,6 +83,16 @@ def tanh_and_slope(x):
     share = 1.0 / (1.0 + decay)
     magnitude = (1.0 - decay) * share
     return tl.where(x < 0, -magnitude, magnitude), 4.0 * decay * share * share
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e^-x) from a power of two and the reciprocal of a root, which flush what is smaller than normal numbers.
+
+    tl.sigmoid takes care of those in exp and in the division, with twice the instructions, and is no more precise.
+    """
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    return root * root
 
 
 @triton.jit
@@ -80,7 +112,42 @@ def softmax_rows(x, inside):
 
 @triton.jit
 def normalise(x, inside, COLUMNS: tl.constexpr, eps):
-    """Layer norm of a tile's rows without its affine part: (x - mean) * rstd, and rstd (ROWS, 1)."""
+    """Layer norm of a tile's rows without its affine part: (x - mean) * rstd, and rstd (ROWS, 1).
+
+    What the mean of the row missed by rounding is the mean of what it left. It takes another sum, but none that has to
+    wait for one; without it, a row of equal numbers would come out as that rounding times rstd, a large number.
+    """
     centred = tl.where(inside, x - (tl.sum(x, axis=1) * (1.0 / COLUMNS))[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) * (1.0 / COLUMNS) + eps)[:, None]
-    return centred * rstd, rstd
+    missed = tl.sum(centred, axis=1) * (1.0 / COLUMNS)
+    variance = tl.sum(centred * centred, axis=1) * (1.0 / COLUMNS) - missed * missed
+    rstd = tl.rsqrt(variance + eps)[:, None]
+    return centred * rstd - missed[:, None] * rstd, rstd
+
+
+@triton.jit
+def sum_partials(partial_ptr, total_ptr, programs, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sums over programs of (kinds, programs, columns) float32, of some columns of one kind."""
+    kind = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in range(0, programs, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        at = (kind * programs + row) * columns + column
+        total += tl.load(partial_ptr + at, mask=(row < programs) & (column < columns), other=0.0)
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(total_ptr + kind * columns + slot, tl.sum(total, axis=0), mask=slot < columns)
+
+
+def sum_of_partials(partial: Tensor) -> Tensor:
+    """(kinds, programs, columns) float32 -> (kinds, columns): what all programs have added up, in one order.
+
+    A program takes 32 bytes of each row, all of which are on their way at once.
+    """
+    kinds, programs, columns = partial.shape
+    total = partial.new_empty((kinds, columns))
+    rows = min(SUM_ROWS, triton.next_power_of_2(programs))
+    warps = max(1, rows * SUM_COLUMNS // (32 * THREAD))
+    sum_partials[(triton.cdiv(columns, SUM_COLUMNS), kinds)](
+        partial, total, programs, columns, rows, SUM_COLUMNS, num_warps=warps
+    )
+    return total

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from . import dispatch
 from ._triton import tl, triton
 from .numerics import check_axes, check_device, check_shape, compute_dtype
-from .tiles import as_rows, reciprocal, row_tile, softmax_rows
+from .tiles import readable_columns, reciprocal, row_tile, rows_apart, softmax_rows
 from .two_hot_native import two_hot_loss_native, two_hot_mean_native
 
 # Numbers in a tile and for each thread: four rows of 255 for one warp. Rows of 255 cannot be read in 16 bytes, and
@@ -70,12 +70,23 @@ def two_hot_mean_reference(logits: Tensor, low: float = -20.0, high: float = 20.
 
 
 @triton.jit
-def _load_logits(logits_ptr, rows, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Row (ROWS,), bin (1, BLOCK), address, mask and float32 logits (ROWS, BLOCK) of this program's tile."""
+def _load_logits(logits_ptr, rows, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Row (ROWS,), bin (1, BLOCK) and float32 logits (ROWS, BLOCK) of this program's tile.
+
+    Rows lie `stride` apart. WIDTH columns are read: more than there are bins, where memory has them, and anything.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     bin_ = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows)[:, None] & (bin_ < WIDTH)
+    logits = tl.load(logits_ptr + row[:, None] * stride + bin_, mask=inside, other=0.0)
+    return row, bin_, logits.to(tl.float32)
+
+
+@triton.jit
+def _store_rows(dlogits_ptr, row, bin_, dlogits, rows, K: tl.constexpr):
+    """Stores the gradient of a tile's logits, in rows of K."""
     at, inside = row[:, None] * K + bin_, (row < rows)[:, None] & (bin_ < K)
-    return row, bin_, at, inside, tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -116,18 +127,20 @@ def two_hot_loss_forward(
     target_ptr,
     loss_ptr,
     rows,
+    stride,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     K: tl.constexpr,
+    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, bin_, _, _, logits = _load_logits(logits_ptr, rows, K, ROWS, BLOCK)
+    row, bin_, logits = _load_logits(logits_ptr, rows, stride, WIDTH, ROWS, BLOCK)
     target = tl.load(target_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
     below, above_weight = _position(target, LOW, HIGH, K)
     maximum, _, total = softmax_rows(logits, bin_ < K)
     # the two logits once more, from the L1 cache: cheaper than to pick them out of the row
-    picked_ptr = logits_ptr + row * K + below
+    picked_ptr = logits_ptr + row * stride + below
     low = tl.load(picked_ptr, mask=row < rows, other=0.0).to(tl.float32) - maximum
     high = tl.load(picked_ptr + 1, mask=row < rows, other=0.0).to(tl.float32) - maximum
     loss = tl.log(total) - (low + above_weight * (high - low))
@@ -141,13 +154,15 @@ def two_hot_loss_backward(
     dloss_ptr,
     dlogits_ptr,
     rows,
+    stride,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     K: tl.constexpr,
+    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, bin_, at, inside, logits = _load_logits(logits_ptr, rows, K, ROWS, BLOCK)
+    row, bin_, logits = _load_logits(logits_ptr, rows, stride, WIDTH, ROWS, BLOCK)
     target = tl.load(target_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
     dloss = tl.load(dloss_ptr + row, mask=row < rows, other=0.0)
     below, above_weight = _position(target, LOW, HIGH, K)
@@ -155,7 +170,7 @@ def two_hot_loss_backward(
     step, share = bin_ - below[:, None], above_weight[:, None]
     code = tl.where(step == 0, 1.0 - share, tl.where(step == 1, share, 0.0))
     dlogits = dloss[:, None] * (weight * reciprocal(total)[:, None] - code)
-    tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
+    _store_rows(dlogits_ptr, row, bin_, dlogits, rows, K)
 
 
 @triton.jit
@@ -163,13 +178,15 @@ def two_hot_mean_forward(
     logits_ptr,
     mean_ptr,
     rows,
+    stride,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     K: tl.constexpr,
+    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, bin_, _, _, logits = _load_logits(logits_ptr, rows, K, ROWS, BLOCK)
+    row, bin_, logits = _load_logits(logits_ptr, rows, stride, WIDTH, ROWS, BLOCK)
     _, weight, total = softmax_rows(logits, bin_ < K)
     _, mean = _mean_bin(bin_, weight * reciprocal(total)[:, None], K)
     mean = (LOW + HIGH) / 2 + mean * ((HIGH - LOW) / (K - 1))
@@ -182,13 +199,15 @@ def two_hot_mean_backward(
     dmean_ptr,
     dlogits_ptr,
     rows,
+    stride,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     K: tl.constexpr,
+    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, bin_, at, inside, logits = _load_logits(logits_ptr, rows, K, ROWS, BLOCK)
+    row, bin_, logits = _load_logits(logits_ptr, rows, stride, WIDTH, ROWS, BLOCK)
     dmean = tl.load(dmean_ptr + row, mask=row < rows, other=0.0)
     _, weight, total = softmax_rows(logits, bin_ < K)
     probs = weight * reciprocal(total)[:, None]
@@ -196,18 +215,19 @@ def two_hot_mean_backward(
     width = (HIGH - LOW) / (K - 1)
     dmean *= width * tl.exp(tl.abs((LOW + HIGH) / 2 + mean * width))
     dlogits = dmean[:, None] * probs * (offset - mean[:, None])
-    tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
+    _store_rows(dlogits_ptr, row, bin_, dlogits, rows, K)
 
 
 class _TwoHotLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, target: Tensor, low: float, high: float) -> Tensor:
         K = logits.shape[-1]
-        flat, target, tile = as_rows(logits, K), target.contiguous(), row_tile(K, TILE, THREAD)
+        flat, target, tile = rows_apart(logits, K), target.contiguous(), row_tile(K, TILE, THREAD)
         loss = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
         two_hot_loss_forward[(tile.programs(len(flat)),)](
-            flat, target, loss, len(flat), low, high, K, tile.rows, tile.block, num_warps=tile.warps
-        )
+            flat, target, loss, len(flat), flat.stride(0), low, high, K, readable_columns(flat, tile.block),
+            tile.rows, tile.block, num_warps=tile.warps,
+        )  # fmt: skip
         ctx.save_for_backward(flat, target)
         ctx.low, ctx.high = low, high
         return loss
@@ -216,14 +236,11 @@ class _TwoHotLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss: Tensor) -> tuple[Tensor, None, None, None]:
         logits, target = ctx.saved_tensors
-        (rows, K), tile, dlogits = (
-            logits.shape,
-            row_tile(logits.shape[1], TILE, THREAD),
-            torch.empty_like(logits),
-        )
+        (rows, K), tile = logits.shape, row_tile(logits.shape[1], TILE, THREAD)
+        dlogits = logits.new_empty((rows, K))
         two_hot_loss_backward[(tile.programs(rows),)](
-            logits, target, dloss.contiguous(), dlogits, rows, ctx.low, ctx.high, K, tile.rows, tile.block,
-            num_warps=tile.warps,
+            logits, target, dloss.contiguous(), dlogits, rows, logits.stride(0), ctx.low, ctx.high, K,
+            readable_columns(logits, tile.block), tile.rows, tile.block, num_warps=tile.warps,
         )  # fmt: skip
         return dlogits.view(*dloss.shape, K), None, None, None
 
@@ -232,11 +249,12 @@ class _TwoHotMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, low: float, high: float) -> Tensor:
         K = logits.shape[-1]
-        flat, tile = as_rows(logits, K), row_tile(K, TILE, THREAD)
+        flat, tile = rows_apart(logits, K), row_tile(K, TILE, THREAD)
         mean = torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device)
         two_hot_mean_forward[(tile.programs(len(flat)),)](
-            flat, mean, len(flat), low, high, K, tile.rows, tile.block, num_warps=tile.warps
-        )
+            flat, mean, len(flat), flat.stride(0), low, high, K, readable_columns(flat, tile.block),
+            tile.rows, tile.block, num_warps=tile.warps,
+        )  # fmt: skip
         ctx.save_for_backward(flat)
         ctx.low, ctx.high = low, high
         return mean
@@ -245,14 +263,11 @@ class _TwoHotMean(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dmean: Tensor) -> tuple[Tensor, None, None]:
         (logits,) = ctx.saved_tensors
-        (rows, K), tile, dlogits = (
-            logits.shape,
-            row_tile(logits.shape[1], TILE, THREAD),
-            torch.empty_like(logits),
-        )
+        (rows, K), tile = logits.shape, row_tile(logits.shape[1], TILE, THREAD)
+        dlogits = logits.new_empty((rows, K))
         two_hot_mean_backward[(tile.programs(rows),)](
-            logits, dmean.contiguous(), dlogits, rows, ctx.low, ctx.high, K, tile.rows, tile.block,
-            num_warps=tile.warps,
+            logits, dmean.contiguous(), dlogits, rows, logits.stride(0), ctx.low, ctx.high, K,
+            readable_columns(logits, tile.block), tile.rows, tile.block, num_warps=tile.warps,
         )  # fmt: skip
         return dlogits.view(*dmean.shape, K), None, None
 

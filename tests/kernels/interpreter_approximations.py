@@ -1,8 +1,9 @@
 """Gives Triton's interpreter the errors of a GPU's fast arithmetic, which numpy rounds correctly.
 
-A kernel's exp is `ex2.approx` of a rounded product, `/` is `div.full`, sqrt and rsqrt are approximations too: each errs
-by up to the bound of the PTX manual, here by a share of it that hangs on the bits of the result, so that what is
-computed twice comes out the same. What asks for correct rounding (tl.div_rn, tl.sqrt_rn) keeps it.
+A kernel's exp is `ex2.approx` of a rounded product, exp2 the same without the product, `/` is `div.full`, sqrt and
+rsqrt are approximations too: each errs by up to the bound of the PTX manual, here by a share of it that hangs on the
+bits of the result, so that what is computed twice comes out the same. What asks for correct rounding (tl.div_rn,
+tl.sqrt_rn) keeps it.
 """
 
 import numpy as np
@@ -18,6 +19,7 @@ def patch() -> None:
     interpreter._hdfast_approximations = True
     builder = interpreter.InterpreterBuilder
     builder.create_exp = lambda self, x: self.unary_op(x, exp)
+    builder.create_exp2 = lambda self, x: self.unary_op(x, lambda x: off_by(np.exp2(x), 2**-22.5))
     builder.create_log = lambda self, x: self.unary_op(x, lambda x: off_by_units(np.log(x), 1))
     builder.create_sqrt = lambda self, x: self.unary_op(x, lambda x: off_by(np.sqrt(x), 2**-23))
     builder.create_rsqrt = lambda self, x: self.unary_op(x, rsqrt)

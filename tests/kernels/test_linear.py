@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from checks import Calls, backends, check_against_fp64, random
 
-from hdfast_kernels import dispatch, linear, linear_native, native
+from hdfast_kernels import dispatch, linear, linear_fused, linear_native, native, report
 
 ISAS = native.isas() if dispatch.native_built() else []
 
@@ -24,7 +24,10 @@ SHAPES = [
 
 @pytest.fixture(params=[True, False], ids=["onednn", "mkl"])
 def library(request, monkeypatch):
+    """Whose product it is on the CPU; and a padded one however small, or not."""
     monkeypatch.setattr(linear_native, "mkl_is_slow", lambda: request.param)
+    if request.param:
+        monkeypatch.setattr(linear_fused, "ENOUGH", 0)
     return request.param
 
 
@@ -70,6 +73,47 @@ def test_products_of_every_layout(shape, library):
     for a in (random(rows, inner).float(), random(inner, rows).float().mT):
         for b in (random(inner, columns, seed=1).float(), random(columns, inner, seed=1).float().mT):
             check_against_fp64(linear_native.product, lambda a, b: a @ b, {"a": a, "b": b})
+
+
+# rows, inputs, outputs; of 4 numbers of float32 or 8 of bfloat16 a unit, what is not whole: outputs, both, inputs
+PADDED = [((5, 4), 64, 255), ((9,), 16, 1), ((9,), 16, 6), ((7,), 39, 13), ((7,), 39, 16), ((0,), 8, 3)]
+
+
+@pytest.mark.parametrize("backend", backends("linear", reference=False))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("leading", "width", "outputs"), PADDED)
+def test_widths_that_are_not_whole_units(leading, width, outputs, dtype, backend, monkeypatch):
+    monkeypatch.setattr(linear_fused, "ENOUGH", 0)
+    op = partial(linear, backend=backend.name)
+    arguments = inputs(leading, width, outputs, dtype, backend.device)
+    check_against_fp64(op, F.linear, arguments)
+    check_against_fp64(op, F.linear, {name: arguments[name] for name in ("x", "weight")})
+
+
+def test_a_large_product_of_fused_is_made_of_whole_units():
+    x, weight, bias = inputs((1024,), 512, 255, torch.bfloat16).values()
+    with Calls() as calls:
+        y = linear(x, weight, bias, backend="fused")
+        y.backward(torch.ones_like(y))
+    assert (y.shape, y.stride()) == ((1024, 255), (256, 1))
+    assert weight.grad.is_contiguous()
+    products = [given for name, given in calls.made if "aten.mm" in name or "aten.addmm" in name]
+    assert len(products) == 3
+    for given in products:
+        assert all(width % 8 == 0 for matrix in given if matrix.dim() == 2 for width in matrix.shape)
+    with Calls() as calls:  # too small; whole already
+        assert linear(x[:8], weight, bias, backend="fused").is_contiguous()
+        assert linear(x, weight[:248], bias[:248], backend="fused").is_contiguous()
+    assert not any("cat" in name for name, _ in calls.made)
+
+
+def test_fused_needs_no_values():
+    x, weight, bias = (
+        report.meta(*shape, dtype=torch.bfloat16, grad=True)
+        for shape in ((16, 1024, 510), (255, 510), (255,))
+    )
+    report.backward(linear(x, weight, bias, backend="fused"))
+    assert [given.grad.shape for given in (x, weight, bias)] == [x.shape, weight.shape, bias.shape]
 
 
 # Rows, width of the gradient and of the activations: odd widths; narrow ones; one row; rows that threads divide; so

@@ -7,7 +7,7 @@ import pytest
 import torch
 from checks import backends, check_against_fp64, random
 
-from hdfast_kernels import two_hot_loss, two_hot_mean
+from hdfast_kernels import tiles, two_hot_loss, two_hot_mean
 from hdfast_kernels.two_hot import symexp, symlog, two_hot_loss_reference, two_hot_mean_reference
 
 # leading axes and bins: one row of the fewest; odd; the agent's 255; no rows
@@ -45,6 +45,61 @@ def test_loss_errs_no_more_than_twice_plain_pytorch(shape, dtype, backend):
 def test_mean_errs_no_more_than_twice_plain_pytorch(shape, dtype, backend):
     op = partial(two_hot_mean, backend=backend.name)
     check_against_fp64(op, two_hot_mean_reference, {"logits": logits(shape, dtype, backend.device)})
+
+
+def apart(op, logits, width, end=None, **others):
+    """The op on rows of logits that begin `width` numbers apart, NaN between them, up to the `end` of memory."""
+    rows, K = logits.flatten(0, -2).shape
+    memory = torch.full((rows * width,), math.nan, dtype=logits.dtype, device=logits.device)
+    memory = memory[: (rows - 1) * width + K] if end == "of the last row" else memory
+    memory = memory.clone()  # as short as it is long
+    memory.as_strided((rows, K), (width, 1)).copy_(logits.detach().flatten(0, -2))
+    straight = memory.as_strided((rows, K), (width, 1)).view(logits.shape)
+
+    class Apart(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits):
+            return straight
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    return op(Apart.apply(logits), **others)
+
+
+@pytest.mark.parametrize("backend", backends("two_hot_loss", reference=False))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("end", [None, "of the last row"])
+@pytest.mark.parametrize(
+    ("shape", "width"), [((3, 5, 41), 48), ((3, 5, 41), 64), ((9, 15), 16), ((9, 15), 19)]
+)
+def test_rows_that_lie_apart(shape, width, end, dtype, backend):
+    given = logits(shape, dtype, backend.device)
+    for op, reference, more in (
+        (two_hot_loss, two_hot_loss_reference, {"target": targets(shape[:-1], backend.device)}),
+        (two_hot_mean, two_hot_mean_reference, {}),
+    ):
+        arguments = {"logits": given, **more}
+        check_against_fp64(
+            partial(apart, partial(op, backend=backend.name), width=width, end=end), reference, arguments
+        )
+
+
+def test_rows_that_lie_apart_are_read_in_place():
+    memory = torch.zeros(6, 16)
+    for given, columns in (
+        (memory[:, :15], 16),
+        (memory[:, 1:16], 15),
+        (memory[::2, :9], 16),
+        (memory[:, :4], 4),
+    ):
+        rows = tiles.rows_apart(given, given.shape[1])
+        assert rows.data_ptr() == given.data_ptr()
+        assert tiles.readable_columns(rows, 16 if given.shape[1] > 4 else 4) == columns
+    assert tiles.readable_columns(torch.zeros(0, 15), 16) == 15
+    assert tiles.rows_apart(memory[:4].mT, 4).is_contiguous()
+    assert tiles.rows_apart(torch.zeros(5), 5).shape == (1, 5)
 
 
 @pytest.mark.parametrize("backend", backends("two_hot_mean", reference=False))
