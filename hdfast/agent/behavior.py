@@ -7,7 +7,7 @@ through which the gradient passes. That of discrete ones first acts without grad
 the log-probabilities of all that it did in one pass, whose backward pass is one as well.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -189,7 +189,8 @@ class Behavior(nn.Module):
             weights = model.rssm.cast(dtype)
             # Of weights that are cast once, gradients would be added up over the steps in the type of the cast.
             decide = self.actor.at(dtype) if self.discrete else partial(self.actor, dtype=dtype)
-            latents, decisions = [start.round_once(dtype)], []
+            classes = model.rssm.classes
+            latents, decisions = [start.round_once(dtype).expand_once(classes, dtype)], []
             for t in range(self.horizon):
                 decisions.append(decide(latents[-1], draws.action[t]))
                 action = decisions[-1].action
@@ -197,7 +198,7 @@ class Behavior(nn.Module):
             if self.discrete:
                 latents = [latent.detach() for latent in latents]
             actions, entropies = zip(*decisions, strict=True)
-            latent = _stack(latents).round_once(dtype)
+            latent = _stack(latents).round_once(dtype).expand_once(classes, dtype)
             return latent, torch.stack(actions), None if self.discrete else torch.stack(entropies)
 
     def score(self, trajectory: Trajectory, dtype: torch.dtype) -> Scores:
@@ -246,18 +247,21 @@ class Behavior(nn.Module):
         return (loss * scores.weight[:-1]).mean()
 
     @torch.no_grad()
-    def update_slow_critic(self, apply: Tensor) -> None:
+    def update_slow_critic(
+        self, apply: Tensor, slow: Sequence[Tensor] | None = None, fast: Sequence[Tensor] | None = None
+    ) -> None:
         """Moves the slow critic towards the critic: a copy the first time, by `slow_rate` afterwards.
 
         Args:
             apply: scalar bool on the device; false leaves everything as it is.
+            slow, fast: what holds the parameters of both, laid out alike; None: the parameters themselves.
         """
         rate = torch.where(self.slow_updates == 0, 1.0, self.slow_rate)
         rate = torch.where(apply, rate, 0.0)
-        slow, fast = list(self.slow_critic.parameters()), list(self.critic.parameters())
-        change = torch._foreach_sub(fast, slow)
-        torch._foreach_mul_(change, rate)
-        torch._foreach_add_(slow, change)
+        slow = list(self.slow_critic.parameters()) if slow is None else slow
+        fast = list(self.critic.parameters()) if fast is None else fast
+        for follower, leader in zip(slow, fast, strict=True):
+            follower.lerp_(leader, rate)
         self.slow_updates += apply
 
     def parts(self) -> dict[str, nn.Module]:

@@ -13,7 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hdfast_kernels import image_deconv, image_input, layer_norm_silu, linear, onehot_linear, strided_conv
+from hdfast_kernels import (
+    expand_onehot,
+    image_deconv,
+    image_input,
+    layer_norm_silu,
+    linear,
+    onehot_linear,
+    strided_conv,
+)
 
 EPS = 1e-3
 _TRUNCATION_STD = 0.87962566103423978  # standard deviation of a unit normal truncated at two
@@ -24,13 +32,15 @@ class Latent(NamedTuple):
 
     deter: (..., D) float32. index: (..., S) int64, the classes drawn. stoch: (..., S, K), the same as a
     straight-through one-hot sample, or None where no gradient may flow through the draw. rounded: deter in the type
-    of the matrix work, where many layers read it and no gradient flows; or None.
+    of the matrix work, where many layers read it and no gradient flows; or None. dense: (..., S*K), what index stands
+    for as a one-hot matrix in that type, where layers read it faster so; or None.
     """
 
     deter: Tensor
     index: Tensor
     stoch: Tensor | None = None
     rounded: Tensor | None = None
+    dense: Tensor | None = None
 
     def deter_as(self, dtype: torch.dtype) -> Tensor:
         """deter in the type of the matrix work."""
@@ -43,9 +53,15 @@ class Latent(NamedTuple):
             return self
         return self._replace(rounded=self.deter_as(dtype))
 
+    def expand_once(self, classes: int, dtype: torch.dtype) -> "Latent":
+        """The same state, with its latent as a dense matrix for all who ask, where that is faster; K `classes`."""
+        return (
+            self if self.dense is not None else self._replace(dense=expand_onehot(self.index, classes, dtype))
+        )
+
     def detach(self) -> "Latent":
         """The same state without gradients."""
-        return Latent(self.deter.detach(), self.index, None, self.rounded)
+        return Latent(self.deter.detach(), self.index, None, self.rounded, self.dense)
 
     def before_last(self) -> "Latent":
         """All states but the last along the first axis."""
@@ -140,7 +156,7 @@ class LatentProjection(nn.Module):
 
         def project(latent: Latent) -> Tensor:
             deter = linear(latent.deter_as(dtype), deter_weight, bias)
-            return onehot_linear(latent.index, stoch_weight, straight_through=latent.stoch, onto=deter)
+            return onehot_linear(latent.index, stoch_weight, latent.stoch, deter, latent.dense)
 
         return project
 

@@ -164,17 +164,20 @@ class RSSM(nn.Module):
         deter = self._recur(latent, self.project_action(action, weights), weights)
         rounded = deter.to(weights.gru.dtype)
         drawn = self._draw(deter, self._prior_logits(rounded, weights), uniform)
+        drawn = drawn.expand_once(self.classes, rounded.dtype)
         return drawn if torch.is_grad_enabled() else drawn._replace(rounded=rounded)
 
     def project_action(self, action: Tensor, weights: CastWeights) -> Tensor:
         """The action's part of the input layer: a row per discrete action, or a product with the clipped vector."""
         if self.discrete:
+            if weights.in_action.is_cuda:  # whose gradient of a gather takes ten times as long as a product
+                return onehot_linear(action.long()[..., None], weights.in_action)
             return F.embedding(action.long(), weights.in_action)
         return clip_action(action).to(weights.in_action.dtype) @ weights.in_action
 
     def _recur(self, latent: Latent, action: Tensor, weights: CastWeights) -> Tensor:
         """Next deter from a latent and a projected action (N, U)."""
-        x = onehot_linear(latent.index, weights.in_stoch, straight_through=latent.stoch, onto=action)
+        x = onehot_linear(latent.index, weights.in_stoch, latent.stoch, action, latent.dense)
         x = self.in_norm.silu(x)
         gates = linear(torch.cat([latent.deter_as(x.dtype), x], -1), weights.gru)
         return layer_norm_gru(gates, latent.deter, self.gru_norm.weight, self.gru_norm.bias, EPS)

@@ -141,6 +141,7 @@ class WorldModel(nn.Module):
         lead = batch["reward"].shape
         observed = self.observe(batch, uniform, dtype)
         latent = observed.latent.flatten(0, 1)  # (T, B, ...) -> (T*B, ...)
+        latent = latent.expand_once(self.rssm.classes, dtype)
         losses: dict[str, Tensor] = {}
         logits = self.reward_logits(latent, dtype)
         losses["reward"] = two_hot_loss(logits, batch["reward"].flatten(0, 1)).unflatten(0, lead)

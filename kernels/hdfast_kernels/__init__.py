@@ -12,6 +12,7 @@ from .dispatch import BackendError, backends_available
 _HOME = {
     "Harmonizer": "harmonizer",
     "adam_step": "adam",
+    "expand_onehot": "onehot_linear",
     "gather_windows": "gather_windows",
     "harmony_loss": "harmony_loss",
     "image_deconv": "image_deconv",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from checks import backends, check_against_fp64, random
 
-from hdfast_kernels import onehot_linear
+from hdfast_kernels import expand_onehot, onehot_linear
 
 # leading axes, S, K, U: one row; odd; the agent's 32 x 32; no rows; one group; more rows than a block; whole tiles;
 # rows that are added up in parts
@@ -19,6 +19,8 @@ CASES = [
     ((150,), 4, 40, 140),
     ((40,), 3, 8, 256),
     ((4200,), 3, 5, 24),
+    ((130,), 32, 32, 70),
+    ((70,), 2, 130, 16),
 ]
 
 
@@ -50,6 +52,41 @@ def test_errs_no_more_than_twice_a_dense_layer(rows, S, K, U, dtype, backend):
     check_against_fp64(partial(onehot_linear, backend=backend.name), dense, arguments)
 
 
+def one_hot(index, classes, dtype):
+    return (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).flatten(-2).to(dtype)
+
+
+def with_matrix(index, weight, straight_through=None, onto=None, *, backend):
+    matrix = one_hot(index, weight.shape[0] // index.shape[-1], weight.dtype)
+    return onehot_linear(index, weight, straight_through, onto, matrix, backend=backend)
+
+
+@pytest.mark.parametrize("backend", backends("onehot_linear"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("rows", "S", "K", "U"), CASES, ids=str)
+def test_a_one_hot_matrix_beside_the_classes_changes_nothing(rows, S, K, U, dtype, backend):
+    arguments = inputs(rows, S, K, U, dtype, backend.device)
+    op = partial(with_matrix, backend=backend.name)
+    check_against_fp64(op, dense, arguments)
+    del arguments["onto"]
+    check_against_fp64(op, dense, arguments)
+
+
+@pytest.mark.parametrize("backend", backends("onehot_linear"))
+@pytest.mark.parametrize(
+    ("rows", "S", "K"), [((1,), 1, 1), ((3, 5), 4, 7), ((70,), 32, 32), ((0,), 2, 4)], ids=str
+)
+def test_the_one_hot_matrix(rows, S, K, backend, monkeypatch):
+    monkeypatch.setenv("HDFAST_BACKEND", backend.name)
+    index = torch.randint(0, K, (*rows, S), generator=torch.Generator().manual_seed(1)).to(backend.device)
+    made = expand_onehot(index, K, torch.bfloat16)
+    if backend.name == "triton":
+        assert torch.equal(made, one_hot(index, K, torch.bfloat16))
+    else:
+        assert made is None
+    assert expand_onehot(index, K, torch.float32) is None
+
+
 @pytest.mark.parametrize("backend", backends("onehot_linear"))
 def test_without_straight_through_and_with_int32(backend):
     arguments = inputs((5,), 4, 6, 12, torch.float32, backend.device, torch.int32)
@@ -68,6 +105,19 @@ def test_the_value_of_the_latents_is_not_read(backend):
     latents = torch.full_like(arguments["straight_through"], float("nan"))
     y = onehot_linear(arguments["index"], arguments["weight"], latents, backend=backend.name)
     assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", backends("onehot_linear"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [(3,), (16, 9)], ids=str)
+def test_one_group_is_an_embedding(rows, dtype, backend):
+    arguments = inputs(rows, 1, 6, 40, dtype, backend.device)
+    index, weight = arguments["index"], arguments["weight"]
+    y = onehot_linear(index, weight, backend=backend.name)
+    assert torch.equal(y, torch.nn.functional.embedding(index[..., 0], weight))
+    y.sum().backward()
+    count = torch.bincount(index.flatten(), minlength=6).to(dtype)
+    assert torch.equal(weight.grad, count[:, None].expand(6, 40))
 
 
 @pytest.mark.parametrize("backend", backends("onehot_linear"))
