@@ -26,7 +26,7 @@ from hdfast_kernels.layer_norm_gru import layer_norm_gru_reference
 from hdfast_kernels.layer_norm_silu import layer_norm_silu_reference
 from hdfast_kernels.numerics import check_axes, check_device, check_shape, compute_dtype
 from hdfast_kernels.rssm_observe_native import rssm_observe_native
-from hdfast_kernels.rssm_observe_triton import rssm_observe_triton
+from hdfast_kernels.rssm_observe_triton import fits_one_launch, rssm_observe_triton
 from hdfast_kernels.sample_onehot import sample_onehot_reference
 
 
@@ -128,7 +128,7 @@ def rssm_observe(
         eps: of the LayerNorms.
         backend: "reference", "triton", "persistent" (Triton in one launch a direction, for which all programs must
             run at the same time; ValueError where they cannot) or "native"; None takes the fastest that is proven on
-            the device.
+            the device, and "triton" for "persistent" where not all programs can run at the same time.
 
     The matrices (in_stoch, gru, post_deter, logit_weight) share a dtype, which is that of the GEMMs; all else is
     computed in float32 (float64 if they are).
@@ -180,6 +180,9 @@ def rssm_observe(
         raise ValueError(f"rssm_observe: is_first is {is_first.dtype}, expected torch.bool")
     tensors = {name: value for name, value, _ in given}
     check_device("rssm_observe", uniform=uniform, post_deter=post_deter, **tensors)
+    name = dispatch.resolve_name("rssm_observe", backend, gru)
+    if backend is None and name == "persistent" and not fits_one_launch(B, D, U, gru):
+        backend = "triton"
     return dispatch.resolve("rssm_observe", backend, gru)(
         embed,
         action,

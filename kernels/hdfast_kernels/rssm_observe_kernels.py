@@ -1,16 +1,17 @@
-"""The Triton kernels of rssm_observe: each step is five stages forward and five backward.
+"""The Triton kernels of rssm_observe: each step is six stages forward and seven backward.
 
-A stage is what can be done between two exchanges of the whole state: a program owns columns of deter, units of
-the hidden layers and groups of the latent, and needs all columns of what the stage before computed. A kernel runs
-either one stage of one step, or all stages of STEPS steps, its programs meeting at a barrier (STAGE = -1); the
-arithmetic is the same.
+A stage is what can be done between two exchanges of the whole state, and of one of two kinds. In one a program owns
+whole sequences: layer norms, activations and the gather of one-hot inputs, which need all of a row. In the other it
+owns columns of a product of matrices for all sequences, whose operand the stage before has left in the type of the
+matrix work. A kernel runs either one stage of one step, or all stages of STEPS steps, its programs meeting at a
+barrier (STAGE = -1); the arithmetic is the same.
 
-Only what is recurrent is in here. Forward leaves the inputs of the layer norms, backward the gradients of the
-activations and the gates; rssm_observe_triton derives the rest from them.
+Only what is recurrent is in here: rssm_observe_triton derives the gradients of matrices and norms from what is left.
 
 Axes: T time, B batch, D deter, U units, S groups, K classes. A tile of an operand is ROWS sequences by SPLIT * DEPTH
-columns: SPLIT parts of a sum go to different warps. A tile of results is ROWS by BLOCK. Matrices are read along
-their rows. Loads with ".cg" come from the second-level cache, since other programs wrote what they read.
+columns: SPLIT parts of a sum go to different warps. A tile of results is ROWS by BLOCK. A whole row is D_WIDTH or
+U_WIDTH numbers. Matrices are read along their rows. Loads with ".cg" come from the second-level cache, since other
+programs wrote what they read.
 """
 
 from ._triton import tl, triton
@@ -47,15 +48,7 @@ def operand(array, row, inside, chunk, L: tl.constexpr, SPLIT: tl.constexpr, DEP
     """Columns of rows (ROWS,) of array (.., L), as (SPLIT, ROWS, DEPTH)."""
     column = columns_of(chunk, SPLIT, DEPTH)[:, None, :]
     mask = inside[None, :, None] & (column < L)
-    tile = tl.load(array + row[None, :, None] * L + column, mask=mask, other=0.0, cache_modifier=".cg")
-    return tile.to(tl.float32)
-
-
-@triton.jit
-def affine(vector, chunk, L: tl.constexpr, SPLIT: tl.constexpr, DEPTH: tl.constexpr):
-    """A vector (L,) as (SPLIT, 1, DEPTH)."""
-    column = columns_of(chunk, SPLIT, DEPTH)[:, None, :]
-    return tl.load(vector + column, mask=column < L, other=0.0)
+    return tl.load(array + row[None, :, None] * L + column, mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -65,129 +58,174 @@ def multiply(a, matrix, out, chunk, L: tl.constexpr, STRIDE: tl.constexpr, N, to
     column = columns_of(chunk, SPLIT, DEPTH)[:, :, None]
     mask = (out[None, None, :] < N) & (column < L)
     weight = tl.load(matrix + out[None, None, :] * STRIDE + column, mask=mask, other=0.0)
-    return tl.dot(a.to(matrix.dtype.element_ty), weight, total, input_precision="ieee")
+    return tl.dot(a, weight, total, input_precision="ieee")
 
 
 @triton.jit
-def row_moments(array, row, inside, eps, L: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr,
-                DEPTH: tl.constexpr):
-    """mean and 1 / sqrt(variance + eps) of rows of array (.., L), chunks merged as Chan et al. do."""
-    mean = row * 0.0
-    squares = row * 0.0
-    for chunk in range(CHUNKS):
-        x = operand(array, row, inside, chunk, L, SPLIT, DEPTH)
-        column = columns_of(chunk, SPLIT, DEPTH)[:, None, :]
-        before = chunk * SPLIT * DEPTH
-        count = tl.minimum(L - before, SPLIT * DEPTH)
-        here = tl.sum(tl.sum(x, 2), 0) / count
-        x = tl.where(column < L, x - here[None, :, None], 0.0)
-        step = here - mean
-        mean += step * (count / (before + count))
-        squares += tl.sum(tl.sum(x * x, 2), 0) + step * step * (before * count / (before + count))
-    return mean, tl.rsqrt(squares * (1.0 / L) + eps)
+def product(array, row, inside, matrix, out, L: tl.constexpr, N, CHUNKS: tl.constexpr, ROWS: tl.constexpr,
+            BLOCK: tl.constexpr, SPLIT: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr):
+    """Rows of array (.., L) times matrix[out].T, (ROWS, BLOCK)."""
+    total = tl.zeros((SPLIT, ROWS, BLOCK), tl.float32)
+    for chunk in tl.range(CHUNKS, loop_unroll_factor=CHUNKS if CHUNKS <= WHOLE else 1):
+        total = multiply(operand(array, row, inside, chunk, L, SPLIT, DEPTH), matrix, out, chunk, L, L, N, total,
+                         SPLIT, DEPTH)
+    return tl.sum(total, 0)
 
 
 @triton.jit
-def norm_silu(x, mean, rstd, weight, bias):
-    z = (x - mean[None, :, None]) * rstd[None, :, None] * weight + bias
+def vector(array, column, L: tl.constexpr):
+    """A vector (L,) at `column`."""
+    return tl.load(array + column, mask=column < L, other=0.0)
+
+
+@triton.jit
+def line(array, at, column, L: tl.constexpr):
+    """Row `at` of an array (.., L) that other programs wrote."""
+    return tl.load(array + at * L + column, mask=column < L, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def norm_silu(x, column, at, weight, bias, moments, eps, L: tl.constexpr):
+    """SiLU(LN(x)) of a row, whose mean and 1 / sqrt(variance + eps) are kept."""
+    mean = tl.sum(x, 0) * (1.0 / L)
+    x = tl.where(column < L, x - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(x * x, 0) * (1.0 / L) + eps)
+    tl.store(moments + at * 2, mean)
+    tl.store(moments + at * 2 + 1, rstd)
+    z = x * rstd * vector(weight, column, L) + vector(bias, column, L)
     return z * tl.sigmoid(z)
 
 
 @triton.jit
-def norm_silu_slope(x, grad, mean, rstd, weight, bias):
-    """The gradient of the normalised x, and the normalised x."""
-    normed = (x - mean[None, :, None]) * rstd[None, :, None]
-    z = normed * weight + bias
+def line_of_norm_silu_gradient(x, grad_y, grad_x, weight, bias, moments, at, L: tl.constexpr, WIDTH: tl.constexpr):
+    """Row `at` of the gradient of x, from that of SiLU(LN(x))."""
+    column = tl.arange(0, WIDTH)
+    mean, rstd = tl.load(moments + at * 2), tl.load(moments + at * 2 + 1)
+    scale, grad = vector(weight, column, L), line(grad_y, at, column, L)
+    normed = tl.where(column < L, (line(x, at, column, L) - mean) * rstd, 0.0)
+    z = normed * scale + vector(bias, column, L)
     gate = tl.sigmoid(z)
-    return grad * gate * (1.0 + z * (1.0 - gate)) * weight, normed
+    slope = grad * gate * (1.0 + z * (1.0 - gate)) * scale
+    plain, along = tl.sum(slope, 0) * (1.0 / L), tl.sum(slope * normed, 0) * (1.0 / L)
+    grad = rstd * (slope - plain - normed * along)
+    tl.store(grad_x + at * L + column, grad.to(grad_x.dtype.element_ty), mask=column < L)
 
 
 @triton.jit
-def merge(partial, t, row, inside, B, eps, D: tl.constexpr, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr,
-          BLOCK: tl.constexpr):
-    """mean and 1 / sqrt(variance + eps) over 3D gates from every program's share (Chan et al.)."""
-    other = tl.arange(0, SLOTS)
-    count = 3.0 * tl.maximum(tl.minimum(D - other * BLOCK, BLOCK), 0)[:, None]
-    slot = ((t * PROGRAMS + other[:, None]) * B + row[None, :]) * 2
-    mask = (other < PROGRAMS)[:, None] & inside[None, :]
-    means = tl.load(partial + slot, mask=mask, other=0.0, cache_modifier=".cg")
-    squares = tl.load(partial + slot + 1, mask=mask, other=0.0, cache_modifier=".cg")
-    mean = tl.sum(means * count, 0) * (1.0 / (3 * D))
-    away = means - mean[None, :]
-    return mean, tl.rsqrt(tl.sum(squares + count * away * away, 0) * (1.0 / (3 * D)) + eps)
-
-
-@triton.jit
-def own_gates(gates_sum, at, mask, own, mean, rstd, D: tl.constexpr):
-    """A program's columns of the normalised gates, each (ROWS, BLOCK)."""
-    place = gates_sum + at[:, None] * (3 * D) + own[None, :]
-    r = tl.load(place, mask=mask, other=0.0, cache_modifier=".cg")
-    c = tl.load(place + D, mask=mask, other=0.0, cache_modifier=".cg")
-    u = tl.load(place + 2 * D, mask=mask, other=0.0, cache_modifier=".cg")
-    mean, rstd = mean[:, None], rstd[:, None]
-    return (r - mean) * rstd, (c - mean) * rstd, (u - mean) * rstd
-
-
-@triton.jit
-def scale_of(vector, own, D: tl.constexpr):
-    return tl.load(vector + own, mask=own < D, other=0.0)[None, :]
-
-
-@triton.jit
-def activate(nr, nc, nu, weight, bias, own, D: tl.constexpr):
+def activate(nr, nc, nu, weight, bias, column, D: tl.constexpr):
     """reset, the candidate before reset and tanh, update."""
-    r = tl.sigmoid(nr * scale_of(weight, own, D) + scale_of(bias, own, D))
-    z = nc * scale_of(weight + D, own, D) + scale_of(bias + D, own, D)
-    u = tl.sigmoid(nu * scale_of(weight + 2 * D, own, D) + scale_of(bias + 2 * D, own, D) - 1.0)
+    r = tl.sigmoid(nr * vector(weight, column, D) + vector(bias, column, D))
+    z = nc * vector(weight + D, column, D) + vector(bias + D, column, D)
+    u = tl.sigmoid(nu * vector(weight + 2 * D, column, D) + vector(bias + 2 * D, column, D) - 1.0)
     return r, z, u
 
 
 @triton.jit
-def before_of(deter, initial_deter, at, follows, own, B, D: tl.constexpr):
-    """A program's columns of the deter that a step starts from, (ROWS, BLOCK)."""
-    mask = follows[:, None] & (own < D)[None, :]
-    h = tl.load(deter + (at - B)[:, None] * D + own[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-    return tl.where(follows[:, None], h, scale_of(initial_deter, own, D))
+def gates_of(gates_sum, at, column, D: tl.constexpr):
+    """The three gates of a row of gates_sum (.., 3D)."""
+    place, real = gates_sum + at * (3 * D) + column, column < D
+    r = tl.load(place, mask=real, other=0.0, cache_modifier=".cg")
+    c = tl.load(place + D, mask=real, other=0.0, cache_modifier=".cg")
+    u = tl.load(place + 2 * D, mask=real, other=0.0, cache_modifier=".cg")
+    return r, c, u
 
 
 @triton.jit
-def gate_slopes(gates_sum, deter, initial_deter, weight, bias, moments, grad, at, inside, follows, own, TB, B,
-                D: tl.constexpr):
-    """Gradients of a program's normalised gates from that of deter, and the normalised gates themselves."""
-    mask = inside[:, None] & (own < D)[None, :]
-    mean = tl.load(moments + (TB + at) * 2, mask=inside, other=0.0)
-    rstd = tl.load(moments + (TB + at) * 2 + 1, mask=inside, other=0.0)
-    nr, nc, nu = own_gates(gates_sum, at, mask, own, mean, rstd, D)
-    r, z, u = activate(nr, nc, nu, weight, bias, own, D)
+def gates_normed(gates_sum, at, column, eps, D: tl.constexpr):
+    """LN of a row of gates: each of the three, and 1 / sqrt(variance + eps)."""
+    r, c, u = gates_of(gates_sum, at, column, D)
+    mean = tl.sum(r + c + u, 0) * (1.0 / (3 * D))
+    r, c = tl.where(column < D, r - mean, 0.0), tl.where(column < D, c - mean, 0.0)
+    u = tl.where(column < D, u - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(r * r + c * c + u * u, 0) * (1.0 / (3 * D)) + eps)
+    return r * rstd, c * rstd, u * rstd, rstd
+
+
+@triton.jit
+def before_of(deter, initial_deter, at, follows, column, B, D: tl.constexpr):
+    """The deter that a row's step starts from."""
+    h = tl.load(deter + (at - B) * D + column, mask=column < tl.where(at >= B, D, 0), other=0.0, cache_modifier=".cg")
+    return tl.where(follows, h, vector(initial_deter, column, D))
+
+
+@triton.jit
+def enter(in_stoch, index, initial_index, is_first, action, weight, bias, in_sum, x, moments, at, B, eps,
+          U: tl.constexpr, S: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, UNROLL: tl.constexpr):
+    """Row `at` of in_sum = action + the rows of in_stoch that the latent before names, and of x = SiLU(LN(in_sum))."""
+    column = tl.arange(0, WIDTH)
+    follows = (at >= B) & (tl.load(is_first + at) == 0)
+    total = tl.load(action + at * U + column, mask=column < U, other=0.0).to(tl.float32)
+    for group in tl.range(0, S, loop_unroll_factor=UNROLL):  # each thread adds up its columns
+        chosen = tl.load(initial_index + group)
+        before = tl.load(index + (at - B) * S + group, mask=at >= B, other=0, cache_modifier=".cg")
+        chosen = tl.where(follows, before, chosen)
+        # An initial class out of range has no row to read.
+        real = column < tl.where((chosen >= 0) & (chosen < K), U, 0)
+        total += tl.load(in_stoch + (group * K + chosen) * U + column, mask=real, other=0.0).to(tl.float32)
+    tl.store(in_sum + at * U + column, total, mask=column < U)
+    value = norm_silu(total, column, at, weight, bias, moments, eps, U)
+    tl.store(x + at * U + column, value.to(x.dtype.element_ty), mask=column < U)
+
+
+@triton.jit
+def update_deter(gates_sum, deter, low_deter, initial_deter, is_first, weight, bias, at, B, eps, D: tl.constexpr,
+                 WIDTH: tl.constexpr):
+    """Row `at` of deter, from its gates."""
+    column = tl.arange(0, WIDTH)
+    follows = (at >= B) & (tl.load(is_first + at) == 0)
+    h = before_of(deter, initial_deter, at, follows, column, B, D)
+    nr, nc, nu, _ = gates_normed(gates_sum, at, column, eps, D)
+    r, z, u = activate(nr, nc, nu, weight, bias, column, D)
+    value = u * tanh(r * z) + (1.0 - u) * h
+    tl.store(deter + at * D + column, value, mask=column < D)
+    tl.store(low_deter + at * D + column, value.to(low_deter.dtype.element_ty), mask=column < D)
+
+
+@triton.jit
+def activate_posterior(post_sum, y, weight, bias, moments, at, eps, U: tl.constexpr, WIDTH: tl.constexpr):
+    """Row `at` of y = SiLU(LN(post_sum))."""
+    column = tl.arange(0, WIDTH)
+    value = norm_silu(line(post_sum, at, column, U), column, at, weight, bias, moments, eps, U)
+    tl.store(y + at * U + column, value.to(y.dtype.element_ty), mask=column < U)
+
+
+@triton.jit
+def line_of_gate_gradients(gates_sum, deter, initial_deter, is_first, weight, bias, grad_total, grad_gates, grad_kept,
+                           at, B, eps, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Row `at` of the gradient of gates_sum, and of the deter before by way of what the update gate keeps of it."""
+    column = tl.arange(0, WIDTH)
+    follows = (at >= B) & (tl.load(is_first + at) == 0)
+    h = before_of(deter, initial_deter, at, follows, column, B, D)
+    grad = line(grad_total, at, column, D)
+    nr, nc, nu, rstd = gates_normed(gates_sum, at, column, eps, D)
+    r, z, u = activate(nr, nc, nu, weight, bias, column, D)
     candidate, slope = tanh_and_slope(r * z)
-    h = before_of(deter, initial_deter, at, follows, own, B, D)
+    tl.store(grad_kept + at * D + column, (1.0 - u) * grad, mask=column < D)
     slope *= grad * u
-    dr = slope * z * r * (1.0 - r) * scale_of(weight, own, D)
-    dc = slope * r * scale_of(weight + D, own, D)
-    du = grad * (candidate - h) * u * (1.0 - u) * scale_of(weight + 2 * D, own, D)
-    return dr, dc, du, nr, nc, nu, rstd
+    dr = slope * z * r * (1.0 - r) * vector(weight, column, D)
+    dc = slope * r * vector(weight + D, column, D)
+    du = grad * (candidate - h) * u * (1.0 - u) * vector(weight + 2 * D, column, D)
+    plain = tl.sum(dr + dc + du, 0) * (1.0 / (3 * D))
+    along = tl.sum(dr * nr + dc * nc + du * nu, 0) * (1.0 / (3 * D))
+    place = grad_gates + at * (3 * D) + column
+    low: tl.constexpr = grad_gates.dtype.element_ty
+    tl.store(place, (rstd * (dr - plain - nr * along)).to(low), mask=column < D)
+    tl.store(place + D, (rstd * (dc - plain - nc * along)).to(low), mask=column < D)
+    tl.store(place + 2 * D, (rstd * (du - plain - nu * along)).to(low), mask=column < D)
 
 
 @triton.jit
 def draw(
-    post_sum, weight, bias, logit_weight, logit_bias, uniform, stoch, index, logp, moments, at, inside,
-    program, eps, unimix: tl.constexpr, U: tl.constexpr, S: tl.constexpr, K: tl.constexpr, PROGRAMS: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPLIT: tl.constexpr, DEPTH: tl.constexpr, U_CHUNKS: tl.constexpr, CLASSES: tl.constexpr,
+    y, logit_weight, logit_bias, uniform, stoch, index, logp, at, inside, program, unimix: tl.constexpr,
+    U: tl.constexpr, S: tl.constexpr, K: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr,
+    SPLIT: tl.constexpr, DEPTH: tl.constexpr, U_CHUNKS: tl.constexpr, CLASSES: tl.constexpr, WHOLE: tl.constexpr,
 ):
     """The latent of one step: a program's groups."""
     classes = tl.arange(0, CLASSES)
-    mean, rstd = row_moments(post_sum, at, inside, eps, U, U_CHUNKS, SPLIT, DEPTH)
-    if program == 0:
-        tl.store(moments + at * 2, mean, mask=inside)
-        tl.store(moments + at * 2 + 1, rstd, mask=inside)
     for s in range(program, S, PROGRAMS):
-        total = tl.zeros((SPLIT, ROWS, CLASSES), tl.float32)
-        for chunk in range(U_CHUNKS):
-            y = norm_silu(operand(post_sum, at, inside, chunk, U, SPLIT, DEPTH), mean, rstd,
-                          affine(weight, chunk, U, SPLIT, DEPTH), affine(bias, chunk, U, SPLIT, DEPTH))
-            total = multiply(y, logit_weight + s * K * U, classes, chunk, U, U, K, total, SPLIT, DEPTH)
-        logits = tl.sum(total, 0)
+        u = tl.load(uniform + at * S + s, mask=inside, other=0.0)
+        logits = product(y, at, inside, logit_weight + s * K * U, classes, U, K, U_CHUNKS, ROWS, CLASSES, SPLIT, DEPTH,
+                         WHOLE)
         logits += tl.load(logit_bias + s * K + classes, mask=classes < K, other=0.0)[None, :]
         real = (classes < K)[None, :]
         shifted = logits - tl.max(tl.where(real, logits, float("-inf")), 1)[:, None]
@@ -200,7 +238,6 @@ def draw(
             spread = shifted - tl.log(whole)
         cell = (at * S + s)[:, None] * K + classes[None, :]
         tl.store(logp + cell, spread, mask=inside[:, None] & real)
-        u = tl.load(uniform + at * S + s, mask=inside, other=0.0)
         below = tl.sum(((tl.cumsum(p, 1) <= u[:, None]) & real).to(tl.int32), 1)
         drawn = tl.minimum(below, K - 1)
         tl.store(index + at * S + s, drawn.to(tl.int64), mask=inside)
@@ -211,171 +248,123 @@ def draw(
 @triton.jit(do_not_specialize=["start"])  # else three variants, compiled while a graph is captured
 def observe_forward(
     embed, action, is_first, uniform, initial_deter, initial_index, in_stoch, in_weight, in_bias, gru,
-    gru_weight,
-    gru_bias, post_deter, post_weight, post_bias, logit_weight, logit_bias,
+    gru_weight, gru_bias, post_deter, post_weight, post_bias, logit_weight, logit_bias,
     deter, stoch, index, logp, in_sum, gates_sum, post_sum,
-    moments,  # (3, T, B, 2): mean and rstd of the rows of in_sum, gates_sum, post_sum
-    partial,  # (T, programs, B, 2): mean and sum of squares of a program's gates
+    x, low_deter, y,  # operands of products: SiLU(LN(in_sum)), deter, SiLU(LN(post_sum))
+    moments,  # (2, T, B, 2): mean and rstd of the rows of in_sum and post_sum
     counter, start, B, eps,
     unimix: tl.constexpr,
     STAGE: tl.constexpr,  # one stage of step `start`, or -1: all stages of STEPS steps, with barriers
     STEPS: tl.constexpr, T: tl.constexpr, D: tl.constexpr, U: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
     PROGRAMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, DEPTH: tl.constexpr,
-    D_CHUNKS: tl.constexpr, U_CHUNKS: tl.constexpr, GROUPS: tl.constexpr, CLASSES: tl.constexpr,
-    SLOTS: tl.constexpr,
+    D_CHUNKS: tl.constexpr, U_CHUNKS: tl.constexpr, D_WIDTH: tl.constexpr, U_WIDTH: tl.constexpr,
+    CLASSES: tl.constexpr, UNROLL: tl.constexpr,
+    WHOLE: tl.constexpr,  # products of up to so many chunks are one block of code
 ):
     program = tl.program_id(0)
     own = program * BLOCK + tl.arange(0, BLOCK)  # columns of deter, units
-    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # sequences
+    first_row = tl.program_id(1) * ROWS
+    row = first_row.to(tl.int64) + tl.arange(0, ROWS)  # sequences
     inside = row < B
-    group = tl.arange(0, GROUPS)
+    low: tl.constexpr = x.dtype.element_ty
     arrived = 0
     programs = tl.num_programs(0) * tl.num_programs(1)
     for step in range(STEPS):
         t = start + step
         at = t * B + row  # (ROWS,) rows of (T * B, ..)
-        follows = inside & (at >= B) & (tl.load(is_first + at, mask=inside, other=1) == 0)
-        if STAGE == 0 or STAGE == -1:  # in_sum = action + the rows of in_stoch that the latent names
-            chosen = tl.load(index + (at - B)[:, None] * S + group[None, :],
-                             mask=follows[:, None] & (group < S)[None, :], other=0, cache_modifier=".cg")
-            fallback = tl.load(initial_index + group, mask=group < S, other=0)
-            # An initial class out of range has no row to read.
-            real = (group < S)[None, :] & (follows[:, None] | ((fallback >= 0) & (fallback < K))[None, :])
-            chosen = group[None, :] * K + tl.where(follows[:, None], chosen, fallback[None, :])
-            place = at[:, None] * U + own[None, :]
-            mask = inside[:, None] & (own < U)[None, :]
-            gathered = tl.load(in_stoch + chosen[:, :, None] * U + own[None, None, :],
-                               mask=mask[:, None, :] & real[:, :, None], other=0.0)
-            total = tl.load(action + place, mask=mask,
-                            other=0.0).to(tl.float32) + tl.sum(gathered.to(tl.float32), 1)
-            tl.store(in_sum + place, total, mask=mask)
+        if STAGE == 0 or STAGE == -1:  # x from in_sum = action + the rows of in_stoch that the latent names
+            for i in range(program, ROWS, PROGRAMS):
+                if first_row + i < B:
+                    enter(in_stoch, index, initial_index, is_first, action, in_weight, in_bias, in_sum, x, moments,
+                          t.to(tl.int64) * B + first_row + i, B, eps, U, S, K, U_WIDTH, UNROLL)
         if STAGE == -1:
             arrived += programs
             grid_barrier(counter, arrived)
-        if STAGE == 1 or STAGE == -1:  # gates_sum = gru @ [deter, x], and this program's moments
-            mean, rstd = row_moments(in_sum, at, inside, eps, U, U_CHUNKS, SPLIT, DEPTH)
-            if program == 0:
-                tl.store(moments + at * 2, mean, mask=inside)
-                tl.store(moments + at * 2 + 1, rstd, mask=inside)
+        if STAGE == 1 or STAGE == -1:  # gates_sum = gru @ [deter, x]
+            earlier = inside & (at >= B)
+            follows = earlier & (tl.load(is_first + at, mask=inside, other=1) == 0)
             r = tl.zeros((SPLIT, ROWS, BLOCK), tl.float32)
             c = tl.zeros((SPLIT, ROWS, BLOCK), tl.float32)
             u = tl.zeros((SPLIT, ROWS, BLOCK), tl.float32)
-            for chunk in range(D_CHUNKS):
-                tile = operand(deter, at - B, follows, chunk, D, SPLIT, DEPTH)
-                tile = tl.where(follows[None, :, None], tile, affine(initial_deter, chunk, D, SPLIT, DEPTH))
+            for chunk in tl.range(D_CHUNKS, loop_unroll_factor=D_CHUNKS if D_CHUNKS <= WHOLE else 1):
+                tile = operand(low_deter, at - B, earlier, chunk, D, SPLIT, DEPTH)
+                initial = vector(initial_deter, columns_of(chunk, SPLIT, DEPTH), D).to(low)
+                tile = tl.where(follows[None, :, None], tile, initial[:, None, :])
                 r = multiply(tile, gru, own, chunk, D, D + U, D, r, SPLIT, DEPTH)
                 c = multiply(tile, gru + D * (D + U), own, chunk, D, D + U, D, c, SPLIT, DEPTH)
                 u = multiply(tile, gru + 2 * D * (D + U), own, chunk, D, D + U, D, u, SPLIT, DEPTH)
-            for chunk in range(U_CHUNKS):
-                tile = norm_silu(operand(in_sum, at, inside, chunk, U, SPLIT, DEPTH), mean, rstd,
-                                 affine(in_weight, chunk, U, SPLIT, DEPTH),
-                                 affine(in_bias, chunk, U, SPLIT, DEPTH))
+            for chunk in tl.range(U_CHUNKS, loop_unroll_factor=U_CHUNKS if U_CHUNKS <= WHOLE else 1):
+                tile = operand(x, at, inside, chunk, U, SPLIT, DEPTH)
                 r = multiply(tile, gru + D, own, chunk, U, D + U, D, r, SPLIT, DEPTH)
                 c = multiply(tile, gru + D * (D + U) + D, own, chunk, U, D + U, D, c, SPLIT, DEPTH)
                 u = multiply(tile, gru + 2 * D * (D + U) + D, own, chunk, U, D + U, D, u, SPLIT, DEPTH)
-            r, c, u = tl.sum(r, 0), tl.sum(c, 0), tl.sum(u, 0)
             mask = inside[:, None] & (own < D)[None, :]
-            place = at[:, None] * (3 * D) + own[None, :]
-            tl.store(gates_sum + place, r, mask=mask)
-            tl.store(gates_sum + place + D, c, mask=mask)
-            tl.store(gates_sum + place + 2 * D, u, mask=mask)
-            count = 3 * tl.maximum(tl.minimum(D - program * BLOCK, BLOCK), 1)
-            mean = (tl.sum(r, 1) + tl.sum(c, 1) + tl.sum(u, 1)) / count  # columns beyond D are zero
-            r = tl.where((own < D)[None, :], r - mean[:, None], 0.0)
-            c = tl.where((own < D)[None, :], c - mean[:, None], 0.0)
-            u = tl.where((own < D)[None, :], u - mean[:, None], 0.0)
-            slot = ((t * PROGRAMS + program) * B + row) * 2
-            tl.store(partial + slot, mean, mask=inside)
-            tl.store(partial + slot + 1, tl.sum(r * r + c * c + u * u, 1), mask=inside)
+            cell = gates_sum + at[:, None] * (3 * D) + own[None, :]
+            tl.store(cell, tl.sum(r, 0), mask=mask)
+            tl.store(cell + D, tl.sum(c, 0), mask=mask)
+            tl.store(cell + 2 * D, tl.sum(u, 0), mask=mask)
         if STAGE == -1:
             arrived += programs
             grid_barrier(counter, arrived)
         if STAGE == 2 or STAGE == -1:  # the gates: deter
-            mean, rstd = merge(partial, t, row, inside, B, eps, D, PROGRAMS, SLOTS, BLOCK)
-            if program == 0:
-                tl.store(moments + ((T * B) + at) * 2, mean, mask=inside)
-                tl.store(moments + ((T * B) + at) * 2 + 1, rstd, mask=inside)
-            mask = inside[:, None] & (own < D)[None, :]
-            nr, nc, nu = own_gates(gates_sum, at, mask, own, mean, rstd, D)
-            r, z, u = activate(nr, nc, nu, gru_weight, gru_bias, own, D)
-            h = before_of(deter, initial_deter, at, follows, own, B, D)
-            tl.store(deter + at[:, None] * D + own[None, :], u * tanh(r * z) + (1.0 - u) * h, mask=mask)
+            for i in range(program, ROWS, PROGRAMS):
+                if first_row + i < B:
+                    update_deter(gates_sum, deter, low_deter, initial_deter, is_first, gru_weight, gru_bias,
+                                 t.to(tl.int64) * B + first_row + i, B, eps, D, D_WIDTH)
         if STAGE == -1:
             arrived += programs
             grid_barrier(counter, arrived)
         if STAGE == 3 or STAGE == -1:  # post_sum = embed + post_deter @ deter
-            sums = tl.zeros((SPLIT, ROWS, BLOCK), tl.float32)
-            for chunk in range(D_CHUNKS):
-                tile = operand(deter, at, inside, chunk, D, SPLIT, DEPTH)
-                sums = multiply(tile, post_deter, own, chunk, D, D, U, sums, SPLIT, DEPTH)
-            place = at[:, None] * U + own[None, :]
+            cell = at[:, None] * U + own[None, :]
             mask = inside[:, None] & (own < U)[None, :]
-            y = tl.sum(sums, 0) + tl.load(embed + place, mask=mask, other=0.0).to(tl.float32)
-            tl.store(post_sum + place, y, mask=mask)
+            seen = tl.load(embed + cell, mask=mask, other=0.0).to(tl.float32)
+            total = product(low_deter, at, inside, post_deter, own, D, U, D_CHUNKS, ROWS, BLOCK, SPLIT, DEPTH, WHOLE)
+            tl.store(post_sum + cell, total + seen, mask=mask)
         if STAGE == -1:
             arrived += programs
             grid_barrier(counter, arrived)
-        if STAGE == 4 or STAGE == -1:  # noqa: SIM102 - the latent: this program's groups
+        if STAGE == 4 or STAGE == -1:  # y
+            for i in range(program, ROWS, PROGRAMS):
+                if first_row + i < B:
+                    activate_posterior(post_sum, y, post_weight, post_bias, moments + 2 * T * B,
+                                       t.to(tl.int64) * B + first_row + i, eps, U, U_WIDTH)
+        if STAGE == -1:
+            arrived += programs
+            grid_barrier(counter, arrived)
+        if STAGE == 5 or STAGE == -1:  # noqa: SIM102 - the latent: this program's groups
             if program < S:
-                draw(post_sum, post_weight, post_bias, logit_weight, logit_bias, uniform, stoch, index, logp,
-                     moments + 4 * T * B, at, inside, program, eps, unimix, U, S, K, PROGRAMS, ROWS, SPLIT,
-                     DEPTH, U_CHUNKS, CLASSES)
+                draw(y, logit_weight, logit_bias, uniform, stoch, index, logp, at, inside, program, unimix, U, S, K,
+                     PROGRAMS, ROWS, SPLIT, DEPTH, U_CHUNKS, CLASSES, WHOLE)
         if STAGE == -1:
             arrived += programs
             grid_barrier(counter, arrived)
-
-
-@triton.jit
-def norm_silu_sums(x, grad, moments, weight, bias, at, inside, L: tl.constexpr, CHUNKS: tl.constexpr,
-                   SPLIT: tl.constexpr, DEPTH: tl.constexpr):
-    """mean, rstd of the rows of x, and the two means that the gradient of a layer norm subtracts."""
-    mean = tl.load(moments + at * 2, mask=inside, other=0.0)
-    rstd = tl.load(moments + at * 2 + 1, mask=inside, other=0.0)
-    plain, along = mean * 0.0, mean * 0.0
-    for chunk in range(CHUNKS):
-        slope, normed = norm_silu_slope(
-            operand(x, at, inside, chunk, L, SPLIT, DEPTH),
-            operand(grad, at, inside, chunk, L, SPLIT, DEPTH), mean, rstd,
-            affine(weight, chunk, L, SPLIT, DEPTH), affine(bias, chunk, L, SPLIT, DEPTH))
-        plain += tl.sum(tl.sum(slope, 2), 0)
-        along += tl.sum(tl.sum(slope * normed, 2), 0)
-    return mean, rstd, plain * (1.0 / L), along * (1.0 / L)
-
-
-@triton.jit
-def norm_silu_operand(x, grad, weight, bias, at, inside, mean, rstd, plain, along, chunk, L: tl.constexpr,
-                      SPLIT: tl.constexpr, DEPTH: tl.constexpr):
-    """The gradient of x, of one chunk."""
-    slope, normed = norm_silu_slope(
-        operand(x, at, inside, chunk, L, SPLIT, DEPTH),
-        operand(grad, at, inside, chunk, L, SPLIT, DEPTH), mean, rstd,
-        affine(weight, chunk, L, SPLIT, DEPTH), affine(bias, chunk, L, SPLIT, DEPTH))
-    return rstd[None, :, None] * (slope - plain[None, :, None] - normed * along[None, :, None])
 
 
 @triton.jit(do_not_specialize=["start"])  # else three variants, compiled while a graph is captured
 def observe_backward(
     is_first, initial_deter, in_stoch, in_weight, in_bias, gru_columns, gru_weight, gru_bias, post_columns,
-    post_weight,
-    post_bias, logit_columns,  # *_columns: the matrices transposed
+    post_weight, post_bias, logit_columns,  # *_columns: the matrices transposed
     deter, logp, in_sum, gates_sum, post_sum, moments, grad_deter, grad_stoch, grad_logp,
     grad_logits,  # (T, B, S*K) of the logits
     grad_y,  # (T, B, U) of SiLU(LN(post_sum))
+    grad_post,  # (T, B, U) of post_sum
     grad_total,  # (T, B, D) of deter, from everywhere
     grad_gates,  # (T, B, 3D) of gates_sum
+    grad_kept,  # (T, B, D) of the deter before, by way of what the update gate keeps of it
     grad_before,  # (T, B, D) of the deter before, by way of the gates
     grad_x,  # (T, B, U) of SiLU(LN(in_sum))
-    partial,  # (T, programs, B, 2): the sums of a program's gates that the layer norm's gradient needs
-    counter, start, B, unimix: tl.constexpr,
+    grad_in,  # (T, B, U) of in_sum
+    counter, start, B, eps, unimix: tl.constexpr,
     STAGE: tl.constexpr, STEPS: tl.constexpr, T: tl.constexpr, D: tl.constexpr, U: tl.constexpr,
-    S: tl.constexpr,
-    K: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-    DEPTH: tl.constexpr, D_CHUNKS: tl.constexpr, U_CHUNKS: tl.constexpr, GATE_CHUNKS: tl.constexpr,
-    LATENT_CHUNKS: tl.constexpr, CLASSES: tl.constexpr, SLOTS: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr, DEPTH: tl.constexpr, U_CHUNKS: tl.constexpr, GATE_CHUNKS: tl.constexpr,
+    LATENT_CHUNKS: tl.constexpr, D_WIDTH: tl.constexpr, U_WIDTH: tl.constexpr, CLASSES: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     program = tl.program_id(0)
     own = program * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first_row = tl.program_id(1) * ROWS
+    row = first_row.to(tl.int64) + tl.arange(0, ROWS)
     inside = row < B
     classes = tl.arange(0, CLASSES)
     arrived = 0
@@ -386,26 +375,20 @@ def observe_backward(
         t = start - step
         at = t * B + row
         after = at + B
-        follows = inside & (at >= B) & (tl.load(is_first + at, mask=inside, other=1) == 0)
-        followed = inside & (after < T * B)
-        followed = followed & (tl.load(is_first + after, mask=followed, other=1) == 0)
+        later = inside & (after < T * B)
+        followed = later & (tl.load(is_first + after, mask=later, other=1) == 0)
         if STAGE == 0 or STAGE == -1:  # noqa: SIM102 - the latent: this program's groups
             if program < S:
-                mean, rstd, plain, along = norm_silu_sums(in_sum, grad_x, moments, in_weight, in_bias, after,
-                                                          followed, U, U_CHUNKS, SPLIT, DEPTH)
                 for s in range(program, S, PROGRAMS):
-                    latent = tl.zeros((SPLIT, ROWS, CLASSES), tl.float32)
-                    for chunk in range(U_CHUNKS):
-                        tile = norm_silu_operand(in_sum, grad_x, in_weight, in_bias, after, followed, mean,
-                                                 rstd, plain, along, chunk, U, SPLIT, DEPTH)
-                        latent = multiply(tile, in_stoch + s * K * U, classes, chunk, U, U, K, latent,
-                                          SPLIT, DEPTH)
                     cell = (at * S + s)[:, None] * K + classes[None, :]
                     mask = inside[:, None] & (classes < K)[None, :]
-                    of_p = tl.sum(latent, 0) + tl.load(grad_stoch + cell, mask=mask, other=0.0)
+                    given = tl.load(grad_stoch + cell, mask=mask, other=0.0)
                     mixed = tl.exp(tl.load(logp + cell, mask=mask, other=0.0))
-                    part = tl.where(mask, tl.maximum(mixed - unimix / K, 0.0), 0.0)  # (1 - unimix) * softmax
                     of_logp = tl.load(grad_logp + cell, mask=mask, other=0.0)
+                    latent = product(grad_in, after, later, in_stoch + s * K * U, classes, U, K, U_CHUNKS, ROWS,
+                                     CLASSES, SPLIT, DEPTH, WHOLE)
+                    of_p = tl.where(followed[:, None], latent, 0.0) + given
+                    part = tl.where(mask, tl.maximum(mixed - unimix / K, 0.0), 0.0)  # (1 - unimix) * softmax
                     of_p = part * of_p + (of_logp * (part / mixed) if unimix > 0 else of_logp)
                     grad = of_p - part * (1.0 / (1.0 - unimix)) * tl.sum(of_p, 1)[:, None]
                     tl.store(grad_logits + cell, grad.to(grad_logits.dtype.element_ty), mask=mask)
@@ -413,71 +396,57 @@ def observe_backward(
             arrived += programs
             grid_barrier(counter, arrived)
         if STAGE == 1 or STAGE == -1:  # through the logits
-            total = tl.zeros((SPLIT, ROWS, BLOCK), tl.float32)
-            for chunk in range(LATENT_CHUNKS):
-                tile = operand(grad_logits, at, inside, chunk, S * K, SPLIT, DEPTH)
-                total = multiply(tile, logit_columns, own, chunk, S * K, S * K, U, total, SPLIT, DEPTH)
-            tl.store(grad_y + at[:, None] * U + own[None, :], tl.sum(total, 0), mask=in_units)
+            total = product(grad_logits, at, inside, logit_columns, own, S * K, U, LATENT_CHUNKS, ROWS, BLOCK, SPLIT,
+                            DEPTH, WHOLE)
+            tl.store(grad_y + at[:, None] * U + own[None, :], total, mask=in_units)
         if STAGE == -1:
             arrived += programs
             grid_barrier(counter, arrived)
-        if STAGE == 2 or STAGE == -1:  # deter: what the step, its posterior and the next step hand it
-            mean, rstd, plain, along = norm_silu_sums(post_sum, grad_y, moments + 4 * T * B, post_weight,
-                                                      post_bias, at, inside, U, U_CHUNKS, SPLIT, DEPTH)
-            total = tl.zeros((SPLIT, ROWS, BLOCK), tl.float32)
-            for chunk in range(U_CHUNKS):
-                tile = norm_silu_operand(post_sum, grad_y, post_weight, post_bias, at, inside, mean, rstd,
-                                         plain, along, chunk, U, SPLIT, DEPTH)
-                total = multiply(tile, post_columns, own, chunk, U, U, D, total, SPLIT, DEPTH)
+        if STAGE == 2 or STAGE == -1:  # through y
+            for i in range(program, ROWS, PROGRAMS):
+                if first_row + i < B:
+                    line_of_norm_silu_gradient(post_sum, grad_y, grad_post, post_weight, post_bias, moments + 2 * T * B,
+                                       t.to(tl.int64) * B + first_row + i, U, U_WIDTH)
+        if STAGE == -1:
+            arrived += programs
+            grid_barrier(counter, arrived)
+        if STAGE == 3 or STAGE == -1:  # deter: what the step, its posterior and the next step hand it
             place = at[:, None] * D + own[None, :]
-            later = place + B * D
-            carried = followed[:, None] & (own < D)[None, :]
-            mean = tl.load(moments + (T * B + after) * 2, mask=followed, other=0.0)
-            rstd = tl.load(moments + (T * B + after) * 2 + 1, mask=followed, other=0.0)
-            nr, nc, nu = own_gates(gates_sum, after, carried, own, mean, rstd, D)
-            _, _, u = activate(nr, nc, nu, gru_weight, gru_bias, own, D)
-            grad = tl.sum(total, 0) + tl.load(grad_deter + place, mask=in_deter, other=0.0)
-            grad += (1.0 - u) * tl.load(grad_total + later, mask=carried, other=0.0, cache_modifier=".cg")
-            grad += tl.load(grad_before + later, mask=carried, other=0.0, cache_modifier=".cg")
-            tl.store(grad_total + place, grad, mask=in_deter)
-            dr, dc, du, nr, nc, nu, rstd = gate_slopes(gates_sum, deter, initial_deter, gru_weight, gru_bias,
-                                                       moments, grad, at, inside, follows, own, T * B, B, D)
-            slot = ((t * PROGRAMS + program) * B + row) * 2
-            tl.store(partial + slot, tl.sum(dr + dc + du, 1), mask=inside)
-            tl.store(partial + slot + 1, tl.sum(dr * nr + dc * nc + du * nu, 1), mask=inside)
+            carried = later[:, None] & (own < D)[None, :]
+            next_step = tl.load(grad_kept + place + B * D, mask=carried, other=0.0, cache_modifier=".cg")
+            next_step += tl.load(grad_before + place + B * D, mask=carried, other=0.0, cache_modifier=".cg")
+            given = tl.load(grad_deter + place, mask=in_deter, other=0.0)
+            total = product(grad_post, at, inside, post_columns, own, U, D, U_CHUNKS, ROWS, BLOCK, SPLIT, DEPTH, WHOLE)
+            total += given + tl.where(followed[:, None], next_step, 0.0)
+            tl.store(grad_total + place, total, mask=in_deter)
         if STAGE == -1:
             arrived += programs
             grid_barrier(counter, arrived)
-        if STAGE == 3 or STAGE == -1:  # the gates
-            other = tl.arange(0, SLOTS)[:, None]
-            slot = ((t * PROGRAMS + other) * B + row[None, :]) * 2
-            mask = (other < PROGRAMS) & inside[None, :]
-            plain = tl.sum(tl.load(partial + slot, mask=mask, other=0.0, cache_modifier=".cg"), 0) * (1.0 / (3 * D))
-            along = tl.load(partial + slot + 1, mask=mask, other=0.0, cache_modifier=".cg")
-            along = tl.sum(along, 0) * (1.0 / (3 * D))
-            grad = tl.load(grad_total + at[:, None] * D + own[None, :], mask=in_deter, other=0.0,
-                           cache_modifier=".cg")
-            dr, dc, du, nr, nc, nu, rstd = gate_slopes(gates_sum, deter, initial_deter, gru_weight, gru_bias,
-                                                       moments, grad, at, inside, follows, own, T * B, B, D)
-            low: tl.constexpr = grad_gates.dtype.element_ty
-            place = grad_gates + at[:, None] * (3 * D) + own[None, :]
-            plain, along, rstd = plain[:, None], along[:, None], rstd[:, None]
-            tl.store(place, (rstd * (dr - plain - nr * along)).to(low), mask=in_deter)
-            tl.store(place + D, (rstd * (dc - plain - nc * along)).to(low), mask=in_deter)
-            tl.store(place + 2 * D, (rstd * (du - plain - nu * along)).to(low), mask=in_deter)
+        if STAGE == 4 or STAGE == -1:  # the gates
+            for i in range(program, ROWS, PROGRAMS):
+                if first_row + i < B:
+                    line_of_gate_gradients(gates_sum, deter, initial_deter, is_first, gru_weight, gru_bias, grad_total,
+                                   grad_gates, grad_kept, t.to(tl.int64) * B + first_row + i, B, eps, D, D_WIDTH)
         if STAGE == -1:
             arrived += programs
             grid_barrier(counter, arrived)
-        if STAGE == 4 or STAGE == -1:  # through the GRU's matrix, to the deter before and to x
+        if STAGE == 5 or STAGE == -1:  # through the GRU's matrix, to the deter before and to x
             to_deter = tl.zeros((SPLIT, ROWS, BLOCK), tl.float32)
             to_x = tl.zeros((SPLIT, ROWS, BLOCK), tl.float32)
-            for chunk in range(GATE_CHUNKS):
+            for chunk in tl.range(GATE_CHUNKS, loop_unroll_factor=GATE_CHUNKS if GATE_CHUNKS <= WHOLE else 1):
                 tile = operand(grad_gates, at, inside, chunk, 3 * D, SPLIT, DEPTH)
                 to_deter = multiply(tile, gru_columns, own, chunk, 3 * D, 3 * D, D, to_deter, SPLIT, DEPTH)
-                to_x = multiply(tile, gru_columns + 3 * D * D, own, chunk, 3 * D, 3 * D, U, to_x, SPLIT,
-                                DEPTH)
+                to_x = multiply(tile, gru_columns + 3 * D * D, own, chunk, 3 * D, 3 * D, U, to_x, SPLIT, DEPTH)
             tl.store(grad_before + at[:, None] * D + own[None, :], tl.sum(to_deter, 0), mask=in_deter)
             tl.store(grad_x + at[:, None] * U + own[None, :], tl.sum(to_x, 0), mask=in_units)
+        if STAGE == -1:
+            arrived += programs
+            grid_barrier(counter, arrived)
+        if STAGE == 6 or STAGE == -1:  # through x
+            for i in range(program, ROWS, PROGRAMS):
+                if first_row + i < B:
+                    line_of_norm_silu_gradient(in_sum, grad_x, grad_in, in_weight, in_bias, moments,
+                                       t.to(tl.int64) * B + first_row + i, U, U_WIDTH)
         if STAGE == -1:
             arrived += programs
             grid_barrier(counter, arrived)

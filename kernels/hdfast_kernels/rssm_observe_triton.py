@@ -1,7 +1,7 @@
 """rssm_observe in Triton: how the kernels of rssm_observe_kernels are launched, and what is done after the scan.
 
-Forward and backward are five launches a step, inside a CUDA graph, or one launch for all steps (`persistent`). The
-gradients of matrices, norms, embed and action follow from what the scan leaves, in a few operations on T*B rows.
+Forward is six launches a step and backward seven, inside a CUDA graph, or each is one launch for all steps
+(`persistent`). The gradients of matrices and norms follow from what the scan leaves, in a few operations on T*B rows.
 
 Axes: T time, B batch, D deter, U units, S groups, K classes.
 """
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ._triton import triton
-from .layer_norm_gru import layer_norm_gru_reference
-from .layer_norm_silu import layer_norm_silu_reference
+from .layer_norm_gru import _LayerNormGRU
+from .layer_norm_silu import _LayerNormSiLU
 from .rssm_observe_kernels import observe_backward, observe_forward
 
 
@@ -25,15 +25,20 @@ class Layout:
     programs: int  # by columns
     row_programs: int  # by sequences
     BLOCK: int  # columns of a program
-    DEPTH: int  # of one of SPLIT parts of a sum
+    SPLIT: int  # parts of a sum, each of which a warp has
+    DEPTH: int  # of one of them
+    WHOLE: int  # products of up to so many chunks are one block of code
 
 
-# A tensor-core tile has 16 rows. 8 warps share a sum, each with a part of its depth: as deep as compiles without
-# spilling on sm_80, 90 and 100, 64 at most (an operand then takes 32 registers a thread). 8 columns are the least of
-# a tensor-core tile; 16 where there are more programs than multiprocessors. Programs that wait for each other must
-# all be running: persistent, they must not exceed the multiprocessors. More than an A100's are not used: 128 programs
-# of 8 columns would fit into one wave of an H100, and spill there or on a B200, whatever the depth.
-ROWS, SPLIT, MULTIPROCESSORS = 16, 8, 108
+# A tensor-core tile has 16 rows. A sum is shared by few warps, since what they have is exchanged: on an H200 the scan
+# takes 3.2 ms with 4, 4.1 with 8 and 6.3 with 16. Each has a part of its depth, as deep as compiles without spilling
+# on sm_80, 90 and 100. 8 columns are the least of a tensor-core tile; 16 where there are more programs than
+# multiprocessors. Programs that wait for each other must all be running: persistent, they must not exceed the
+# multiprocessors. More than an A100's are not used: 128 programs of 8 columns would fit into one wave of an H100, and
+# spill there or on a B200, whatever the depth.
+ROWS, MULTIPROCESSORS = 16, 108
+WARPS = {torch.bfloat16: 4, torch.float32: 8}
+UNROLL = 32  # rows of the latent's matrix that are read at once
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -57,9 +62,38 @@ def layout(B: int, D: int, U: int, low: torch.dtype, persistent: bool, at_once: 
         raise ValueError(
             f"rssm_observe: {B} sequences with {columns} columns do not fit one persistent launch"
         )
-    part = 16 if low == torch.float32 else 32 if persistent else 64
-    depth = min(part, max(16, triton.next_power_of_2(-(-columns // SPLIT))))
-    return Layout(programs, row_programs, block, depth)
+    split = WARPS[low]
+    part = (
+        16
+        if low == torch.float32
+        else (64 if persistent else 128)
+        if block == 8
+        else 32
+        if persistent
+        else 64
+    )
+    whole = 3 if low == torch.float32 else 32  # float32 would spill
+    return Layout(programs, row_programs, block, split, _depth(part, columns, split), whole)
+
+
+def fits_one_launch(B: int, D: int, U: int, matrix: Tensor) -> bool:
+    """Whether all programs for B sequences can run at the same time, `matrix` being one of the op's."""
+    try:
+        layout(B, D, U, matrix.dtype, True, multiprocessors(matrix.device))
+    except ValueError:
+        return False
+    return True
+
+
+def _depth(most: int, columns: int, split: int) -> int:
+    """As deep as `columns` need, up to `most`."""
+    return min(most, max(16, triton.next_power_of_2(-(-columns // split))))
+
+
+def backward_layout(grid: Layout, columns: int, low: torch.dtype) -> Layout:
+    """The same split, as deep as backward's operands allow."""
+    part = 16 if low == torch.float32 else 128 if grid.BLOCK == 8 else 32
+    return replace(grid, DEPTH=_depth(part, columns, grid.SPLIT))
 
 
 def _launch(
@@ -70,12 +104,10 @@ def _launch(
         "PROGRAMS": grid.programs,
         "ROWS": ROWS,
         "BLOCK": grid.BLOCK,
-        "SPLIT": SPLIT,
+        "SPLIT": grid.SPLIT,
         "DEPTH": grid.DEPTH,
-    }
-    common |= {
-        "SLOTS": triton.next_power_of_2(grid.programs),
-        "num_warps": SPLIT,
+        "WHOLE": grid.WHOLE,
+        "num_warps": grid.SPLIT,
         "num_stages": 1,
     } | constants
     counter = torch.zeros(1, dtype=torch.int32, device=tensors[0].device)
@@ -97,9 +129,9 @@ class _Observe(torch.autograd.Function):
             _contiguous, tensors
         )
         T, B, S = uniform.shape
-        D, U, K = len(initial_deter), embed.shape[-1], len(in_stoch) // S
+        D, U, K, low = len(initial_deter), embed.shape[-1], len(in_stoch) // S, in_stoch.dtype
         is_first = is_first.view(torch.uint8)
-        grid = layout(B, D, U, in_stoch.dtype, persistent, multiprocessors(embed.device))
+        grid = layout(B, D, U, low, persistent, multiprocessors(embed.device))
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=embed.device)
@@ -107,17 +139,19 @@ class _Observe(torch.autograd.Function):
         deter, stoch, logp = empty(T, B, D), empty(T, B, S, K), empty(T, B, S, K)
         index = empty(T, B, S, dtype=torch.int64)
         in_sum, gates_sum, post_sum = empty(T, B, U), empty(T, B, 3 * D), empty(T, B, U)
-        moments, partial = empty(3, T, B, 2), empty(T, grid.programs, B, 2)
-        constants = {"T": T, "D": D, "U": U, "S": S, "K": K, **_chunks(grid, D=D, U=U)}
-        constants |= {"CLASSES": max(8, triton.next_power_of_2(K)), "unimix": unimix}
+        x, y = empty(T, B, U, dtype=low), empty(T, B, U, dtype=low)
+        low_deter = deter if low == deter.dtype else empty(T, B, D, dtype=low)
+        moments = empty(2, T, B, 2)
+        constants = {"T": T, "D": D, "U": U, "S": S, "K": K, "unimix": unimix, **_widths(D=D, U=U)}
+        constants["CLASSES"] = max(8, triton.next_power_of_2(K))
+        constants_forward = constants | {"UNROLL": min(S, UNROLL)} | _chunks(grid, D=D, U=U)
         inputs = (embed, action, is_first, uniform, initial_deter, initial_index, in_stoch, *weights)
-        outputs = (deter, stoch, index, logp, in_sum, gates_sum, post_sum, moments, partial)
-        groups = {"GROUPS": triton.next_power_of_2(S)}
-        _launch(
-            observe_forward, inputs + outputs, (B, eps), grid, constants | groups, 5, range(T), persistent
-        )
+        outputs = (deter, stoch, index, logp, in_sum, gates_sum, post_sum, x, low_deter, y, moments)
+        _launch(observe_forward, inputs + outputs, (B, eps), grid, constants_forward, 6, range(T), persistent)
         saved = (is_first, initial_deter, initial_index, in_stoch, *weights)
-        ctx.save_for_backward(*saved, deter, index, logp, in_sum, gates_sum, post_sum, moments)
+        ctx.save_for_backward(
+            *saved, deter, index, logp, in_sum, gates_sum, post_sum, x, low_deter, y, moments
+        )
         ctx.settings = grid, constants, eps, persistent
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         ctx.mark_non_differentiable(index)
@@ -130,58 +164,49 @@ class _Observe(torch.autograd.Function):
         in_weight, in_bias, gru, gru_weight, gru_bias, post_deter, post_weight, post_bias, logit_weight, _ = (
             rest[:10]
         )
-        deter, index, logp, in_sum, gates_sum, post_sum, moments = rest[10:]
+        deter, index, logp, in_sum, gates_sum, post_sum, x, low_deter, y, moments = rest[10:]
         grid, constants, eps, persistent = ctx.settings
         (T, B, D), (S, K), U, low = deter.shape, logp.shape[2:], len(post_deter), gru.dtype
 
-        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=deter.device)
+        def empty(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(T, B, width, dtype=dtype, device=deter.device)
 
-        of_logits, of_gates = empty(T, B, S * K, dtype=low), empty(T, B, 3 * D, dtype=low)
-        of_y, of_x, of_total, of_before = empty(T, B, U), empty(T, B, U), empty(T, B, D), empty(T, B, D)
+        of_logits, of_gates, of_post, of_in = (empty(width, low) for width in (S * K, 3 * D, U, U))
+        of_y, of_x, of_total, of_kept, of_before = empty(U), empty(U), empty(D), empty(D), empty(D)
+        columns = (matrix.t().contiguous() for matrix in (gru, post_deter, logit_weight))
+        gru_columns, post_columns, logit_columns = columns
         inputs = (
-            *(
-                is_first,
-                initial_deter,
-                in_stoch,
-                in_weight,
-                in_bias,
-                gru.t().contiguous(),
-                gru_weight,
-                gru_bias,
-            ),
-            *(post_deter.t().contiguous(), post_weight, post_bias, logit_weight.t().contiguous()),
+            *(is_first, initial_deter, in_stoch, in_weight, in_bias, gru_columns, gru_weight, gru_bias),
+            *(post_columns, post_weight, post_bias, logit_columns),
             *(deter, logp, in_sum, gates_sum, post_sum, moments),
             *(grad_deter.contiguous(), grad_stoch.contiguous(), grad_logp.contiguous()),
         )
-        outputs = (of_logits, of_y, of_total, of_gates, of_before, of_x, empty(T, grid.programs, B, 2))
-        if grid.BLOCK > 8:  # backward holds more operands than forward
-            grid = replace(grid, DEPTH=min(grid.DEPTH, 32))
-        constants = constants | _chunks(grid, D=D, U=U, GATE=3 * D, LATENT=S * K)
+        outputs = (of_logits, of_y, of_post, of_total, of_gates, of_kept, of_before, of_x, of_in)
+        grid = backward_layout(grid, max(D, U), low)
+        constants = constants | _chunks(grid, U=U, GATE=3 * D, LATENT=S * K)
         steps = range(T - 1, -1, -1)
-        _launch(observe_backward, inputs + outputs, (B,), grid, constants, 5, steps, persistent)
+        _launch(observe_backward, inputs + outputs, (B, eps), grid, constants, 7, steps, persistent)
 
         first = is_first.view(torch.bool).clone()
         first[:1] = True
         before = torch.where(first[..., None], initial_deter, deter.roll(1, 0))
         chosen = torch.where(first[..., None], initial_index, index.roll(1, 0))
-        x, (of_in, of_in_weight, of_in_bias) = _pull(
-            layer_norm_silu_reference, (in_sum, in_weight, in_bias), of_x, eps
-        )
-        y, (of_post, of_post_weight, of_post_bias) = _pull(
-            layer_norm_silu_reference, (post_sum, post_weight, post_bias), of_y, eps
-        )
-        _, (_, direct, of_gru_weight, of_gru_bias) = _pull(
-            layer_norm_gru_reference, (gates_sum, before, gru_weight, gru_bias), of_total, eps
-        )
+        in_gradients = _pull(_LayerNormSiLU, (in_sum, in_weight, in_bias), of_x, eps)
+        post_gradients = _pull(_LayerNormSiLU, (post_sum, post_weight, post_bias), of_y, eps)
+        _, _, *gru_gradients = _pull(_LayerNormGRU, (gates_sum, before, gru_weight, gru_bias), of_total, eps)
         latent = (chosen[..., None] == torch.arange(K, device=chosen.device)).flatten(-2).to(low)
-        of_initial = ((direct + of_before) * first[..., None]).sum((0, 1))
+        of_initial = ((of_kept + of_before) * first[..., None]).sum((0, 1))
+        embed_dtype, action_dtype = ctx.dtypes[:2]
         gradients = (
-            *(of_post, of_in, None, None, of_initial, None),
-            *(_outer(latent, of_in.to(low)), of_in_weight, of_in_bias),
-            *(_outer(of_gates, torch.cat([before, x], -1).to(low)), of_gru_weight, of_gru_bias),
-            *(_outer(of_post.to(low), deter.to(low)), of_post_weight, of_post_bias),
-            *(_outer(of_logits, y.to(low)), of_logits.sum((0, 1), dtype=torch.float32)),
+            *(
+                of_post if embed_dtype == low else post_gradients[0],
+                of_in if action_dtype == low else in_gradients[0],
+            ),
+            *(None, None, of_initial, None),
+            *(_outer(latent, of_in), *in_gradients[1:]),
+            *(_outer(of_gates, torch.cat([before.to(low), x], -1)), *gru_gradients),
+            *(_outer(of_post, low_deter), *post_gradients[1:]),
+            *(_outer(of_logits, y), of_logits.sum((0, 1), dtype=torch.float32)),
         )
         typed = [g if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)]
         return None, *typed, None, None
@@ -192,17 +217,18 @@ def _contiguous(tensor: Tensor) -> Tensor:
 
 
 def _chunks(grid: Layout, **lengths: int) -> dict[str, int]:
-    return {f"{name}_CHUNKS": -(-length // (SPLIT * grid.DEPTH)) for name, length in lengths.items()}
+    return {f"{name}_CHUNKS": -(-length // (grid.SPLIT * grid.DEPTH)) for name, length in lengths.items()}
 
 
-def _pull(
-    function, inputs: tuple[Tensor, ...], grad: Tensor, eps: float
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """function(*inputs, eps) and the gradients of the inputs."""
+def _widths(**lengths: int) -> dict[str, int]:
+    return {f"{name}_WIDTH": triton.next_power_of_2(length) for name, length in lengths.items()}
+
+
+def _pull(op, inputs: tuple[Tensor, ...], grad: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """The gradients of the inputs of op(*inputs, eps)."""
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-        out = function(*leaves, eps)
-        return out.detach(), torch.autograd.grad(out, leaves, grad)
+        return torch.autograd.grad(op.apply(*leaves, eps), leaves, grad)
 
 
 def _outer(grad: Tensor, operand: Tensor) -> Tensor:
@@ -211,5 +237,5 @@ def _outer(grad: Tensor, operand: Tensor) -> Tensor:
 
 
 def rssm_observe_triton(*arguments: Tensor | float, persistent: bool = False) -> tuple[Tensor, ...]:
-    """`rssm_observe` in Triton, same arguments; `persistent`: one launch a direction, not five a step."""
+    """`rssm_observe` in Triton, same arguments; `persistent`: one launch a direction, not six or seven a step."""
     return _Observe.apply(persistent, *arguments)

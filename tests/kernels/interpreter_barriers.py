@@ -7,6 +7,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from types import ModuleType
+from typing import ClassVar
 
 import greenlet
 from triton.runtime import interpreter
@@ -15,7 +16,7 @@ from triton.runtime import interpreter
 class _Grid(interpreter.GridExecutor):
     """Runs the programs of a launch side by side, from barrier to barrier."""
 
-    barriers = 0  # met in the last launch
+    barriers: ClassVar[list[int]] = []  # met in each launch that met any
 
     def __call__(self, *args, **kwargs):
         known = inspect.getfullargspec(self.fn).args
@@ -33,7 +34,7 @@ class _Grid(interpreter.GridExecutor):
             builder.set_grid_dim(*grid)
             places = [(x, y, z) for x in range(grid[0]) for y in range(grid[1]) for z in range(grid[2])]
             programs = [greenlet.greenlet(lambda: self.fn(**arguments)) for _ in places]
-            _Grid.barriers = -1
+            met = -1
             order = list(zip(places, programs, strict=True))
             while not all(program.dead for program in programs):
                 if any(program.dead for program in programs):
@@ -41,8 +42,9 @@ class _Grid(interpreter.GridExecutor):
                 for place, program in order:
                     builder.set_grid_idx(*place)
                     program.switch()
-                _Grid.barriers += 1
+                met += 1
                 order.reverse()  # so that a missing barrier shows, whichever program it would have held back
+            _Grid.barriers += [met] if met else []
         finally:
             if scope is not None:
                 scope.restore()
@@ -52,7 +54,7 @@ class _Grid(interpreter.GridExecutor):
 def cooperative(module: ModuleType) -> Iterator[type[_Grid]]:
     """Inside the block the kernels of `module` run side by side, and its `grid_barrier` is a hand-over."""
     executor, barrier = interpreter.GridExecutor, module.grid_barrier
-    interpreter.GridExecutor = _Grid
+    interpreter.GridExecutor, _Grid.barriers = _Grid, []
     module.grid_barrier = lambda counter, target: greenlet.getcurrent().parent.switch()
     try:
         yield _Grid

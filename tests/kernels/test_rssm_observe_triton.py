@@ -78,7 +78,7 @@ def test_one_launch_does_what_a_launch_for_each_stage_does(sizes):
     stages = run(triton_op(persistent=False), case)
     with cooperative(rssm_observe_kernels) as launch:
         together = run(op("persistent"), case)
-    assert launch.barriers == 5 * sizes.T
+    assert launch.barriers == [6 * sizes.T, 7 * sizes.T]
     for name, value in stages.items():
         assert torch.equal(value, together[name]), name
 
@@ -120,8 +120,9 @@ def test_one_launch_compiles_for_training_shapes(sm, dtype):
         report.backward(outputs[0], outputs[1], outputs[3])
 
     kernels = report.compile_case(report.Case("rssm_observe", "persistent", call), sm)
-    assert [kernel.name for kernel in kernels] == ["observe_forward", "observe_backward"]
-    for kernel in kernels:
+    scans = [kernel for kernel in kernels if kernel.name.startswith("observe")]
+    assert [kernel.name for kernel in scans] == ["observe_forward", "observe_backward"]
+    for kernel in scans:
         assert not kernel.faults(), kernel
         assert kernel.programs_per_multiprocessor >= 1
         assert kernel.instructions["atom"] > 0  # the barriers
@@ -137,13 +138,14 @@ def test_a_barrier_releases_and_asks_until_all_are_there():
         small = arguments(torch.bfloat16, 2, 16, 32, 32, 4, 8)
         outputs = rssm_observe_triton(*small, 0.01, 1e-3, persistent=True)
         report.backward(outputs[0], outputs[1], outputs[3])
-    assert len(kernels) == 2
-    for kernel in kernels:
+    scans = [kernel for kernel in kernels if kernel.metadata.name.startswith("observe")]
+    assert len(scans) == 2
+    for stages, kernel in zip((6, 7), scans, strict=True):
         ptx = kernel.asm["ptx"]
         asks = re.findall(
             r"bar\.sync\s+0;(?:(?!bra|bar\.sync).)*?atom\.global\S*\.cas.*?\sbra\s", ptx, re.DOTALL
         )
-        assert len(re.findall(r"(?:atom|red)\.\S*release\S*\.add", ptx)) == len(asks) == 5
+        assert len(re.findall(r"(?:atom|red)\.\S*release\S*\.add", ptx)) == len(asks) == stages
         assert "ld.global.nc" not in ptx  # it would not see what other programs wrote
 
 
