@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from bench import table
-from bench.machine import copy_gb_per_second, gemm_gflop_per_second, seconds, synchronised
+from bench.machine import copy_gb_per_second, gemm_gflop_per_second, in_a_row, seconds, synchronised
 from hdfast.runtime.device import prepare_device, resolve_device
 
 DEVICE = resolve_device("auto")
 prepare_device(DEVICE, little_work=False)  # with the memory of a run: no implementation pays for new pages
-SECONDS = 0.25  # about as long as one implementation of one case is timed, where no number of rounds is given
+# About as long as one implementation of one case is timed, where no number of rounds is given.
+SECONDS = 0.25 if DEVICE.type == "cpu" else 0.05
 NOISE = 1.1  # a difference below this is not told
 HEAD = [
     "group",
@@ -48,6 +49,7 @@ def compare(benchmark) -> Callable[..., None]:
         count: int | None = None,
         rounds: int | None = None,
         warmups: int = 1,
+        graph: bool = False,
         **info: Any,
     ) -> None:
         """Times `run`, and before each of its rounds `beside`, to the end of what they start on the device.
@@ -57,10 +59,12 @@ def compare(benchmark) -> Callable[..., None]:
         nbytes: what has to move at the least; its rate is told, and the rate's share of that of a large copy.
         gflop, dtype: GFLOP of the matrix work; its rate is told, and the rate's share of that of a large product.
         count: what `run` gets done, told per second.
+        graph: on CUDA as replays of a CUDA graph, as `in_a_row` does it.
         rounds: by default as many as take about SECONDS, between 7 and 100.
         """
-        run = synchronised(run, DEVICE)
-        beside = beside and synchronised(beside, DEVICE)
+        prepare = in_a_row if graph else lambda function, device: (synchronised(function, device), 1)
+        run, calls = prepare(run, DEVICE)
+        beside, others = prepare(beside, DEVICE) if beside else (None, 1)
         for _ in range(warmups):
             run()
             if beside:
@@ -69,12 +73,14 @@ def compare(benchmark) -> Callable[..., None]:
 
         def before() -> None:
             if beside:
-                besides.append(seconds(beside))
+                besides.append(seconds(beside) / others)
 
         rounds = rounds or min(100, max(7, int(SECONDS / seconds(run))))
         benchmark.pedantic(run, setup=before, rounds=rounds, iterations=1)
-        median = benchmark.stats.stats.median
+        median = benchmark.stats.stats.median / calls
         info |= {
+            "median_ms": median * 1e3,
+            "calls": calls,
             "implementation": implementation,
             "default": default,
             "against": against,
@@ -107,7 +113,7 @@ def row(bench: Any) -> list[str]:
         bench.group,
         "*" if info["default"] else "",
         info["implementation"],
-        table.number(bench.stats.median * 1e3, 4),
+        table.number(info["median_ms"], 4),
         table.number(info.get("beside_ms"), 4),
         "" if times is None else f"{times:.2f}",
         *(table.number(info.get(key)) for key in ("gflop", "gflop_per_second", "gb_per_second")),

@@ -5,7 +5,7 @@ as CUDA graphs; the tests marked `gpu`; every op beside eager PyTorch; what torc
 see; a short training; predictions beside measurements; and which backends should run by default.
 
 Writes `record.json` after every step, and at the end `record.md`, to `bench/results/<device>/`, beside what all its
-commands said (`log.txt`) and timelines for a browser's tracing page (`trace *.json.gz`). Needs no network.
+commands said (`log.txt`) and timelines for a browser's tracing page (`trace-*.json.gz`). Needs no network.
 Every step has a time limit and a process of its own; one that fails, or whose tool or package is not there, is
 recorded with its reason, and what it had found by then is kept. On a CPU it runs to the end, too.
 """
@@ -41,7 +41,8 @@ from bench.gpu_report import markdown  # noqa: E402
 # What tells most comes first, if time ends before all are done: graphs, and every kernel at the rows of training.
 TESTS = ("tests/test_cuda.py", "tests/kernels/test_training_shapes.py", "tests/kernels", "tests")
 GRACE = 15  # seconds between a request to end, at which reports are written, and the end
-WORKERS = 12  # processes that test side by side, most of their time compiling
+WORKERS = 14  # processes that test side by side, most of their time compiling
+ALONE, TESTS_GRACE = 0.15, 4  # of the tests' time, for what failed beside others; as GRACE
 
 
 @dataclass
@@ -232,10 +233,11 @@ def tests(record: Record) -> Callable[[float], str | None]:
             found = -1
             while True:
                 left = max(5.0, until - time.monotonic())
-                reason, said = execute([*command, f"--outcomes={path}", *options, *TESTS], left, OMP_NUM_THREADS="2")
+                own = [f"--outcomes={path}", f"--left={left:.0f}", *options]
+                reason, said = execute([*command, *own, *TESTS], left, TESTS_GRACE, OMP_NUM_THREADS="2")
                 record.log(said)
                 before, found = found, len(gpu_tools.outcomes(path))
-                over = time.monotonic() > until - GRACE
+                over = time.monotonic() > until - TESTS_GRACE
                 if over or found == before or gpu_tools.finished(path):
                     return reason if over else None
 
@@ -244,7 +246,7 @@ def tests(record: Record) -> Callable[[float], str | None]:
             paths = [Path(folder) / f"outcomes {at}" for at in range(workers)]
             with ThreadPoolExecutor(workers) as pool:
                 each = [
-                    pool.submit(share, path, f"--share={at}/{workers}", until=until - 0.2 * seconds)
+                    pool.submit(share, path, f"--share={at}/{workers}", until=until - ALONE * seconds)
                     for at, path in enumerate(paths)
                 ]
             reason = next(filter(None, [one.result() for one in each]), None)
@@ -316,21 +318,21 @@ def watched(
     return do
 
 
-def training(record: Record) -> Callable[[float], str | None]:
-    """The step of a real run of the suite that learns soonest; its curve is kept where it ends, or is ended."""
+def training(record: Record, name: str, *flags: str) -> Callable[[float], str | None]:
+    """The step of a real run with these flags; its curve is kept as `name` where it ends, or is ended."""
 
     def do(seconds: float) -> str | None:
         if absent := missing("envpool", "tyro", "safetensors", "rich"):
             return absent
         with tempfile.TemporaryDirectory() as folder:
-            command = ["-m", "hdfast.train", "--suite", "demo", "--logdir", folder]
+            command = ["-m", "hdfast.train", *flags, "--logdir", folder]
             if record.on_gpu:  # what `choice` does would take all of the time
                 command += ["--train.no-tune", "--train.graph", "on"]
             reason, said = execute([sys.executable, *command], seconds)
             record.log(said)
             scores = next(Path(folder).rglob("scores.jsonl"), None)
             lines = [json.loads(line) for line in scores.read_text().splitlines()] if scores else []
-        record.found["training"] = [
+        record.found[name] = [
             {key: line[key] for key in ("kind", "agent_steps", "seconds", "score")} for line in lines
         ]
         return reason
@@ -347,7 +349,9 @@ def main() -> int:
         "--select", default="not compile", help="pytest -k expression for the benchmarks of ops"
     )
     parser.add_argument("--seconds", type=float, default=460, help="time limit of the whole record")
-    parser.add_argument("--steps", default="", help="regular expression: only the steps whose name it is found in")
+    parser.add_argument(
+        "--steps", default="", help="regular expression: only the steps whose name it is found in"
+    )
     args = parser.parse_args()
     began = time.monotonic()
     heed_interrupts()
@@ -367,16 +371,16 @@ def main() -> int:
     ncu += ["--profile-from-start", "off", "--kernel-name", f"regex:{gpu_tools.NCU_KERNELS}"]
     # Without API errors: torch and Triton ask the driver for what it may not have, and each "no" would count.
     sanitizer = ["--report-api-errors", "no", "--tool"]
-    backends = {"reference": 5, "triton": 9, "triton-persistent": 3} if on_gpu else {"default": 5}
+    backends = {"reference": 5, "triton": 8, "triton-persistent": 3} if on_gpu else {"default": 5}
     profiled = ("reference", "triton") if on_gpu else ("default",)
     # With how much of the time, beside each other. The tests, side by side, compile kernels for all that follow.
     steps: list[tuple[str, float, Callable[[float], str | None]]] = [
         ("rates", 3, work(record, "peaks")),
-        ("tests", 20, tests(record)),
+        ("tests", 26, tests(record)),
         *((f"timings {name}", weight, work(record, "timings", name)) for name, weight in backends.items()),
-        ("ops", 8, benchmarks(record, args.select)),
-        *((f"profile {name}", 2, work(record, "profiles", name)) for name in profiled),
-        ("ncu", 5 * gpu, watched(record, "ncu", "ncu", ncu, "once")),
+        ("ops", 13, benchmarks(record, args.select)),
+        *((f"profile {name}", 3, work(record, "profiles", name)) for name in profiled),
+        ("ncu", 8 * gpu, watched(record, "ncu", "ncu", ncu, "once")),
         # First without the tools, so that under them nothing has to be compiled.
         *([("kernels", 2, work(record, "kernels", "triton"))] if on_gpu else []),
         (
@@ -390,7 +394,9 @@ def main() -> int:
             watched(record, "compute-sanitizer", "racecheck", [*sanitizer, "racecheck"], "kernels"),
         ),
         *([("choice", 6, work(record, "choice"))] if on_gpu else []),
-        ("training", 6, training(record)),
+        # The suite that learns soonest, and a game of Atari 100k for as long as there is time.
+        ("training", 10, training(record, "training", "--suite", "demo")),
+        ("game", 6, training(record, "game", "--suite", "atari100k", "--task", "Boxing")),
     ]
     steps = [step for step in steps if re.search(args.steps, step[0])]
     for at, (name, weight, do) in enumerate(steps):

@@ -38,7 +38,8 @@ def markdown(record: dict[str, Any]) -> str:
         ("Kernels under ncu", ncu),
         ("compute-sanitizer", sanitizer),
         ("Tests", tests),
-        ("Training", training),
+        ("Training, suite demo", training),
+        ("Training, Atari 100k, Boxing", game),
     ]
     gigabytes = {"memory": f"{about['memory_bytes'] / 1e9:.0f} GB"} if "memory_bytes" in about else {}
     told = {
@@ -274,9 +275,9 @@ def tests(record: dict[str, Any]) -> list[str]:
     return lines + [f"- {test['file']}::{cell(test['name'])}: {cell(test['reason'])}" for test in wrong[:40]]
 
 
-def training(record: dict[str, Any], bins: int = 12) -> list[str]:
+def training(record: dict[str, Any], name: str = "training", bins: int = 12) -> list[str]:
     """Evaluations, or where there are few, the mean score of episodes in as many parts of the run as `bins`."""
-    lines = record.get("training", [])
+    lines = record.get(name, [])
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
     if len(evaluations) < 3:
         episodes = [line for line in lines if line["kind"] == "episode"]
@@ -287,3 +288,8 @@ def training(record: dict[str, Any], bins: int = 12) -> list[str]:
         [f"{line['agent_steps']:,}", f"{line['seconds']:.0f}", number(line["score"])] for line in evaluations
     ]
     return [table(["agent steps", "seconds", "score"], rows, texts=0)] if rows else []
+
+
+def game(record: dict[str, Any]) -> list[str]:
+    """The same of the game of Atari 100k."""
+    return training(record, "game")

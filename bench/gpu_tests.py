@@ -27,6 +27,9 @@ LONGEST = float(os.environ.get("HDFAST_LONGEST_TEST", 60))
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path, help="file of outcomes, a JSON line each")
     parser.addoption("--share", default="0/1", help="I/N: the tests I, I + N, I + 2 N, ...")
+    parser.addoption(
+        "--left", type=float, default=1e9, help="seconds: tests that may take longer are skipped"
+    )
     parser.addoption("--among", type=Path, help="file of tests, an id a line: only these")
 
 
@@ -49,19 +52,21 @@ class Outcomes:
         share, shares = map(int, config.getoption("share").split("/"))
         path = config.getoption("among")
         among = None if path is None else set(path.read_text().splitlines())
-        left, others = [], []
+        seconds, left, others = config.getoption("left"), [], []
         for at, item in enumerate(items):
             mine = at % shares == share and (among is None or item.nodeid in among)
-            (left if mine and item.nodeid not in self.known else others).append(item)
+            mine = mine and item.nodeid not in self.known
+            if mine and _limit(item) > max(seconds, LONGEST):
+                self._write(item.nodeid, "skipped", f"may take {_limit(item):g} s, there are {seconds:.0f}")
+                mine = False
+            (left if mine else others).append(item)
         config.hook.pytest_deselected(items=others)
         items[:] = left
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         self._write(item.nodeid)
-        mark = item.get_closest_marker("gpu")
-        limit = mark.args[0] if mark and mark.args else LONGEST
-        faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(_limit(item), exit=True, file=sys.__stderr__)
         try:
             result = yield
         finally:
@@ -91,6 +96,12 @@ class Outcomes:
     def _write(self, test: str, outcome: str | None = None, reason: str = "") -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"test": test, "outcome": outcome, "reason": reason}) + "\n")
+
+
+def _limit(item: pytest.Item) -> float:
+    """Seconds that a test may take."""
+    mark = item.get_closest_marker("gpu")
+    return mark.args[0] if mark and mark.args else LONGEST
 
 
 def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:

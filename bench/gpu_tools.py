@@ -18,7 +18,9 @@ NCU_METRICS = {
     "registers": "launch__registers_per_thread",
 }
 # The kernels of the ops but for those of the scan, some hundred launches of an update.
-NCU_KERNELS = "^(layer_norm|onehot_linear|sample_onehot|kl_balance|two_hot|image|harmony_loss|lambda_return)_"
+NCU_KERNELS = (
+    "^(adam_step|layer_norm|onehot_linear|sample_onehot|kl_balance|two_hot|image|harmony_loss|lambda_return)_"
+)
 MICROSECONDS = {"n": 1e-3, "u": 1.0, "m": 1e3, "": 1e6}  # of ncu's units of time, "usecond" or "us"
 # What an error says after which nothing works on the device in this process.
 LASTING = "illegal memory access|illegal instruction|misaligned address|launch failure|device-side assert"
@@ -131,15 +133,18 @@ def finished(path: Path) -> bool:
     )
 
 
-def tests_of(op: str, tests: Iterable[dict[str, str]]) -> Counter[str]:
-    """Outcomes of the tests of an op's fused kernels on a GPU, by file or by the name of the op in the test's."""
+def outcomes_of(op: str, tests: Iterable[dict[str, str]], persistent: bool = False) -> Counter[str]:
+    """Outcomes of the tests of an op's fused kernels on a GPU, by file or by the name of the op in the test's.
+
+    persistent: of those in one launch alone.
+    """
     short = op.removesuffix("_loss").removesuffix("_mean").removesuffix("_step")
     files = {f"test_{op}", f"test_{op}_triton", f"test_{short}", f"test_native_{short}"}
     mine = [
         test
         for test in tests
         if re.search("(triton|fused)-cuda", test["name"])
-        and "persistent" not in test["name"]  # a variant that no default chooses
+        and ("persistent" in test["name"]) == persistent
         and (test["file"] in files or (test["file"] == "test_training_shapes" and op in test["name"]))
     ]
     return Counter(test["outcome"] for test in mine)
@@ -153,8 +158,8 @@ def benchmark_rows(path: Path) -> list[dict[str, Any]]:
         {
             "name": row["name"],
             "group": row["group"],
-            "us": row["stats"]["median"] * 1e6,
-            "least_us": row["stats"]["min"] * 1e6,
+            "us": row["stats"]["median"] * 1e6 / row["extra_info"].get("calls", 1),
+            "least_us": row["stats"]["min"] * 1e6 / row["extra_info"].get("calls", 1),
             "rounds": row["stats"]["rounds"],
             **row["extra_info"],
         }

@@ -193,6 +193,11 @@ CASES = [
         for role, rows in {"observe": OBSERVE, "imagine": IMAGINE}.items()
     ),
     Case(
+        "linear", "bins", F.linear,
+        lambda t: (number(IMAGINE, U, dtype=t), number(BINS, U, scale=0.03, dtype=t)),
+        gflop=6 * IMAGINE * BINS * U / 1e9,
+    ),
+    Case(
         "image_input", "observe", eager_image_input,
         lambda t: (torch.randint(256, (1024, 64, 64, 3), device=DEVICE).byte(), t),
     ),
@@ -294,6 +299,7 @@ def beside_eager(
         nbytes=nbytes,
         dtype=dtype,
         op=op,
+        graph=True,
         **info,
     )
 
@@ -380,9 +386,9 @@ def test_adam_step(compare, name):
 
         return run
 
-    eager = optimizer(foreach=True)
+    eager = optimizer(foreach=True, capturable=DEVICE.type == "cuda")
     if name in ("eager", "torch.optim"):
-        run = eager if name == "eager" else optimizer(fused=True)
+        run = eager if name == "eager" else optimizer(fused=True, capturable=DEVICE.type == "cuda")
     else:
         values = [param.detach() for param in params]
         run = partial(hk.adam_step, values, grads, *zeros, step, 1e-4, max_norm=1000.0, backend=name)

@@ -35,6 +35,9 @@ except ImportError as error:  # on a machine with torch and little else the othe
     MISSING = str(error)
 needs_a_run = pytest.mark.skipif(bool(MISSING), reason=f"a run needs more packages: {MISSING}")
 
+needs_native = pytest.mark.skipif(
+    torch.cuda.is_available() and not dispatch.native_built(), reason="the C++ module gathers on the host"
+)
 UPDATES = 10  # compared, after those before the capture
 # CUDA adds up some gradients in an order of its own, so that two eager runs already differ in their last bits. What
 # graphs may add to the distance of two eager runs: one stale key of the batch makes it 0.9 and more.
@@ -126,7 +129,7 @@ def exact(state: dict[str, Tensor]) -> dict[str, list[int]]:
     return {k: state[k].long().flatten().tolist() for k in names}
 
 
-@pytest.mark.parametrize("place", ["device", "host"])
+@pytest.mark.parametrize("place", ["device", pytest.param("host", marks=needs_native)])
 @pytest.mark.parametrize(
     "options", [{}, {"continuous": True}, {"dtype": torch.bfloat16}], ids=["discrete", "continuous", "bf16"]
 )

@@ -44,16 +44,16 @@ def test_outcomes_of_tests(tmp_path):
         "reason": "AssertionError: 0: largest error 3",
     }
     assert (rows[3]["name"], rows[4]["reason"]) == ("tests/test_d.py", "the process crashed or hung in it")
-    assert gpu_tools.tests_of("kl_balance", rows) == {"passed": 1, "failed": 1}
-    assert gpu_tools.tests_of("two_hot_loss", rows) == {}
+    assert gpu_tools.outcomes_of("kl_balance", rows) == {"passed": 1, "failed": 1}
+    assert gpu_tools.outcomes_of("two_hot_loss", rows) == {}
     shapes = {"file": "test_training_shapes", "outcome": "passed"}
     names = (
         "t[fp32-two_hot_loss-16384-triton-cuda]",
         "test_rssm_observe_errs[triton-cuda-persistent-small-fp32]",
     )
     rows = [shapes | {"name": name} for name in names]
-    assert gpu_tools.tests_of("two_hot_loss", rows) == {"passed": 1}
-    assert gpu_tools.tests_of("rssm_observe", rows) == {}
+    assert gpu_tools.outcomes_of("two_hot_loss", rows) == {"passed": 1}
+    assert gpu_tools.outcomes_of("rssm_observe", rows) == {}
 
 
 TESTS_THAT_END_BADLY = """
@@ -64,7 +64,7 @@ def test_is_wrong(): assert 1 == 2
 @pytest.mark.skip(reason="not here")
 def test_is_skipped(): pass
 def test_crashes(): os._exit(3)
-@pytest.mark.gpu(60)
+@pytest.mark.gpu(30)
 def test_takes_long(): time.sleep(4)
 def test_hangs(): time.sleep(600)
 def test_breaks_the_device(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -73,6 +73,8 @@ def test_fails_once():
     alone = before.exists()
     before.touch()
     assert alone
+@pytest.mark.gpu(600)
+def test_wants_more_than_there_is(): raise RuntimeError("was begun")
 def test_is_last(): pass
 """
 
@@ -85,7 +87,7 @@ def test_a_test_that_takes_its_process_along_costs_no_other(cores, record, tmp_p
     monkeypatch.setattr(gpu_record, "TESTS", ("-m", "", "--rootdir", str(tmp_path), str(file)))
     monkeypatch.setenv("HDFAST_LONGEST_TEST", "2")
     alone = cores > 3  # what fails side by side with others is tried once more
-    assert gpu_record.tests(record)(60) == f"{4 if alone else 5} of 9 tests failed"
+    assert gpu_record.tests(record)(60) == f"{4 if alone else 5} of 10 tests failed"
     assert {row["name"]: (row["outcome"], row["reason"][:24]) for row in record.found["tests"]} == {
         "test_passes": ("passed", ""),
         "test_is_wrong": ("failed", "assert 1 == 2"),
@@ -95,6 +97,7 @@ def test_a_test_that_takes_its_process_along_costs_no_other(cores, record, tmp_p
         "test_hangs": ("failed", "the process crashed or h"),
         "test_breaks_the_device": ("failed", "RuntimeError: CUDA error"),
         "test_fails_once": ("passed", "") if alone else ("failed", "assert False"),
+        "test_wants_more_than_there_is": ("skipped", "may take 600 s, there ar"),
         "test_is_last": ("passed", ""),
     }
 
@@ -166,7 +169,11 @@ def test_tools_and_packages_that_are_not_there(record, tool, monkeypatch):
         "skipped: not installed: no_such_package, nor_this"
     )
     monkeypatch.setattr(gpu_record, "missing", lambda *packages: f"skipped: {packages}")
-    for step in (gpu_record.tests(record), gpu_record.benchmarks(record, ""), gpu_record.training(record)):
+    for step in (
+        gpu_record.tests(record),
+        gpu_record.benchmarks(record, ""),
+        gpu_record.training(record, "x"),
+    ):
         assert step(10).startswith("skipped: (")
 
 
@@ -230,10 +237,10 @@ def test_a_backend_is_forced_where_it_exists():
 
     before = {device: dict(table) for device, table in dispatch._DEFAULTS.items()}
     with gpu_work.backend("triton"):
-        assert (of("kl_balance"), of("adam_step"), of("rssm_observe")) == ("triton", "fused", "triton")
+        assert (of("kl_balance"), of("adam_step"), of("rssm_observe")) == ("triton", "triton", "triton")
     with gpu_work.backend("triton-persistent"):
-        assert (of("kl_balance"), of("adam_step"), of("rssm_observe")) == ("triton", "fused", "persistent")
-        assert of("linear") is None
+        assert (of("kl_balance"), of("adam_step"), of("rssm_observe")) == ("triton", "triton", "persistent")
+        assert of("linear") == "fused"
     assert before == dispatch._DEFAULTS
     with gpu_work.backend("reference"):
         assert dispatch.resolve_name("kl_balance", None, torch.zeros(1)) == "reference"

@@ -54,15 +54,33 @@ def test_triton_is_proposed_where_it_is_right_and_faster_everywhere():
     }
 
 
+def test_one_launch_is_proposed_where_it_is_right_and_faster_than_many():
+    def found(outcome, us):
+        tests = [
+            {"file": "test_training_shapes", "name": f"t[rssm_observe-triton-cuda{kind}]", "outcome": told}
+            for kind, told in (("", "passed"), ("-persistent", outcome))
+        ]
+        scan = {"part": "scan", "size": "small", "precision": "bfloat16", "graph": True}
+        times = {"reference": 9.0, "triton": 3.0, "triton-persistent": us}
+        rows = [{**scan, "backend": backend, "us": time} for backend, time in times.items()]
+        ops = {"rssm_observe": ("reference", "triton", "persistent")}
+        return proposal({"tests": tests, "rows": rows}, ops)[0]
+
+    assert found("passed", 2.0)["backend"] == "persistent"
+    assert found("passed", 2.0)["why"] == "1 tests passed; 1.50 to 1.50 x triton"
+    assert [found("passed", 4.0)["backend"], found("failed", 2.0)["backend"]] == ["triton", "triton"]
+
+
 def timing(part, backend, graph, us, **more):
     about = {"kind": "timing", "part": part, "size": "small", "precision": "bfloat16"}
     return {**about, "backend": backend, "graph": graph, **({"us": us} if us else {}), **more}
 
 
 def test_predictions_stand_beside_what_was_measured():
+    scan = next(p.value for p in predictions("H100") if p.what == "scan, Triton in a graph")
     rows = [
         {"kind": "peak", "what": "copy", "unit": "GB/s", "value": 2412.0},
-        timing("scan", "triton", True, 3136.0),
+        timing("scan", "triton", True, 2 * scan),
         timing("act 1", "reference", True, None, error="RuntimeError: no"),
     ]
     nbytes = 0.8 * 3350e9 * 1e-3  # a millisecond

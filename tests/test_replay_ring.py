@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from hdfast.envs import ArraySpec
 from hdfast.replay import Replay, ReplayError, ring
+from hdfast_kernels import dispatch
 
 FLAGS = ("is_first", "is_last", "is_terminal")
 SPECS = {
@@ -25,6 +26,10 @@ SPECS = {
 }
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+needs_native = pytest.mark.skipif(
+    torch.cuda.is_available() and not dispatch.native_built(), reason="the C++ module gathers on the host"
+)
+PLACES = ["device", pytest.param("host", marks=needs_native)]
 
 
 def make_row(agent_step: int, num_envs: int) -> dict[str, np.ndarray]:
@@ -52,7 +57,7 @@ def sample(replay: Replay, batch: int, length: int) -> dict[str, torch.Tensor]:
     return {key: rows.cpu().clone() for key, rows in replay.sample(batch, length).items()}
 
 
-@pytest.mark.parametrize("place", ["device", "host"])
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("num_envs", "ring", "steps"), [(1, 7, 5), (1, 7, 7), (3, 10, 24), (2, 8, 16), (4, 5, 103)]
@@ -99,7 +104,7 @@ def test_is_first_is_set_on_a_copy():
     assert not before[:6].all()
 
 
-@pytest.mark.parametrize("place", ["device", "host"])
+@pytest.mark.parametrize("place", PLACES)
 def test_gather_returns_the_sampled_windows_again(place):
     replay = filled(24, place=place)
     batch = sample(replay, 16, 5)
@@ -180,6 +185,7 @@ def test_a_captured_sample_follows_the_ring():
             assert torch.equal(batch[key], rows), (agent_step, key)
 
 
+@needs_native
 @pytest.mark.parametrize("device", DEVICES)
 def test_prefetched_batches_stay_in_place_and_are_whole(device):
     """Rows that `add` is about to overwrite while a batch is being fetched still reach that batch."""

@@ -1,8 +1,8 @@
 """Which implementation of an op runs.
 
 An op has some of these backends: `reference` (plain PyTorch, the definition), `triton` (CUDA), `persistent` (in Triton
-too, one launch for what else takes hundreds), `fused` (a kernel of PyTorch's own that does all of it) and `native` (C++
-on the CPU). A call may name one (`backend="native"`), the environment may force one on every op that has
+too, one launch for what else takes hundreds), `fused` (put otherwise, in kernels of PyTorch's own that are faster) and
+`native` (C++ on the CPU). A call may name one (`backend="native"`), the environment may force one on every op that has
 it (`HDFAST_BACKEND=reference`), and otherwise the table below decides. A backend that is asked for and cannot
 run is an error that says how to mend it; nothing falls back silently.
 """
@@ -43,7 +43,25 @@ CPU_DEFAULT: dict[str, str] = {
     "two_hot_loss": "native",
     "two_hot_mean": "native",
 }
-CUDA_DEFAULT: dict[str, str] = {}
+CUDA_DEFAULT: dict[str, str] = {
+    "adam_step": "triton",
+    "harmony_loss": "triton",
+    "image_deconv": "fused",
+    "image_input": "triton",
+    "image_loss": "triton",
+    "kl_balance": "triton",
+    "lambda_return": "triton",
+    "layer_norm_gru": "triton",
+    "layer_norm_silu": "triton",
+    "linear": "fused",
+    "onehot_linear": "triton",
+    "rssm_observe": "persistent",
+    "sample_index": "triton",
+    "sample_onehot": "triton",
+    "strided_conv": "fused",
+    "two_hot_loss": "triton",
+    "two_hot_mean": "triton",
+}
 _SHIPPED = {"cpu": CPU_DEFAULT, "cuda": CUDA_DEFAULT}
 _DEFAULTS = {device: dict(table) for device, table in _SHIPPED.items()}  # of this process; see `use`
 
@@ -111,7 +129,7 @@ def resolve(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[...,
     """
     name = resolve_name(op, backend, tensor)
     implementation = _ops[op].implementations[name]
-    if name in IN_TRITON and tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+    if name != "reference" and tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return functools.partial(_on, tensor.device, implementation)
     return implementation
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .onehot_linear import onehot_matrix
 
 # What a chip gives one program (thread block): shared memory in bytes by compute capability, and registers a thread.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -55,7 +56,7 @@ class Case:
     role: str
     call: Callable[
         [Callable[..., Any]], Any
-    ]  # takes the op's Triton implementation, calls it and its backward
+    ]  # takes the op's implementation with Triton kernels, calls it and its backward
     quick: bool = False  # among the few that the test suite compiles every time
 
 
@@ -155,10 +156,16 @@ def inspect(cubin: bytes) -> tuple[int, int, dict[str, int]]:
     return registers, stack, {name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()}
 
 
+def with_kernels(op: str) -> Callable[..., Any]:
+    """The implementation of an op that launches Triton kernels: all in Triton, or some beside kernels of PyTorch's."""
+    implementations = dispatch._ops[op].implementations
+    return implementations.get("triton") or implementations["fused"]
+
+
 def compile_case(case: Case, sm: int) -> list[Kernel]:
     """The kernels that one case launches, each once, compiled for sm_<sm>."""
     with compiling(sm) as compiled:
-        case.call(dispatch._ops[case.op].implementations["triton"])
+        case.call(with_kernels(case.op))
     kernels = []
     for kernel in {id(kernel): kernel for kernel in compiled}.values():
         registers, stack, instructions = inspect(kernel.asm["cubin"])
@@ -211,6 +218,7 @@ def cases() -> list[Case]:
                 meta(rows, units, dtype=dtype, grad=True),
             )
             backward(op(index, weight, latent, onto))
+            onehot_matrix(index, 32, dtype)
 
         return call
 
@@ -227,11 +235,13 @@ def cases() -> list[Case]:
     def kl_balance(op):
         backward(*op(meta(64, 16, 32, 32, grad=True), meta(64, 16, 32, 32, grad=True), 1.0))
 
-    def two_hot_loss(rows: int, dtype: torch.dtype):
-        return lambda op: backward(op(meta(rows, 255, dtype=dtype, grad=True), meta(rows), -20.0, 20.0))
+    def two_hot_loss(rows: int, dtype: torch.dtype, width: int = 255):
+        return lambda op: backward(
+            op(meta(rows, width, dtype=dtype, grad=True)[:, :255], meta(rows), -20.0, 20.0)
+        )
 
-    def two_hot_mean(rows: int, dtype: torch.dtype):
-        return lambda op: backward(op(meta(rows, 255, dtype=dtype, grad=True), -20.0, 20.0))
+    def two_hot_mean(rows: int, dtype: torch.dtype, width: int = 255):
+        return lambda op: backward(op(meta(rows, width, dtype=dtype, grad=True)[:, :255], -20.0, 20.0))
 
     def image_input(dtype: torch.dtype):
         return lambda op: op(meta(64, 16, 64, 64, 3, dtype=torch.uint8), dtype)
@@ -241,6 +251,20 @@ def cases() -> list[Case]:
         return lambda op: backward(
             op(meta(*frames, dtype=dtype, grad=True), meta(*frames, dtype=torch.uint8))
         )
+
+    def image_deconv(side: int, inputs: int, dtype: torch.dtype):
+        def call(op):
+            weight, bias = meta(inputs, 3, 4, 4, grad=True), meta(3, grad=True)
+            backward(op(meta(1024, side, side, inputs, dtype=dtype, grad=True), weight, bias))
+
+        return call
+
+    def strided_conv(side: int, outputs: int, dtype: torch.dtype):
+        def call(op):
+            weight = meta(outputs, 3, 4, 4, grad=True)
+            backward(op(meta(1024, side, side, 3, dtype=dtype, grad=True), weight))
+
+        return call
 
     def harmony_loss(op):
         losses = [meta(64, 16, grad=True) for _ in range(6)]
@@ -255,6 +279,14 @@ def cases() -> list[Case]:
         backward(
             op(meta(15, 1024, grad=True), meta(16, 1024), meta(16, 1024, grad=True), 1 - 1 / 333, 0.95)[0]
         )
+
+    def adam_step(*numbers: int):
+        def call(op):
+            tensors = ([meta(one) for one in numbers] for _ in range(4))
+            scalars = meta(), 1e-4, (0.9, 0.999), 1e-8, 0.0, 1000.0, meta(dtype=torch.bool)
+            op(*tensors, *scalars)
+
+        return call
 
     def rssm_observe(T: int, B: int, D: int, U: int, dtype: torch.dtype):
         def call(op):
@@ -275,6 +307,8 @@ def cases() -> list[Case]:
         return call
 
     return [
+        Case("adam_step", "small 17.9M fp32", adam_step(17_900_032), quick=True),
+        Case("adam_step", "two of odd sizes fp32", adam_step(1023, 1025)),
         Case("layer_norm_silu", "hidden 1024x512 bf16", layer_norm_silu(1024, 512, low), quick=True),
         Case("layer_norm_silu", "hidden 1024x512 fp32", layer_norm_silu(1024, 512, full)),
         Case("layer_norm_silu", "imagined 16384x512 bf16", layer_norm_silu(16384, 512, low)),
@@ -297,6 +331,7 @@ def cases() -> list[Case]:
         Case("onehot_linear", "actor-critic 16384x32 to 512 bf16", onehot_linear(16384, 512, low)),
         Case("onehot_linear", "actor-critic 16384x32 to 512 fp32", onehot_linear(16384, 512, full)),
         Case("onehot_linear", "medium 1024x32 to 640 bf16", onehot_linear(1024, 640, low)),
+        Case("onehot_linear", "xlarge 1024x32 to 4096 bf16", onehot_linear(1024, 4096, low)),
         Case("sample_onehot", "imagine 1024x32x32 bf16", sample_onehot(1024, low), quick=True),
         Case("sample_onehot", "imagine 1024x32x32 fp32", sample_onehot(1024, full)),
         Case("sample_index", "imagine 1024x32x32 bf16", sample_index(1024, 32, 32, low), quick=True),
@@ -304,13 +339,20 @@ def cases() -> list[Case]:
         Case("sample_index", "actions 1024x1x18 bf16", sample_index(1024, 1, 18, low)),
         Case("kl_balance", "observed 64x16x32x32 fp32", kl_balance, quick=True),
         Case("two_hot_loss", "imagined 15360x255 bf16", two_hot_loss(15360, low), quick=True),
+        Case("two_hot_loss", "imagined 15360x255 of 256 bf16", two_hot_loss(15360, low, 256)),
         Case("two_hot_loss", "reward 1024x255 fp32", two_hot_loss(1024, full)),
         Case("two_hot_mean", "imagined 16384x255 bf16", two_hot_mean(16384, low), quick=True),
+        Case("two_hot_mean", "imagined 16384x255 of 256 bf16", two_hot_mean(16384, low, 256)),
         Case("two_hot_mean", "imagined 16384x255 fp32", two_hot_mean(16384, full)),
         Case("image_input", "frames 64x16x64x64x3 bf16", image_input(low), quick=True),
         Case("image_input", "frames 64x16x64x64x3 fp32", image_input(full)),
         Case("image_loss", "frames 64x16x64x64x3 bf16", image_loss(low), quick=True),
         Case("image_loss", "frames 64x16x64x64x3 fp32", image_loss(full)),
+        Case("image_deconv", "frames to 64x64x3 bf16", image_deconv(32, 32, low), quick=True),
+        Case("image_deconv", "frames to 64x64x3 fp32", image_deconv(32, 32, full)),
+        Case("image_deconv", "frames to 128x128x3 bf16", image_deconv(64, 48, low)),
+        Case("strided_conv", "frames 64x64x3 bf16", strided_conv(64, 32, low), quick=True),
+        Case("strided_conv", "frames 64x64x3 fp32", strided_conv(64, 32, full)),
         Case("harmony_loss", "six of 64x16 fp32", harmony_loss, quick=True),
         Case("lambda_return", "imagined 15x1024 fp32", lambda_return, quick=True),
         Case("rssm_observe", "observe 64x16x512 bf16", rssm_observe(64, 16, 512, 512, low), quick=True),
