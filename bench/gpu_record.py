@@ -238,6 +238,8 @@ def tests(record: Record) -> Callable[[float], str | None]:
                 record.log(said)
                 before, found = found, len(gpu_tools.outcomes(path))
                 over = time.monotonic() > until - TESTS_GRACE
+                if over:
+                    gpu_tools.cut_off(path, until - TESTS_GRACE)
                 if over or found == before or gpu_tools.finished(path):
                     return reason if over else None
 

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,7 +96,8 @@ class Outcomes:
 
     def _write(self, test: str, outcome: str | None = None, reason: str = "") -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps({"test": test, "outcome": outcome, "reason": reason}) + "\n")
+            told = {"test": test, "outcome": outcome, "reason": reason, "at": time.monotonic()}
+            file.write(json.dumps(told) + "\n")
 
 
 def _limit(item: pytest.Item) -> float:

@@ -126,6 +126,18 @@ def outcomes(*paths: Path) -> list[dict[str, str]]:
     return rows
 
 
+def cut_off(path: Path, end: float) -> None:
+    """Has what was under way at `end` (time.monotonic()) count as skipped: it was asked to stop, and then killed."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    last = {row["test"]: row for row in lines if row["outcome"] != FINISHED}
+    under_way = [t for t, row in last.items() if row["outcome"] == "failed" and row["at"] >= end]
+    under_way += [lines[-1]["test"]] if lines and lines[-1]["outcome"] is None else []
+    with path.open("a") as file:
+        for test in under_way:
+            row = {"test": test, "outcome": "skipped", "reason": "the time was over", "at": end}
+            file.write(json.dumps(row) + "\n")
+
+
 def finished(path: Path) -> bool:
     """Whether bench.gpu_tests came to the end of all its tests."""
     return path.exists() and any(

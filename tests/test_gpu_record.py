@@ -102,6 +102,31 @@ def test_a_test_that_takes_its_process_along_costs_no_other(cores, record, tmp_p
     }
 
 
+def test_what_is_under_way_when_time_is_over_has_not_failed(tmp_path):
+    path = tmp_path / "outcomes"
+    gpu_tools.cut_off(path, 5.0)  # nothing was begun
+    path.unlink()
+    rows = [
+        ("crashes", None, 1.0),
+        ("fails", "failed", 2.0),
+        ("is stopped", "failed", 6.0),
+        ("is killed", None, 4.0),
+    ]
+    path.write_text(
+        "".join(
+            json.dumps({"test": f"f.py::{t}", "outcome": o, "reason": "", "at": at}) + "\n"
+            for t, o, at in rows
+        )
+    )
+    gpu_tools.cut_off(path, 5.0)
+    assert {row["name"]: row["outcome"] for row in gpu_tools.outcomes(path)} == {
+        "crashes": "failed",
+        "fails": "failed",
+        "is stopped": "skipped",
+        "is killed": "skipped",
+    }
+
+
 def test_time_of_kernels_that_overlap_and_of_none():
     spans = [("a", 0.0, 10.0), ("b", 5.0, 15.0), ("a", 20.0, 30.0), ("c", 22.0, 24.0)]
     found = gpu_tools.occupied(spans, updates=2)
