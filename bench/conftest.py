@@ -90,6 +90,7 @@ def compare(benchmark) -> Callable[..., None]:
         if beside:
             info["beside_ms"] = statistics.median(besides) * 1e3
             info["times_beside"] = statistics.median(besides) / median
+            info["calls_beside"] = others
         if nbytes:
             rate = nbytes / median / 1e9
             share = rate / copy_gb_per_second(DEVICE)

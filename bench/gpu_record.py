@@ -240,8 +240,10 @@ def tests(record: Record) -> Callable[[float], str | None]:
                 over = time.monotonic() > until - TESTS_GRACE
                 if over:
                     gpu_tools.cut_off(path, until - TESTS_GRACE)
-                if over or found == before or gpu_tools.finished(path):
-                    return reason if over else None
+                if gpu_tools.finished(path):
+                    return None
+                if over or found == before:
+                    return reason or "pytest came to no end"
 
         with tempfile.TemporaryDirectory() as folder:
             workers = min(WORKERS, max(1, (os.cpu_count() or 1) - 2)) if record.on_gpu else 1
@@ -259,9 +261,11 @@ def tests(record: Record) -> Callable[[float], str | None]:
                 paths.append(Path(folder) / "alone")
                 reason = share(paths[-1], f"--among={among}") or reason
             record.found["tests"] = found = gpu_tools.outcomes(*paths)
+        if not found:
+            return reason or "no test was begun"
         if failures := sum(test["outcome"] == "failed" for test in found):
             reason = f"{failures} of {len(found)} tests failed" + (f"; {reason}" if reason else "")
-        if found and all(test["outcome"] == "skipped" for test in found):
+        if all(test["outcome"] == "skipped" for test in found):
             return f"skipped: all {len(found)} tests: {found[0]['reason']}"
         return reason
 

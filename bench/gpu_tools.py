@@ -110,14 +110,17 @@ def sanitizer_row(text: str) -> dict[str, Any]:
 def outcomes(*paths: Path) -> list[dict[str, str]]:
     """id, name, file, outcome (passed, failed, skipped) and reason of every test that bench.gpu_tests wrote of.
 
-    A test that was begun and has no outcome took its process along: it failed. Of several files the last one counts.
+    A test that was begun and has no outcome took its process along: it failed. Of several files the last one counts in
+    which it was not skipped.
     """
     last: dict[str, dict[str, str]] = {}
     for path in paths:
+        found = {}
         for line in path.read_text().splitlines() if path.exists() else []:
             row = json.loads(line)
             if row["outcome"] != FINISHED:
-                last[row["test"]] = row
+                found[row["test"]] = row
+        last |= {test: row for test, row in found.items() if test not in last or row["outcome"] != "skipped"}
     rows = []
     for test, row in last.items():
         file, _, name = test.partition("::")
@@ -152,14 +155,20 @@ def outcomes_of(op: str, tests: Iterable[dict[str, str]], persistent: bool = Fal
     """
     short = op.removesuffix("_loss").removesuffix("_mean").removesuffix("_step")
     files = {f"test_{op}", f"test_{op}_triton", f"test_{short}", f"test_native_{short}"}
+    files |= {"test_image_blocks"} if op in ("image_deconv", "strided_conv") else set()
     mine = [
         test
         for test in tests
         if re.search("(triton|fused)-cuda", test["name"])
         and ("persistent" in test["name"]) == persistent
-        and (test["file"] in files or (test["file"] == "test_training_shapes" and op in test["name"]))
+        and (test["file"] in files or (test["file"] == "test_training_shapes" and _names(op, test["name"])))
     ]
     return Counter(test["outcome"] for test in mine)
+
+
+def _names(op: str, test: str) -> bool:
+    """Whether the name of a test has that of an op, and not of one whose name ends with it."""
+    return re.search(rf"(?:^test_|[\[-]){op}(?![a-z])", test) is not None
 
 
 def benchmark_rows(path: Path) -> list[dict[str, Any]]:

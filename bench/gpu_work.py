@@ -60,8 +60,8 @@ Run = Callable[[], Any]
 def backend(name: str) -> Iterator[None]:
     """Has every op that implements backend `name` run on it by default, and every other one on its reference.
 
-    "default" changes nothing; "triton" has Adam fused, too, and "triton-persistent" the observe scan in one launch a
-    direction besides.
+    "default" changes nothing; "triton" takes the fused formulation of ops without a Triton kernel, too, and
+    "triton-persistent" the observe scan in one launch a direction besides.
 
     Raises: ValueError for another name.
     """

@@ -36,13 +36,14 @@ def in_a_row(function: Callable[[], Any], device: torch.device) -> tuple[Callabl
     if device.type != "cuda":
         return synchronised(function, device), 1
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    torch.cuda.synchronize(device)  # what it works on is there
     try:
         with torch.cuda.stream(stream):
             for _ in range(WARMUPS):
                 function()
-        torch.cuda.synchronize(device)
-        with torch.cuda.graph(graph):
-            function()
+            torch.cuda.synchronize(device)
+            with torch.cuda.graph(graph, stream=stream):  # the outer block goes back to the stream before
+                function()
     except RuntimeError:
         torch.cuda.synchronize(device)
         return synchronised(function, device), 1

@@ -216,6 +216,7 @@ class Learner:
         behavior.update_slow_critic(
             applied, self._slow_critic.tensors(), self.optimizers["critic"].held.tensors()
         )
+        self._slow_critic.changed()
         metrics |= {"loss_actor": actor_loss.detach(), "loss_critic": critic_loss.detach()}
         return applied, metrics | actor_metrics | {"grad_norm_critic": norm}
 

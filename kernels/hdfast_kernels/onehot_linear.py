@@ -262,9 +262,9 @@ def onehot_linear(
     Returns (..., U) in weight's dtype, summed in float32. Differentiable in weight, onto and, as said, in
     straight_through.
 
-    Raises ValueError on shapes or devices that do not fit; TypeError if index is not integer or onto of another dtype
-    than weight; IndexError, from
-    native, for a class outside [0, K); `dispatch.BackendError` if the backend cannot run here.
+    Raises ValueError on shapes or devices that do not fit; TypeError if index is not integer, or onto or dense of
+    another dtype than weight; IndexError, from native, for a class outside [0, K); `dispatch.BackendError` if the
+    backend cannot run here.
     """
     check_axes("onehot_linear", "index", index, "...", "S")
     groups = index.shape[-1]

@@ -120,7 +120,7 @@ def normalise(x, inside, COLUMNS: tl.constexpr, eps):
     centred = tl.where(inside, x - (tl.sum(x, axis=1) * (1.0 / COLUMNS))[:, None], 0.0)
     missed = tl.sum(centred, axis=1) * (1.0 / COLUMNS)
     variance = tl.sum(centred * centred, axis=1) * (1.0 / COLUMNS) - missed * missed
-    rstd = tl.rsqrt(variance + eps)[:, None]
+    rstd = tl.rsqrt(tl.maximum(variance, 0.0) + eps)[:, None]
     return centred * rstd - missed[:, None] * rstd, rstd
 
 
