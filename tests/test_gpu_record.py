@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from bench import gpu_record, gpu_tools, gpu_work
+from bench import gpu_record, gpu_steps, gpu_tools, gpu_work
 from bench.agent import Bench
 from hdfast.overrides import apply_overrides
 from hdfast.runtime.graphs import WARMUP
@@ -83,11 +83,11 @@ def test_is_last(): pass
 def test_a_test_that_takes_its_process_along_costs_no_other(cores, record, tmp_path, monkeypatch):
     file = tmp_path / "test_bad.py"
     file.write_text(TESTS_THAT_END_BADLY)
-    monkeypatch.setattr(gpu_record.os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(gpu_record, "TESTS", ("-m", "", "--rootdir", str(tmp_path), str(file)))
+    monkeypatch.setattr(gpu_steps.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(gpu_steps, "TESTS", ("-m", "", "--rootdir", str(tmp_path), str(file)))
     monkeypatch.setenv("HDFAST_LONGEST_TEST", "2")
     alone = cores > 3  # what fails side by side with others is tried once more
-    assert gpu_record.tests(record)(60) == f"{4 if alone else 5} of 10 tests failed"
+    assert gpu_steps.tests(record)(60) == f"{4 if alone else 5} of 10 tests failed"
     assert {row["name"]: (row["outcome"], row["reason"][:24]) for row in record.found["tests"]} == {
         "test_passes": ("passed", ""),
         "test_is_wrong": ("failed", "assert 1 == 2"),
@@ -138,7 +138,7 @@ def test_time_of_kernels_that_overlap_and_of_none():
 
 @pytest.fixture
 def record(tmp_path):
-    return gpu_record.Record(tmp_path / "card", time.monotonic() + 60, on_gpu=True)
+    return gpu_steps.Record(tmp_path / "card", time.monotonic() + 60, on_gpu=True)
 
 
 def steps_of(record):
@@ -168,36 +168,36 @@ def test_a_step_that_fails_is_recorded_and_the_next_one_done(record):
 
 def test_commands_that_fail_and_that_do_not_end():
     python = [sys.executable, "-c"]
-    assert gpu_record.execute([*python, "print('hello')"], 30) == (None, "hello\n")
-    reason, _ = gpu_record.execute([*python, "print('a'); raise SystemExit('because')"], 30)
+    assert gpu_steps.execute([*python, "print('hello')"], 30) == (None, "hello\n")
+    reason, _ = gpu_steps.execute([*python, "print('a'); raise SystemExit('because')"], 30)
     assert reason == "exit code 1: because"
     began = time.monotonic()
     asleep = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('report')"
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell
     try:
-        gpu_record.heed_interrupts()
-        assert gpu_record.execute([*python, asleep], 12) == ("partial: ended at its limit of 8 s", "report\n")
+        gpu_steps.heed_interrupts()
+        assert gpu_steps.execute([*python, asleep], 12) == ("partial: ended at its limit of 8 s", "report\n")
     finally:
         signal.signal(signal.SIGINT, before)
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('x', flush=True); time.sleep(600)"
-    assert gpu_record.execute([*python, deaf], 9) == ("partial: ended at its limit of 6 s", "x\n")
+    assert gpu_steps.execute([*python, deaf], 9) == ("partial: ended at its limit of 6 s", "x\n")
     assert time.monotonic() - began < 300
 
 
 @pytest.mark.parametrize("tool", ["ncu", "compute-sanitizer"])
 def test_tools_and_packages_that_are_not_there(record, tool, monkeypatch):
     monkeypatch.setattr(gpu_tools, "find_tool", lambda name: None)
-    assert gpu_record.watched(record, tool, "found", [], "once")(10) == f"skipped: {tool} is not installed"
+    assert gpu_steps.watched(record, tool, "found", [], "once")(10) == f"skipped: {tool} is not installed"
     record.on_gpu = False
-    assert gpu_record.watched(record, tool, "found", [], "once")(10) == "skipped: no CUDA device"
-    assert gpu_record.missing("torch", "no_such_package", "nor_this") == (
+    assert gpu_steps.watched(record, tool, "found", [], "once")(10) == "skipped: no CUDA device"
+    assert gpu_steps.missing("torch", "no_such_package", "nor_this") == (
         "skipped: not installed: no_such_package, nor_this"
     )
-    monkeypatch.setattr(gpu_record, "missing", lambda *packages: f"skipped: {packages}")
+    monkeypatch.setattr(gpu_steps, "missing", lambda *packages: f"skipped: {packages}")
     for step in (
-        gpu_record.tests(record),
-        gpu_record.benchmarks(record, ""),
-        gpu_record.training(record, "x"),
+        gpu_steps.tests(record),
+        gpu_steps.benchmarks(record, ""),
+        gpu_steps.training(record, "x"),
     ):
         assert step(10).startswith("skipped: (")
 
@@ -219,7 +219,7 @@ def test_a_tool_s_output_decides_its_step(record, tool, said, reason, tmp_path, 
     fake.write_text(f"#!/bin/sh\ncat {tmp_path / 'said'}\n")
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    got = gpu_record.watched(record, tool, "found", [], "once")(30)
+    got = gpu_steps.watched(record, tool, "found", [], "once")(30)
     assert got is None if reason is None else got.startswith(reason)
     assert record.found["found"] is not None
 
@@ -231,8 +231,8 @@ def test_work_whose_rows_fail_says_so(record, monkeypatch):
             file.write('{"kind": "peak", "what": "copy", "value": 1.0}\n{"kind": "peak", "error": "E: no"}\n')
         return None, ""
 
-    monkeypatch.setattr(gpu_record, "execute", execute)
-    assert gpu_record.work(record, "peaks")(30) == "1 of 2 rows failed: E: no"
+    monkeypatch.setattr(gpu_steps, "execute", execute)
+    assert gpu_steps.work(record, "peaks")(30) == "1 of 2 rows failed: E: no"
     assert record.found["rows"][0]["value"] == 1.0
 
 

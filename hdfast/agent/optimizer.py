@@ -79,7 +79,9 @@ class Parameters:
             # At first; in a copy, whose modules have memory of their own; and where `.data` was set.
             if parameter.data_ptr() != part.data_ptr():
                 if part.is_cuda and torch.cuda.is_current_stream_capturing():
-                    raise RuntimeError("parameters have got memory of their own: make a step before the capture")
+                    raise RuntimeError(
+                        "parameters have got memory of their own: make a step before the capture"
+                    )
                 part.copy_(parameter)
                 parameter.data = part
         return [self._memory.whole]

@@ -14,14 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from hdfast_kernels import dispatch, report
+from hdfast_kernels import dispatch, report, report_cases
 
 pytestmark = [
     pytest.mark.skipif(not dispatch.triton_installed(), reason="needs triton; `pip install triton`"),
     pytest.mark.skipif(dispatch.triton_interpreted(), reason="TRITON_INTERPRET=1 compiles nothing"),
 ]
-QUICK = [case for case in report.cases() if case.quick]
-REST = [(case, sm) for case in report.cases() for sm in report.SHARED_LIMIT if not (case.quick and sm == 90)]
+QUICK = [case for case in report_cases.cases() if case.quick]
+REST = [
+    (case, sm) for case in report_cases.cases() for sm in report.SHARED_LIMIT if not (case.quick and sm == 90)
+]
 FORWARD_ONLY = {"adam_step", "image_input", "sample_index"}  # ops that have no gradient
 IMAGE_PRODUCTS = ("image_halved_forward", "image_doubled_forward", "image_weight_backward")
 
@@ -52,7 +54,7 @@ def test_training_shapes_on_sm_90(case):
 
 def one_row() -> dict[str, Callable[[Callable], None]]:
     """A call of each op with one row, a number that Triton makes a constant of the kernel: it has no methods."""
-    meta, backward, many = report.meta, report.backward, {"grad": True}
+    meta, backward, many = report_cases.meta, report_cases.backward, {"grad": True}
     return {
         "adam_step": lambda op: op(
             *([meta(1)] for _ in range(4)), meta(), meta(), (0.0, 0.999), 1.0, 1.0, float("inf"), None
@@ -91,7 +93,7 @@ def one_sequence() -> list[torch.Tensor]:
     shapes += [(8, 8), (8,), (8,), (6, 8), (6,)]
     given = {2: torch.bool, 5: torch.int64}
     return [
-        report.meta(*shape, dtype=given.get(k, torch.float32), grad=k not in (2, 3, 5))
+        report_cases.meta(*shape, dtype=given.get(k, torch.float32), grad=k not in (2, 3, 5))
         for k, shape in enumerate(shapes)
     ]
 
@@ -99,7 +101,7 @@ def one_sequence() -> list[torch.Tensor]:
 @pytest.mark.parametrize("op", [case.op for case in QUICK])
 def test_one_row_compiles(op):
     with report.compiling(90) as kernels:
-        one_row()[op](report.with_kernels(op))
+        one_row()[op](report_cases.with_kernels(op))
     assert len(kernels) >= (1 if op in FORWARD_ONLY else 2)
 
 
@@ -177,10 +179,10 @@ def test_a_spill_is_seen(monkeypatch):
     monkeypatch.setattr(importlib.import_module("hdfast_kernels.layer_norm_gru"), "WIDEST", 4096)
 
     def call(op):
-        gates, affine = report.meta(1024, 3 * 4096, grad=True), report.meta(3 * 4096, grad=True)
-        report.backward(op(gates, report.meta(1024, 4096, grad=True), affine, affine, 1e-3))
+        gates, affine = report_cases.meta(1024, 3 * 4096, grad=True), report_cases.meta(3 * 4096, grad=True)
+        report_cases.backward(op(gates, report_cases.meta(1024, 4096, grad=True), affine, affine, 1e-3))
 
-    kernels = report.compile_case(report.Case("layer_norm_gru", "xlarge", call), 90)
+    kernels = report.compile_case(report_cases.Case("layer_norm_gru", "xlarge", call), 90)
     assert [kernel.name for kernel in kernels if kernel.faults()] == ["layer_norm_gru_backward"]
 
 

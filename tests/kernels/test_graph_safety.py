@@ -6,11 +6,11 @@ Tensors on the meta device have shapes and no values, so that either fails at on
 import pytest
 import torch
 
-from hdfast_kernels import Harmonizer, dispatch, report
+from hdfast_kernels import Harmonizer, dispatch, report_cases
 from hdfast_kernels.harmonizer import MODES
 
 
-@pytest.mark.parametrize("case", report.cases(), ids=lambda case: f"{case.op}-{case.role}")
+@pytest.mark.parametrize("case", report_cases.cases(), ids=lambda case: f"{case.op}-{case.role}")
 def test_references_need_no_values(case):
     case.call(dispatch._ops[case.op].implementations["reference"])
 
@@ -18,7 +18,7 @@ def test_references_need_no_values(case):
 @pytest.mark.parametrize("mode", MODES)
 def test_harmonizer_needs_no_values(mode):
     harmonizer = Harmonizer({"reward": {"reward": 1.0}, "kl": {"dyn": 0.8, "rep": 0.2}}, mode=mode).to("meta")
-    losses = {name: report.meta(64, 16, grad=True) for name in ("reward", "dyn", "rep", "cont")}
+    losses = {name: report_cases.meta(64, 16, grad=True) for name in ("reward", "dyn", "rep", "cont")}
     total, metrics = harmonizer(losses)
     total.backward()
     assert losses["dyn"].grad.shape == (64, 16)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from checks import Calls, backends, check_against_fp64, random
 
-from hdfast_kernels import dispatch, linear, linear_fused, linear_native, native, report
+from hdfast_kernels import dispatch, linear, linear_fused, linear_native, native, report_cases
 
 ISAS = native.isas() if dispatch.native_built() else []
 
@@ -109,10 +109,10 @@ def test_a_large_product_of_fused_is_made_of_whole_units():
 
 def test_fused_needs_no_values():
     x, weight, bias = (
-        report.meta(*shape, dtype=torch.bfloat16, grad=True)
+        report_cases.meta(*shape, dtype=torch.bfloat16, grad=True)
         for shape in ((16, 1024, 510), (255, 510), (255,))
     )
-    report.backward(linear(x, weight, bias, backend="fused"))
+    report_cases.backward(linear(x, weight, bias, backend="fused"))
     assert [given.grad.shape for given in (x, weight, bias)] == [x.shape, weight.shape, bias.shape]
 
 

@@ -11,7 +11,7 @@ import torch
 from rssm_observe_cases import Sizes, cast, make_case
 from test_rssm_observe import errors, op, run
 
-from hdfast_kernels import dispatch, report
+from hdfast_kernels import dispatch, report, report_cases
 
 needs_triton = pytest.mark.skipif(
     not dispatch.triton_installed(), reason="needs triton; `pip install triton`"
@@ -101,7 +101,7 @@ def arguments(dtype: torch.dtype, T: int, B: int, D: int, U: int, S: int, K: int
     shapes = [(T, B, U), (T, B, U), (T, B), (T, B, S), (D,), (S,), (S * K, U), (U,), (U,), (3 * D, D + U)]
     shapes += [(3 * D,), (3 * D,), (U, D), (U,), (U,), (S * K, U), (S * K,)]
     return [
-        report.meta(*shape, dtype=value.dtype, grad=value.is_floating_point())
+        report_cases.meta(*shape, dtype=value.dtype, grad=value.is_floating_point())
         for shape, value in zip(shapes, case.values(), strict=True)
     ]
 
@@ -117,9 +117,9 @@ def arguments(dtype: torch.dtype, T: int, B: int, D: int, U: int, S: int, K: int
 def test_one_launch_compiles_for_training_shapes(sm, dtype):
     def call(function):
         outputs = function(*arguments(dtype, 64, 16, 512, 512, 32, 32), 0.01, 1e-3, persistent=True)
-        report.backward(outputs[0], outputs[1], outputs[3])
+        report_cases.backward(outputs[0], outputs[1], outputs[3])
 
-    kernels = report.compile_case(report.Case("rssm_observe", "persistent", call), sm)
+    kernels = report.compile_case(report_cases.Case("rssm_observe", "persistent", call), sm)
     scans = [kernel for kernel in kernels if kernel.name.startswith("observe")]
     assert [kernel.name for kernel in scans] == ["observe_forward", "observe_backward"]
     for kernel in scans:
@@ -137,7 +137,7 @@ def test_a_barrier_releases_and_asks_until_all_are_there():
     with report.compiling(90) as kernels:
         small = arguments(torch.bfloat16, 2, 16, 32, 32, 4, 8)
         outputs = rssm_observe_triton(*small, 0.01, 1e-3, persistent=True)
-        report.backward(outputs[0], outputs[1], outputs[3])
+        report_cases.backward(outputs[0], outputs[1], outputs[3])
     scans = [kernel for kernel in kernels if kernel.metadata.name.startswith("observe")]
     assert len(scans) == 2
     for stages, kernel in zip((6, 7), scans, strict=True):
