@@ -34,6 +34,14 @@ class Rollout:
         )
         self.start_cont = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])
         self.draws = self.learner.draws(5)
+        with torch.no_grad():  # some states go on and some do not, whatever the random weights
+            for _ in range(20):
+                going = self.behavior.imagine(self.model, self.start, self.start_cont, self.draws, F32).cont[
+                    1:
+                ]
+                if 0 < going.mean() < 1:
+                    break
+                self.model.cont.out["logit"].bias += 0.1 * (1 - 2 * going.mean())
         self.trajectory = self.behavior.imagine(self.model, self.start, self.start_cont, self.draws, F32)
         self.scores = self.behavior.score(self.trajectory, F32)
 
