@@ -40,12 +40,20 @@ def inputs(shape, dtype, device):
     }
 
 
+def plain(x, weight, bias):
+    """The definition; in float32 for one column of bfloat16, of which PyTorch on a CPU reads numbers beside the map."""
+    if x.dtype != torch.bfloat16 or x.shape[2] > 1:
+        return image_deconv_reference(x, weight, bias)
+    weight, bias = weight.bfloat16().float(), bias.bfloat16().float()
+    return image_deconv_reference(x.float(), weight, bias).bfloat16()
+
+
 @pytest.mark.parametrize("backend", backends("image_deconv", reference=False))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_errs_no_more_than_twice_plain_pytorch(shape, dtype, backend):
     op = partial(image_deconv, backend=backend.name)
-    check_against_fp64(op, image_deconv_reference, inputs(shape, dtype, backend.device))
+    check_against_fp64(op, plain, inputs(shape, dtype, backend.device))
 
 
 @pytest.mark.parametrize("backend", backends("image_deconv"))
