@@ -31,11 +31,11 @@ class Layout:
 
 
 # A tensor-core tile has 16 rows. A sum is shared by few warps, since what they have is exchanged: on an H200 the scan
-# takes 3.2 ms with 4, 4.1 with 8 and 6.3 with 16. Each has a part of its depth, as deep as compiles without spilling
-# on sm_80, 90 and 100. 8 columns are the least of a tensor-core tile; 16 where there are more programs than
-# multiprocessors. Programs that wait for each other must all be running: persistent, they must not exceed the
-# multiprocessors. More than an A100's are not used: 128 programs of 8 columns would fit into one wave of an H100, and
-# spill there or on a B200, whatever the depth.
+# takes 3.2 ms with 4, 3.9 with 8 and 6.3 with 16. Each has a part of its depth, as deep as compiles without spilling
+# on sm_80, 90 and 100; float32 spills with 4. 8 columns are the least of a tensor-core tile; 16 where there are more
+# programs than multiprocessors. Programs that wait for each other must all be running: persistent, they must not exceed
+# the multiprocessors. More than an A100's are not used: 128 programs of 8 columns would fit into one wave of an H100,
+# and spill there in one launch.
 ROWS, MULTIPROCESSORS = 16, 108
 WARPS = {torch.bfloat16: 4, torch.float32: 8}
 UNROLL = 32  # rows of the latent's matrix that are read at once
@@ -63,15 +63,8 @@ def layout(B: int, D: int, U: int, low: torch.dtype, persistent: bool, at_once: 
             f"rssm_observe: {B} sequences with {columns} columns do not fit one persistent launch"
         )
     split = WARPS[low]
-    part = (
-        16
-        if low == torch.float32
-        else (64 if persistent else 128)
-        if block == 8
-        else 32
-        if persistent
-        else 64
-    )
+    deepest = 64 if persistent else 128
+    part = 16 if low == torch.float32 else deepest if block == 8 else deepest // 2
     whole = 3 if low == torch.float32 else 32  # float32 would spill
     return Layout(programs, row_programs, block, split, _depth(part, columns, split), whole)
 
