@@ -23,6 +23,7 @@ from hdfast.replay import Replay
 from hdfast.runtime.graphs import WARMUP
 from hdfast_kernels import dispatch
 from tests.agent_cases import make_learner, one_thread, snapshot  # noqa: F401
+from tests.marks import needs_native
 from tests.recorder import SYNCHRONISING, record_instead_of_capturing
 
 try:
@@ -35,9 +36,6 @@ except ImportError as error:  # on a machine with torch and little else the othe
     MISSING = str(error)
 needs_a_run = pytest.mark.skipif(bool(MISSING), reason=f"a run needs more packages: {MISSING}")
 
-needs_native = pytest.mark.skipif(
-    torch.cuda.is_available() and not dispatch.native_built(), reason="the C++ module gathers on the host"
-)
 UPDATES = 10  # compared, after those before the capture
 # CUDA adds up some gradients in an order of its own, so that two eager runs already differ in their last bits. What
 # graphs may add to the distance of two eager runs: one stale key of the batch makes it 0.9 and more.

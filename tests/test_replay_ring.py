@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from hdfast.envs import ArraySpec
 from hdfast.replay import Replay, ReplayError, ring
-from hdfast_kernels import dispatch
+from tests.marks import needs_native
 
 FLAGS = ("is_first", "is_last", "is_terminal")
 SPECS = {
@@ -26,9 +26,6 @@ SPECS = {
 }
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
-needs_native = pytest.mark.skipif(
-    torch.cuda.is_available() and not dispatch.native_built(), reason="the C++ module gathers on the host"
-)
 PLACES = ["device", pytest.param("host", marks=needs_native)]
 
 
