@@ -28,6 +28,8 @@ HDFAST_INLINE float sum_of_exp(const T* row, int64_t n, float top) {
 HDFAST_INLINE float value(float x) { return x; }
 HDFAST_INLINE float value(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 
+constexpr int64_t ahead = 2;  // rows from one that is read to the one that is fetched
+
 // Blocks of W rows, whose logarithms are taken together.
 template <class T>
 void loss_forward(const T* logits, const float* target, float* loss, float* position, float* top, float* scale,
@@ -42,6 +44,7 @@ void loss_forward(const T* logits, const float* target, float* loss, float* posi
       for (int k = 0; k < count; k++) {
         const int64_t r = first + k;
         const T* row = logits + r * bins;
+        prefetch_to_read(row + ahead * bins, bins);
         const float m = top[r] = max_of_row(row, bins);
         total[k] = sum_of_exp(row, bins, m);
         const Code code(position[r], bins);
@@ -66,6 +69,8 @@ void loss_backward(const float* grad, const T* logits, const float* position, co
   for (int64_t r = 0; r < rows; r++) {
     const T* row = logits + r * bins;
     T* out = grad_logits + r * bins;
+    prefetch_to_read(row + ahead * bins, bins);
+    prefetch_to_write(out + ahead * bins, bins);
     const float m = top[r], s = scale[r] * grad[r];
     const Code code(position[r], bins);
     Vf picked = {};  // before they are rounded
