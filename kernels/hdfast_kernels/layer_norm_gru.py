@@ -53,8 +53,10 @@ def _load_gates(gates_ptr, row, column, inside, D: tl.constexpr, eps):
     r = tl.where(column < D, r - mean, 0.0)
     c = tl.where(column < D, c - mean, 0.0)
     u = tl.where(column < D, u - mean, 0.0)
-    rstd = tl.rsqrt(tl.sum(r * r + c * c + u * u, axis=1) * (1.0 / (3 * D)) + eps)[:, None]
-    return r * rstd, c * rstd, u * rstd, rstd
+    missed = tl.sum(r + c + u, axis=1) * (1.0 / (3 * D))  # by the mean, in rounding; see `tiles.normalise`
+    variance = tl.sum(r * r + c * c + u * u, axis=1) * (1.0 / (3 * D)) - missed * missed
+    rstd, missed = tl.rsqrt(tl.maximum(variance, 0.0) + eps)[:, None], missed[:, None]
+    return (r - missed) * rstd, (c - missed) * rstd, (u - missed) * rstd, rstd
 
 
 @triton.jit
@@ -221,13 +223,16 @@ def layer_norm_gru_wide_backward(
             r, c, u = _load_affine(gates_ptr + row * (3 * D), start + slot, D)
             total += tl.sum(r + c + u, axis=0)
         mean = total * (1.0 / (3 * D))
-        squares = 0.0
+        missed, squares = 0.0, 0.0
         for start in range(0, D, BLOCK):
             column = start + slot
             r, c, u = _load_affine(gates_ptr + row * (3 * D), column, D)
             r, c, u = r - mean, c - mean, u - mean
+            missed += tl.sum(tl.where(column < D, r + c + u, 0.0), axis=0)
             squares += tl.sum(tl.where(column < D, r * r + c * c + u * u, 0.0), axis=0)
-        rstd = tl.rsqrt(squares * (1.0 / (3 * D)) + eps)
+        missed *= 1.0 / (3 * D)  # by the mean, in rounding; see `tiles.normalise`
+        rstd = tl.rsqrt(tl.maximum(squares * (1.0 / (3 * D)) - missed * missed, 0.0) + eps)
+        mean += missed
         plain, along = 0.0, 0.0
         for start in range(0, D, BLOCK):
             column = start + slot

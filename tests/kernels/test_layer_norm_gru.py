@@ -42,6 +42,17 @@ def test_saturated_gates(backend):
 
 
 @pytest.mark.parametrize("backend", backends("layer_norm_gru", reference=False))
+@pytest.mark.parametrize("deter", [33, 200, 2100])
+def test_rows_of_equal_numbers(deter, backend):
+    """What the mean misses by rounding is not to be divided by a deviation of nothing, which is 1/32 with eps."""
+    arguments = inputs((20,), deter, torch.float32, backend.device)
+    gates = arguments["gates"].detach()
+    gates[::2] = 7 + torch.arange(10.0, device=gates.device)[:, None] / 3
+    arguments["gates"] = gates.requires_grad_()
+    check_against_fp64(partial(layer_norm_gru, backend=backend.name), layer_norm_gru_reference, arguments)
+
+
+@pytest.mark.parametrize("backend", backends("layer_norm_gru", reference=False))
 def test_bfloat16_state_stays_bfloat16(backend):
     arguments = inputs((5,), 24, torch.bfloat16, backend.device)
     arguments["deter"] = arguments["deter"].detach().bfloat16().requires_grad_()

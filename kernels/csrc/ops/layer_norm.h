@@ -12,7 +12,8 @@ namespace HDFAST_ISA {
 namespace {
 
 // Mean and 1 / deviation of R rows. Two passes over what is in the cache: the variance of the differences loses nothing
-// where the mean is large.
+// where the mean is large. Where the numbers of a row are almost equal, what the mean misses by rounding is as large as
+// what they differ by, so it is found and added.
 template <int R, class T>
 HDFAST_INLINE void moments_of_rows(const T* rows, int64_t width, float eps, float* mean, float* rstd) {
   constexpr int K = R < 4 ? 4 / R : 1;  // accumulators of a row: four in all hide the latency
@@ -32,14 +33,23 @@ HDFAST_INLINE void moments_of_rows(const T* rows, int64_t width, float eps, floa
       out[r] = sum(total) / width;
     }
   };
-  float square[R];
+  float square[R], missed[R];
+  const auto difference = [&](int r, int64_t i, auto lanes) __attribute__((always_inline)) {
+    return keep(load(rows + r * width + i, lanes) - mean[r], lanes);
+  };
+  const auto squared = [&](int r, int64_t i, auto lanes) __attribute__((always_inline)) {
+    const Vf d = difference(r, i, lanes);
+    return d * d;
+  };
   averages([&](int r, int64_t i, auto lanes) { return load(rows + r * width + i, lanes); }, mean);
-  averages(
-      [&](int r, int64_t i, auto lanes) {
-        const Vf d = keep(load(rows + r * width + i, lanes) - mean[r], lanes);
-        return d * d;
-      },
-      square);
+  averages(squared, square);
+  bool close = false;
+  for (int r = 0; r < R; r++) close |= square[r] < 1e-6f * mean[r] * mean[r];
+  if (close) {
+    averages(difference, missed);
+    for (int r = 0; r < R; r++) mean[r] += missed[r];
+    averages(squared, square);
+  }
   for (int r = 0; r < R; r++) rstd[r] = 1.f / std::sqrt(square[r] + eps);
 }
 
