@@ -184,8 +184,10 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m hdfast_kernels.report", description=__doc__.split("\n\n")[0]
     )
     known = list(dict.fromkeys(case.op for case in cases()))
-    parser.add_argument("--sm", type=int, nargs="+", choices=list(SHARED_LIMIT), default=list(SHARED_LIMIT))
-    parser.add_argument("--op", nargs="+", choices=known, default=known, help="only these ops")
+    chips = list(SHARED_LIMIT)
+    names = {"metavar": "OP", "help": f"only these ops: {', '.join(known)}"}
+    parser.add_argument("--sm", type=int, nargs="+", choices=chips, default=chips, help="only these chips")
+    parser.add_argument("--op", nargs="+", choices=known, default=known, **names)
     parser.add_argument("--quick", action="store_true", help="one shape an op")
     parser.add_argument("--json", action="store_true", help="a JSON array instead of a table")
     options = parser.parse_args(arguments)
