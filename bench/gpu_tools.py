@@ -19,7 +19,8 @@ NCU_METRICS = {
 }
 # The kernels of the ops but for those of the scan, some hundred launches of an update.
 NCU_KERNELS = (
-    "^(adam_step|layer_norm|onehot_linear|sample_onehot|kl_balance|two_hot|image|harmony_loss|lambda_return)_"
+    "^(adam_step|gather_windows|layer_norm|onehot_linear|sample_onehot|kl_balance|two_hot|image|harmony_loss"
+    "|lambda_return)_"
 )
 MICROSECONDS = {"n": 1e-3, "u": 1.0, "m": 1e3, "": 1e6}  # of ncu's units of time, "usecond" or "us"
 # What an error says after which nothing works on the device in this process.

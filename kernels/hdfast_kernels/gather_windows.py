@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from . import dispatch, native
+from ._triton import tl, triton
 from .numerics import check_device
+
+# Words that a program copies: two 16-byte loads a thread of 4 warps; of short rows one a thread, which divides for it.
+TILE, WARPS = 1024, 4
 
 
 def gather_windows_reference(storage: Tensor, starts: Tensor, length: int, ring: int) -> Tensor:
@@ -20,12 +24,64 @@ def gather_windows_reference(storage: Tensor, starts: Tensor, length: int, ring:
     return storage.index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
-def _gather_windows_native(storage: Tensor, starts: Tensor, length: int, ring: int) -> Tensor:
+@triton.jit
+def gather_windows_forward(
+    storage_ptr,
+    starts_ptr,
+    out_ptr,
+    stored,
+    rows,
+    windows,
+    ring,
+    WORDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Some rows of the output (T * B, WORDS), or a part of one, copied from where the window has them."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
+    word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
+    start = tl.load(starts_ptr + row % windows, mask=row < rows, other=-1)
+    base = start // ring * ring
+    at = base + (start - base + row // windows) % ring
+    inside = (start >= 0) & (start < stored) & (word < WORDS)
+    copied = tl.load(storage_ptr + at * WORDS + word, mask=inside, other=0)
+    tl.store(out_ptr + row * WORDS + word, copied, mask=(row < rows) & (word < WORDS))
+
+
+def _gather_windows_triton(storage: Tensor, starts: Tensor, length: int, ring: int) -> Tensor:
+    _require_contiguous("triton", storage)
+    starts = starts.contiguous()
+    windows = len(starts)
+    out = storage.new_empty((length, windows, *storage.shape[1:]))
+    if not out.numel():
+        return out
+    row_bytes = out[0, 0].nbytes
+    offset = storage.storage_offset() * storage.element_size()
+    word = next(
+        word
+        for word in (torch.int32, torch.int16, torch.uint8)
+        if row_bytes % word.itemsize == 0 and offset % word.itemsize == 0
+    )
+    words, rows = row_bytes // word.itemsize, length * windows
+    block = min(TILE, triton.next_power_of_2(words))
+    tile = min(TILE // block, 32 * WARPS)
+    gather_windows_forward[(triton.cdiv(rows, tile), triton.cdiv(words, block))](
+        storage.view(-1).view(word), starts, out.view(-1).view(word), len(storage), rows, windows, ring,
+        words, tile, block, num_warps=WARPS,
+    )  # fmt: skip
+    return out
+
+
+def _require_contiguous(backend: str, storage: Tensor) -> None:
     if not storage.is_contiguous():
         got = f"shape {tuple(storage.shape)} and strides {storage.stride()}"
         raise ValueError(
-            f'gather_windows: native takes a contiguous storage, got one of {got}; use backend="reference"'
+            f'gather_windows: {backend} takes a contiguous storage, got one of {got}; use backend="reference"'
         )
+
+
+def _gather_windows_native(storage: Tensor, starts: Tensor, length: int, ring: int) -> Tensor:
+    _require_contiguous("native", storage)
     starts = starts.contiguous()
     out = storage.new_empty((length, starts.shape[0], *storage.shape[1:]))
     rows = storage.shape[0]
@@ -49,9 +105,9 @@ def gather_windows(
 
     Any dtype; no gradient.
 
-    Raises ValueError where shapes or devices do not fit, and from native where the storage is not contiguous, since
-    a copy would be of all of it; on the CPU, IndexError where a start lies outside the storage (on CUDA that is a
-    device-side assertion, so that nothing synchronises).
+    Raises ValueError where shapes or devices do not fit, and from native and triton where the storage is not
+    contiguous, since a copy would be of all of it; on the CPU, IndexError where a start lies outside the storage. On
+    CUDA, where nothing synchronises, that is a device-side assertion of the reference, and zeros from triton.
     """
     if starts.ndim != 1 or starts.dtype != torch.int64:
         got = f"{starts.dtype} {tuple(starts.shape)}"
@@ -65,5 +121,9 @@ def gather_windows(
 
 
 dispatch.register(
-    "gather_windows", reference=gather_windows_reference, native=_gather_windows_native, dtypes=None
+    "gather_windows",
+    reference=gather_windows_reference,
+    triton=_gather_windows_triton,
+    native=_gather_windows_native,
+    dtypes=None,
 )

@@ -140,6 +140,9 @@ def cases() -> list[Case]:
 
         return call
 
+    def gather_windows(row: tuple[int, ...], dtype: torch.dtype):
+        return lambda op: op(meta(100_000, *row, dtype=dtype), meta(16, dtype=torch.int64), 64, 100_000)
+
     def rssm_observe(T: int, B: int, D: int, U: int, dtype: torch.dtype):
         def call(op):
             def full(*shape: int) -> Tensor:
@@ -161,6 +164,8 @@ def cases() -> list[Case]:
     return [
         Case("adam_step", "small 17.9M fp32", adam_step(17_900_032), quick=True),
         Case("adam_step", "two of odd sizes fp32", adam_step(1023, 1025)),
+        Case("gather_windows", "64x16 frames 64x64x3", gather_windows((64, 64, 3), torch.uint8), quick=True),
+        Case("gather_windows", "64x16 flags", gather_windows((), torch.bool)),
         Case("layer_norm_silu", "hidden 1024x512 bf16", layer_norm_silu(1024, 512, low), quick=True),
         Case("layer_norm_silu", "hidden 1024x512 fp32", layer_norm_silu(1024, 512, full)),
         Case("layer_norm_silu", "imagined 16384x512 bf16", layer_norm_silu(16384, 512, low)),

@@ -17,8 +17,8 @@ import torch
 from hdfast_kernels import dispatch
 
 OPS = (
-    *("harmony_loss", "image_input", "image_loss", "kl_balance", "lambda_return", "layer_norm_gru"),
-    *("layer_norm_silu", "native_adam", "onehot_linear", "sample_onehot", "two_hot"),
+    *("gather_windows", "harmony_loss", "image_input", "image_loss", "kl_balance", "lambda_return"),
+    *("layer_norm_gru", "layer_norm_silu", "native_adam", "onehot_linear", "sample_onehot", "two_hot"),
     *("image_blocks", "image_deconv", "strided_conv"),  # fused, with kernels in Triton
 )
 interpreted = pytest.mark.skipif(
