@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from hdfast.runtime.arguments import whole_number
 from hdfast.runtime.errors import ConfigError, suggest
 from hdfast.usage import usage
 
@@ -43,13 +44,34 @@ def parse_flags(argv: Sequence[str], default: T, prog: str, others: Mapping[str,
         raise SystemExit(0)
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), _whole_numbers():
             return tyro.cli(type(default), default=default, args=argv, prog=prog)
     except SystemExit:
         # The first paragraph of the box that tyro draws, without its frame.
         lines = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()]
         text = " ".join(itertools.takewhile(bool, lines[1:])) or "the command line cannot be parsed"
         raise ConfigError(_of_a_switch(argv, default) or _in_our_words(text)) from None
+
+
+def _whole_numbers() -> contextlib.AbstractContextManager[Any]:
+    """Inside, tyro reads an int by `whole_number`."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _(info: Any) -> Any:
+        if info.type is not int:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="INT",
+            instance_from_str=lambda texts: whole_number(texts[0]),
+            is_instance=lambda value: isinstance(value, int),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
 
 
 def _in_our_words(text: str) -> str:

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "hdfast.sizes": ("hdfast.runtime.errors",),
     "hdfast.config_file": ("hdfast.runtime.errors",),
     "hdfast.overrides": ("hdfast.runtime.errors",),
-    "hdfast.flags": ("hdfast.usage", "hdfast.runtime.errors"),
+    "hdfast.flags": ("hdfast.usage", "hdfast.runtime.arguments", "hdfast.runtime.errors"),
     "hdfast.usage": (),
     "hdfast.envs": ("hdfast.envs", "hdfast.suites", "hdfast.runtime.errors"),
     "hdfast.replay": ("hdfast.replay", "hdfast.envs.base", "hdfast.runtime", "hdfast_kernels"),

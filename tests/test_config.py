@@ -175,7 +175,9 @@ def test_every_field_is_a_typed_flag(name):
             "--harmony.mode cannot be 'learnt'; did you mean 'learned'?",
         ),
         ("--precision fp16", "--precision cannot be 'fp16'; choose from 'auto', 'float32', 'bfloat16'"),
-        ("--agent-steps 1e5", "--agent-steps: '1e5' is not a whole number"),
+        ("--agent-steps 1.5", "--agent-steps: '1.5' is not a whole number"),
+        ("--agent-steps inf", "--agent-steps: 'inf' is not a whole number"),
+        ("--agent-steps 1e", "--agent-steps: '1e' is not a whole number"),
         ("--train.ratio much", "--train.ratio: 'much' is not a number"),
         ("--rssm.deter", "--rssm.deter needs a value"),
         ("--seed --dry-run", "--seed needs a value"),
@@ -255,6 +257,13 @@ def test_what_cannot_be_is_one_line(argv, message):
     assert "\n" not in str(error.value)
     assert error.value.details == ()
     assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("written", ["2e4", "2E+4", "20_000", "20000.0", "20000"])
+def test_whole_numbers_are_read_however_they_are_written(written):
+    config = parse(["--agent-steps", written, "--replay.capacity", written])
+    assert (config.agent_steps, config.replay.capacity) == (20_000, 20_000)
+    assert isinstance(config.agent_steps, int)
 
 
 def test_of_a_flag_given_twice_the_last_counts_with_all_it_brings():

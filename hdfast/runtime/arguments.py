@@ -1,6 +1,7 @@
 """The flags of the small doors: argparse whose errors are one line, with the nearest right name."""
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -34,6 +35,17 @@ class Arguments(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
+def whole_number(text: str) -> int:
+    """What int() reads, and whole numbers as 1e5 writes them. Raises ValueError, as int() words it, for all else."""
+    try:
+        return int(text)
+    except ValueError:
+        with contextlib.suppress(ValueError):
+            if (number := float(text)).is_integer():
+                return int(number)
+        raise
+
+
 def positive(text: str) -> int:
     """An integer of at least 1, as the `type` of a flag."""
     return _at_least(1, text)
@@ -53,7 +65,7 @@ def given_path(text: str) -> Path:
 
 def _at_least(low: int, text: str) -> int:
     try:
-        value = int(text)
+        value = whole_number(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < low:
