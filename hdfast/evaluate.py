@@ -4,14 +4,17 @@ The run is only read, but for the GIF that --video writes into its videos/: it m
 `load` gives its agent to a notebook.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from rich import progress
 
 from hdfast import evaluation, suites
 from hdfast.agent.learner import Learner
@@ -21,6 +24,7 @@ from hdfast.envs.base import BatchEnv, EnvStep
 from hdfast.overrides import apply_overrides
 from hdfast.runtime import checkpoint, errors, rundir
 from hdfast.runtime.arguments import Arguments, given_path, natural, positive
+from hdfast.runtime.console import Console
 from hdfast.runtime.device import prepare_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import ConfigError
 from hdfast.runtime.video import encode_gif, save_gif
@@ -153,6 +157,7 @@ def evaluate(
     device: str = "auto",
     video: bool = False,
     greedy: bool = False,
+    tell: Callable[[int], object] = lambda done: None,
 ) -> dict[str, Any]:
     """Scores of `episodes` episodes with the newest checkpoint of the run in directory `run`.
 
@@ -160,6 +165,7 @@ def evaluate(
         episodes: at least 1.
         seed, num_envs, greedy: as `load`; no more environments than episodes. The published protocol samples.
         video: also write the first episode to videos/evaluate_<agent steps>.gif in the run's directory.
+        tell: gets at every step how many episodes are done.
 
     Raises:
         As `load`. ConfigError: no episodes, a video of a task that shows and draws no images. RunError,
@@ -176,7 +182,7 @@ def evaluate(
             key = next((key for key, spec in trained.env.obs_specs.items() if spec.is_image), None)
             film = Film(key, run / "videos" / f"evaluate_{agent_steps:010d}.gif")
         watch = film or (lambda step: None)
-        played = evaluation.play(trained.env, trained.policy, episodes, watch=watch)
+        played = evaluation.play(trained.env, trained.policy, episodes, watch=watch, tell=tell)
     about = {"run": str(run), "checkpoint": trained.checkpoint.path.name, "agent_steps": agent_steps}
     if film is not None:
         about["video"] = str(film.path)
@@ -211,6 +217,22 @@ class Film:
                 self._frames.clear()
 
 
+@contextlib.contextmanager
+def _live_line(episodes: int) -> Iterator[Callable[[int], object]]:
+    """How many episodes are done, on stderr while it lasts, where that is a terminal; yields what it is told by."""
+    console = Console(sys.stderr)
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield lambda done: None
+        return
+    columns = (
+        *(progress.TextColumn("episodes"), progress.BarColumn(), progress.MofNCompleteColumn()),
+        *(progress.TimeElapsedColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn()),
+    )
+    with progress.Progress(*columns, console=console, transient=True) as line:
+        task = line.add_task("", total=episodes)
+        yield lambda done: line.update(task, completed=done)
+
+
 def main() -> None:
     parser = Arguments("python -m hdfast.evaluate", __doc__)
     parser.add_argument("run", type=given_path, help="directory of a run, such as runs/atari100k/Pong/seed0")
@@ -220,7 +242,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--video", action="store_true", help="write the first episode as a GIF")
     parser.add_argument("--greedy", action="store_true", help="the likeliest actions instead of sampled ones")
-    scores = evaluate(**vars(parser.parse_args()))
+    flags = parser.parse_args()
+    with _live_line(flags.episodes) as tell:
+        scores = evaluate(**vars(flags), tell=tell)
     sys.stdout.write(json.dumps(scores) + "\n")
 
 

@@ -1,8 +1,11 @@
 """Playing a run's newest checkpoint: the door, the video, the agent for a notebook."""
 
 import dataclasses
+import io
 import json
+import re
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -31,6 +34,29 @@ def run(tmp_path_factory):
     config = tiny(tmp_path_factory.mktemp("runs"))
     loop_cases.train(config)
     return config
+
+
+class Terminal(io.StringIO):
+    """An output that is taken for a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_is_told_how_many_episodes_are_done(run, monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    argv = ["evaluate", str(path_of(run)), "--episodes", "12", "--num-envs", "1", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", argv)
+    evaluate.main()
+    assert json.loads(capsys.readouterr().out)["episodes"] == 12
+    assert "0/12" in terminal.getvalue()
+    assert "12/12" in terminal.getvalue()
+    assert re.search(r"\x1b\[2K\n?$", terminal.getvalue())  # at last the line is wiped out
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    evaluate.main()
+    assert terminal.getvalue() == ""
 
 
 def test_evaluate_plays_the_newest_checkpoint_and_only_reads(run, monkeypatch, capfd):
