@@ -2,7 +2,8 @@
 
 Rates of the machine and of the grid barrier; update, scan, imagination, acting and replay on every backend, eager and
 as CUDA graphs; the tests marked `gpu`; every op beside eager PyTorch; what torch.profiler, ncu and compute-sanitizer
-see; a short training; predictions beside measurements; and which backends should run by default.
+see; sheeprl's DreamerV3 where it is installed; a short training; predictions beside measurements; and which backends
+should run by default.
 
 Writes `record.json` after every step, and at the end `record.md`, to `bench/results/<device>/`, beside what all its
 commands said (`log.txt`) and timelines for a browser's tracing page (`trace-*.json.gz`). Needs no network.
@@ -32,7 +33,16 @@ from bench import gpu_tools  # noqa: E402
 from bench.gpu_defaults import proposal  # noqa: E402
 from bench.gpu_predictions import compared  # noqa: E402
 from bench.gpu_report import markdown  # noqa: E402
-from bench.gpu_steps import Record, benchmarks, heed_interrupts, tests, training, watched, work  # noqa: E402
+from bench.gpu_steps import (  # noqa: E402
+    Record,
+    benchmarks,
+    heed_interrupts,
+    peers,
+    tests,
+    training,
+    watched,
+    work,
+)
 
 
 def machine() -> dict[str, Any]:
@@ -134,6 +144,7 @@ def main() -> int:
             watched(record, "compute-sanitizer", "racecheck", [*sanitizer, "racecheck"], "kernels"),
         ),
         *([("choice", 6, work(record, "choice"))] if on_gpu else []),
+        ("peers", 4 * gpu, peers(record)),
         # The suite that learns soonest, and a game of Atari 100k for as long as there is time.
         ("training", 10, training(record, "training", "--suite", "demo")),
         ("game", 6, training(record, "game", "--suite", "atari100k", "--task", "Boxing")),

@@ -1,6 +1,7 @@
 """A record of bench/gpu_record.py as Markdown, for whoever wants to know what a GPU makes of hdfast."""
 
 import re
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,7 @@ def markdown(record: dict[str, Any]) -> str:
         ("Predicted and measured", predictions),
         ("What should run by default on CUDA", defaults),
         ("What a run finds for itself (hdfast.tune)", choices),
+        ("An update of sheeprl's DreamerV3, in turns with ours in a graph", peers),
         ("Rates of the machine", peaks),
         ("Ops, forward and backward, beside eager PyTorch", ops),
         ("An update under torch.profiler", profiles),
@@ -189,6 +191,22 @@ def choices(record: dict[str, Any]) -> list[str]:
         wrong = [f"{op} ({line['why']})" for op, line in row["report"].items() if not line["right"]]
         rows.append([model, ms, ops + (", as a CUDA graph" if row["graph"] else ""), cell("; ".join(wrong))])
     return [table(["model", "ms an update", "runs fused", "not right"], rows, texts=4)] if rows else []
+
+
+def peers(record: dict[str, Any]) -> list[str]:
+    rows = []
+    for result in record.get("peers", []):
+        programs = {name: about for name, about in result.items() if isinstance(about, dict)}
+        ours = statistics.median(programs["hdfast"]["seconds"])
+        for name, about in programs.items():
+            median = statistics.median(about["seconds"])
+            told = [name, about["version"], result["precision"], about["precision"], number(1e3 * median, 4)]
+            rows.append([*told, f"{median / ours:.2f}"])
+    return (
+        [table(["", "version", "asked for", "precision", "median ms", "x ours"], rows, texts=4)]
+        if rows
+        else []
+    )
 
 
 def peaks(record: dict[str, Any]) -> list[str]:

@@ -262,6 +262,24 @@ def watched(
     return do
 
 
+def peers(record: Record) -> Callable[[float], str | None]:
+    """The step that has sheeprl's DreamerV3 do updates in turns with ours, in its own precision and in bfloat16."""
+
+    def do(seconds: float) -> str | None:
+        if absent := missing("sheeprl", "tyro"):
+            return absent
+        with tempfile.TemporaryDirectory() as folder:
+            numbers = Path(folder) / "numbers.json"
+            command = ["-m", "bench.peers", "--here", "--graph", "--rounds", "10", "--json", str(numbers)]
+            command += ["--precision", "default", "bfloat16"]
+            reason, said = execute([sys.executable, *command], seconds)
+            record.log(said)
+            record.found["peers"] = json.loads(numbers.read_text())["results"] if numbers.exists() else []
+        return reason
+
+    return do
+
+
 def training(record: Record, name: str, *flags: str) -> Callable[[float], str | None]:
     """The step of a real run with these flags; its curve is kept as `name` where it ends, or is ended."""
 

@@ -195,6 +195,23 @@ def git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
+def test_a_peer_can_run_on_the_python_that_runs_ours(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(places, "checked_out", lambda checkout, folder, name: folder)
+    monkeypatch.setenv("PYTHONPATH", "/carried")
+    monkeypatch.setattr(places, "interpreter", None)  # nothing is installed
+    monkeypatch.setattr(places.metadata, "version", lambda package: f"{package} 0.9")
+    found = places.program(peers.BY_NAME["sheeprl"], tmp_path, tmp_path, "cuda", here=True)
+    assert (found.command[0], found.version) == (sys.executable, "sheeprl 0.9")
+    assert found.variables["PYTHONPATH"] == "/carried"
+    found = places.program(peers.BY_NAME["dreamerv3-torch"], tmp_path, tmp_path, "cuda", here=True)
+    assert found.variables["PYTHONPATH"] == f"{tmp_path / 'dreamerv3-torch'}:/carried"
+    monkeypatch.undo()
+    with pytest.raises(SystemExit) as end:
+        errors.main(lambda: peers.main(["--device", "cpu", "--here"]))
+    assert end.value.code == MissingLibraryError.exit_code
+    assert capsys.readouterr().err.startswith("error: sheeprl: it is not installed here; leave out --here")
+
+
 def test_a_checkout_is_that_of_its_commit(tmp_path):
     git(tmp_path, "init", "-q")
     git(tmp_path, "commit", "-q", "--allow-empty", "-m", "first")
@@ -239,7 +256,7 @@ def test_a_peer_is_left_out_of_a_precision_that_it_does_not_have(tmp_path, monke
     start = [sys.executable, "-c", TELLING]
     monkeypatch.setattr(peers, "OURS", Program("hdfast", start, "0"))
     monkeypatch.setattr(
-        peers, "program", lambda peer, *_: Program(peer.name, start, peer.version, None, peer.options)
+        peers, "program", lambda peer, *_, **__: Program(peer.name, start, peer.version, None, peer.options)
     )
     file = tmp_path / "numbers.json"
     options = ["--rounds", "2", "--device", "cpu", "--json", str(file)]

@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,6 +198,7 @@ def test_tools_and_packages_that_are_not_there(record, tool, monkeypatch):
     for step in (
         gpu_steps.tests(record),
         gpu_steps.benchmarks(record, ""),
+        gpu_steps.peers(record),
         gpu_steps.training(record, "x"),
     ):
         assert step(10).startswith("skipped: (")
@@ -234,6 +236,18 @@ def test_work_whose_rows_fail_says_so(record, monkeypatch):
     monkeypatch.setattr(gpu_steps, "execute", execute)
     assert gpu_steps.work(record, "peaks")(30) == "1 of 2 rows failed: E: no"
     assert record.found["rows"][0]["value"] == 1.0
+
+
+def test_a_peer_s_numbers_are_kept(record, monkeypatch):
+    def execute(command, seconds, **environment):
+        assert {"--here", "--graph"} <= set(command)
+        Path(command[command.index("--json") + 1]).write_text('{"machine": {}, "results": [{"batch": 16}]}')
+        return "partial: ended", "said"
+
+    monkeypatch.setattr(gpu_steps, "execute", execute)
+    monkeypatch.setattr(gpu_steps, "missing", lambda *packages: None)
+    assert gpu_steps.peers(record)(30) == "partial: ended"
+    assert record.found["peers"] == [{"batch": 16}]
 
 
 def test_rows_are_kept_where_work_fails(tmp_path):

@@ -147,10 +147,17 @@ def full_record():
         "benchmarks": benchmarks,
         "ncu": gpu_tools.ncu_rows(RAW),
         "memcheck": gpu_tools.sanitizer_row(MEMCHECK),
+        "peers": [
+            {
+                "precision": "default", "batch": 16,
+                "sheeprl": {"version": "0.8.4", "precision": "float32", "seconds": [0.25, 0.5, 0.2]},
+                "hdfast": {"version": "1", "precision": "bfloat16", "seconds": [0.01, 0.01, 0.02]},
+            }
+        ],
         "training": [
             {"kind": "evaluation", "agent_steps": 1000 * k, "seconds": k, "score": 0.5} for k in range(3)
         ],
-    }
+    }  # fmt: skip
     record["predictions"] = compared("H100", rows, benchmarks)
     record["cuda_default"] = proposal(record, ops)
     return record
@@ -178,6 +185,8 @@ def test_the_markdown_tells_it_all():
         "| grid barrier, 64 programs | RuntimeError: a \\| b | µs |",
         "| g fp32 | triton | 20.00 | 3.00 | 1,500 | 60% |",
         "| small, triton in a graph | 2,100 | 9,000 | 10,000 | 10% |",
+        "| sheeprl | 0.8.4 | default | float32 | 250.0 | 25.00 |",
+        "| hdfast | 1 | default | bfloat16 | 10.00 | 1.00 |",
         "| layer_norm_silu_forward | 2 | 8.000 | 4.00 | 82.5 | 35.0 | 65.0 | 40.0 |",
         "- memcheck: 2 errors in one update and one action of a small Triton model.",
         "\n\n- test_kl_balance::t[triton-cuda]: largest error \\| 3",

@@ -127,6 +127,11 @@ def parser() -> Arguments:
         "sheeprl is not done with it in three minutes",
     )
     flags.add_argument("--graph", action="store_true", help="ours as one CUDA graph")
+    flags.add_argument(
+        "--here",
+        action="store_true",
+        help="peers on the Python that runs this, with what it has: where nothing can be installed",
+    )
     flags.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     return flags
 
@@ -137,7 +142,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
     settings = {name: getattr(flags, name) for name in ("batch", "length", "horizon", "compile", "graph")}
     settings |= {"device": device.type, "threads": torch.get_num_threads()}
     peers = [BY_NAME[name] for name in dict.fromkeys(flags.peer)]
-    programs = {peer.name: program(peer, PLACE, flags.checkouts, device.type) for peer in peers}
+    programs = {
+        peer.name: program(peer, PLACE, flags.checkouts, device.type, here=flags.here) for peer in peers
+    }
     about, results = describe_device(device), []
     for precision in flags.precision:
         chosen = [peer for peer in peers if precision in ("default", *peer.precisions)]

@@ -6,6 +6,7 @@ import sys
 import venv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +84,36 @@ def checked_out(checkout: Checkout, folder: Path, name: str) -> Path:
     return folder
 
 
-def program(peer: Peer, place: Path, checkouts: Path, device: str) -> Program:
+def installed_here(peer: Peer) -> str:
+    """The version of a peer that the interpreter which runs this has: of its package, or its checkout's commit.
+
+    Raises: MissingLibraryError if it has no such package.
+    """
+    package = peer.packages[0].partition("==")[0]
+    try:
+        return peer.version if peer.checkout else metadata.version(package)
+    except metadata.PackageNotFoundError as error:
+        hint = "leave out --here to have it installed beside"
+        raise MissingLibraryError("it is not installed here", where=peer.name, hint=hint) from error
+
+
+def program(peer: Peer, place: Path, checkouts: Path, device: str, *, here: bool = False) -> Program:
     """The program of a peer, whose interpreter is below `place`; installs what it needs.
 
-    Raises: MissingLibraryError if it cannot be installed or has no checkout.
+    here: on the interpreter that runs this, with what that has; nothing is installed.
+
+    Raises: MissingLibraryError if it cannot be installed, is not installed here or has no checkout.
     """
-    variables = dict(os.environ)
+    variables, version = dict(os.environ), installed_here(peer) if here else peer.version
     if peer.checkout:
         folder = checked_out(peer.checkout, checkouts / peer.checkout.name, peer.name)
-        variables["PYTHONPATH"] = os.pathsep.join(str((folder / path).resolve()) for path in peer.paths)
-    python = interpreter(place / (peer.environment or peer.name), requirements(peer, device), peer.name)
+        places = [str((folder / path).resolve()) for path in peer.paths]
+        places += [variables["PYTHONPATH"]] if here and variables.get("PYTHONPATH") else []
+        variables["PYTHONPATH"] = os.pathsep.join(places)
+    python = (
+        sys.executable
+        if here
+        else interpreter(place / (peer.environment or peer.name), requirements(peer, device), peer.name)
+    )
     command = [str(python), str(Path(__file__).with_name(peer.worker))]
-    return Program(peer.name, command, peer.version, variables, peer.options)
+    return Program(peer.name, command, version, variables, peer.options)
