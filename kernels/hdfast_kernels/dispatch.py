@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .autograd import plainly
+
 BACKENDS = ("reference", "triton", "persistent", "fused", "native")
 IN_TRITON = ("triton", "persistent")
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
@@ -125,10 +127,11 @@ def resolve(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[...,
     """The implementation of `op` for a call whose device and dtype `tensor` decides.
 
     `backend` is the caller's wish; None leaves it to `HDFAST_BACKEND` and then to the default of the device.
-    Raises BackendError if that backend is unknown, not implemented for this op, or cannot run on this tensor.
+    Raises BackendError if that backend is unknown, not implemented for this op, or cannot run on this tensor;
+    TypeError for integers, where the op takes numbers with a fraction.
     """
     name = resolve_name(op, backend, tensor)
-    implementation = _ops[op].implementations[name]
+    implementation = plainly(tensor, _ops[op].implementations[name])
     if name != "reference" and tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return functools.partial(_on, tensor.device, implementation)
     return implementation
@@ -138,6 +141,8 @@ def resolve_name(op: str, backend: str | None, tensor: torch.Tensor) -> str:
     """The name of the backend that `resolve` returns, with the same errors."""
     if op not in _ops:
         raise BackendError(f"{op}: there is no such op; the ops are {', '.join(ops())}")
+    if not tensor.is_floating_point() and _ops[op].dtypes is not None:
+        raise TypeError(f"{op}: expected a tensor of floating-point numbers, got {tensor.dtype}")
     forced = os.environ.get("HDFAST_BACKEND") or None
     if forced in BACKENDS and forced not in _ops[op].implementations:
         forced = None

@@ -73,6 +73,11 @@ def _gather_windows_triton(storage: Tensor, starts: Tensor, length: int, ring: i
 
 
 def _require_contiguous(backend: str, storage: Tensor) -> None:
+    if storage.is_conj() or storage.is_neg():
+        raise ValueError(
+            f"gather_windows: {backend} takes a storage as it is in memory, got one that is negated or conjugated "
+            'when it is read; use backend="reference"'
+        )
     if not storage.is_contiguous():
         got = f"shape {tuple(storage.shape)} and strides {storage.stride()}"
         raise ValueError(

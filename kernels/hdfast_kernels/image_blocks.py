@@ -24,10 +24,10 @@ puts what is doubled together as an image before it is stored.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from ._triton import tl, triton
+from .autograd import once_differentiable
 from .tiles import sum_of_partials
 
 CHANNELS = 4  # of an image, at most: the 4 pixels of a block then have 16

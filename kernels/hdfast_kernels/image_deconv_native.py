@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import image_conv_native, library_conv, native
+from .autograd import once_differentiable
 
 CHANNELS = 4  # at most: a row of the kernel is then one or a few vectors
 

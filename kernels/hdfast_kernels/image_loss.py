@@ -13,10 +13,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from ._triton import tl, triton
+from .autograd import once_differentiable
 from .image_loss_native import image_loss_native
 from .numerics import check_axes, check_device, check_shape, compute_dtype
 from .tiles import as_rows

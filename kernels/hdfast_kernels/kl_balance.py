@@ -11,10 +11,10 @@ Source: DreamerV3 (arXiv 2301.04104), equation 4: free bits clip the sum over al
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from ._triton import tl, triton
+from .autograd import once_differentiable
 from .kl_balance_native import kl_balance_native
 from .numerics import check_axes, check_device, check_shape, compute_dtype
 from .tiles import as_rows

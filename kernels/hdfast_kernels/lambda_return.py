@@ -11,10 +11,10 @@ Source: DreamerV2 (arXiv 2010.02193), equation 4, indexed as DreamerV3's code do
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from ._triton import tl, triton
+from .autograd import once_differentiable
 from .lambda_return_native import lambda_return_native
 from .numerics import check_device, check_shape, compute_dtype
 

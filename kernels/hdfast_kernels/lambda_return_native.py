@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import native
+from .autograd import once_differentiable
 
 
 class _LambdaReturn(torch.autograd.Function):

@@ -14,10 +14,10 @@ update gate is biased by -1, so that a fresh cell keeps 73% of its state.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from ._triton import tl, triton
+from .autograd import once_differentiable
 from .layer_norm_gru_native import layer_norm_gru_native
 from .numerics import check_axes, check_device, check_eps, check_shape, compute_dtype
 from .tiles import PARTIALS, as_rows, row_tile, sum_of_partials, tanh, tanh_and_slope

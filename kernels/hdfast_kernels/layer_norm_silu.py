@@ -11,10 +11,10 @@ Source: DreamerV3 (arXiv 2301.04104), "LayerNorm + SiLU"; variance without Besse
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from ._triton import tl, triton
+from .autograd import once_differentiable
 from .layer_norm_silu_native import layer_norm_silu_native
 from .numerics import check_axes, check_device, check_eps, check_shape, compute_dtype
 from .tiles import as_rows, normalise, row_tile, sigmoid, sum_of_partials

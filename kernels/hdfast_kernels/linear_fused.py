@@ -10,7 +10,8 @@ Axes: M rows (all leading axes), K inputs, N outputs; K' and N' are those rounde
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .autograd import once_differentiable
 
 # Bytes that a row is to be a multiple of, and multiplications of a product from which on a wider copy of weight and
 # bias, a launch each, pays.

@@ -10,9 +10,9 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import native
+from .autograd import once_differentiable
 
 # Multiplications of a product from which on oneDNN's call, 10 microseconds dearer, pays.
 ENOUGH = 1 << 20

@@ -44,7 +44,12 @@ def digest(folder: Path) -> str:
 
 
 def ptr(tensor: Tensor) -> int:
-    """The address of a contiguous CPU tensor's data; ValueError for any other tensor."""
+    """The address of the data of a contiguous CPU tensor that is as it lies in memory; ValueError for any other."""
+    if tensor.is_neg() or tensor.is_conj():
+        raise ValueError(
+            "native ops take tensors as they are in memory, got one that is negated or conjugated when it is read; "
+            "use .resolve_neg() and .resolve_conj()"
+        )
     if not (tensor.is_cpu and tensor.is_contiguous()):
         got = f"{tensor.device} with shape {tuple(tensor.shape)} and strides {tensor.stride()}"
         raise ValueError(f"native ops take contiguous CPU tensors, got one on {got}")

@@ -13,10 +13,10 @@ memory: `expand_onehot` makes one for all layers that read the same latents, on 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from ._triton import tl, triton
+from .autograd import once_differentiable, plainly
 from .numerics import check_axes, check_device, check_shape, compute_dtype
 from .onehot_linear_native import onehot_linear_native
 from .tiles import as_rows, row_tile
@@ -294,7 +294,7 @@ def onehot_linear(
         "onehot_linear", weight=weight, index=index, straight_through=straight_through, onto=onto, dense=dense
     )
     if dense is not None and dispatch.resolve_name("onehot_linear", backend, weight) == "triton":
-        return _DenseLinear.apply(dense.detach(), weight, straight_through, onto)
+        return plainly(weight, _DenseLinear.apply)(dense.detach(), weight, straight_through, onto)
     return dispatch.resolve("onehot_linear", backend, weight)(index, weight, straight_through, onto)
 
 

@@ -6,9 +6,9 @@ rows of the gradient that share a class. The latents' gradient is a GEMM.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import native
+from .autograd import once_differentiable
 from .linear_native import product
 
 

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from . import native
+from .autograd import once_differentiable
 from .linear_native import weight_grad
 
 WEIGHTS = (

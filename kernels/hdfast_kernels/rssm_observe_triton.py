@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from ._triton import triton
+from .autograd import once_differentiable
 from .layer_norm_gru import _LayerNormGRU
 from .layer_norm_silu import _LayerNormSiLU
 from .rssm_observe_kernels import observe_backward, observe_forward

@@ -16,10 +16,10 @@ Source: DreamerV3 (arXiv 2301.04104), 1% uniform mixture; straight-through gradi
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from ._triton import tl, triton
+from .autograd import once_differentiable
 from .numerics import check_axes, check_device, check_shape, compute_dtype
 from .sample_onehot_native import sample_index_native, sample_onehot_native
 from .tiles import as_rows, reciprocal, row_tile, softmax_rows

@@ -9,9 +9,9 @@ Images of few channels are a case of their own in both (image_conv_native.py).
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import image_conv_native, library_conv, native
+from .autograd import once_differentiable
 
 
 class _StridedConv(torch.autograd.Function):

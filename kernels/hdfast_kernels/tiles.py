@@ -45,7 +45,7 @@ def row_tile(columns: int, numbers: int = TILE, thread: int = THREAD) -> Tile:
 
 def as_rows(x: Tensor, columns: int) -> Tensor:
     """(..., columns) -> (N, columns), contiguous; also for an empty batch."""
-    return x.contiguous().view(x.numel() // columns, columns)
+    return x.resolve_neg().contiguous().view(x.numel() // columns, columns)
 
 
 def rows_apart(x: Tensor, columns: int) -> Tensor:
@@ -53,7 +53,7 @@ def rows_apart(x: Tensor, columns: int) -> Tensor:
 
     So the kernels read what a layer padded to aligned rows gives, without a copy.
     """
-    flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    flat = x.resolve_neg().flatten(0, -2) if x.dim() > 1 else x.resolve_neg()[None]
     return flat if flat.stride(1) == 1 else as_rows(flat, columns)
 
 

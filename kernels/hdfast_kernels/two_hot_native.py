@@ -6,9 +6,9 @@ of exponentials); backward reads the logits again, which is cheaper than to writ
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import native
+from .autograd import once_differentiable
 
 
 class _TwoHotLoss(torch.autograd.Function):

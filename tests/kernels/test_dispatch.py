@@ -54,7 +54,12 @@ def test_triton_runs_on_the_device_of_the_tensor(toy, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", device)
     dispatch.register(toy, triton=lambda: run_on.append(current[0]))
     for index in (1, 0):
-        tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda", index), dtype=torch.float32)
+        tensor = SimpleNamespace(
+            is_cuda=True,
+            device=torch.device("cuda", index),
+            dtype=torch.float32,
+            is_floating_point=lambda: True,
+        )
         dispatch.resolve(toy, "triton", tensor)()
     assert run_on == [1, 0]
     assert current == [0]

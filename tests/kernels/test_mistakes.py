@@ -82,15 +82,21 @@ def numbers(value, generator: torch.Generator):
     return torch.rand(value[0], generator=generator, dtype=F32, device="cpu")
 
 
-def all_of(op: str) -> list[torch.Tensor]:
-    """What the native op returns, or has changed, and its gradients, for the same random numbers."""
+def with_numbers(op: str) -> tuple[dict, list[torch.Tensor]]:
+    """Arguments of an op, always the same random numbers, and those of them that gradients are asked of."""
     generator = torch.Generator("cpu").manual_seed(0)
     arguments = {name: numbers(value, generator) for name, value in OPS[op].items()}
     flat = [one for value in arguments.values() for one in (value if isinstance(value, list) else [value])]
     floats = [one for one in flat if isinstance(one, torch.Tensor) and one.dtype == F32]
     for one in floats:
         one.requires_grad_(op not in ("adam_step", "gather_windows", "image_input"))
-    out = getattr(hk, op)(**arguments, backend="native")
+    return arguments, floats
+
+
+def all_of(op: str, backend: str = "native") -> list[torch.Tensor]:
+    """What the op returns, or has changed, and its gradients, for the same random numbers."""
+    arguments, floats = with_numbers(op)
+    out = getattr(hk, op)(**arguments, backend=backend)
     found = list(out) if isinstance(out, tuple) else [out]
     for one in [one for one in found if one.requires_grad]:
         one.sum().backward(retain_graph=True)
@@ -112,6 +118,84 @@ def test_the_defaults_of_pytorch_change_nothing(op, monkeypatch):
     with torch.device("meta"):
         found = all_of(op)
     assert all(map(torch.equal, right, found))
+
+
+ODD_LINEAR = {
+    "x": ((2048, 255), F32),
+    "weight": ((257, 255), F32),
+    "bias": ((257,), F32),
+}  # is not PyTorch's own
+OF_OURS = [
+    (op, backend)
+    for op in OPS
+    for backend in ("fused", "native")
+    if backend in hk.backends_available(op, torch.empty(0, dtype=F32, device="cpu"))
+    and (op, backend)
+    not in (("linear", "native"), ("strided_conv", "fused"))  # PyTorch's own at these shapes
+]
+
+
+@pytest.mark.parametrize(("op", "backend"), OF_OURS)
+def test_autocast_changes_nothing(op, backend, monkeypatch):
+    """The dtypes of its arguments say what an op computes in, and C++ reads what it was told to."""
+    monkeypatch.setitem(OPS, "linear", ODD_LINEAR)
+    right = all_of(op, backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = all_of(op, backend)
+        with torch.no_grad():  # it goes on behind them
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert [one.dtype for one in found] == [one.dtype for one in right]
+    assert all(map(torch.equal, right, found))
+
+
+@pytest.mark.parametrize(("op", "backend"), OF_OURS)
+def test_differentiating_twice_is_refused(op, backend, monkeypatch):
+    """A gradient penalty must not be left out without a word. The slope of a sum has no gradient itself."""
+    monkeypatch.setitem(OPS, "linear", ODD_LINEAR)
+    arguments, floats = with_numbers(op)
+    out = getattr(hk, op)(**arguments, backend=backend)
+    ends = [one for one in (out if isinstance(out, tuple) else (out,)) if one.requires_grad]
+    if not ends:
+        return
+    total = sum(one.sum() for one in ends)
+    slopes = torch.autograd.grad(total, floats, create_graph=True, allow_unused=True)
+    penalty = sum(slope.square().sum() for slope in slopes if slope is not None)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (total + penalty).backward()
+
+
+WITHOUT_A_FRACTION = {
+    "adam_step": ("params", "grads", "exp_avg", "exp_avg_sq"), "harmony_loss": ("losses",), "image_deconv": ("x",),
+    "image_loss": ("pred",), "kl_balance": ("post_logp",), "lambda_return": ("value",), "layer_norm_gru": ("deter",),
+    "layer_norm_silu": ("x",), "onehot_linear": ("weight", "onto"), "sample_index": ("logits",),
+    "rssm_observe": ("gru", "in_stoch", "post_deter", "logit_weight"), "sample_onehot": ("logits",),
+    "strided_conv": ("x",), "two_hot_loss": ("logits",), "two_hot_mean": ("logits",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", WITHOUT_A_FRACTION)
+def test_integers_in_place_of_numbers_with_a_fraction(op, backend):
+    def whole(value):
+        return [whole(one) for one in value] if isinstance(value, list) else (value[0], I64)
+
+    others = {name: make(whole(OPS[op][name]), "cpu") for name in WITHOUT_A_FRACTION[op]}
+    with pytest.raises(
+        TypeError, match=f"^{op}: expected a tensor of floating-point numbers, got torch.int64"
+    ):
+        call(op, {}, backend, **others)
+
+
+@pytest.mark.skipif(not dispatch.native_built(), reason="the C++ module is not built")
+def test_a_tensor_that_is_negated_when_it_is_read():
+    x = torch._neg_view(torch.ones(3, 4))
+    with pytest.raises(ValueError, match=r"negated or conjugated when it is read; use .resolve_neg"):
+        hk.layer_norm_silu(x, torch.ones(4), torch.zeros(4), backend="native")
+    storage = torch.ones(6, 3, dtype=torch.complex64).conj()
+    with pytest.raises(
+        ValueError, match=r'^gather_windows: native .* conjugated when it is read; use backend="ref'
+    ):
+        hk.gather_windows(storage, torch.tensor([0]), 2, 6, backend="native")
 
 
 def test_every_op_is_here():
