@@ -8,6 +8,7 @@ Source: HarmonyDream (arXiv 2310.00344); the op and its formula are in harmony_l
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,7 @@ class Harmonizer(nn.Module):
         self.regularizer = tuple(float(regularizer.get(name, 1.0)) for name in self.groups)
         if mode == "learned":
             self.log_sigma = nn.Parameter(torch.zeros(len(self.groups)))
-        self._plans: dict[tuple[tuple[str, ...], torch.device], _Plan] = {}
+        self._plans: dict[tuple[Any, ...], _Plan] = {}
 
     def no_weight_decay(self) -> set[str]:
         """The names of the parameters that an optimizer must not decay."""
@@ -174,10 +175,12 @@ class Harmonizer(nn.Module):
             )
         return metrics
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a file holds: without the constants, which a file's reader may want on another device."""
+        return {**super().__getstate__(), "_plans": {}}
+
     def _plan(self, names: tuple[str, ...], device: torch.device) -> _Plan:
         """The constants for these losses, made at the first call (a graph's warm-up, not its capture)."""
-        if (names, device) in self._plans:
-            return self._plans[names, device]
         if self.mode != "off":
             for members in self.groups.values():
                 _check_known(members, names, "a group's loss was not given")
@@ -194,18 +197,34 @@ class Harmonizer(nn.Module):
                     numbers[loss] = number if self.mode == "learned" else -1
                     weights[loss] = float(weight) * (1.0 if self.mode == "learned" else self.fixed[group])
         group, weight = tuple(numbers.get(name, -1) for name in names), tuple(weights[name] for name in names)
-        with torch.inference_mode(
-            False
-        ):  # a tensor cached under inference_mode could not be used in training
+        fixed = tuple(self.fixed.values()) if self.mode == "fixed" else ()
+        key = (
+            group,
+            weight,
+            fixed,
+            device,
+        )  # not the names alone: groups and scales may have been changed since
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._made(*key)
+            if type(plan.row) is Tensor:  # not what is made while PyTorch traces, which has no memory
+                self._plans[key] = plan
+        return plan
+
+    def _made(
+        self,
+        group: tuple[int, ...],
+        weight: tuple[float, ...],
+        fixed: tuple[float, ...],
+        device: torch.device,
+    ) -> _Plan:
+        with torch.inference_mode(False):  # a tensor kept under inference_mode could not be used in training
             count = len(self.groups) if self.mode == "learned" else 0
             row = torch.tensor([count if number < 0 else number for number in group], device=device)
-            fixed = list(self.fixed.values()) if self.mode == "fixed" else []
-            factor, fixed = (
+            factors, constants = (
                 torch.tensor(values, dtype=torch.float32, device=device) for values in (weight, fixed)
             )
-            plan = _Plan(group, weight, row, factor, fixed)
-        self._plans[names, device] = plan
-        return plan
+            return _Plan(group, weight, row, factors, constants)
 
     def _grouped(self, loss: str) -> bool:
         return any(loss in members for members in self.groups.values())

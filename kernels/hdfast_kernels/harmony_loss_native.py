@@ -1,34 +1,35 @@
 """harmony_loss on the CPU (csrc/ops/harmony_loss.cpp): one call, which prepares the gradients on the way."""
 
+from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import native
+from .autograd import once_differentiable
 
 
 @lru_cache(maxsize=64)
 def _constants(
     group: tuple[int, ...], weight: tuple[float, ...], regularizer: tuple[float, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    floats = {"dtype": torch.float32, "device": "cpu"}
-    numbers = torch.tensor(group, dtype=torch.int64, device="cpu")
-    return numbers, torch.tensor(weight, **floats), torch.tensor(regularizer, **floats)
+) -> tuple[array, array, array]:
+    """As C++ reads them. Not as tensors: one that is made while PyTorch traces has no memory, and would stay here."""
+    return array("q", group), array("f", weight), array("f", regularizer)
 
 
 class _HarmonyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, log_sigma: Tensor, group, weight, regularizer, *losses: Tensor) -> tuple[Tensor, Tensor]:
         losses, log_sigma = [native.as_float(loss) for loss in losses], native.as_float(log_sigma)
-        numbers, factors, bounds = _constants(tuple(group), tuple(weight), tuple(regularizer))
+        constants = _constants(tuple(group), tuple(weight), tuple(regularizer))
+        numbers, factors, bounds = (values.buffer_info()[0] for values in constants)
         count, groups = len(losses), log_sigma.numel()
         total, means, slopes = native.empty(), native.empty(count), native.empty(count + groups)
         native.module().harmony_loss_forward(
             [native.ptr(loss) for loss in losses], count, losses[0].numel(), native.ptr(log_sigma),
-            native.ptr(numbers), native.ptr(factors), native.ptr(bounds), groups, native.ptr(total),
+            numbers, factors, bounds, groups, native.ptr(total),
             native.ptr(means), native.ptr(slopes), native.ptr(slopes) + 4 * count,
         )  # fmt: skip
         ctx.save_for_backward(slopes)

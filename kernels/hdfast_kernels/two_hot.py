@@ -11,14 +11,12 @@ Source: DreamerV3 (arXiv 2301.04104), equations 8-10, as its code computes them 
 HarmonyDream builds on.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from ._triton import tl, triton
+from .autograd import once_differentiable
 from .numerics import check_axes, check_device, check_shape, compute_dtype
 from .tiles import readable_columns, reciprocal, row_tile, rows_apart, softmax_rows
 from .two_hot_native import two_hot_loss_native, two_hot_mean_native
@@ -40,14 +38,26 @@ def symexp(x: Tensor) -> Tensor:
 
 def symlog_bins(low: float, high: float, bins: int, like: Tensor) -> Tensor:
     """(bins,) evenly spaced from low to high, on the device and in the compute dtype of `like`; made once."""
-    return _symlog_bins(low, high, bins, compute_dtype(like), like.device)
+    key = low, high, bins, compute_dtype(like), like.device
+    traced = type(like) not in (
+        Tensor,
+        torch.nn.Parameter,
+    )  # its bins may have no memory, and are for this once
+    found = None if traced else _bins.get(key)
+    if found is None:
+        found = _make_bins(*key)
+        if not traced and type(found) is Tensor:
+            _bins[key] = found
+    return found
 
 
-@lru_cache(maxsize=64)
-def _symlog_bins(low: float, high: float, bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+_bins: dict[tuple[float, float, int, torch.dtype, torch.device], Tensor] = {}
+
+
+def _make_bins(low: float, high: float, bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     # In float64 and about the centre, so that symmetric bins are exactly symmetric: a uniform distribution
     # has mean zero.
-    with torch.inference_mode(False):  # a tensor cached under inference_mode could not be used in training
+    with torch.inference_mode(False):  # a tensor kept under inference_mode could not be used in training
         offset = torch.arange(bins, dtype=torch.float64, device="cpu") - (bins - 1) / 2
         return ((low + high) / 2 + offset * ((high - low) / (bins - 1))).to(device=device, dtype=dtype)
 

@@ -1,5 +1,6 @@
 """Harmonizer: the paper's fixed point and its three-term total, the modes, and that no loss is ever lost."""
 
+import contextlib
 import copy
 import doctest
 import math
@@ -7,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hdfast_kernels import Harmonizer, harmonizer
 
@@ -154,6 +156,39 @@ def test_a_fixed_weight_that_the_mode_would_not_use(mode):
     Harmonizer(
         GROUPS, mode=mode, fixed=dict.fromkeys(GROUPS, 1.0)
     )  # what it is anyway, so that configs may pass it
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_what_pytorch_traces_leaves_nothing_behind(backend):
+    """Tensors that are made meanwhile have no memory."""
+    losses = {name: torch.rand(4) for name in ("reward", "image", "dyn", "rep")}
+    harmonizer = Harmonizer(GROUPS, backend=backend)
+    with contextlib.suppress(RuntimeError, AssertionError):  # it has a parameter, and C++ cannot be traced
+        make_fx(lambda losses: harmonizer(losses)[0], tracing_mode="fake")(losses)
+    for again in (harmonizer, Harmonizer(GROUPS, backend=backend)):
+        total, metrics = again(losses)
+        assert all(type(value) is torch.Tensor for value in (total, *metrics.values()))
+        assert total.isfinite()
+
+
+def test_scales_and_groups_may_change():
+    harmonizer = Harmonizer({"a": {"x": 1.0}}, scales={"y": 5.0})
+    losses = {"x": torch.zeros(3), "y": torch.ones(3)}
+    before = harmonizer(losses)[0].item()
+    harmonizer.scales["y"] = 2.0
+    total, metrics = harmonizer(losses)
+    assert before - total.item() == pytest.approx(3.0)
+    assert metrics["weighted/y"].item() == 2.0
+
+
+def test_a_file_of_it_is_of_no_device(tmp_path):
+    harmonizer = Harmonizer(GROUPS)
+    losses = {name: torch.rand(4) for name in ("reward", "image", "dyn", "rep")}
+    total = harmonizer(losses)[0]
+    torch.save(harmonizer, tmp_path / "harmonizer.pt")
+    moved = torch.load(tmp_path / "harmonizer.pt", map_location="meta", weights_only=False)
+    moved.to_empty(device="cpu").load_state_dict(harmonizer.state_dict())
+    assert moved(losses)[0].item() == total.item()
 
 
 def test_what_is_no_mapping_or_no_tensor():

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from checks import backends, check_against_fp64, random
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hdfast_kernels import tiles, two_hot_loss, two_hot_mean
 from hdfast_kernels.two_hot import symexp, symlog, two_hot_loss_reference, two_hot_mean_reference
@@ -194,6 +195,12 @@ def test_loss_is_the_cross_entropy_of_the_dense_code():
     )  # a tent at each bin
     expected = -(code * given.log_softmax(-1)).sum(-1)
     assert torch.allclose(two_hot_loss(given, target), expected, rtol=1e-9)
+
+
+def test_bins_that_pytorch_made_while_tracing_are_not_kept():
+    logits = random(2, 93)
+    make_fx(lambda x: two_hot_mean(x, backend="reference"), tracing_mode="fake")(logits)
+    assert type(two_hot_mean(logits, backend="reference")) is torch.Tensor
 
 
 def test_mistakes_are_answered():
