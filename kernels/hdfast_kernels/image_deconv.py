@@ -15,14 +15,16 @@ from torch import Tensor
 from . import dispatch
 from .image_blocks import double_to_image
 from .image_deconv_native import CHANNELS, image_deconv_native
+from .library_conv import in_right_type
 from .numerics import check_device, check_shape
 
 
 def image_deconv_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The definition, in plain PyTorch; see `image_deconv`."""
     kernel = weight.to(x.dtype, memory_format=torch.channels_last)
-    out = F.conv_transpose2d(x.permute(0, 3, 1, 2), kernel, bias.to(x.dtype), stride=2, padding=1)
-    return out.permute(0, 2, 3, 1)
+    given = x.permute(0, 3, 1, 2), kernel, bias.to(x.dtype)
+    out = F.conv_transpose2d(*(in_right_type(one, x.shape[2]) for one in given), stride=2, padding=1)
+    return out.permute(0, 2, 3, 1).to(x.dtype)
 
 
 def image_deconv(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:

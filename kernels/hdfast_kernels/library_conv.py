@@ -51,12 +51,16 @@ def gradients(
 
 
 def _laid(tensor: Tensor, width: int) -> Tensor:
-    """With channels last in memory, itself if they are; `width` is that of the smaller map.
+    """With channels last in memory, itself if they are, in a type that is right; `width` is that of the smaller map."""
+    return in_right_type(tensor, width).contiguous(memory_format=torch.channels_last)
 
-    In float32 where that is one pixel: with AMX, oneDNN 3.12 takes some of those numbers in bfloat16 from memory that
-    is not the map's.
+
+def in_right_type(tensor: Tensor, width: int) -> Tensor:
+    """In float32 where the smaller map of a convolution is one pixel wide and the tensor in bfloat16, on the CPU.
+
+    With AMX, oneDNN 3.12 takes some of those numbers from memory that is not the map's.
     """
-    return (tensor.float() if width <= 1 else tensor).contiguous(memory_format=torch.channels_last)
+    return tensor.float() if width <= 1 and tensor.is_cpu and tensor.dtype == torch.bfloat16 else tensor
 
 
 def _constants(transposed: bool) -> tuple:

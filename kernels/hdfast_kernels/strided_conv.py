@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, image_blocks
+from .library_conv import in_right_type
 from .numerics import check_device
 from .strided_conv_native import strided_conv_native
 
@@ -19,7 +20,9 @@ def strided_conv_reference(x: Tensor, weight: Tensor, transposed: bool = False) 
     """The definition, in plain PyTorch; see `strided_conv`."""
     kernel = weight.to(x.dtype, memory_format=torch.channels_last)
     convolution = F.conv_transpose2d if transposed else F.conv2d
-    return convolution(x.permute(0, 3, 1, 2), kernel, stride=2, padding=1).permute(0, 2, 3, 1)
+    width = x.shape[2] if transposed else x.shape[2] // 2
+    maps = in_right_type(x.permute(0, 3, 1, 2), width), in_right_type(kernel, width)
+    return convolution(*maps, stride=2, padding=1).permute(0, 2, 3, 1).to(x.dtype)
 
 
 def strided_conv_fused(x: Tensor, weight: Tensor, transposed: bool = False) -> Tensor:
