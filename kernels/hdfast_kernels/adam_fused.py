@@ -49,9 +49,10 @@ def adam_step_fused(
         eps=eps,
         amsgrad=False,
         maximize=False,
-        grad_scale=(norm / max_norm).clamp(min=1.0)
+        # What it divides by: infinity where the norm is to be 0, and 1 where it is that already.
+        grad_scale=(norm / max_norm).nan_to_num(1.0, math.inf).clamp(min=1.0)
         if math.isfinite(max_norm)
-        else None,  # what it divides by
+        else None,
         found_inf=(~applied).to(norm.dtype),  # where it is 1, the kernel changes nothing
     )
     copy_back(changed, laid)

@@ -259,3 +259,14 @@ def test_a_backward_through_what_was_computed_before_is_refused(backend):
     adam_step([param], [torch.ones_like(param)], *([one] for one in state), step, 0.1, backend=backend.name)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_norm_of_nothing_clipped_to_nothing(backend):
+    param, zeros = torch.ones(3, device=backend.device), [torch.zeros(3, device=backend.device) for _ in range(3)]
+    step = torch.zeros((), device=backend.device)
+    norm, applied = adam_step(
+        [param], [zeros[0]], [zeros[1]], [zeros[2]], step, 1e-3, max_norm=0.0, backend=backend.name
+    )
+    assert (norm.item(), applied.item(), step.item()) == (0.0, True, 1.0)
+    assert param.tolist() == [1.0, 1.0, 1.0]
