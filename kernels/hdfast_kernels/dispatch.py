@@ -131,7 +131,7 @@ def resolve(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[...,
     TypeError for integers, where the op takes numbers with a fraction.
     """
     name = resolve_name(op, backend, tensor)
-    implementation = plainly(tensor, _ops[op].implementations[name])
+    implementation = plainly(_ops[op].implementations[name])
     if name != "reference" and tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return functools.partial(_on, tensor.device, implementation)
     return implementation

@@ -45,10 +45,10 @@ def digest(folder: Path) -> str:
 
 def ptr(tensor: Tensor) -> int:
     """The address of the data of a contiguous CPU tensor that is as it lies in memory; ValueError for any other."""
-    if tensor.is_neg() or tensor.is_conj():
+    if tensor.is_neg():
         raise ValueError(
-            "native ops take tensors as they are in memory, got one that is negated or conjugated when it is read; "
-            "use .resolve_neg() and .resolve_conj()"
+            "native ops take tensors as they are in memory, got one that is negated when it is read; "
+            "use .resolve_neg()"
         )
     if not (tensor.is_cpu and tensor.is_contiguous()):
         got = f"{tensor.device} with shape {tuple(tensor.shape)} and strides {tensor.stride()}"

@@ -294,7 +294,7 @@ def onehot_linear(
         "onehot_linear", weight=weight, index=index, straight_through=straight_through, onto=onto, dense=dense
     )
     if dense is not None and dispatch.resolve_name("onehot_linear", backend, weight) == "triton":
-        return plainly(weight, _DenseLinear.apply)(dense.detach(), weight, straight_through, onto)
+        return plainly(_DenseLinear.apply)(dense.detach(), weight, straight_through, onto)
     return dispatch.resolve("onehot_linear", backend, weight)(index, weight, straight_through, onto)
 
 

@@ -263,7 +263,10 @@ def test_a_backward_through_what_was_computed_before_is_refused(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_norm_of_nothing_clipped_to_nothing(backend):
-    param, zeros = torch.ones(3, device=backend.device), [torch.zeros(3, device=backend.device) for _ in range(3)]
+    param, zeros = (
+        torch.ones(3, device=backend.device),
+        [torch.zeros(3, device=backend.device) for _ in range(3)],
+    )
     step = torch.zeros((), device=backend.device)
     norm, applied = adam_step(
         [param], [zeros[0]], [zeros[1]], [zeros[2]], step, 1e-3, max_norm=0.0, backend=backend.name
