@@ -114,10 +114,12 @@ class Session:
         if self.graph:
             self._update = captured_update(self.learner, self.replay.sample, self.replay.generators)
         self.agent_steps = 0
+        self.step_from: int | None = None  # agent steps before the step that is under way
         self.learning_from: int | None = None  # agent steps at which the prefill was complete
         self.evaluated_at = 0
         self.evaluation: dict[str, Any] | None = None
         seconds = 0.0 if saved is None else self._restore(saved)
+        self.resumed_at = self.agent_steps
         self.skipped_before = int(self.learner.skipped)
         self.saved_at = time.monotonic()
         self.logger = Logger(
@@ -180,7 +182,7 @@ class Session:
         try:
             self.progress.message(f"{self.rundir.path}: {begins}")
             self.progress.update(agent_steps=self.agent_steps, updates=self.learner.updates)
-            if self.agent_steps < total:
+            if self.agent_steps < total or self.step_from is not None:
                 self.train(total)
             if self.evaluation is None or self.evaluated_at != self.agent_steps:
                 self._evaluate()
@@ -200,6 +202,10 @@ class Session:
     def train(self, total: int) -> None:
         """Steps, and learns what is owed, until there are `total` agent steps. Raises: as `run`."""
         config, meter = self.config, evaluation.EpisodeMeter(self.env.num_envs)
+        logged = False
+        if self.step_from is not None:  # the last session was stopped in the midst of a step
+            self._learn()
+            logged = self._end_step()
         step = self.env.reset()
         while self.agent_steps < total:
             self.stop.check()
@@ -220,22 +226,30 @@ class Session:
                         "is_terminal": step.is_terminal,
                     }
                 )
-            before, self.agent_steps = self.agent_steps, self.agent_steps + self.env.num_envs
+            self.step_from, self.agent_steps = self.agent_steps, self.agent_steps + self.env.num_envs
             for episode in finished:
                 self._score(episode)
             with annotate("learn"):
                 self._learn()
             with annotate("receive"):
                 step = self.env.recv()
-            self.progress.update(agent_steps=self.agent_steps, updates=self.learner.updates)
-            if self._crossed(config.log.every, before):
-                self._log()
-            if config.log.video_every and self._crossed(config.log.video_every, before):
-                self._video()
+            logged = self._end_step()
             if time.monotonic() - self.saved_at >= config.checkpoint.seconds:
                 self._save()
-        if not self._crossed(config.log.every, before):
+        if not logged:
             self._log()
+
+    def _end_step(self) -> bool:
+        """What is to tell of the step under way, which ends here; whether its metrics were logged."""
+        config, before = self.config, self.step_from
+        self.progress.update(agent_steps=self.agent_steps, updates=self.learner.updates)
+        self.step_from = None
+        logged = self._crossed(config.log.every, before)
+        if logged:
+            self._log()
+        if config.log.video_every and self._crossed(config.log.video_every, before):
+            self._video()
+        return logged
 
     def _act(self, obs: Mapping[str, np.ndarray], is_first: np.ndarray) -> np.ndarray:
         """A random action while replay is being filled, unless the policy has learnt before; then the policy's."""
@@ -339,6 +353,7 @@ class Session:
             tensors["policy.generator"] = self.policy.generator.get_state()
             meta = {
                 "agent_steps": self.agent_steps,
+                "step_from": self.step_from,
                 "learning_from": self.learning_from,
                 "evaluated_at": self.evaluated_at,
                 "evaluation": self.evaluation,
@@ -346,6 +361,8 @@ class Session:
             }
             keep = self.config.checkpoint.keep
             checkpoint.save(self.rundir.checkpoints, tensors, meta, number=self.agent_steps, keep=keep)
+        if self.agent_steps > self.resumed_at:
+            self.rundir.grow()
         self.saved_at = time.monotonic()
 
     def _restore(self, saved: checkpoint.Checkpoint) -> float:
@@ -356,6 +373,7 @@ class Session:
             self.learner.load_state_dict(saved.part("learner."))
         restore_generator(self.policy.generator, saved.tensors["policy.generator"])
         self.agent_steps, self.learning_from = meta["agent_steps"], meta["learning_from"]
+        self.step_from = meta.get("step_from")
         self.evaluated_at, self.evaluation = meta["evaluated_at"], meta["evaluation"]
         return float(meta["seconds"])
 

@@ -6,6 +6,7 @@ midst of a run is a killed run; the last test kills real processes.
 
 import itertools
 import json
+import os
 import shutil
 import signal
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torch
 from hdfast import loop, session, suites, train
 from hdfast.replay import Replay
 from hdfast.runtime import checkpoint
-from hdfast.runtime.errors import CheckpointError, ConfigError, Interrupted, RunError
+from hdfast.runtime.errors import CheckpointError, ConfigError, EnvError, Interrupted, RunError
 from hdfast.runtime.logger import Logger
 from hdfast.runtime.rundir import RunDir
 from tests import loop_cases
@@ -280,6 +281,39 @@ def test_a_finished_run_goes_on_when_it_is_given_more_steps(tmp_path, monkeypatc
     assert record["resumed"][-1]["changed"] == ["agent_steps: 24 -> 40"]
     with pytest.raises(ConfigError, match="another config"):
         loop_cases.train(config)
+
+
+def test_more_steps_change_nothing_before_the_first_of_them(tmp_path, monkeypatch):
+    """They may be a slip, and what is finished is to stay so until there is more."""
+    script(monkeypatch)
+    config, longer = tiny(tmp_path, agent_steps=24), tiny(tmp_path)
+    summary = json.loads(json.dumps(loop_cases.train(config)))
+    before = {name: (path_of(config) / name).read_text() for name in ("config.json", "finished.json")}
+
+    def fails(*args, **kwargs):
+        raise EnvError("it is not there")
+
+    def stops(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return make(*args, **kwargs)
+
+    make = session.make_envs
+    for how, error in ((fails, EnvError), (stops, Interrupted)):
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "make_envs", how)
+            with pytest.raises(error):
+                loop_cases.train(longer)
+        assert {name: (path_of(config) / name).read_text() for name in before} == before
+        assert loop_cases.train(config) == summary
+    with monkeypatch.context() as patch:
+        stop_in(patch, 2)
+        with pytest.raises(Interrupted):
+            loop_cases.train(longer)
+    assert not (path_of(config) / "finished.json").exists()
+    with pytest.raises(ConfigError, match="another config"):
+        loop_cases.train(config)
+    assert loop_cases.train(longer)["updates"] == 15
+    assert_one_history(longer)
 
 
 def test_going_on_in_another_precision_is_told(tmp_path, monkeypatch, capfd):

@@ -94,13 +94,21 @@ def test_a_run_grows_in_what_may_be_more(tmp_path):
     with opened(10) as run:
         assert run.state == "finished"
     with opened(20) as run:
+        before = rundir.read(run.path)
+        run.grow()
         record = rundir.read(run.path)
+        run.grow()  # it has
     assert (run.state, run.summary, record.summary) == ("resumable", None, None)
+    assert (before.config, before.summary) == ({"seed": 3, "steps": 10}, {"score": 1.0})
     assert record.config == {"seed": 3, "steps": 20}
     assert record.resumed[-1]["changed"] == ["steps: 10 -> 20"]
     with pytest.raises(ConfigError, match="another config") as error:
         opened(10)
     assert error.value.details == ("steps: 20 -> 10",)
+    with opened(30) as run:
+        run.mark_finished({"score": 2.0})  # what it was given was nothing to do
+    record = rundir.read(run.path)
+    assert (record.config["steps"], record.summary) == (30, {"score": 2.0})
 
 
 def test_how_a_session_computes_is_compared_with_the_last(tmp_path):

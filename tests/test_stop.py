@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 import pytest
 
@@ -48,6 +49,33 @@ def test_a_signal_stops_at_the_next_step_with_a_checkpoint(tmp_path, monkeypatch
     assert (got, err) == (0, "")
     assert "going on at agent step 14" in out
     assert_one_history(config, updates=150)
+
+
+@pytest.mark.parametrize(("update", "at"), [(45, 20), (148, 40)], ids=["a step that logs", "the last step"])
+def test_the_step_that_a_signal_came_in_is_ended_by_the_next_session(tmp_path, monkeypatch, update, at):
+    script(monkeypatch)
+    videos = []
+    monkeypatch.setattr(session.Session, "_video", lambda self: videos.append(self.agent_steps))
+    config = tiny(tmp_path, train={"ratio": 40.0}, log={"video_every": 20})
+    with monkeypatch.context() as patch:
+        stop_in(patch, update)
+        with pytest.raises(Interrupted):
+            loop_cases.train(config)
+    assert saved(config).meta["agent_steps"] == at
+    assert int(saved(config).tensors["learner.updates"]) == update
+    assert loop_cases.train(config)["updates"] == 150
+    assert_one_history(config, updates=150)
+    assert [line["agent_steps"] for line in lines(config, "metrics")] == [20, 40]
+    assert videos == [20, 40]
+
+
+def test_a_run_in_a_thread_hears_of_no_signal(tmp_path):
+    """Handlers are for the main thread alone."""
+    summaries, config = [], tiny(tmp_path, agent_steps=8)
+    thread = threading.Thread(target=lambda: summaries.append(loop_cases.train(config)))
+    thread.start()
+    thread.join()
+    assert summaries[0]["episodes"] == config.eval.episodes
 
 
 def test_what_a_signal_says_and_a_second_does():

@@ -59,6 +59,7 @@ class RunDir:
     def __init__(self, path: Path, state: State, summary: dict[str, Any] | None, lock: int) -> None:
         self.path, self.state, self.summary, self._lock = path, state, summary, lock
         self._made: list[Path] = []  # folders that `open` made, the run's own first
+        self._grown: dict[str, Any] | None = None  # what config.json is to hold once the run has grown
         self.checkpoints, self.replay, self.tensorboard, self.videos = (path / name for name in FOLDERS)
 
     @classmethod
@@ -80,8 +81,8 @@ class RunDir:
 
         config: the resolved configuration, nested and JSON-able.
         ignore: dotted fields that may differ on resuming ("device", "log.every"); "log" covers all below it.
-        growing: top-level numbers that may be larger on resuming, from when on they are the run's; a finished run
-            goes on then.
+        growing: top-level numbers that may be larger on resuming; a finished run goes on then. They are the run's,
+            and it is finished no more, from `grow` on.
         defaults: what a field meant before there was one: its value in a saved config that does not hold it.
         device: `describe_device(...)`, kept with the provenance.
 
@@ -139,14 +140,30 @@ class RunDir:
             raise ConfigError("this run has another config", where=path, hint=hint, details=lines)
         if record.summary is not None and not grown:
             return cls(path, "finished", record.summary, lock)
-        (path / "finished.json").unlink(missing_ok=True)
         resumed = [*record.resumed, {**origin, "changed": difference(saved, requested)}]
         written = {"config": {**record.config, **grown}, "created": record.created, "resumed": resumed}
-        write_json(path / "config.json", written)
-        return cls(path, "resumable", None, lock)
+        opened = cls(path, "resumable", None, lock)
+        if grown:
+            opened._grown = written
+        else:
+            write_json(path / "config.json", written)
+        return opened
+
+    def grow(self) -> None:
+        """To be called once a run has more than it had: what it was given more of is its own from now on.
+
+        Until then nothing is changed: it may have been a slip, or fail to begin.
+        """
+        if self._grown is None:
+            return
+        with disk_errors(self.path, "let the run grow"):
+            write_json(self.path / "config.json", self._grown)
+            (self.path / "finished.json").unlink(missing_ok=True)
+        self._grown = None
 
     def mark_finished(self, summary: Mapping[str, Any]) -> None:
         """Write finished.json: from now on this run is skipped. summary: JSON-able."""
+        self.grow()
         self.summary = plain(dict(summary), "summary")
         with disk_errors(self.path, "mark the run finished"):
             write_json(self.path / "finished.json", {"summary": self.summary, "time": _now()})

@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
@@ -15,7 +16,7 @@ class StopRequest:
     SIGHUP, of a terminal that closes, comes from the kernel and again from the shell: more of them change nothing.
     Where it is ignored (`nohup`) it stays ignored.
 
-    A context manager, for the main thread: signal handlers can be set nowhere else.
+    A context manager. In any thread but the main one, where handlers cannot be set, it hears of no signal.
 
     say: told at the first signal what it does and what a second one would, at any point of the main thread.
     """
@@ -37,6 +38,8 @@ class StopRequest:
             raise Interrupted(self.signum)
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
                 self._before[signum] = signal.signal(signum, self._handle)
