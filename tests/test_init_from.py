@@ -50,6 +50,22 @@ def test_a_run_can_begin_with_the_parameters_of_another(tmp_path, monkeypatch):
     assert not all(torch.equal(tensor, before[name]) for name, tensor in parameters(longer).items())
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [("learned", "off"), ("fixed", "learned")])
+def test_harmony_may_be_another(tmp_path, monkeypatch, theirs, ours):
+    """Its scalars are then as in a new run."""
+    script(monkeypatch)
+    first = tiny(tmp_path / "first", harmony={"mode": theirs})
+    loop_cases.train(first)
+    second = tiny(tmp_path / "second", init_from=str(path_of(first)), agent_steps=8, harmony={"mode": ours})
+    assert loop_cases.train(second)["updates"] == 0
+    before, after = parameters(first), parameters(second)
+    sigma = "learner.model.harmonizer.log_sigma"
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name != sigma)
+    assert after.keys() - {sigma} == before.keys() - {sigma}
+    assert (sigma in after) == (ours == "learned")
+    assert not after.get(sigma, torch.zeros(1)).any()
+
+
 def test_parameters_to_begin_with_that_are_not_there_or_do_not_fit_are_one_line(tmp_path, monkeypatch):
     script(monkeypatch)
     first = tiny(tmp_path / "first", agent_steps=4)

@@ -187,14 +187,19 @@ class Learner:
     def load_parameters(self, state: Mapping[str, Tensor]) -> None:
         """Takes what another learner's modules hold, from its `state_dict`; optimizers and generator stay.
 
+        The scalars of harmony stay, too, where the other has none, or others: they find their place soon.
+
         Raises:
             RuntimeError: an entry is missing, or of another shape; the others may have been taken.
         """
         for name, module in (("model", self.model), ("behavior", self.behavior)):
             prefix = f"{name}."
-            module.load_state_dict(
-                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            )
+            given = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            own = {k: v for k, v in module.state_dict().items() if k.startswith("harmonizer.")}
+            theirs = {k: v for k, v in given.items() if k.startswith("harmonizer.")}
+            if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in theirs.items()}:
+                given = {k: v for k, v in given.items() if k not in theirs} | own
+            module.load_state_dict(given)
 
     def _update_behavior(
         self, output: ModelOutput, is_terminal: Tensor, apply: Tensor
