@@ -10,7 +10,7 @@ from typing import Any
 
 from hdfast import envs
 from hdfast.config import Config
-from hdfast.replay import ReplayError
+from hdfast.replay import LayoutError, ReplayError
 from hdfast.runtime import graphs
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device
 from hdfast.runtime.errors import NO_ROOM, ConfigError, DiskFullError, RunError, disk_errors
@@ -45,6 +45,9 @@ def replay_errors() -> Iterator[None]:
     """Turns what replay raises into the one-line errors of the doors."""
     try:
         yield
+    except LayoutError as error:
+        hint = "go on with the environment of before, or begin another run: another --logdir or --seed"
+        raise RunError(str(error), hint=hint) from error
     except ReplayError as error:
         if error.errno in NO_ROOM:
             raise DiskFullError(str(error), hint="make room and run it again") from error

@@ -22,7 +22,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,6 +48,10 @@ class ReplayError(RuntimeError):
     def __init__(self, message: str, *, errno: int | None = None) -> None:
         super().__init__(message)
         self.errno = errno
+
+
+class LayoutError(ReplayError):
+    """The log holds rows of other observations, actions or environments than it is read for."""
 
 
 @contextmanager
@@ -120,7 +124,8 @@ class ChunkReader:
         self._nbytes = os.fstat(file.fileno()).st_size
         header = self._header()
         if header["layout"] != layout.to_json():
-            raise ReplayError(f"{path}: holds rows of {header['layout']}, this run has {layout.to_json()}")
+            others = _others(header["layout"], layout.to_json())
+            raise LayoutError(f"{path}: holds rows of another environment: {others}")
         if header["first_row"] != row or crc not in (None, header["crc"]):
             raise ReplayError(f"{path}: the replay is damaged before this chunk")
         self.row = row  # after the last one read
@@ -167,3 +172,15 @@ class ChunkReader:
 
     def _damaged(self, byte: int) -> ReplayError:
         return ReplayError(f"{self._path}: the replay is damaged at byte {byte}")
+
+
+def _others(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What two layouts differ in, as `state float32 (3,), now float32 (4,)`; see `RowLayout.to_json`."""
+
+    def parts(layout: Mapping[str, Any]) -> dict[str, str]:
+        rows = {key: f"{np.dtype(dtype)} {tuple(shape)}" for key, (dtype, *shape) in layout["keys"].items()}
+        return {"environments": str(layout["num_envs"]), **rows}
+
+    before, now = parts(stored), parts(wanted)
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return "; ".join(f"{name} {before.get(name, 'absent')}, now {now.get(name, 'absent')}" for name in names)
