@@ -24,7 +24,7 @@ QUICK = [case for case in report_cases.cases() if case.quick]
 REST = [
     (case, sm) for case in report_cases.cases() for sm in report.SHARED_LIMIT if not (case.quick and sm == 90)
 ]
-FORWARD_ONLY = {"adam_step", "image_input", "sample_index"}  # ops that have no gradient
+FORWARD_ONLY = {"adam_step", "gather_windows", "image_input", "sample_index"}  # ops that have no gradient
 IMAGE_PRODUCTS = ("image_halved_forward", "image_doubled_forward", "image_weight_backward")
 
 
@@ -43,7 +43,7 @@ def test_training_shapes_on_sm_90(case):
     gate(kernels)
     for kernel in kernels:
         if kernel.name.startswith(
-            ("layer_norm_silu", "image_input", "image_loss")
+            ("layer_norm_silu", "image_input", "image_loss", "gather_windows")
         ):  # the most bytes of all: none in small pieces
             assert kernel.instructions["ldg128"] >= kernel.instructions["ldg"] - 1, kernel.instructions
         if kernel.name in ("onehot_linear_backward", *IMAGE_PRODUCTS):
@@ -59,6 +59,7 @@ def one_row() -> dict[str, Callable[[Callable], None]]:
         "adam_step": lambda op: op(
             *([meta(1)] for _ in range(4)), meta(), meta(), (0.0, 0.999), 1.0, 1.0, float("inf"), None
         ),
+        "gather_windows": lambda op: op(meta(1, 1, dtype=torch.uint8), meta(1, dtype=torch.int64), 1, 1),
         "harmony_loss": lambda op: backward(op([meta(1, **many)], meta(1, **many), (0,), (1.0,), (1.0,))[0]),
         "image_deconv": lambda op: backward(
             op(meta(1, 1, 1, 1, **many), meta(1, 1, 4, 4, **many), meta(1, **many))

@@ -42,6 +42,19 @@ def test_rows_large_enough_for_several_threads(backend):
     assert torch.equal(got.cpu(), expected(storage, starts, 9))
 
 
+@pytest.mark.parametrize("backend", [b for b in backends("gather_windows") if "cuda" in b.id])
+def test_a_storage_beyond_32_bits(backend):
+    """Two rings of 1.2 GB each, of which the second one's last rows are asked for."""
+    ring = 100_000
+    storage = torch.arange(2 * ring, device=backend.device)[:, None, None].to(torch.uint8).repeat(1, 64, 192)
+    starts = torch.tensor([2 * ring - 3, ring - 1, 2 * ring - 1], device=backend.device)
+    got = gather_windows(storage, starts, 5, ring, backend=backend.name)
+    base = starts // ring * ring
+    rows = base + (starts - base + torch.arange(5, device=backend.device)[:, None]) % ring
+    assert torch.equal(got[:, :, 63, 191], rows.to(torch.uint8))
+    assert torch.equal(got[:, :, 0, 0], rows.to(torch.uint8))
+
+
 @pytest.mark.parametrize("backend", backends("gather_windows"))
 def test_no_windows(backend):
     storage = torch.zeros(ENVS * RING, 2, device=backend.device)
