@@ -39,14 +39,12 @@ def symexp(x: Tensor) -> Tensor:
 def symlog_bins(low: float, high: float, bins: int, like: Tensor) -> Tensor:
     """(bins,) evenly spaced from low to high, on the device and in the compute dtype of `like`; made once."""
     key = low, high, bins, compute_dtype(like), like.device
-    traced = type(like) not in (
-        Tensor,
-        torch.nn.Parameter,
-    )  # its bins may have no memory, and are for this once
-    found = None if traced else _bins.get(key)
+    # What is made while PyTorch traces has no memory, and is for this once.
+    keep = type(like) in (Tensor, torch.nn.Parameter)
+    found = _bins.get(key) if keep else None
     if found is None:
         found = _make_bins(*key)
-        if not traced and type(found) is Tensor:
+        if keep and type(found) is Tensor:
             _bins[key] = found
     return found
 
