@@ -211,13 +211,13 @@ def test_gradients_are_laid_out_in_few_calls():
     network, adam = network_and_adam(True)
     grads = network.gradients(0)
     with Watch():
-        adam._gradient.copy_(grads)
+        adam.gradient.copy_(grads)
     (together,) = (args for name, args in calls if name == "_foreach_copy_")
     assert len(together[0]) == len(grads) - 1
     for into, given in zip(*together[:2], strict=True):
         assert (into.shape, into.stride(), into.dtype) == (given.shape, given.stride(), given.dtype)
     assert [name for name, _ in calls if name == "copy_"] == ["copy_"], "the convolution's"
-    for part, grad in zip(adam._gradient.parts, grads, strict=True):
+    for part, grad in zip(adam.gradient.parts, grads, strict=True):
         assert torch.equal(part, grad)
 
 

@@ -5,6 +5,7 @@ Axes: T time, B batch, H horizon, N = T*B starting states, S groups, A action wi
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from hdfast.agent.behavior import Behavior, Draws
 from hdfast.agent.networks import parameter_counts
 from hdfast.agent.optimizer import Adam, Parameters
+from hdfast.agent.rounding import rounded
 from hdfast.agent.world_model import ModelOutput, WorldModel
 from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
@@ -112,7 +114,8 @@ class Learner:
         batch = sample(config.replay.batch, config.replay.length)
         with torch.no_grad():
             uniform = self.uniform(*batch["reward"].shape, config.rssm.stoch)
-        output = self.model.loss(batch, uniform, self.dtype)
+        with rounded(self.optimizers["model"], self.dtype):
+            output = self.model.loss(batch, uniform, self.dtype)
         applied, metrics = self._step("model", output.loss, output.loss.isfinite())
         metrics = {"loss_model": output.loss.detach(), **output.metrics, **metrics}
         applied, behavior_metrics = self._update_behavior(output, batch["is_terminal"], applied)
@@ -208,19 +211,21 @@ class Learner:
         start = output.observed.latent.flatten(0, 1).detach()
         start_cont = 1 - is_terminal.flatten().float()
         draws = self.draws(start_cont.shape[0])
-        trajectory = behavior.imagine(self.model, start, start_cont, draws, self.dtype)
-        scores = behavior.score(trajectory, self.dtype)
+        actor, critic = self.optimizers["actor"], self.optimizers["critic"]
+        # Of continuous actions, gradients are added up over the steps, and in float32.
+        with rounded(actor, self.dtype) if behavior.discrete else nullcontext():
+            trajectory = behavior.imagine(self.model, start, start_cont, draws, self.dtype)
+        with rounded(critic, self.dtype):
+            scores = behavior.score(trajectory, self.dtype)
         bounds = behavior.return_range.updated(scores.returns)
         actor_loss, metrics = behavior.actor_loss(trajectory, scores, bounds)
         critic_loss = behavior.critic_loss(trajectory, scores, self.dtype)
         finite = apply & actor_loss.isfinite() & critic_loss.isfinite()
         critic_gradients = self._gradients("critic", critic_loss, keep_graph=not behavior.discrete)
         applied, actor_metrics = self._step("actor", actor_loss, finite)
-        norm, applied = self.optimizers["critic"].step(critic_gradients, applied)
+        norm, applied = critic.step(critic_gradients, applied)
         behavior.return_range.bounds.copy_(torch.where(applied, bounds, behavior.return_range.bounds))
-        behavior.update_slow_critic(
-            applied, self._slow_critic.tensors(), self.optimizers["critic"].held.tensors()
-        )
+        behavior.update_slow_critic(applied, self._slow_critic.tensors(), critic.held.tensors())
         self._slow_critic.changed()
         metrics |= {"loss_actor": actor_loss.detach(), "loss_critic": critic_loss.detach()}
         return applied, metrics | actor_metrics | {"grad_norm_critic": norm}

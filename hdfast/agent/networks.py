@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hdfast.agent.rounding import in_type
 from hdfast_kernels import (
     expand_onehot,
     image_deconv,
@@ -111,7 +112,7 @@ class Linear(nn.Module):
 
     def at(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """The layer with its weights cast once, for many calls."""
-        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        weight, bias = in_type(self.weight, dtype), in_type(self.bias, dtype)
         return lambda x: linear(x.to(dtype), weight, bias)
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -128,7 +129,7 @@ class Hidden(nn.Module):
 
     def at(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """The layer with its weight cast once, for many calls."""
-        weight = self.weight.to(dtype)
+        weight = in_type(self.weight, dtype)
         return lambda x: self.norm.silu(linear(x.to(dtype), weight))
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -151,8 +152,8 @@ class LatentProjection(nn.Module):
 
     def at(self, dtype: torch.dtype) -> Callable[[Latent], Tensor]:
         """The layer with its weights cast once, for many calls."""
-        deter_weight, stoch_weight = self.deter_weight.to(dtype), self.stoch_weight.to(dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
+        deter_weight, stoch_weight = in_type(self.deter_weight, dtype), in_type(self.stoch_weight, dtype)
+        bias = None if self.bias is None else in_type(self.bias, dtype)
 
         def project(latent: Latent) -> Tensor:
             deter = linear(latent.deter_as(dtype), deter_weight, bias)

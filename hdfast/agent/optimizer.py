@@ -25,18 +25,20 @@ class Flat:
     """
 
     def __init__(self, like: Sequence[Tensor]):
-        starts, end = [], 0
+        self._places, end = [], 0
         for tensor in like:
-            starts.append(end)
+            self._places.append((end, tensor.shape))
             end += -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
         self.whole = torch.zeros(end, dtype=torch.float32, device=like[0].device)
-        # The parts with one axis, as which all contiguous tensors have the same strides.
-        self._lines = [self.whole[a : a + tensor.numel()] for a, tensor in zip(starts, like, strict=True)]
-        self.parts = [line.view(tensor.shape) for line, tensor in zip(self._lines, like, strict=True)]
+        self.parts = self.parts_of(self.whole)
+
+    def parts_of(self, whole: Tensor) -> list[Tensor]:
+        """The parts of another tensor (N,) that is laid out in the same way."""
+        return [whole[at : at + shape.numel()].view(shape) for at, shape in self._places]
 
     @torch.no_grad()
     def copy_(self, tensors: Sequence[Tensor]) -> None:
-        """Copies tensors of these shapes into their places, the contiguous ones all at once.
+        """Copies tensors of these shapes into their places; those that are there already stay.
 
         Raises ValueError where there are more or fewer, or a shape differs.
         """
@@ -44,16 +46,24 @@ class Flat:
         if shapes != [part.shape for part in self.parts]:
             expected = [tuple(part.shape) for part in self.parts]
             raise ValueError(f"tensors have the shapes {[tuple(one) for one in shapes]}, expected {expected}")
-        lines, given = [], []
-        for tensor, line, part in zip(tensors, self._lines, self.parts, strict=True):
-            # Of two orders or dtypes in a list, PyTorch copies every tensor of it by itself.
-            if tensor.is_contiguous() and tensor.dtype == line.dtype:
-                lines.append(line)
-                given.append(tensor.view(-1))
-            else:
-                part.copy_(tensor)
-        if given:
-            torch._foreach_copy_(lines, given)
+        copy_all(self.parts, tensors)
+
+
+def copy_all(places: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Copies each tensor to its place, contiguous and of the same shape, those that can be all at once."""
+    lines, given = [], []
+    for place, tensor in zip(places, tensors, strict=True):
+        if tensor.data_ptr() == place.data_ptr():
+            continue
+        # Of two orders or dtypes in a list, PyTorch copies every tensor of it by itself. With one axis, all contiguous
+        # tensors have the same strides.
+        if tensor.is_contiguous() and tensor.dtype == place.dtype:
+            lines.append(place.view(-1))
+            given.append(tensor.view(-1))
+        else:
+            place.copy_(tensor)
+    if given:
+        torch._foreach_copy_(lines, given)
 
 
 class Parameters:
@@ -104,7 +114,7 @@ class Adam:
         parameters: float32 parameters, all on one device.
         lr, eps, betas: of Adam, with eps outside the square root.
         clip: largest global norm of the gradient.
-        flat: make the parameters views of one tensor; None: on CUDA.
+        flat: make the parameters views of one tensor; None: on CUDA. Then `gradient` is where gradients are laid out.
     """
 
     def __init__(
@@ -121,7 +131,7 @@ class Adam:
         self.parameters = self.held.each
         self.lr, self.eps, self.clip, self.betas = lr, eps, clip, betas
         if self.held.flat:
-            self._gradient, mean, square = (Flat(self.parameters) for _ in range(3))
+            self.gradient, mean, square = (Flat(self.parameters) for _ in range(3))
             self._moments = [mean.whole], [square.whole]
             self.mean, self.square = mean.parts, square.parts
         else:
@@ -141,8 +151,8 @@ class Adam:
             norm: scalar, the global norm before clipping. applied: scalar bool, `apply` and the norm is finite.
         """
         if self.held.flat:
-            self._gradient.copy_(gradients)
-            gradients = [self._gradient.whole]
+            self.gradient.copy_(gradients)
+            gradients = [self.gradient.whole]
         told = adam_step(
             self.held.tensors(),
             gradients,

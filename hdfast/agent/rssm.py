@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hdfast.agent.distributions import clip_action, unimix_log_probs
 from hdfast.agent.networks import EPS, Latent, Linear, Norm, init_normal_
+from hdfast.agent.rounding import in_type
 from hdfast_kernels import layer_norm_gru, linear, onehot_linear, rssm_observe, sample_index, sample_onehot
 
 
@@ -78,12 +79,12 @@ class RSSM(nn.Module):
     def cast(self, dtype: torch.dtype) -> CastWeights:
         """The weights of the imagination step in `dtype`."""
         return CastWeights(
-            self.in_stoch.to(dtype),
-            self.in_action.to(dtype),
-            self.gru.to(dtype),
-            self.prior_hidden.to(dtype),
-            self.prior_out.weight.to(dtype),
-            self.prior_out.bias.to(dtype),
+            in_type(self.in_stoch, dtype),
+            in_type(self.in_action, dtype),
+            in_type(self.gru, dtype),
+            in_type(self.prior_hidden, dtype),
+            in_type(self.prior_out.weight, dtype),
+            in_type(self.prior_out.bias, dtype),
         )
 
     def initial(self, weights: CastWeights) -> Latent:
@@ -109,7 +110,7 @@ class RSSM(nn.Module):
         previous = torch.cat([torch.zeros_like(action[:1]), action[:-1]])
         action = self.project_action(previous, weights) * (~is_first)[..., None].to(dtype)
         deter, stoch, index, post_logp = rssm_observe(
-            linear(embed.to(dtype), self.post_embed.to(dtype)),
+            linear(embed.to(dtype), in_type(self.post_embed, dtype)),
             action,
             is_first,
             uniform,
@@ -121,11 +122,11 @@ class RSSM(nn.Module):
             gru=weights.gru,
             gru_norm_weight=self.gru_norm.weight,
             gru_norm_bias=self.gru_norm.bias,
-            post_deter=self.post_deter.to(dtype),
+            post_deter=in_type(self.post_deter, dtype),
             post_norm_weight=self.post_norm.weight,
             post_norm_bias=self.post_norm.bias,
-            logit_weight=self.post_out.weight.to(dtype),
-            logit_bias=self.post_out.bias.to(dtype),
+            logit_weight=in_type(self.post_out.weight, dtype),
+            logit_bias=in_type(self.post_out.bias, dtype),
             unimix=self.unimix,
             eps=EPS,
         )
@@ -153,8 +154,8 @@ class RSSM(nn.Module):
         index = torch.where(is_first[:, None], initial.index, latent.index)
         action = self.project_action(action, weights) * (~is_first)[:, None].to(dtype)
         deter = self._recur(Latent(deter, index), action, weights)
-        x = linear(deter.to(dtype), self.post_deter.to(dtype)) + linear(
-            embed.to(dtype), self.post_embed.to(dtype)
+        x = linear(deter.to(dtype), in_type(self.post_deter, dtype)) + linear(
+            embed.to(dtype), in_type(self.post_embed, dtype)
         )
         logits = self.post_out(self.post_norm.silu(x), dtype).unflatten(-1, (self.stoch, self.classes))
         return self._draw(deter, logits, uniform)
