@@ -309,8 +309,9 @@ def test_a_learner_with_flat_parameters_learns_as_others_do(continuous, learners
     assert flat.behavior.slow_updates.item() == 4
 
 
-def test_a_learner_with_flat_parameters_can_be_captured(learners):
-    recorded, eager = learners(True), learners(True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_learner_with_flat_parameters_can_be_captured(dtype, learners):
+    recorded, eager = learners(True, dtype=dtype), learners(True, dtype=dtype)
     data = [make_batch(eager, seed) for seed in range(6)]
     static = {name: tensor.clone() for name, tensor in data[0].items()}
 

@@ -12,7 +12,6 @@ from hdfast.agent import optimizer as optimizers
 from hdfast.agent.optimizer import Adam
 from hdfast.agent.rounding import in_type, rounded
 from tests.agent_cases import make_batch, make_learner, one_thread, snapshot  # noqa: F401
-from tests.recorder import Recording
 
 LOW = torch.bfloat16
 
@@ -71,25 +70,6 @@ def test_it_spares_most_casts(make, monkeypatch):
         learner.step(lambda b, t: dict(batch))
     assert few.down <= many.down - 40
     assert few.up <= many.up - 40
-
-
-def test_a_step_can_be_captured(make):
-    recorded, eager = make(), make()
-    data = [make_batch(eager, seed) for seed in range(5)]
-    static = {name: tensor.clone() for name, tensor in data[0].items()}
-    recording = None
-    for k, batch in enumerate(data):
-        eager.step(lambda b, t, batch=batch: dict(batch))
-        for name, tensor in batch.items():
-            static[name].copy_(tensor)
-        if recording is not None:
-            recording.replay()
-        elif k == 1:
-            recording = Recording(lambda: recorded.step(lambda b, t: dict(static)))
-        else:
-            recorded.step(lambda b, t: dict(static))
-    expected = snapshot(eager)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in snapshot(recorded).items())
 
 
 def test_gradients_are_those_of_casts():
