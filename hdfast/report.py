@@ -49,8 +49,9 @@ def collect(
 ) -> list[TaskScores]:
     """Reads the final evaluation of every finished run of `tasks` below `logdir`.
 
-    By default these are all tasks of the suite, and what else was trained of it. A run that cannot be read is warned
-    of, and left out. A task whose seeds differ in what they compute is warned of, after `label`.
+    By default these are all tasks of the suite, and what else was trained of it. A run that cannot be read, or whose
+    folder was copied, moved or renamed, is warned of, and left out. A task whose seeds differ in what they compute is
+    warned of, after `label`.
     """
     found = []
     for task in tasks if tasks is not None else (*suite.tasks, *_others(logdir, suite)):
@@ -82,7 +83,8 @@ def collect(
 def curves(logdir: Path, suite: suites.Suite) -> list[dict[str, Any]]:
     """Every evaluation of every run of `suite` below `logdir`, finished or not: the columns of CURVES that are known.
 
-    A last line that was torn is left out; what else is damaged is warned of, and left out.
+    A last line that was torn is left out; what else is damaged, and a run whose folder was copied, moved or renamed,
+    is warned of, and left out.
     """
     found = []
     for task in (*suite.tasks, *_others(logdir, suite)):
@@ -125,12 +127,51 @@ def with_runs(logdir: Path) -> list[suites.Suite]:
     return [s for s in suites.SUITES.values() if any((logdir / s.name).glob("*/seed*/config.json"))]
 
 
+class _Astray(RunError):
+    """A run that its configuration does not put where it is: a folder was copied, moved or renamed."""
+
+
 def _runs(logdir: Path, suite: suites.Suite, task: suites.Task) -> Iterator[tuple[int, Path]]:
-    """Seed and directory of the runs of a task, finished or not."""
-    for path in sorted((logdir / suite.name / task.folder).glob("seed*")):
+    """Seed and directory of the runs of a task, finished or not; one that belongs elsewhere is warned of."""
+    for seed, path in _seeds(logdir / suite.name / task.folder):
+        try:
+            if _task_of(path, suite, seed).name != task.name:
+                continue  # two names may share a folder
+        except _Astray as error:
+            errors.warn(str(error))
+            continue
+        except RunError:
+            pass  # to be told where what cannot be read is needed
+        yield seed, path
+
+
+def _seeds(folder: Path) -> Iterator[tuple[int, Path]]:
+    """Seed and directory of what looks like a run in the folder of a task."""
+    for path in sorted(folder.glob("seed*")):
         seed = path.name.removeprefix("seed")
         if seed.isdecimal() and (path / "config.json").exists():
             yield int(seed), path
+
+
+def _task_of(path: Path, suite: suites.Suite, seed: int) -> suites.Task:
+    """The task of the run of a suite and a seed in directory `path`.
+
+    Raises: _Astray where it is of another suite or seed, or belongs into the folder of another task; RunError where
+    its configuration cannot be read.
+    """
+    config = {"suite": suite.name, "seed": seed, **rundir.read(path).config}
+    for field in ("suite", "task"):
+        if not isinstance(value := config.get(field), str):
+            raise rundir.damaged(path / "config.json", f"config.{field} is {value!r:.50}, right is a str")
+    try:
+        of = suites.get(config["suite"])
+        task = of.task(config["task"])
+    except suites.UnknownName as error:
+        raise _Astray(f"left out: {error}", where=path) from None
+    if (of.name, task.folder, config["seed"]) != (suite.name, path.parent.name, seed):
+        what = f"left out: it holds {of.name} {task.name} seed {config['seed']}"
+        raise _Astray(what, where=path, hint="was it copied, moved or renamed?")
+    return task
 
 
 def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -144,9 +185,10 @@ def _otherwise(folders: Sequence[Path], suite: suites.Suite) -> list[str]:
     """What the runs of each folder compute otherwise than those of the first, in a line, as its first run has it."""
     configs = {}
     for folder in folders:
-        for path in sorted((folder / suite.name).glob("*/seed*/config.json")):
+        for seed, path in (run for task in sorted((folder / suite.name).glob("*")) for run in _seeds(task)):
             with contextlib.suppress(RunError):  # which has been told
-                configs[folder] = rundir.filled(rundir.read(path.parent).config, Config().to_dict())
+                _task_of(path, suite, seed)
+                configs[folder] = rundir.filled(rundir.read(path).config, Config().to_dict())
                 break
     first = next(iter(configs), None)
     ignore = {"seed", *RESUMABLE_CHANGES}
@@ -183,19 +225,23 @@ def _is_number(value: object) -> bool:
 
 
 def _others(logdir: Path, suite: suites.Suite) -> list[suites.Task]:
-    """Tasks that were trained and do not stand in the suite's list."""
+    """Tasks that were trained and do not stand in the suite's list; a folder of none is warned of."""
     listed, tasks = {task.folder for task in suite.tasks}, {}
-    for path in sorted((logdir / suite.name).glob("*/seed*/config.json")):
-        if path.parent.parent.name in listed:
-            continue
-        try:
-            name = rundir.read(path.parent).config.get("task")
-            if not isinstance(name, str):
-                raise rundir.damaged(path, f"config.task is {name!r:.50}, right is a str")
-        except RunError as error:
-            errors.warn(str(error))
-            continue
-        tasks[name] = suite.task(name)
+    for folder in sorted((logdir / suite.name).glob("*")):
+        found, astray = {}, []
+        for seed, path in () if folder.name in listed else _seeds(folder):
+            try:
+                task = _task_of(path, suite, seed)
+            except _Astray as error:
+                astray.append(error)
+            except RunError as error:
+                errors.warn(str(error))
+            else:
+                found[task.name] = task
+        if astray and not found:  # of one among others `_runs` warns
+            error = astray[0]
+            errors.warn(str(RunError(error.what, where=folder, hint=error.hint)))
+        tasks |= found
     return list(tasks.values())
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 from rich.console import Console
@@ -308,3 +309,56 @@ def test_a_field_that_an_older_version_did_not_have_counts_as_its_default(tmp_pa
     path.write_text(json.dumps(about))
     report.collect(tmp_path, demo)
     assert "its seeds differ in harmony.mode, " in capfd.readouterr().err
+
+
+def test_a_copied_or_renamed_folder_is_told_and_left_out(tmp_path, monkeypatch, capfd):
+    demo, folder = tmp_path / "demo", tmp_path / "demo" / "Catch"
+    for seed in (0, 1):
+        configured(tmp_path, seed)
+    shutil.copytree(folder, demo / "Catch_backup")
+    shutil.copytree(folder / "seed1", folder / "seed2")
+    argv, asked = ["--logdir", str(tmp_path)], "was it copied, moved or renamed?"
+    code, out, err = door(report.main, argv, monkeypatch, capfd)
+    assert (code, out.count("Catch"), cells(out, "Catch")[:3]) == (0, 1, ["Catch", "2", "0.50"])
+    assert err.splitlines() == [
+        f"warning: {demo / 'Catch_backup'}: left out: it holds demo Catch seed 0; {asked}",
+        f"warning: {folder / 'seed2'}: left out: it holds demo Catch seed 1; {asked}",
+    ]
+    shutil.rmtree(folder / "seed2")
+    finish(tmp_path, "Pong", 0, 14.0).parent.rename(tmp_path / "atari100k" / "Alien")
+    code, out, err = door(report.main, [*argv, "--suite", "atari100k"], monkeypatch, capfd)
+    assert (code, cells(out, "Alien")[:3]) == (0, ["Alien", "0", "-"])
+    path = tmp_path / "atari100k" / "Alien" / "seed0"
+    assert err == f"warning: {path}: left out: it holds atari100k Pong seed 0; {asked}\n"
+
+
+def test_a_folder_of_another_suite_is_told_and_hides_no_other(tmp_path, monkeypatch, capfd):
+    configured(tmp_path, 0)
+    for name, suite in (("CartPole-v1", "gym"), ("walker_walk", "gym"), ("Caught", "demo"), ("Old", "deom")):
+        path = finish(tmp_path, name, 0, 1.0, suite="demo")
+        about = json.loads((path / "config.json").read_text())
+        about["config"]["suite"] = suite
+        (path / "config.json").write_text(json.dumps(about))
+    code, out, err = door(report.main, ["--logdir", str(tmp_path)], monkeypatch, capfd)
+    assert (code, [line.split() for line in out.splitlines()[4:]]) == (0, [["Catch", "1", "0.00"], []])
+    asked = "was it copied, moved or renamed?"
+    assert err.splitlines() == [
+        f"warning: {tmp_path / 'demo' / name}: left out: {what}"
+        for name, what in (
+            ("CartPole-v1", f"it holds gym CartPole-v1 seed 0; {asked}"),
+            ("Caught", "no task 'Caught' in suite demo; choose from 'Catch'"),
+            ("Old", "no suite 'deom'; did you mean 'demo'?"),
+            ("walker_walk", f"it holds gym walker_walk seed 0; {asked}"),
+        )
+    ]
+
+
+def test_tasks_that_share_a_folder_have_their_own_runs(tmp_path, capfd):
+    for seed, name in enumerate(("my/Maze-v0", "my-Maze-v0")):
+        path = finish(tmp_path, "my-Maze-v0", seed, float(seed), suite="gym")
+        about = json.loads((path / "config.json").read_text())
+        about["config"]["task"] = name
+        (path / "config.json").write_text(json.dumps(about))
+    rows = report.collect(tmp_path, suites.get("gym"))
+    assert {row.task.name: row.scores for row in rows} == {"my/Maze-v0": {0: 0.0}, "my-Maze-v0": {1: 1.0}}
+    assert capfd.readouterr().err == ""

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 
 import pytest
 
@@ -114,6 +115,17 @@ def test_scores_that_cannot_be_read_hide_no_other(tmp_path, capfd):
     assert [row["seed"] for row in report.curves(tmp_path, ATARI)] == [1]
     path = tmp_path / "atari100k" / "Pong" / "seed0" / "scores.jsonl"
     assert capfd.readouterr().err == f"warning: {path}: cannot read the scores: Is a directory\n"
+
+
+def test_a_copied_folder_adds_no_rows(evaluated, capfd):
+    task = suites.get("gym"), evaluated / "gym" / "my-Task-v0"
+    before = report.curves(evaluated, task[0])
+    shutil.copytree(task[1], evaluated / "gym" / "backup")
+    assert report.curves(evaluated, task[0]) == before
+    assert len(before) == 1
+    assert capfd.readouterr().err.startswith(
+        f"warning: {evaluated / 'gym' / 'backup'}: left out: it holds gym my/"
+    )
 
 
 def test_where_no_curves_can_be_written(evaluated, tmp_path, monkeypatch, capfd):

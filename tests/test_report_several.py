@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,10 @@ def test_what_the_folders_compute_otherwise_is_told_below_the_table(tmp_path, mo
         == f'off against runs: agent_steps: {steps} -> 7, harmony.mode: "learned" -> "off"'
     )
     assert "again against" not in out
+    (Path("off") / "demo" / "Another").mkdir()
+    shutil.copytree(configured(Path("old"), 1, agent_steps=9), Path("off") / "demo" / "Another" / "seed1")
+    code, again, err = door(report.main, ["--logdir", "runs", "again", "off"], monkeypatch, capfd)
+    assert (code, again, err.count("\n")) == (0, out, 1)  # nor is a run that does not belong there
 
 
 def test_suites_and_tasks_of_one_folder_alone(folders, monkeypatch, capfd):
