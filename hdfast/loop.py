@@ -12,6 +12,7 @@ from hdfast import envs
 from hdfast.config import Config
 from hdfast.replay import LayoutError, ReplayError
 from hdfast.runtime import graphs
+from hdfast.runtime.console import say
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device
 from hdfast.runtime.errors import NO_ROOM, ConfigError, DiskFullError, RunError, disk_errors
 from hdfast.runtime.rundir import RunDir, filled, has_begun, path_of, read
@@ -98,7 +99,7 @@ def run(config: Config) -> dict[str, Any]:
         ) as rundir,
     ):
         if rundir.summary is not None:
-            sys.stdout.write(f"{rundir.path}: finished already\n")
+            say(f"{rundir.path}: finished already")
             return dict(rundir.summary)
         with StopRequest() as stop:
             try:

@@ -204,15 +204,18 @@ print("after")
 """
 
 
-def in_a_terminal(term):
-    """What a process writes to an 80-column terminal of type `term`."""
+def in_a_terminal(term, encoding="utf-8"):
+    """What a process writes to an 80-column terminal of type `term`, as that encoding has it."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     environment = {
         name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")
     }
     process = subprocess.Popen(
-        [sys.executable, "-c", SHOW], stdout=theirs, stderr=theirs, env={**environment, "TERM": term}
+        [sys.executable, "-c", SHOW],
+        stdout=theirs,
+        stderr=theirs,
+        env={**environment, "TERM": term, "PYTHONIOENCODING": encoding},
     )
     os.close(theirs)
     written = b""
@@ -224,7 +227,7 @@ def in_a_terminal(term):
         written += chunk
     os.close(ours)
     assert process.wait(60) == 0
-    return written.decode()
+    return written.decode(encoding)
 
 
 def test_on_a_terminal_the_line_is_redrawn_below_the_messages():
@@ -236,6 +239,20 @@ def test_on_a_terminal_the_line_is_redrawn_below_the_messages():
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
     assert "Pong ━" in plain
     assert "score 21.0" in plain
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_that_has_no_line_to_draw_gets_a_dashed_bar(encoding):
+    written = in_a_terminal("xterm-256color", encoding)
+    assert "Pong ---" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
+    assert "a message" in written
+
+
+def test_nothing_is_said_where_stdout_is_closed(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with Progress(10) as progress:
+        progress.update(agent_steps=1)
+        progress.message("nobody")
 
 
 def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines():

@@ -1,19 +1,23 @@
-"""rich's console on an output that may go away while a run goes on."""
+"""rich's console on an output that may not be there, go away while a run goes on, or lack a character."""
 
 import errno
+import io
 import os
 import sys
 from typing import Any, TextIO
 
 from rich import console
+from rich.text import Text
 
 from hdfast.runtime.errors import closed_terminal
+from hdfast.runtime.output import encodable
 
 
 def say(text: str) -> None:
     """A line of a run that has no progress line yet."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    stream = _Lasting(sys.stdout)
+    stream.write(text + "\n")
+    stream.flush()
 
 
 class Console(console.Console):
@@ -21,12 +25,16 @@ class Console(console.Console):
 
     A pipe that is closed (`... | head`, `... | tee` after Ctrl-C) raises BrokenPipeError once, later output is dropped.
     Of a terminal that is closed nothing is said at all: SIGHUP tells it, to those that do not ignore it.
+    What the encoding of the output lacks is put in ASCII, before it is laid out where it is a str.
 
-    stream: where to write, stdout if None.
+    stream: where to write, stdout if None; nothing is written if that is closed.
     """
 
     def __init__(self, stream: TextIO | None = None, **options: Any) -> None:
         super().__init__(file=_Lasting(sys.stdout if stream is None else stream), **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(encodable(text, self.encoding), **options)
 
     def on_broken_pipe(self) -> None:
         """Raises BrokenPipeError, where rich would exit with code 1."""
@@ -34,15 +42,22 @@ class Console(console.Console):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
-class _Lasting:
-    """A text stream that drops what a closed terminal does not take."""
+class _Nowhere(io.TextIOBase):
+    """Stands for a stream that is closed."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+class _Lasting:
+    """A text stream that drops what a closed terminal does not take, and all where there is none."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = _Nowhere() if stream is None else stream
 
     def write(self, text: str) -> None:
         with closed_terminal():
-            self._stream.write(text)
+            self._stream.write(encodable(text, getattr(self._stream, "encoding", None) or "utf-8"))
 
     def flush(self) -> None:
         with closed_terminal():

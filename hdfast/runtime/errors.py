@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, TextIO
 
+from hdfast.runtime import output
+
 # What hdfast is installed with: name in an import -> name that pip knows.
 PACKAGES = {"PIL": "pillow"} | {
     name: name
@@ -118,7 +120,9 @@ def suggest(name: str, choices: Iterable[str], *, limit: int = 3) -> str:
 
 
 def warn(text: str) -> None:
-    """Print one warning line to stderr."""
+    """Print one warning line to stderr, where there is one."""
+    if sys.stderr is None:
+        return
     with closed_terminal():
         sys.stderr.write(f"warning: {' '.join(text.split())}\n")
         sys.stderr.flush()
@@ -183,6 +187,7 @@ def _memory(error: BaseException) -> RunError | None:
 
 def begin() -> None:
     """From now on, a missing package and Ctrl-C end the process as in `main`, where no `main` is around it yet."""
+    output.prepare()
 
     def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, ImportError) and (told := missing_package(error)) is not None:
@@ -217,7 +222,9 @@ def main(door: Callable[[], int | None]) -> NoReturn:
     A full disk, too little memory, a missing package: one line wherever they are met. Ctrl-C gives 130, a closed pipe
     (`... | head`) silently with 141; a closed terminal changes nothing. Every other exception keeps its
     traceback. Python's warnings, and log records of level WARNING and above, of any package, are a line each.
+    What stdout and stderr cannot take, see `output.prepare`, is no error.
     """
+    output.prepare()
     tell_warnings()
     logging.basicConfig(handlers=[_Warnings()], level=logging.WARNING)
     try:

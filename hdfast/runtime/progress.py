@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -31,7 +30,8 @@ class Progress:
     total_agent_steps: agent steps of the whole run. action_repeat: frames per agent step.
     title: names the run, such as "Pong seed 0".
     live_seconds, plain_seconds: least time between two drawings on a terminal, between two plain lines.
-    stream: where to write, stdout if None; it is drawn live when that is a terminal that can move its cursor.
+    stream: where to write, stdout if None, nowhere if that is closed; it is drawn live when that is a terminal that
+        can move its cursor.
     """
 
     def __init__(
@@ -45,10 +45,9 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        stream = sys.stdout if stream is None else stream
         self._console = Console(stream, highlight=False)
         self._live: Live | None = None
-        if stream.isatty() and not self._console.is_dumb_terminal:
+        if self._console.file.isatty() and not self._console.is_dumb_terminal:
             self._live = Live(_Line(self), console=self._console, auto_refresh=False)
         self._total, self._action_repeat, self._title = total_agent_steps, action_repeat, title
         self._agent_steps = self._updates = 0
@@ -160,8 +159,8 @@ class Progress:
         words += [f"{name}={text.replace(' ', ',')}" for name, text in self.fields().items()]
         return " ".join([f"[{self._title}]", *words] if self._title else words)
 
-    def live_lines(self, width: int) -> list[Text]:
-        """The same for a terminal of `width` cells: title, bar, steps, fields; wrapped between fields."""
+    def live_lines(self, width: int, *, dash: str = "━") -> list[Text]:
+        """The same for a terminal of `width` cells: title, bar of dashes, steps, fields; wrapped between fields."""
         steps = f"{self._agent_steps:,}/{self._total:,}"
         head = Text()
         head.append(f"{self._title} " if self._title else "", style="bold")
@@ -170,8 +169,8 @@ class Progress:
         fixed = cell_len(head.plain) + 1 + len(steps)
         bar = min(max(width - fixed - rest, _BAR[0]), _BAR[1], max(width - fixed, 0))
         done = round(bar * min(self._agent_steps / self._total, 1.0))
-        head.append("━" * done, style="green")
-        head.append("━" * (bar - done), style="dim")
+        head.append(dash * done, style="green")
+        head.append(dash * (bar - done), style="dim")
         head.append(f" {steps}")
         lines = [head]
         for part in parts:
@@ -214,7 +213,7 @@ class _Line:
         self._progress = progress
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from self._progress.live_lines(options.max_width)
+        yield from self._progress.live_lines(options.max_width, dash="-" if options.ascii_only else "━")
 
 
 def _number(value: float) -> str:
