@@ -302,6 +302,10 @@ for name, kind, settings in (
         Count,
         {"observation": spaces.Dict({"image": pixels(8, 8, 3), "list": spaces.Sequence(box(2))})},
     ),
+    ("Empty", Count, {"observation": box(0)}),
+    ("EmptyPart", Count, {"observation": spaces.Dict({"arm": box(2), "hand": box(2, 0)})}),
+    ("EmptyWithin", Count, {"observation": spaces.Dict({"hand": spaces.Dict({"tip": box(0)})})}),
+    ("EmptyImage", Count, {"observation": pixels(0, 8, 3)}),
     ("Taken", Count, {"observation": spaces.Dict({"reward": pixels(8, 8, 3)})}),
     *(
         (name, Count, {"observation": spaces.Dict({"image": pixels(8, 8, 3), key: box(2, high=9)})})

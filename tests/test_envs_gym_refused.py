@@ -31,6 +31,14 @@ from tests.test_envs_gym import make
         ("Float", "state", r"'image' is \(8, 8, 3\) float32; an image is"),
         ("Count", "state", r"Count-v0: its observations hold no vectors; --env.obs image sees the images"),
         ("List", "both", r"'list' is Sequence\(.*, which has no fixed length"),
+        (
+            "Empty",
+            "auto",
+            r"Empty-v0: observation 'state' is Box\(.*\(0,\), float32\), which holds no number$",
+        ),
+        ("EmptyPart", "state", r"observation 'hand' is Box\(.*\(2, 0\), float32\), which holds no number"),
+        ("EmptyWithin", "both", r"observation 'hand' is Dict\('tip': .*\), which holds no number"),
+        ("EmptyImage", "auto", r"observation 'image' is \(0, 8, 3\) uint8, which holds no pixel"),
         ("Taken", "image", r"an observation cannot be called 'reward'"),
         ("Twice", "both", r"observations 'a-b' and 'a/b' would both be called 'a-b'"),
         (

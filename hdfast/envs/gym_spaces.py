@@ -77,9 +77,11 @@ def wrong(key: str, space: spaces.Space) -> str | None:
     if key in _TAKEN:
         return f"an observation cannot be called {key!r}; replay has a column of that name"
     if not is_image(space):
-        return (
-            None if space.is_np_flattenable else f"observation {key!r} is {space}, which has no fixed length"
-        )
+        if not space.is_np_flattenable:
+            return f"observation {key!r} is {space}, which has no fixed length"
+        return None if spaces.flatdim(space) else f"observation {key!r} is {space}, which holds no number"
+    if 0 in space.shape:
+        return f"observation {key!r} is {space.shape} {space.dtype}, which holds no pixel"
     if white_of(space) is None or shape_of(space)[2] not in (1, 3):
         right = "an image is (H, W, 3), (H, W, 1) or (H, W) uint8; gymnasium.wrappers.TransformObservation makes one"
         return f"observation {key!r} is {space.shape} {space.dtype}; {right}"
