@@ -140,6 +140,7 @@ class Wrong(Count):
 
     def __init__(self, how: str, **settings: Any) -> None:
         arm = {"arm": box(2, high=9)} if how in ("nan", "long") else {}
+        arm |= {"arm": spaces.Discrete(3, start=-1)} if how == "count" else {}
         super().__init__(spaces.Dict({"image": pixels(8, 8, 3), **arm}), **settings)
         self.how = how
         if how == "init":
@@ -155,6 +156,8 @@ class Wrong(Count):
                     obs["arm"][1] = np.nan
                 case "long":
                     obs["arm"] = np.zeros(3, np.float32)
+                case "count":
+                    obs["arm"] = np.int64(-2)
                 case "float":
                     obs["image"] = np.zeros((8, 8, 3))
                 case "short":
@@ -274,7 +277,7 @@ NAMES = {  # of a vector beside an image called "image": what an environment is 
     **{f"Lost{name.title()}": name for name in ("dyn", "rep", "cont")},
 }
 
-WRONG = ("init", "needs", "nan", "long", "float", "short", "reward", "none", "odd", "exit", "close")
+WRONG = ("init", "needs", "nan", "long", "count", "float", "short", "reward", "none", "odd", "exit", "close")
 
 for name, kind, settings in (
     ("Count", Count, {}),

@@ -4,8 +4,10 @@ import re
 
 import numpy as np
 import pytest
+from gymnasium import spaces
 
 from hdfast import envs
+from hdfast.envs import gym_spaces
 from hdfast.runtime.errors import RunError
 from tests import loop_cases
 from tests.loop_cases import flags
@@ -33,6 +35,7 @@ def test_what_an_environment_raises_is_one_line_with_its_own_frames(threads):
     [
         ("nan", "observation 'arm' has numbers that are not finite"),
         ("long", "observation 'arm' has 3 numbers, right are 2"),
+        ("count", "observation 'arm' is -2, right is a whole number from -1 to 1"),
         ("float", "observation 'image' is (8, 8, 3) float64, its space says (8, 8, 3) uint8"),
         ("reward", "its reward is nan, right is a finite number"),
         ("none", "its reward is None, right is a finite number"),
@@ -46,6 +49,36 @@ def test_what_an_environment_gives_wrong_never_reaches_the_agent(how, text, thre
         with pytest.raises(RunError) as error:
             env.step(np.zeros(2, np.int32))
     assert str(error.value) == f"Wrong{how.title()}-v0: {text}"
+
+
+@pytest.mark.parametrize(
+    ("space", "rights", "wrongs"),
+    [
+        (
+            spaces.Discrete(3),
+            [0, np.int8(2), np.array([1]), True],
+            [(3, 3), (-1, -1), (1.0, 1.0), ([1, 2], "[1, 2]")],
+        ),
+        (spaces.Discrete(2, start=-1), [-1, 0], [(1, 1), (-2, -2)]),
+        (
+            spaces.MultiDiscrete([3, 2], start=[0, 4]),
+            [[2, 5], np.uint8([0, 4])],
+            [([2, 6], "6 at [1]"), ([-1, 4], "-1 at [0]"), ([2.0, 4.0], "(2,) float64"), ([1], "(1,) int64")],
+        ),
+        (
+            spaces.Dict({"a": spaces.Tuple((spaces.Box(-1, 1, (2,)), spaces.Discrete(2)))}),
+            [{"a": (np.full(2, 9), 1)}],
+            [({"a": (np.zeros(2), 2)}, "'it/a/1' is 2")],
+        ),
+    ],
+)
+def test_what_counts_beyond_its_space_is_told(space, rights, wrongs):
+    """gymnasium would count -1 from the end."""
+    for right in rights:
+        assert gym_spaces.outside(space, right, "it") is None
+        assert spaces.flatten(space, right).size == spaces.flatdim(space)
+    for wrong, text in wrongs:
+        assert f" {text}, right is " in (gym_spaces.outside(space, wrong, "it") or "")
 
 
 def test_an_environment_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):

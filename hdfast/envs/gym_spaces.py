@@ -88,6 +88,41 @@ def wrong(key: str, space: spaces.Space) -> str | None:
     return None
 
 
+def outside(space: spaces.Space, value: Any, key: str) -> str | None:
+    """What of observation `key` no Discrete or MultiDiscrete in its space has a place for; None if there is none.
+
+    gymnasium would raise an IndexError, or count from the end. What else is wrong with it is for others to say.
+    """
+    match space:
+        case spaces.Dict():
+            parts = ((part, value[name], f"{key}/{name}") for name, part in space.items())
+        case spaces.Tuple():
+            parts = (
+                (part, one, f"{key}/{n}") for n, (part, one) in enumerate(zip(space, value, strict=False))
+            )
+        case spaces.OneOf():
+            return outside(space.spaces[value[0]], value[1], key)
+        case spaces.Discrete():
+            number = np.asarray(value)
+            low, high = int(space.start), int(space.start + space.n) - 1
+            if number.dtype.kind in "biu" and number.size == 1 and low <= number.item() <= high:
+                return None
+            return f"observation {key!r} is {value!s:.50}, right is a whole number from {low} to {high}"
+        case spaces.MultiDiscrete():
+            numbers, low, high = np.asarray(value), space.start, space.start + space.nvec - 1
+            if numbers.dtype.kind not in "biu" or numbers.shape != space.shape:
+                given = f"{numbers.shape} {numbers.dtype}"
+                return f"observation {key!r} is {given}, right is {space.shape} of whole numbers"
+            if not (wrong := (numbers < low) | (numbers > high)).any():
+                return None
+            at = tuple(np.argwhere(wrong)[0].tolist())
+            right = f"right is a whole number from {low[at]} to {high[at]}"
+            return f"observation {key!r} has {numbers[at]} at {list(at)}, {right}"
+        case _:
+            return None
+    return next((what for part in parts if (what := outside(*part))), None)
+
+
 def action_space_of(env: gymnasium.Env) -> spaces.Space:
     """What an environment takes; where its ClipAction takes all numbers, those that it clips to."""
     layer = env

@@ -33,6 +33,7 @@ from hdfast.envs.gym_spaces import (
     channels_first,
     is_image,
     key_of,
+    outside,
     parts_of,
     shape_of,
     white_of,
@@ -269,6 +270,8 @@ class Seen(gymnasium.ObservationWrapper):
         }
 
     def _vector(self, key: str, value: Any) -> np.ndarray:
+        if (what := outside(self._vectors[key], value, key)) is not None:
+            raise EnvError(what, where=self._name)
         vector = spaces.flatten(self._vectors[key], value).astype(np.float32)
         right = self.observation_space[key].shape
         if vector.shape != right:
