@@ -26,7 +26,7 @@ from hdfast.runtime import checkpoint, errors, rundir
 from hdfast.runtime.arguments import Arguments, given_path, natural, positive
 from hdfast.runtime.console import Console
 from hdfast.runtime.device import prepare_device, resolve_device, resolve_precision
-from hdfast.runtime.errors import ConfigError
+from hdfast.runtime.errors import ConfigError, HdfastError
 from hdfast.runtime.video import encode_gif, save_gif
 from hdfast.sections import MOST_ENVS
 from hdfast.streams import make_envs, stream_seed
@@ -117,7 +117,12 @@ def load(
     if unseen:
         env.close()
         shown = dataclasses.replace(config, env=dataclasses.replace(config.env, obs="both"))
-        env = make_envs(shown, task, num_envs=num_envs, stream="evaluate")
+        try:
+            env = make_envs(shown, task, num_envs=num_envs, stream="evaluate")
+        except HdfastError as error:
+            others = "" if "--env." in error.hint else error.hint  # a flag of training is no remedy here
+            hint = " or ".join(filter(None, [others, "leave out --video"]))
+            raise type(error)(error.what, where=error.where, hint=hint, details=error.details) from error
     try:
         dtype = resolve_precision(config.precision, where)
         specs = {key: spec for key, spec in env.obs_specs.items() if not (unseen and spec.is_image)}

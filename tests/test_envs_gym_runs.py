@@ -10,7 +10,7 @@ import pytest
 
 from hdfast import loop, report, suites
 from hdfast.evaluate import evaluate
-from hdfast.runtime.errors import CheckpointError, Interrupted, RunError
+from hdfast.runtime.errors import CheckpointError, HdfastError, Interrupted, RunError
 from tests import loop_cases
 from tests.loop_cases import lines, one_thread, path_of, tiny  # noqa: F401
 
@@ -61,3 +61,21 @@ def test_a_run_on_an_environment_of_ones_own(tmp_path):
     assert evaluate(path, episodes=2, device="cpu")["scores"] == pytest.approx([15, 15], abs=0.11)
     (row,) = report.collect(tmp_path, suites.get("gym"))
     assert (row.task.name, row.scores) == (task, {0: summary["score"]})
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("Undrawn", "there is no image in its observations, and it draws none"),
+        ("Undrawable", "it raised NotImplementedError"),
+        ("Blind", 'no brush, run `pip install "brush"`'),
+    ],
+)
+def test_a_video_of_what_cannot_be_drawn_is_to_be_left_out(tmp_path, name, what):
+    task = {"suite": "gym", "task": f"tests.gym_envs:{name}-v0", "env": {"threads": 1, "obs": "auto"}}
+    loop_cases.train(tiny(tmp_path, **task, agent_steps=4))
+    path = tmp_path / "gym" / f"tests.gym_envs-{name}-v0" / "seed0"
+    with pytest.raises(HdfastError) as error:
+        evaluate(path, episodes=1, device="cpu", video=True)
+    assert str(error.value) == f"{name}-v0: {what}; leave out --video"
+    assert evaluate(path, episodes=1, device="cpu")["length"] == 5
