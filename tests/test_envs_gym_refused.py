@@ -109,6 +109,14 @@ def test_what_the_agent_cannot_take_is_refused_with_what_is_right(name, obs, mes
             "tests.no_such:Count-v0",
             r"no module 'tests.no_such' to import for tests.no_such:Count-v0; install it",
         ),
+        (
+            "tests.gym_envs.py:Count-v0",
+            r"no module 'tests.gym_envs.py' to import for .*; leave out .py: tests.gym_envs:Count-v0$",
+        ),
+        (
+            "no_such.py:Count-v0",
+            r"no module 'no_such' to import for no_such.py:Count-v0; install it, or start",
+        ),
         ("a b", r"no task 'a b' in suite gym; a task is what gymnasium.make takes, such as"),
     ],
 )
