@@ -2,6 +2,7 @@ import json
 import math
 import os
 import resource
+import shutil
 from collections import deque
 from types import SimpleNamespace
 
@@ -144,6 +145,37 @@ def test_a_resumed_run_has_one_history(tmp_path, monkeypatch):
     assert [(line["agent_steps"], line["score"]) for line in lines(tmp_path / "scores.jsonl")] == expected
     assert curve(tmp_path, "x") == expected
     assert lines(tmp_path / "metrics.jsonl")[2]["seconds"] >= 50
+
+
+def test_an_evaluation_that_comes_again_is_shown_once(tmp_path):
+    """And nothing else of its step is lost."""
+    frames = np.zeros((2, 16, 16, 3), np.uint8)
+    with Logger(tmp_path, action_repeat=1) as logger:
+        for agent_steps in (100, 200, 300):
+            logger.log(agent_steps, 7, {"x": math.inf, "y": torch.tensor(0.1)})
+            logger.score("episode", agent_steps=agent_steps, score=1.0, length=1)
+            logger.score("episode", agent_steps=agent_steps, score=2.0, length=2)
+            logger.video("open_loop_a", agent_steps=agent_steps, frames=frames)
+            logger.score("evaluation", agent_steps=agent_steps, score=1.0, length=1)
+    shutil.copy(tmp_path / "videos/open_loop_a_0000000200.gif", tmp_path / "videos/evaluate_0000000200.gif")
+    (event_file,) = (tmp_path / "tensorboard").iterdir()
+    event_file.rename(event_file.with_name("events.out.tfevents.0000000000.earlier"))
+    with Logger(tmp_path, action_repeat=1, resumed_at=200, evaluated_at=100) as logger:
+        logger.score("evaluation", agent_steps=200, score=3.0, length=9)
+    assert curve(tmp_path, "score/evaluation") == [(100, 1.0), (200, 3.0)]
+    assert curve(tmp_path, "length/evaluation") == [(100, 1.0), (200, 9.0)]
+    assert curve(tmp_path, "score/episode") == [(step, score) for step in (100, 200) for score in (1.0, 2.0)]
+    assert curve(tmp_path, "x") == [(100, math.inf), (200, math.inf)]
+    assert curve(tmp_path, "y") == [(100, np.float32(0.1)), (200, np.float32(0.1))]
+    assert curve(tmp_path, "updates") == [(100, 7.0), (200, 7.0)]
+    assert events(tmp_path).Tags()["images"] == ["open_loop_a"]
+    assert [event.step for event in events(tmp_path).Images("open_loop_a")] == [100, 200]
+    told = [
+        (line["agent_steps"], line["score"])
+        for line in lines(tmp_path / "scores.jsonl")
+        if line["kind"] != "episode"
+    ]
+    assert told == [(100, 1.0), (200, 3.0)]
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):

@@ -24,6 +24,7 @@ from hdfast.runtime.tensorboard import TensorBoard
 from hdfast.runtime.video import encode_gif, save_gif
 
 Metric = float | int | torch.Tensor
+_WHEN = ("agent_steps", "frames", "seconds")  # columns of every line
 
 
 class Logger:
@@ -60,7 +61,13 @@ class Logger:
                 cut(path, resumed_at, evaluated_at)
                 self._files[name] = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         folder = directory / "tensorboard"
-        self._tensorboard = TensorBoard(folder, resumed_at=resumed_at) if tensorboard else None
+        self._tensorboard = None
+        if tensorboard:
+            # An evaluation of that step comes again, and TensorBoard hides all of a step or nothing.
+            again = None not in (resumed_at, evaluated_at) and evaluated_at < resumed_at
+            self._tensorboard = TensorBoard(folder, resumed_at=resumed_at, again=again)
+            if again:
+                self._show_again(resumed_at)
 
     @property
     def seconds(self) -> float:
@@ -78,7 +85,7 @@ class Logger:
             raise ValueError(f"metrics cannot be named {sorted(taken)}: these are columns of every line")
         self._append("metrics", {**line, **values})
         if self._tensorboard:
-            self._tensorboard.scalars(agent_steps, {"updates": updates, **values})
+            self._tensorboard.scalars(agent_steps, _points({**line, **values}))
         return values
 
     def score(self, kind: str, *, agent_steps: int, score: float, length: float, **more: Any) -> None:
@@ -91,7 +98,7 @@ class Logger:
         line = {"kind": kind, **self._when(agent_steps), "score": score, "length": length, **more}
         self._append("scores", line)
         if self._tensorboard:
-            self._tensorboard.scalars(agent_steps, {f"score/{kind}": score, f"length/{kind}": length})
+            self._tensorboard.scalars(agent_steps, _points(line))
 
     def video(self, name: str, *, agent_steps: int, frames: np.ndarray) -> Path:
         """Save frames (T, H, W, C) uint8 as videos/<name>_<agent_steps>.gif and show them in TensorBoard."""
@@ -125,6 +132,20 @@ class Logger:
     ) -> None:
         self.close()
 
+    def _show_again(self, agent_steps: int) -> None:
+        """Gives TensorBoard what the logs and videos/ hold of an agent step."""
+        for file in self._files.values():
+            with disk_errors(file.name, "read the log"):
+                lines = [json.loads(line) for line in Path(file.name).read_bytes().splitlines()]
+            for line in lines:
+                if line["agent_steps"] == agent_steps:
+                    self._tensorboard.scalars(agent_steps, _points(line))
+        for path in sorted((self._directory / "videos").glob(f"*_{agent_steps:010d}.gif")):
+            name = path.stem.rpartition("_")[0]
+            if name != "evaluate":  # which is not of the run, but of hdfast.evaluate
+                with disk_errors(path, "read the video"):
+                    self._tensorboard.gif(agent_steps, name, path.read_bytes())
+
     def _when(self, agent_steps: int) -> dict[str, Any]:
         frames = agent_steps * self._action_repeat
         return {"agent_steps": agent_steps, "frames": frames, "seconds": round(self.seconds, 3)}
@@ -134,6 +155,13 @@ class Logger:
         text = json.dumps(plain(line, name), allow_nan=False)
         with disk_errors(file.name, "write the log"):
             write_all(file, text.encode() + b"\n")
+
+
+def _points(line: Mapping[str, Any]) -> dict[str, float]:
+    """The curves that have a point in a line of a log, and the point."""
+    if kind := line.get("kind"):
+        return {f"{name}/{kind}": float(line[name]) for name in ("score", "length") if name in line}
+    return {name: float(value) for name, value in line.items() if name not in _WHEN}
 
 
 def to_host(metrics: Mapping[str, Metric]) -> dict[str, float]:

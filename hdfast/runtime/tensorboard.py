@@ -19,11 +19,12 @@ class TensorBoard:
 
     resumed_at: agent steps of the checkpoint the run goes on from; TensorBoard then hides what earlier files
         of the directory hold beyond it (all of it when None).
+    again: also what they hold of `resumed_at` itself, because the caller writes it again.
 
     Raises: MissingLibraryError, DiskFullError, RunError.
     """
 
-    def __init__(self, directory: Path, *, resumed_at: int | None = None) -> None:
+    def __init__(self, directory: Path, *, resumed_at: int | None = None, again: bool = False) -> None:
         try:
             from tensorboard.compat.proto import event_pb2, summary_pb2
             from tensorboard.summary.writer.record_writer import RecordWriter
@@ -40,7 +41,7 @@ class TensorBoard:
         self._records = RecordWriter(_Whole(self._file))
         self._write(file_version="brain.Event:2")
         if earlier:
-            first_step = 0 if resumed_at is None else resumed_at + 1
+            first_step = 0 if resumed_at is None else resumed_at + (not again)
             self._write(first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def scalars(self, agent_steps: int, values: Mapping[str, float]) -> None:
