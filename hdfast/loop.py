@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import multiprocessing
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from hdfast.replay import LayoutError, ReplayError
 from hdfast.runtime import graphs
 from hdfast.runtime.console import say
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device
-from hdfast.runtime.errors import NO_ROOM, ConfigError, DiskFullError, RunError, disk_errors
+from hdfast.runtime.errors import NO_ROOM, ConfigError, DiskFullError, RunError, disk_errors, warn
 from hdfast.runtime.rundir import RunDir, filled, has_begun, path_of, read
 from hdfast.runtime.signals import StopRequest
 from hdfast.session import Session
@@ -112,12 +113,31 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _as_begun(config: Config, path: Path) -> Config:
-    """`config`, seeing what the run that has begun in directory `path` sees, where that is left open."""
-    if config.env.obs != "auto":
-        return config
+    """`config` for the run in directory `path`: once that has begun, with what it began with.
+
+    What it sees, where that is left open, is what it saw. The run of --init-from is not read any more, and may be gone
+    or have another name; one that is another is warned of.
+    """
     with disk_errors(path, "use the run's directory", hint="choose another --logdir"):
         begun = (path / "config.json").exists() and has_begun(path)
-    match filled(read(path).config, Config().to_dict()) if begun else {}:
-        case {"env": {"obs": "image" | "state" | "both" as obs}}:
-            return dataclasses.replace(config, env=dataclasses.replace(config.env, obs=obs))
+    if not begun:
+        return config
+    saved = filled(read(path).config, Config().to_dict())
+    match saved["env"]:
+        case {"obs": "image" | "state" | "both" as obs} if config.env.obs == "auto":
+            config = dataclasses.replace(config, env=dataclasses.replace(config.env, obs=obs))
+    match saved["init_from"]:
+        case None | str() as start:
+            if config.init_from is not None and not _same_place(config.init_from, start):
+                unread = f"goes on from its checkpoint, without --init-from {config.init_from}"
+                own = "parameters of its own" if start is None else f"those of {start}"
+                warn(f"{path}: {unread}; it began with {own}")
+            config = dataclasses.replace(config, init_from=start)
     return config
+
+
+def _same_place(run: str, other: str | None) -> bool:
+    """Whether two names, which need not be of anything, lead to one directory."""
+    return (
+        other is not None and len({os.path.realpath(os.path.expanduser(name)) for name in (run, other)}) == 1
+    )

@@ -1,6 +1,7 @@
 """`--init-from`: a run that begins with the parameters of another."""
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -82,3 +83,47 @@ def test_parameters_to_begin_with_that_are_not_there_or_do_not_fit_are_one_line(
     shutil.rmtree(path_of(first) / "checkpoints")
     with pytest.raises(CheckpointError, match="there is no checkpoint yet"):
         loop_cases.train(tiny(tmp_path / "second", init_from=str(path_of(first))))
+
+
+def test_what_a_run_began_with_may_be_named_otherwise_or_be_gone_when_it_goes_on(
+    tmp_path, monkeypatch, capfd
+):
+    made = script(monkeypatch)
+    first = tiny(tmp_path / "first", agent_steps=20)
+    loop_cases.train(first)
+    monkeypatch.chdir(tmp_path)
+    begun = str(path_of(first).relative_to(tmp_path))
+    second = tiny(tmp_path / "second", init_from=begun, agent_steps=4)
+    loop_cases.train(second)
+    acted = len(made["train"])
+    for steps, given, warned in (
+        (6, str(path_of(first)), False),
+        (8, f"./{begun}/", False),
+        (10, None, False),
+        (12, str(path_of(second)), True),
+    ):
+        capfd.readouterr()
+        loop_cases.train(dataclasses.replace(second, init_from=given, agent_steps=steps))
+        told = f"warning: {path_of(second)}: goes on from its checkpoint, without --init-from {given}; it began with "
+        assert capfd.readouterr().err == (f"{told}those of {begun}\n" if warned else "")
+    record = json.loads((path_of(second) / "config.json").read_text())
+    assert record["config"]["init_from"] == begun
+    # Its policy acts throughout, although learning has not begun: as with the same name.
+    again = tiny(tmp_path / "again", init_from=begun, agent_steps=4)
+    for steps in (4, 6, 8, 10, 12):
+        loop_cases.train(dataclasses.replace(again, agent_steps=steps))
+    sent = [np.concatenate(env.sent).tolist() for env in made["train"][acted - 1 :]]
+    assert sent[:5] == sent[5:]
+    shutil.rmtree(path_of(first))
+    loop_cases.train(dataclasses.replace(second, init_from=begun, agent_steps=14))
+
+
+def test_a_run_that_began_by_itself_is_told_that_it_goes_on(tmp_path, monkeypatch, capfd):
+    script(monkeypatch)
+    config = tiny(tmp_path, agent_steps=4)
+    loop_cases.train(config)
+    loop_cases.train(dataclasses.replace(config, init_from="elsewhere", agent_steps=6))
+    told = "goes on from its checkpoint, without --init-from elsewhere; it began with parameters of its own"
+    assert capfd.readouterr().err == f"warning: {path_of(config)}: {told}\n"
+    record = json.loads((path_of(config) / "config.json").read_text())
+    assert record["config"]["init_from"] is None
