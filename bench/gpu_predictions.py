@@ -41,7 +41,7 @@ BARRIER_US = 1.1
 # every op one call a direction, some more for the sums of partial sums and for Adam, and in a whole rollout (forward);
 # GFLOP of matrix products, as bench.agent.gflop tells them; parameters.
 SCAN_LAUNCHES, IMAGINE_LAUNCHES, OTHER_LAUNCHES, ACT_LAUNCHES = 110, 64, 1018, 87
-FUSED_IMAGINE_LAUNCHES, FUSED_OTHER_LAUNCHES, FUSED_ROLLOUT_LAUNCHES = 18, 603, 331
+FUSED_IMAGINE_LAUNCHES, FUSED_OTHER_LAUNCHES, FUSED_ROLLOUT_LAUNCHES = 18, 502, 331
 UPDATE_GFLOP, IMAGINE_GFLOP = 633.0, 141.1
 PARAMETER_BYTES = 4 * 17.9e6
 # µs a step of the scan at B16, D = U = 512, S = K = 32, forward and backward: fused, six and seven launches in a graph;
