@@ -5,6 +5,7 @@ import sys
 __version__ = "0.1.0"
 
 if sys.argv[:1] == ["-m"]:  # `python -m hdfast.train`, which imports all it needs before its `errors.main`
-    from hdfast.runtime import errors
+    from hdfast.runtime import errors, threads
 
     errors.begin()
+    threads.wait_briefly()
