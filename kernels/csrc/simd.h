@@ -321,6 +321,17 @@ HDFAST_INLINE float sum_lanes(int64_t n, F f) {
   return sum((a + b) + (c + d));
 }
 
+// The same over long rows: in float within a block, in double over the blocks, since a float sum of a million terms stops
+// growing.
+template <class F>
+HDFAST_INLINE double sum_blocks(int64_t n, F f) {
+  constexpr int64_t block = 1024;
+  double total = 0;
+  for (int64_t first = 0; first < n; first += block)
+    total += sum_lanes(n - first < block ? n - first : block, [&](int64_t i, auto lanes) { return f(first + i, lanes); });
+  return total;
+}
+
 template <class T>
 HDFAST_INLINE float max_of_row(const T* row, int64_t n) {
   Vf top[4];

@@ -65,10 +65,13 @@ def harmony_loss_forward(
 ):
     total = 0.0
     for loss in tl.static_range(L):
-        partial = tl.zeros((BLOCK,), tl.float32)
+        partial, beyond = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
         for iteration in range(ITERATIONS):
             row = tl.cast(iteration, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            partial += tl.load(loss_ptrs[loss] + row, mask=row < rows, other=0.0).to(tl.float32)
+            term = tl.load(loss_ptrs[loss] + row, mask=row < rows, other=0.0).to(tl.float32) - beyond
+            grown = partial + term
+            beyond = (grown - partial) - term  # what rounding added: Kahan's sum, for millions of rows
+            partial = grown
         mean = tl.div_rn(tl.sum(partial, axis=0), tl.cast(rows, tl.float32))
         tl.store(means_ptr + loss, mean)
         if GROUP[loss] >= 0:

@@ -1,6 +1,7 @@
 """harmony_loss: the paper's sum in literal numbers, and every backend against float64."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -38,6 +39,20 @@ def test_extreme_scalars_mixed_dtypes_and_strides(backend):
     arguments["loss1"] = arguments["loss1"].detach().bfloat16().requires_grad_()
     arguments["loss3"] = arguments["loss3"].detach().view(5, 6).T.requires_grad_()
     check_against_fp64(named(harmony_loss, backend=backend.name), named(harmony_loss_reference), arguments)
+
+
+@pytest.mark.parametrize("backend", backends("harmony_loss", reference=False))
+def test_the_mean_of_many_equal_numbers(backend, monkeypatch):
+    """A sum that is as large as float32 counts to in such steps is rounded each time, and always alike."""
+    # As many steps with fewer numbers.
+    monkeypatch.setattr(sys.modules["hdfast_kernels.harmony_loss"], "BLOCK", 8)
+    rows = 1 << (15 if backend.name == "triton" else 21)
+    loss, none = torch.full((rows,), 0.1, device=backend.device), torch.empty(0, device=backend.device)
+    check_against_fp64(
+        lambda loss: harmony_loss([loss], none, (-1,), (1.0,), (), backend=backend.name),
+        lambda loss: harmony_loss_reference([loss], none.to(loss.dtype), (-1,), (1.0,), ()),
+        {"loss": loss},
+    )
 
 
 @pytest.mark.parametrize("backend", backends("harmony_loss"))

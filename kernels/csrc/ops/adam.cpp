@@ -35,15 +35,10 @@ void adam_step(float* const* params, const float* const* grads, float* const* ex
   for (int64_t j = 0, b = 0; j < tensors; b += (sizes[j] + block - 1) / block, j++) first_block[j] = b;
   for_blocks(sizes, tensors, threads, [&](int64_t j, int64_t first, int64_t count) {
     const float* g = grads[j] + first;
-    double total = 0;
-    for (int64_t at = 0; at < count; at += 1024) {
-      const int64_t left = count - at;
-      total += sum_lanes(left < 1024 ? left : 1024, [&](int64_t i, auto lanes) {
-        const Vf v = load(g + at + i, lanes);
-        return v * v;
-      });
-    }
-    squares[first_block[j] + first / block] = total;
+    squares[first_block[j] + first / block] = sum_blocks(count, [&](int64_t i, auto lanes) {
+      const Vf v = load(g + i, lanes);
+      return v * v;
+    });
   });
   double square = 0;
   for (int64_t b = 0; b < blocks; b++) square += squares[b];

@@ -14,7 +14,7 @@ void harmony_loss_forward(const float* const* losses, int64_t count, int64_t row
   }
   for (int64_t l = 0; l < count; l++) {
     const float* loss = losses[l];
-    const double mean = double(sum_lanes(rows, [&](int64_t i, auto lanes) { return load(loss + i, lanes); })) / rows;
+    const double mean = sum_blocks(rows, [&](int64_t i, auto lanes) { return load(loss + i, lanes); }) / rows;
     const double factor = group[l] < 0 ? weight[l] : weight[l] * std::exp(-double(log_sigma[group[l]]));
     means[l] = mean;
     sum_of_terms += factor * mean;
