@@ -148,7 +148,7 @@ void harmony_loss_backward(const float* grad, const float* grad_means, const flo
 // One Adam step of many tensors after clipping to a global norm. Writes the norm before clipping; where it is not finite
 // or *applied is false on entry, changes nothing but *applied to false.
 void adam_step(float* const* params, const float* const* grads, float* const* exp_avg, float* const* exp_avg_sq,
-               const int64_t* sizes, int64_t tensors, float* step, float lr, float beta1, float beta2, float eps,
+               const int64_t* sizes, int64_t tensors, float* step, float lr, double beta1, double beta2, float eps,
                float weight_decay, float max_norm, float* norm, bool* applied, int threads);
 
 // The observe scan of the RSSM, and its gradients but for those of the matrices (rssm_observe.h).

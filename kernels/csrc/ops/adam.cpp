@@ -23,7 +23,7 @@ void for_blocks(const int64_t* sizes, int64_t tensors, int threads, F f) {
 }  // namespace
 
 void adam_step(float* const* params, const float* const* grads, float* const* exp_avg, float* const* exp_avg_sq,
-               const int64_t* sizes, int64_t tensors, float* step, float lr, float beta1, float beta2, float eps,
+               const int64_t* sizes, int64_t tensors, float* step, float lr, double beta1, double beta2, float eps,
                float weight_decay, float max_norm, float* norm, bool* applied, int threads) {
   int64_t blocks = 0;
   for (int64_t j = 0; j < tensors; j++) blocks += (sizes[j] + block - 1) / block;
@@ -47,7 +47,8 @@ void adam_step(float* const* params, const float* const* grads, float* const* ex
   if (!*applied) return;
 
   *step += 1;
-  const double bias1 = 1 - std::pow(double(beta1), double(*step)), bias2 = 1 - std::pow(double(beta2), double(*step));
+  const double bias1 = 1 - std::pow(beta1, double(*step)), bias2 = 1 - std::pow(beta2, double(*step));
+  const float rest1 = 1 - beta1, rest2 = 1 - beta2, keep2 = beta2;  // of a beta rounded first, little is left that is right
   const float clip = *norm > max_norm ? max_norm / *norm : 1.f;
   const float rate = lr / bias1, inverse = 1 / std::sqrt(bias2);
   for_blocks(sizes, tensors, threads, [&](int64_t j, int64_t first, int64_t count) {
@@ -56,8 +57,8 @@ void adam_step(float* const* params, const float* const* grads, float* const* ex
     for_lanes(count, [&](int64_t i, auto lanes) {
       const Vf param = load(p + i, lanes), grad = load(g + i, lanes) * clip + weight_decay * param;
       const Vf average = load(m + i, lanes), square = load(v + i, lanes);
-      const Vf mean = average + (1.f - beta1) * (grad - average);
-      const Vf variance = beta2 * square + (1.f - beta2) * (grad * grad);
+      const Vf mean = average + rest1 * (grad - average);
+      const Vf variance = keep2 * square + rest2 * (grad * grad);
       store(m + i, mean, lanes);
       store(v + i, variance, lanes);
       store(p + i, param - rate * mean / (sqrt(variance) * inverse + eps), lanes);
