@@ -10,15 +10,17 @@ from .autograd import once_differentiable
 class _KLBalance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, post_logp: Tensor, prior_logp: Tensor, free: float) -> tuple[Tensor, Tensor]:
-        post, prior = post_logp.contiguous(), prior_logp.to(post_logp.dtype).contiguous()
+        post, prior = post_logp.contiguous(), prior_logp.contiguous()
+        if post.dtype != prior.dtype:  # C++ takes one dtype: the one that loses nothing
+            post, prior = native.as_float(post), native.as_float(prior)
         kl, width = native.empty(*post.shape[:-2]), post.shape[-2:].numel()
         native.module().kl_balance_forward(
             native.ptr(post), native.ptr(prior), native.ptr(kl), kl.numel(), width, native.is_bf16(post),
             native.threads(),
         )  # fmt: skip
         ctx.save_for_backward(post, prior, kl)
-        ctx.free = free
-        loss = kl.clamp(min=free).to(post.dtype)
+        ctx.free, ctx.dtypes = free, (post_logp.dtype, prior_logp.dtype)
+        loss = kl.clamp(min=free).to(post_logp.dtype)
         return loss, loss.clone()
 
     @staticmethod
@@ -32,7 +34,7 @@ class _KLBalance(torch.autograd.Function):
             native.ptr(grad_post), native.ptr(grad_prior), kl.numel(), post.shape[-2:].numel(), ctx.free,
             native.is_bf16(post), native.threads(),
         )  # fmt: skip
-        return grad_post, grad_prior, None
+        return grad_post.to(ctx.dtypes[0]), grad_prior.to(ctx.dtypes[1]), None
 
 
 kl_balance_native = _KLBalance.apply

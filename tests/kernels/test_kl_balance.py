@@ -42,6 +42,15 @@ def test_distant_distributions(backend):
     check_against_fp64(partial(kl_balance, backend=backend.name), kl_balance_reference, arguments)
 
 
+@pytest.mark.parametrize("backend", backends("kl_balance", reference=False))
+@pytest.mark.parametrize("low", ["post_logp", "prior_logp"])
+def test_two_dtypes(low, backend):
+    """Each input as it is given, and its gradient in its dtype."""
+    arguments = inputs((6,), 8, 32, torch.float32, backend.device) | {"free": 0.4}
+    arguments[low] = arguments[low].detach().bfloat16().requires_grad_()
+    check_against_fp64(partial(kl_balance, backend=backend.name), kl_balance_reference, arguments)
+
+
 @pytest.mark.parametrize("backend", backends("kl_balance"))
 def test_free_bits_and_stop_gradients(backend):
     post = torch.log(torch.tensor([[[0.5, 0.5]], [[0.9, 0.1]]], device=backend.device)).requires_grad_()
