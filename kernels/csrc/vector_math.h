@@ -29,8 +29,13 @@ inline bfloat16 from_float<bfloat16>(float x) {  // to nearest, ties to even; Na
   return {uint16_t(x == x ? rounded : 0x7FC0)};
 }
 
-// exp to about 1 ulp, for results that are normal numbers; beyond them it saturates. NaN stays NaN.
-inline float exp_of(float x) {
+struct Exp {
+  float scale, excess;
+};
+
+// exp to about 1 ulp, for results that are normal numbers; beyond them it saturates. NaN stays NaN. In two parts, for
+// scale * (1 + excess): minus one, it can be had without cancelling.
+inline Exp exp_parts(float x) {
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.0f ? -87.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
@@ -44,8 +49,12 @@ inline float exp_of(float x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * __builtin_bit_cast(float, (exponent + 127) << 23);
+  return {__builtin_bit_cast(float, (exponent + 127) << 23), p * r * r + r};
+}
+
+inline float exp_of(float x) {
+  const Exp e = exp_parts(x);
+  return (e.excess + 1.0f) * e.scale;
 }
 
 // log to about 1 ulp for positive normal numbers; NaN and infinity stay.
@@ -69,9 +78,10 @@ inline float log_of(float x) {
 }
 
 inline float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }
-inline float tanh_of(float x) {  // the numerator is exact where it cancels
-  const float e = exp_of(-2.0f * x);
-  return (1.0f - e) / (1.0f + e);
+inline float tanh_of(float x) {  // (1 - e) / (1 + e); near zero scale is one, and what would cancel falls out
+  const Exp e = exp_parts(-2.0f * x);
+  const float change = e.scale * e.excess;
+  return ((1.0f - e.scale) - change) / (1.0f + (e.scale + change));
 }
 
 }  // namespace HDFAST_ISA

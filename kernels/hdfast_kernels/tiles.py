@@ -69,11 +69,18 @@ def readable_columns(flat: Tensor, block: int) -> int:
 
 
 @triton.jit
+def _signed_tanh(x, magnitude):
+    """tanh from |tanh|, which near zero is rounding where it comes from 1 - exp: a minimax polynomial there."""
+    square = x * x
+    near = x + x * square * (-0.333330631 + square * (0.133149073 - square * 0.0503722690))
+    return tl.where(square < 0.09, near, tl.where(x < 0, -magnitude, magnitude))
+
+
+@triton.jit
 def tanh(x):
-    """tanh to half a unit of float32 at 1, from exp, which the interpreter has too."""
+    """tanh to a few units in the last place, from exp, which the interpreter has too."""
     decay = tl.exp(-2.0 * tl.abs(x))
-    magnitude = (1.0 - decay) / (1.0 + decay)
-    return tl.where(x < 0, -magnitude, magnitude)
+    return _signed_tanh(x, (1.0 - decay) / (1.0 + decay))
 
 
 @triton.jit
@@ -81,8 +88,7 @@ def tanh_and_slope(x):
     """tanh, and its derivative: from exp again, as 1 - tanh^2 would be rounding where tanh is nearly one."""
     decay = tl.exp(-2.0 * tl.abs(x))
     share = 1.0 / (1.0 + decay)
-    magnitude = (1.0 - decay) * share
-    return tl.where(x < 0, -magnitude, magnitude), 4.0 * decay * share * share
+    return _signed_tanh(x, (1.0 - decay) * share), 4.0 * decay * share * share
 
 
 @triton.jit

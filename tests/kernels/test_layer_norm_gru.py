@@ -53,6 +53,17 @@ def test_rows_of_equal_numbers(deter, backend):
 
 
 @pytest.mark.parametrize("backend", backends("layer_norm_gru", reference=False))
+@pytest.mark.parametrize("scale", [1e-4, 1e-5])
+def test_small_candidates_keep_their_digits(scale, backend):
+    """Where 1 - e^x is rounding; the deviation is nothing beside eps, so that the norm leaves them small."""
+    gates = torch.randn(64, 192, generator=torch.Generator().manual_seed(0)) * scale
+    affine = {"weight": torch.ones(192), "bias": torch.zeros(192)}
+    arguments = {"gates": gates, "deter": torch.zeros(64, 64), **affine}
+    arguments = {name: value.to(backend.device) for name, value in arguments.items()}
+    check_against_fp64(partial(layer_norm_gru, backend=backend.name), layer_norm_gru_reference, arguments)
+
+
+@pytest.mark.parametrize("backend", backends("layer_norm_gru", reference=False))
 def test_bfloat16_state_stays_bfloat16(backend):
     arguments = inputs((5,), 24, torch.bfloat16, backend.device)
     arguments["deter"] = arguments["deter"].detach().bfloat16().requires_grad_()

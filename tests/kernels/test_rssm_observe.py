@@ -88,7 +88,7 @@ def errors(function, sizes: Sizes, dtype: torch.dtype, seeds: range) -> dict[str
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [*SHAPES, WIDE, UNEVEN])
 def test_native_errs_at_most_twice_as_much_as_pytorch(sizes, dtype, isa):
-    seeds = range(4 if sizes in SHAPES else 1)
+    seeds = range(12 if sizes in SHAPES else 1)  # of few numbers, errors are a matter of luck
     plain = errors(op("reference"), sizes, dtype, seeds)
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
     try:
