@@ -213,13 +213,13 @@ NB_MODULE(_native, m) {
   HDFAST_OPS(HDFAST_DEFINE)
 #undef HDFAST_DEFINE
 
-  m.def("rssm_observe_forward", [](float unimix, float eps, int threads, const nb::kwargs& given) {
+  m.def("rssm_observe_forward", [](double unimix, float eps, int threads, const nb::kwargs& given) {
     RssmObserve p = rssm_observe_fields<false>(given);
     p.unimix = unimix, p.eps = eps;
     nb::gil_scoped_release release;
     ops->rssm_observe_forward(p, threads);
   });
-  m.def("rssm_observe_backward", [](float unimix, float eps, int threads, const nb::kwargs& given) {
+  m.def("rssm_observe_backward", [](double unimix, float eps, int threads, const nb::kwargs& given) {
     RssmObserve p = rssm_observe_fields<true>(given);
     p.unimix = unimix, p.eps = eps;
     nb::gil_scoped_release release;

@@ -119,17 +119,17 @@ void kl_balance_backward(const float* grad_dyn, const float* grad_rep, const voi
 
 // One draw per row of logits (rows, classes); logp and grad_logp are float.
 void sample_onehot_forward(const void* logits, const float* uniform, void* stoch, int64_t* index, float* logp,
-                           int64_t rows, int64_t classes, float unimix, bool is_bf16, int threads);
+                           int64_t rows, int64_t classes, double unimix, bool is_bf16, int threads);
 void sample_index_forward(const void* logits, const float* uniform, int64_t* index, int64_t rows, int64_t classes,
-                          float unimix, bool is_bf16, int threads);
+                          double unimix, bool is_bf16, int threads);
 void sample_onehot_backward(const void* grad_stoch, const float* grad_logp, const void* logits, void* grad_logits,
-                            int64_t rows, int64_t classes, float unimix, bool is_bf16, int threads);
+                            int64_t rows, int64_t classes, double unimix, bool is_bf16, int threads);
 
 // Lambda-returns over (horizon, columns), time-major; cont, value, weight, grad_value (horizon + 1, columns).
 void lambda_return_forward(const float* reward, const float* cont, const float* value, float* returns, float* weight,
-                           int64_t horizon, int64_t columns, float discount, float lam, int threads);
+                           int64_t horizon, int64_t columns, float discount, double lam, int threads);
 void lambda_return_backward(const float* grad, const float* cont, float* grad_reward, float* grad_value,
-                            int64_t horizon, int64_t columns, float discount, float lam, int threads);
+                            int64_t horizon, int64_t columns, float discount, double lam, int threads);
 
 // Sums of rows of weight (groups * classes, units), one row per group, and of onto (rows, units) unless it is null; index
 // (rows, groups). Forward returns the position of the first index out of range, having computed nothing, or -1.

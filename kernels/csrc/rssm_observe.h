@@ -50,5 +50,6 @@ struct RssmObserve {
   RSSM_OBSERVE_BACKWARD(RSSM_OBSERVE_FIELD)
 #undef RSSM_OBSERVE_SIZE
 #undef RSSM_OBSERVE_FIELD
-  float unimix, eps;
+  double unimix;  // not rounded before it is taken from one
+  float eps;
 };

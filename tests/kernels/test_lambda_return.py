@@ -33,6 +33,16 @@ def test_huge_rewards(backend):
     check_against_fp64(partial(lambda_return, backend=backend.name), lambda_return_reference, arguments)
 
 
+@pytest.mark.parametrize("backend", backends("lambda_return", reference=False))
+def test_a_lambda_of_almost_one(backend):
+    """What it lacks to one is not to be taken of a rounded lambda; the end, which would hide it, counts for nothing."""
+    arguments = inputs(5, 70, torch.float32, backend.device) | {"lam": 0.9999}
+    arguments["reward"] = torch.zeros_like(arguments["reward"])
+    arguments["cont"] = torch.ones_like(arguments["cont"])
+    arguments["cont"][-1] = 0
+    check_against_fp64(partial(lambda_return, backend=backend.name), lambda_return_reference, arguments)
+
+
 @pytest.mark.parametrize("backend", backends("lambda_return"))
 def test_literal_numbers(backend):
     reward = torch.tensor([[1.0], [2.0]], device=backend.device)

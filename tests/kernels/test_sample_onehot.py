@@ -38,7 +38,7 @@ def test_errs_no_more_than_twice_plain_pytorch(rows, S, K, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", backends("sample_onehot", reference=False))
-@pytest.mark.parametrize(("scale", "unimix"), [(1e4, 0.01), (60.0, 0.0), (2.0, 0.5)])
+@pytest.mark.parametrize(("scale", "unimix"), [(1e4, 0.01), (60.0, 0.0), (2.0, 0.5), (2.0, 0.999)])
 def test_extreme_logits_and_mixtures(scale, unimix, backend):
     arguments = inputs((20,), 4, 9, torch.float32, backend.device, scale, unimix)
     check_against_fp64(partial(sample_onehot, backend=backend.name), sample_onehot_reference, arguments)

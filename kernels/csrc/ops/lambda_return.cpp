@@ -4,8 +4,9 @@
 namespace HDFAST_ISA {
 
 void lambda_return_forward(const float* reward, const float* cont, const float* value, float* returns, float* weight,
-                           int64_t horizon, int64_t columns, float discount, float lam, int threads) {
+                           int64_t horizon, int64_t columns, float discount, double lam, int threads) {
   threads = threads_for(horizon * columns, threads);
+  const float share = lam, rest = 1 - lam;  // of a lam rounded first, little is left that is right
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t start = 0; start < columns; start += W) {
     for_lanes(columns - start < W ? columns - start : W, [&](int64_t, auto lanes) {
@@ -18,7 +19,7 @@ void lambda_return_forward(const float* reward, const float* cont, const float* 
       Vf next = load(value + horizon * columns + start, lanes);
       for (int64_t t = horizon - 1; t >= 0; t--) {
         const int64_t at = (t + 1) * columns + start;
-        const Vf mixed = (1 - lam) * load(value + at, lanes) + lam * next;
+        const Vf mixed = rest * load(value + at, lanes) + share * next;
         next = load(reward + t * columns + start, lanes) + discount * load(cont + at, lanes) * mixed;
         store(returns + t * columns + start, next, lanes);
       }
@@ -27,8 +28,9 @@ void lambda_return_forward(const float* reward, const float* cont, const float* 
 }
 
 void lambda_return_backward(const float* grad, const float* cont, float* grad_reward, float* grad_value,
-                            int64_t horizon, int64_t columns, float discount, float lam, int threads) {
+                            int64_t horizon, int64_t columns, float discount, double lam, int threads) {
   threads = threads_for(horizon * columns, threads);
+  const float share = lam, rest = 1 - lam;  // of a lam rounded first, little is left that is right
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t start = 0; start < columns; start += W) {
     for_lanes(columns - start < W ? columns - start : W, [&](int64_t, auto lanes) {
@@ -39,8 +41,8 @@ void lambda_return_backward(const float* grad, const float* cont, float* grad_re
         const Vf d = load(grad + t * columns + start, lanes) + carried;
         const Vf d_mixed = d * (discount * load(cont + at, lanes));
         store(grad_reward + t * columns + start, d, lanes);
-        carried = lam * d_mixed;
-        store(grad_value + at, t + 1 < horizon ? (1 - lam) * d_mixed : d_mixed, lanes);
+        carried = share * d_mixed;
+        store(grad_value + at, t + 1 < horizon ? rest * d_mixed : d_mixed, lanes);
       }
     });
   }

@@ -134,7 +134,7 @@ struct Scan : RssmObserve {
   // logits -> logp, index, stoch of one row
   void sample(int64_t t, int64_t b, float* p) const {
     const int64_t row = t * B + b, n = K;
-    const float floor = unimix / float(K), share = 1.0f - unimix;
+    const float floor = unimix / double(K), share = 1 - unimix;
     for (int64_t s = 0; s < S; s++) {
       float *l = logp + (row * S + s) * n, most = -INFINITY, sum = 0;
       const float* bias = logit_bias + s * n;
@@ -174,7 +174,7 @@ struct Scan : RssmObserve {
   // Backward, rows of one step. carried: gradient of this step's stoch from the next step.
   void sample_backward(int64_t t, int64_t b, const float* carried, float* p, float* grad_bias) const {
     const int64_t row = t * B + b, n = K;
-    const float floor = unimix / float(K), share = 1.0f - unimix;
+    const float floor = unimix / double(K), share = 1 - unimix;
     for (int64_t s = 0; s < S; s++) {
       const int64_t at = (row * S + s) * n;
       const float* from_stoch = grad_stoch ? grad_stoch + at : nullptr;

@@ -22,7 +22,8 @@ HDFAST_INLINE void set_one(bf16* at) { at->bits = 0x3f80; }
 // Without Distribution only `index` is written.
 template <bool Distribution, class T>
 void forward(const T* logits, const float* uniform, T* stoch, int64_t* index, float* logp, int64_t rows,
-             int64_t classes, float unimix, int threads) {
+             int64_t classes, double unimix, int threads) {
+  const float share = 1 - unimix, floor = unimix / classes;  // of a unimix rounded first, little is left that is right
   if (Distribution && rows) std::memset(static_cast<void*>(stoch), 0, rows * classes * sizeof(T));
 #pragma omp parallel num_threads(threads)
   {
@@ -37,7 +38,7 @@ void forward(const T* logits, const float* uniform, T* stoch, int64_t* index, fl
         total += e;
         store(probs + i, e, lanes);
       });
-      const float z = sum(total), scale = (1 - unimix) / z, floor = unimix / classes;
+      const float z = sum(total), scale = share / z;
       const float log_z = Distribution ? std::log(z) : 0.f;
       for_lanes(classes, [&](int64_t i, auto lanes) {
         const Vf p = load(probs + i, lanes) * scale + floor;
@@ -54,7 +55,8 @@ void forward(const T* logits, const float* uniform, T* stoch, int64_t* index, fl
 
 template <class T>
 void backward(const T* grad_stoch, const float* grad_logp, const T* logits, T* grad_logits, int64_t rows,
-              int64_t classes, float unimix, int threads) {
+              int64_t classes, double unimix, int threads) {
+  const float share = 1 - unimix, floor = unimix / classes;
 #pragma omp parallel num_threads(threads)
   {
     Scratch<float> probs(classes), d_probs(classes);
@@ -68,15 +70,15 @@ void backward(const T* grad_stoch, const float* grad_logp, const T* logits, T* g
         total += e;
         store(probs + i, e, lanes);
       });
-      const float scale = 1.f / sum(total), floor = unimix / classes;
+      const float scale = 1.f / sum(total);
       Vf weighted = {};
       for_lanes(classes, [&](int64_t i, auto lanes) {
         const int64_t at = r * classes + i;
         const Vf softmax = load(probs + i, lanes) * scale;
-        Vf d = (1 - unimix) * load(grad_stoch + at, lanes) * softmax;
+        Vf d = share * load(grad_stoch + at, lanes) * softmax;
         const Vf d_logp = load(grad_logp + at, lanes);
         // d log p / d softmax is (1 - unimix) / p; times softmax that is 1 where nothing is mixed in.
-        d += unimix > 0 ? d_logp * ((1 - unimix) * softmax / ((1 - unimix) * softmax + floor)) : d_logp;
+        d += unimix > 0 ? d_logp * (share * softmax / (share * softmax + floor)) : d_logp;
         d = keep(d, lanes);
         weighted += d;
         store(probs + i, softmax, lanes);
@@ -93,7 +95,7 @@ void backward(const T* grad_stoch, const float* grad_logp, const T* logits, T* g
 }  // namespace
 
 void sample_onehot_forward(const void* logits, const float* uniform, void* stoch, int64_t* index, float* logp,
-                           int64_t rows, int64_t classes, float unimix, bool is_bf16, int threads) {
+                           int64_t rows, int64_t classes, double unimix, bool is_bf16, int threads) {
   threads = threads_for(rows * classes, threads);
   with_dtype(is_bf16, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
@@ -103,7 +105,7 @@ void sample_onehot_forward(const void* logits, const float* uniform, void* stoch
 }
 
 void sample_index_forward(const void* logits, const float* uniform, int64_t* index, int64_t rows, int64_t classes,
-                          float unimix, bool is_bf16, int threads) {
+                          double unimix, bool is_bf16, int threads) {
   threads = threads_for(rows * classes, threads);
   with_dtype(is_bf16, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
@@ -113,7 +115,7 @@ void sample_index_forward(const void* logits, const float* uniform, int64_t* ind
 }
 
 void sample_onehot_backward(const void* grad_stoch, const float* grad_logp, const void* logits, void* grad_logits,
-                            int64_t rows, int64_t classes, float unimix, bool is_bf16, int threads) {
+                            int64_t rows, int64_t classes, double unimix, bool is_bf16, int threads) {
   threads = threads_for(rows * classes, threads);
   with_dtype(is_bf16, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
