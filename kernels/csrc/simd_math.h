@@ -43,12 +43,8 @@ HDFAST_INLINE Vf exp(Vf x) {
 #endif
 }
 
-// log(x) within 1 ulp for normal x > 0; NaN and infinity stay. Polynomial of Cephes logf.
-HDFAST_INLINE Vf log(Vf x) {
-  // Split off the exponent so that the mantissa lies in [sqrt(1/2), sqrt(2)).
-  const Vi bits = bit_cast<Vi>(x) - 0x3f3504f3;
-  const Vf e = __builtin_convertvector(bits >> 23, Vf);
-  const Vf m = bit_cast<Vf>((bits & 0x7fffff) + 0x3f3504f3) - 1.f;
+// log((1 + m) 2^e) within 1 ulp for 1 + m in [sqrt(1/2), sqrt(2)). Polynomial of Cephes logf.
+HDFAST_INLINE Vf log_of_parts(Vf m, Vf e) {
   Vf p = splat(7.0376836292e-2f);
   p = p * m + -1.1514610310e-1f;
   p = p * m + 1.1676998740e-1f;
@@ -61,8 +57,24 @@ HDFAST_INLINE Vf log(Vf x) {
   const Vf square = m * m;
   Vf tail = p * (m * square) + e * -2.12194440e-4f;
   tail = tail - 0.5f * square;
-  const Vf result = (m + tail) + e * 0.693359375f;
+  return (m + tail) + e * 0.693359375f;
+}
+
+// log(x) within 1 ulp for normal x > 0; NaN and infinity stay.
+HDFAST_INLINE Vf log(Vf x) {
+  // Split off the exponent so that the mantissa lies in [sqrt(1/2), sqrt(2)).
+  const Vi bits = bit_cast<Vi>(x) - 0x3f3504f3;
+  const Vf m = bit_cast<Vf>((bits & 0x7fffff) + 0x3f3504f3) - 1.f;
+  const Vf result = log_of_parts(m, __builtin_convertvector(bits >> 23, Vf));
   return x < std::numeric_limits<float>::infinity() ? result : x;
+}
+
+// log(1 + x) within 2 ulp for finite x >= 0: what rounding took from the sum, all of a small x, is put back.
+HDFAST_INLINE Vf log1p(Vf x) {
+  const Vf above = 1.f + x, lost = x - (above - 1.f);
+  const Vi bits = bit_cast<Vi>(above) - 0x3f3504f3, e = bits >> 23;
+  const Vf m = bit_cast<Vf>((bits & 0x7fffff) + 0x3f3504f3) - 1.f;
+  return log_of_parts(m + lost * bit_cast<Vf>((127 - e) << 23), __builtin_convertvector(e, Vf));
 }
 
 // Of a minimax polynomial of 2^f on [-1/2, 1/2], what is times f^2.

@@ -100,7 +100,11 @@ def _store_rows(dlogits_ptr, row, bin_, dlogits, rows, K: tl.constexpr):
 @triton.jit
 def _position(target, LOW: tl.constexpr, HIGH: tl.constexpr, K: tl.constexpr):
     """The bin below symlog(target), in [0, K - 2], and the weight of the bin above; NaN where the target is."""
-    size = tl.log(1.0 + tl.abs(target))
+    size = tl.abs(target)
+    size = tl.where(size > 1e38, 1e38, size)  # an infinity has no difference to one more
+    above = 1.0 + size
+    root = tl.rsqrt(above)
+    size = tl.log(above) + (size - (above - 1.0)) * root * root  # what rounding lost: all of a small target
     position = (tl.where(target < 0, -size, size) - LOW) * ((K - 1) / (HIGH - LOW))
     position = tl.where(position > K - 1, K - 1.0, tl.where(position < 0, 0.0, position))
     below = tl.where(position < K - 1, tl.floor(position), K - 2.0)  # so for NaN

@@ -103,6 +103,19 @@ def test_rows_that_lie_apart_are_read_in_place():
     assert tiles.rows_apart(torch.zeros(5), 5).shape == (1, 5)
 
 
+@pytest.mark.parametrize("backend", backends("two_hot_loss", reference=False))
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 0.03])
+def test_small_targets_keep_their_digits(scale, backend):
+    """Of one and a small target rounding leaves little of the target."""
+    target = torch.rand(256, generator=torch.Generator().manual_seed(0)) * scale
+    arguments = {
+        "logits": logits((256, 255), torch.float32, backend.device),
+        "target": target.to(backend.device),
+    }
+    bins = {"low": 0.0, "high": 1.0}
+    check_against_fp64(partial(two_hot_loss, backend=backend.name), two_hot_loss_reference, arguments | bins)
+
+
 @pytest.mark.parametrize("backend", backends("two_hot_mean", reference=False))
 @pytest.mark.parametrize(("scale", "offset"), [(1e-3, 0.0), (1e3, 0.0), (2.0, 1e4), (300.0, -1e4)])
 def test_extreme_logits(scale, offset, backend):

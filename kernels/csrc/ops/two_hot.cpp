@@ -6,8 +6,8 @@ namespace {
 
 // Where targets lie among the bins, counted from the first, clamped to the end bins; NaN for NaN.
 HDFAST_INLINE Vf position_of(Vf target, float low, float high, int64_t bins) {
-  const Vf size = log(1.f + min(abs(target), splat(1e38f)));  // infinity would be no number to log
-  const Vf symlog = copysign(size, target), clamped = min(max(symlog, splat(low)), splat(high));
+  const Vf size = min(abs(target), splat(1e38f));  // infinity would be no number to log
+  const Vf symlog = copysign(log1p(size), target), clamped = min(max(symlog, splat(low)), splat(high));
   const Vf position = (clamped - low) * float((bins - 1) / (double(high) - low));
   return target == target ? position : target;
 }
