@@ -252,6 +252,16 @@ HDFAST_INLINE float sum(Vf v) {
 #endif
 }
 
+HDFAST_INLINE double sum_in_double(Vf v) {
+  typedef double Vd __attribute__((vector_size(8 * W)));
+  const Vd wide = __builtin_convertvector(v, Vd);
+  double total[W];
+  std::memcpy(total, &wide, sizeof(wide));
+  for (int width = W / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) total[i] += total[i + width];
+  return total[0];
+}
+
 // The sums of W vectors, lane k that of v[k]: fewer operations than to reduce one after the other, and none waits.
 HDFAST_INLINE Vf sums(const Vf* v) {
 #if defined(__AVX2__)

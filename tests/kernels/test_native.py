@@ -133,6 +133,27 @@ def test_many_rows_on_many_threads(isa, monkeypatch):
 
 
 @pytest.mark.parametrize("isa", native.isas())
+def test_long_sums(isa):
+    """Sums over a whole large image, over many bins and over many classes, which one float would not hold."""
+    image = torch.randint(256, (1, 512, 512, 3), generator=torch.Generator().manual_seed(0)).byte()
+    apart = random(8, 64, 2048), random(8, 64, 2048, seed=1, scale=0.02)
+    near = (logits.log_softmax(-1).float() for logits in (apart[0], apart[0] + apart[1]))
+    cases = [
+        ("image_loss", {"pred": number(1, 512, 512, 3, scale=0.5), "image": image}),
+        ("two_hot_mean", {"logits": number(64, 4096, scale=0.1)}),
+        ("two_hot_mean", {"logits": number(8, 100_000, scale=0.1)}),
+        ("kl_balance", dict(zip(("post_logp", "prior_logp"), near, strict=True)) | {"free": 0.0}),
+    ]
+    with native.force_isa(isa):
+        for name, arguments in cases:
+            check_against_fp64(partial(getattr(hk, name), backend="native"), reference(name), arguments)
+        _, mean = hk.harmony_loss(
+            [torch.full((1 << 21,), 0.1)], torch.empty(0), (-1,), (1.0,), (), backend="native"
+        )
+    assert mean.item() == pytest.approx(0.1, rel=1e-6)
+
+
+@pytest.mark.parametrize("isa", native.isas())
 def test_a_nan_stays_one(isa):
     x = torch.randn(3, 40)
     x[1, 17] = torch.nan

@@ -16,7 +16,7 @@ template <class T>
 void forward(const T* pred, const uint8_t* image, float* loss, int64_t rows, int64_t width, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; r++) {
-    loss[r] = sum_lanes(width, [&](int64_t i, auto lanes) {
+    loss[r] = sum_blocks(width, [&](int64_t i, auto lanes) {
       const Vf d = difference(pred + r * width + i, image + r * width + i, lanes);
       return d * d;
     });

@@ -8,7 +8,7 @@ template <class T>
 void forward(const T* post, const T* prior, float* kl, int64_t rows, int64_t width, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; r++) {
-    kl[r] = sum_lanes(width, [&](int64_t i, auto lanes) {
+    kl[r] = sum_blocks(width, [&](int64_t i, auto lanes) {
       const Vf p = load(post + r * width + i, lanes), q = load(prior + r * width + i, lanes);
       return exp(p) * (p - q);  // zero where both are zero, as in the lanes that take no part
     });

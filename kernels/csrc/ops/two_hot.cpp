@@ -89,6 +89,39 @@ void fill_bins(float* values, int64_t bins, float low, float high) {
   for (int64_t i = 0; i < bins; i++) values[i] = centre + (i - (bins - 1) / 2.) * distance;
 }
 
+struct Sums {
+  float total, weighted;
+};
+
+// Sums over a row of e^(logit - top), and of that times its bin, which nearly cancel: no float adds up more than 16 terms.
+template <class T>
+HDFAST_INLINE Sums sums_of_row(const T* row, const float* values, int64_t bins, float top) {
+  constexpr int K = 4;  // accumulators
+  constexpr int64_t block = 16 * K * W;
+  double sum_of_all = 0, sum_along = 0;
+  int64_t i = 0;
+  do {
+    const int64_t end = bins - i < block ? bins : i + block;
+    Vf total[K] = {}, weighted[K] = {};
+    const auto add = [&](int k, int64_t at, auto lanes) __attribute__((always_inline)) {
+      const Vf e = keep(exp(load(row + at, lanes) - top), lanes);
+      total[k] += e;
+      weighted[k] += e * load(values + at, lanes);
+    };
+    for (; i + K * W <= end; i += K * W)
+      for (int k = 0; k < K; k++) add(k, i + k * W, Whole{});
+    for (; i + W <= end; i += W) add(0, i, Whole{});
+    if (i < end) add(1, i, Part{int(end - i)});
+    const Vf all = (total[0] + total[1]) + (total[2] + total[3]);
+    const Vf along = (weighted[0] + weighted[1]) + (weighted[2] + weighted[3]);
+    if (bins <= block) return {sum(all), sum(along)};
+    sum_of_all += sum(all);
+    sum_along += sum_in_double(along);
+    i = end;
+  } while (i < bins);
+  return {float(sum_of_all), float(sum_along)};
+}
+
 template <class T>
 void mean_forward(const T* logits, float* mean, float* centre, float* top, float* scale, int64_t rows, int64_t bins,
                   float low, float high, int threads) {
@@ -99,13 +132,8 @@ void mean_forward(const T* logits, float* mean, float* centre, float* top, float
   for (int64_t r = 0; r < rows; r++) {
     const T* row = logits + r * bins;
     const float m = max_of_row(row, bins);
-    Vf total = {}, weighted = {};
-    for_lanes(bins, [&](int64_t i, auto lanes) {
-      const Vf e = keep(exp(load(row + i, lanes) - m), lanes);
-      total += e;
-      weighted += e * load(values + i, lanes);
-    });
-    const float s = 1.f / sum(total), c = sum(weighted) * s;
+    const Sums sums = sums_of_row(row, values, bins, m);
+    const float s = 1.f / sums.total, c = sums.weighted * s;
     mean[r] = std::copysign(std::expm1(std::fabs(c)), c);
     centre[r] = c;
     top[r] = m;
