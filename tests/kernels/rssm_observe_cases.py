@@ -3,6 +3,7 @@
 Axes: T time, B batch, D deter, U units, S groups, K classes.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,36 @@ def make_case(sizes: Sizes, seed: int = 0, likely: bool = False) -> dict[str, Te
     case["action"] *= ~case["is_first"][..., None]
     case["uniform"] = expected(case, likely=likely, recentre=True)["uniform"].float()
     return case
+
+
+def level_case(sizes: Sizes) -> dict[str, Tensor]:
+    """A case for float32 in which every layer norm meets rows of equal, large numbers, so that it gives its bias.
+
+    Each sequence begins anew at each step, from a deter of one number, by which the gates' sums are exact.
+    """
+    T, B, D, U = sizes[:4]
+    case, generator = make_case(sizes), torch.Generator().manual_seed(1)
+    zero = ("in_stoch", "in_norm_bias", "initial_deter")
+    case |= {name: torch.zeros_like(case[name]) for name in zero}
+    case["is_first"] = torch.ones(T, B, dtype=torch.bool)
+    case["initial_deter"][D // 2] = 0.5
+    for name in ("action", "embed"):
+        case[name] = 1000 * torch.rand(T, B, 1, generator=generator).double().expand(T, B, U)
+    case["gru"] = torch.full_like(case["gru"], 731.7)
+    case["post_deter"] = torch.zeros_like(case["post_deter"])
+    case["uniform"] = expected(case, recentre=True)["uniform"].float()
+    return case
+
+
+def check_level_case(function: Callable[[dict], dict], run: Callable[..., dict], sizes: Sizes) -> None:
+    """What the mean misses by rounding is not to be divided by a deviation of nothing, which is 1/32 with eps."""
+    case = level_case(sizes)
+    ours, theirs = run(function, cast(case, torch.float32)), run(expected, case)
+    assert torch.equal(ours["index"], theirs["index"])
+    norms = [f"grad {name}_norm_weight" for name in ("in", "gru", "post")]  # zero, but for rounding
+    for name in ("deter", "logp", *norms):
+        wrong = (ours[name].double() - theirs[name]).abs().max().item()
+        assert wrong < 1e-5, f"{name} errs {wrong:.3g}"
 
 
 def cast(case: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from rssm_observe_cases import DIFFERENTIABLE, Sizes, cast, expected, make_case
+from rssm_observe_cases import DIFFERENTIABLE, Sizes, cast, check_level_case, expected, make_case
 
 from hdfast_kernels import native, rssm_observe
 from hdfast_kernels.dispatch import native_built
@@ -103,6 +103,14 @@ def test_native_errs_at_most_twice_as_much_as_pytorch(sizes, dtype, isa):
         if not fused[name] <= 2 * max(plain[name], rounding)
     }
     assert not too_large
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("sizes", [*SHAPES, WIDE])
+def test_native_norms_of_equal_numbers(sizes, isa):
+    with native.force_isa(isa):
+        check_level_case(op("native"), run, sizes)
 
 
 @needs_native

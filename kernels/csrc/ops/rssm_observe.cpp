@@ -4,7 +4,7 @@
 #include "../ops.h"
 #include "../rssm_observe.h"
 #include "../small_gemm.h"
-#include "../vector_math.h"
+#include "rssm_observe_norms.h"
 
 #include <omp.h>
 
@@ -17,58 +17,6 @@
 
 namespace HDFAST_ISA {
 namespace {
-
-struct Stats {
-  float mean, scale;  // scale = 1 / sqrt(variance + eps)
-};
-
-Stats stats_of(const float* x, int64_t n, float eps) {
-  float sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; i++) sum += x[i];
-  const float mean = sum / float(n);
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
-  return {mean, 1.0f / std::sqrt(squares / float(n) + eps)};
-}
-
-template <class E>
-void norm_silu(const float* x, const float* weight, const float* bias, int64_t n, float eps, E* out) {
-  const Stats s = stats_of(x, n, eps);
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    const float y = (x[i] - s.mean) * s.scale * weight[i] + bias[i];
-    out[i] = from_float<E>(y * sigmoid_of(y));
-  }
-}
-
-// grad: of the normalised input on entry (that is, times weight already), of x on return.
-void norm_backward(const float* x, Stats s, int64_t n, float* grad) {
-  float sum = 0, product = 0;
-#pragma omp simd reduction(+ : sum, product)
-  for (int64_t i = 0; i < n; i++) {
-    sum += grad[i];
-    product += grad[i] * (x[i] - s.mean);
-  }
-  const float mean = sum / float(n), slope = product * s.scale * s.scale / float(n);
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) grad[i] = s.scale * (grad[i] - mean - (x[i] - s.mean) * slope);
-}
-
-// grad: of the output on entry, of x on return.
-void norm_silu_backward(const float* x, const float* weight, const float* bias, int64_t n, float eps, float* grad,
-                        float* grad_weight, float* grad_bias) {
-  const Stats s = stats_of(x, n, eps);
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    const float normed = (x[i] - s.mean) * s.scale, y = normed * weight[i] + bias[i], gate = sigmoid_of(y);
-    const float slope = grad[i] * gate * (1.0f + y * (1.0f - gate));
-    grad_weight[i] += slope * normed;
-    grad_bias[i] += slope;
-    grad[i] = slope * weight[i];
-  }
-  norm_backward(x, s, n, grad);
-}
 
 template <class E>
 void copy_to(const float* in, int64_t n, E* out) {
