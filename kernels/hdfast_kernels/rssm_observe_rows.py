@@ -31,7 +31,13 @@ def norm_silu(x, column, at, weight, bias, moments, eps, L: tl.constexpr):
     """SiLU(LN(x)) of a row, whose mean and 1 / sqrt(variance + eps) are kept."""
     mean = tl.sum(x, 0) * (1.0 / L)
     x = tl.where(column < L, x - mean, 0.0)
-    rstd = tl.rsqrt(tl.sum(x * x, 0) * (1.0 / L) + eps)
+    variance = tl.sum(x * x, 0) * (1.0 / L)
+    if variance < 1e-6 * mean * mean:  # what the mean missed by rounding may be all that is left; see tiles.normalise
+        missed = tl.sum(x, 0) * (1.0 / L)
+        mean += missed
+        x = tl.where(column < L, x - missed, 0.0)
+        variance = tl.sum(x * x, 0) * (1.0 / L)
+    rstd = tl.rsqrt(variance + eps)
     tl.store(moments + at * 2, mean)
     tl.store(moments + at * 2 + 1, rstd)
     z = x * rstd * vector(weight, column, L) + vector(bias, column, L)
@@ -79,7 +85,13 @@ def gates_normed(gates_sum, at, column, eps, D: tl.constexpr):
     mean = tl.sum(r + c + u, 0) * (1.0 / (3 * D))
     r, c = tl.where(column < D, r - mean, 0.0), tl.where(column < D, c - mean, 0.0)
     u = tl.where(column < D, u - mean, 0.0)
-    rstd = tl.rsqrt(tl.sum(r * r + c * c + u * u, 0) * (1.0 / (3 * D)) + eps)
+    variance = tl.sum(r * r + c * c + u * u, 0) * (1.0 / (3 * D))
+    if variance < 1e-6 * mean * mean:  # as in norm_silu
+        missed = tl.sum(r + c + u, 0) * (1.0 / (3 * D))
+        r, c = tl.where(column < D, r - missed, 0.0), tl.where(column < D, c - missed, 0.0)
+        u = tl.where(column < D, u - missed, 0.0)
+        variance = tl.sum(r * r + c * c + u * u, 0) * (1.0 / (3 * D))
+    rstd = tl.rsqrt(variance + eps)
     return r * rstd, c * rstd, u * rstd, rstd
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rssm_observe_cases import Sizes, cast, make_case
+from rssm_observe_cases import Sizes, cast, check_level_case, make_case
 from test_rssm_observe import errors, op, run
 
 from hdfast_kernels import dispatch, report, report_cases
@@ -47,7 +47,7 @@ def test_under_the_interpreter():
         command, capture_output=True, text=True, env=environment, cwd=here.parents[2], check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "9 passed" in done.stdout, done.stdout
+    assert "11 passed" in done.stdout, done.stdout
 
 
 @interpreted
@@ -65,6 +65,12 @@ def test_triton_errs_at_most_twice_as_much_as_pytorch(sizes, dtype):
     )  # where few numbers are, plain PyTorch may have luck
     too_large = {n: (fused[n], plain[n]) for n in plain if not fused[n] <= 2 * plain[n] + unit}
     assert not too_large
+
+
+@interpreted
+@pytest.mark.parametrize("sizes", [SMALL, ODD])
+def test_norms_of_equal_numbers(sizes):
+    check_level_case(op("triton"), run, sizes)
 
 
 @interpreted
