@@ -1,5 +1,5 @@
 #include "../ops.h"
-#include "../simd.h"
+#include "../row_sums.h"
 
 namespace HDFAST_ISA {
 namespace {

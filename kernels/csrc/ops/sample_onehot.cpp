@@ -1,4 +1,5 @@
 #include "../ops.h"
+#include "../row_sums.h"
 #include "../simd_math.h"
 
 namespace HDFAST_ISA {
