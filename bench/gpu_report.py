@@ -202,11 +202,8 @@ def peers(record: dict[str, Any]) -> list[str]:
             median = statistics.median(about["seconds"])
             told = [name, about["version"], result["precision"], about["precision"], number(1e3 * median, 4)]
             rows.append([*told, f"{median / ours:.2f}"])
-    return (
-        [table(["", "version", "asked for", "precision", "median ms", "x ours"], rows, texts=4)]
-        if rows
-        else []
-    )
+    head = ["", "version", "asked for", "precision", "median ms", "x ours"]
+    return [table(head, rows, texts=4)] if rows else []
 
 
 def peaks(record: dict[str, Any]) -> list[str]:

@@ -198,12 +198,8 @@ class Harmonizer(nn.Module):
                     weights[loss] = float(weight) * (1.0 if self.mode == "learned" else self.fixed[group])
         group, weight = tuple(numbers.get(name, -1) for name in names), tuple(weights[name] for name in names)
         fixed = tuple(self.fixed.values()) if self.mode == "fixed" else ()
-        key = (
-            group,
-            weight,
-            fixed,
-            device,
-        )  # not the names alone: groups and scales may have been changed since
+        # Not the names alone: groups and scales may have been changed since.
+        key = group, weight, fixed, device
         plan = self._plans.get(key)
         if plan is None:
             plan = self._made(*key)

@@ -71,6 +71,7 @@ TENSORS = [
     (op, name) for op, arguments in OPS.items() for name, value in arguments.items() if is_tensor(value)
 ]
 BACKENDS = ["reference", "native"] if dispatch.native_built() else ["reference"]
+WITHOUT_GRADIENT = ("adam_step", "gather_windows", "image_input", "sample_index")
 
 
 def numbers(value, generator: torch.Generator):
@@ -89,7 +90,7 @@ def with_numbers(op: str) -> tuple[dict, list[torch.Tensor]]:
     flat = [one for value in arguments.values() for one in (value if isinstance(value, list) else [value])]
     floats = [one for one in flat if isinstance(one, torch.Tensor) and one.dtype == F32]
     for one in floats:
-        one.requires_grad_(op not in ("adam_step", "gather_windows", "image_input"))
+        one.requires_grad_(op not in WITHOUT_GRADIENT)
     return arguments, floats
 
 
@@ -148,15 +149,14 @@ def test_autocast_changes_nothing(op, backend, monkeypatch):
     assert all(map(torch.equal, right, found))
 
 
-@pytest.mark.parametrize(("op", "backend"), OF_OURS)
+@pytest.mark.parametrize(("op", "backend"), [case for case in OF_OURS if case[0] not in WITHOUT_GRADIENT])
 def test_differentiating_twice_is_refused(op, backend, monkeypatch):
     """A gradient penalty must not be left out without a word. The slope of a sum has no gradient itself."""
     monkeypatch.setitem(OPS, "linear", ODD_LINEAR)
     arguments, floats = with_numbers(op)
     out = getattr(hk, op)(**arguments, backend=backend)
     ends = [one for one in (out if isinstance(out, tuple) else (out,)) if one.requires_grad]
-    if not ends:
-        return
+    assert ends
     total = sum(one.sum() for one in ends)
     slopes = torch.autograd.grad(total, floats, create_graph=True, allow_unused=True)
     penalty = sum(slope.square().sum() for slope in slopes if slope is not None)
