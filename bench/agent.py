@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hdfast.agent.learner import Learner
 from hdfast.agent.policy import Policy
+from hdfast.agent.updates import captured_updates
 from hdfast.config import Config, default_config
 from hdfast.envs.base import ArraySpec, DiscreteActions
 from hdfast.overrides import apply_overrides
 from hdfast.replay import Replay
 from hdfast.runtime.device import prepare_device
-from hdfast.runtime.graphs import CapturedStep
 
 SIDE = 64
 ACTIONS = DiscreteActions(6)
@@ -108,12 +108,16 @@ class Bench:
         """The whole update, sampling included."""
         return lambda: self.learner.update(self.replay.sample)
 
-    def graph(self) -> Run:
-        """The whole update as one CUDA graph, captured at the fourth call. Raises: ConfigError without CUDA."""
-        # As the loop does it, which cannot be imported without the packages of a run (progress line, checkpoints).
-        generators = [self.learner.generator, self.replay.generator]
-        step = lambda: self.learner.step(self.replay.sample)  # noqa: E731
-        return CapturedStep(step, device=self.device, generators=generators)
+    def graph(self, *, overlap: bool = False) -> Run:
+        """The whole update as one CUDA graph, captured at the fourth call. Raises: ConfigError without CUDA.
+
+        overlap: halves of two updates beside each other, captured at the fifth.
+        """
+        return captured_updates(self.learner, self.replay.sample, self.replay.generators, overlap=overlap)
+
+    def overlap(self) -> Run:
+        """`graph` with halves of two updates beside each other."""
+        return self.graph(overlap=True)
 
     def observe(self) -> Run:
         """The world model's loss on a batch, and its gradients."""

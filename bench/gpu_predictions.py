@@ -86,6 +86,7 @@ def predictions(card: str) -> list[Prediction]:
     fused = H * FUSED_IMAGINE_LAUNCHES + FUSED_OTHER_LAUNCHES
     rest = products(UPDATE_GFLOP) + stream(UPDATE_BYTES) + GRAPH_US * fused
     scan = {name: T * step for name, step in SCAN_US.items()}
+    imagine = GRAPH_US * FUSED_ROLLOUT_LAUNCHES + products(IMAGINE_GFLOP)
     launches = T * SCAN_LAUNCHES + H * IMAGINE_LAUNCHES + OTHER_LAUNCHES
 
     def part(name: str, backend: str, graph: bool) -> tuple[Any, ...]:
@@ -121,7 +122,7 @@ def predictions(card: str) -> list[Prediction]:
             f"{T} steps of {SCAN_US['persistent']:.1f} µs, 13 barriers each", part("scan", "triton-persistent", True),
         ),
         Prediction(
-            "imagine, graph", "µs", GRAPH_US * FUSED_ROLLOUT_LAUNCHES + products(IMAGINE_GFLOP),
+            "imagine, graph", "µs", imagine,
             f"{FUSED_ROLLOUT_LAUNCHES} launches of {GRAPH_US:g} µs, and {IMAGINE_GFLOP:g} GFLOP at {NARROW:.0%}",
             part("imagine", "triton", True),
         ),
@@ -139,6 +140,11 @@ def predictions(card: str) -> list[Prediction]:
         Prediction(
             "update, persistent scan in a graph", "µs", rest + scan["persistent"], "the same with the persistent scan",
             part("update", "triton-persistent", True),
+        ),
+        Prediction(
+            "update that overlaps the next", "µs", rest + scan["persistent"] - imagine,
+            "the same with imagination beside the scan, which leaves most of the chip to it",
+            part("overlap", "triton-persistent", True),
         ),
         Prediction(
             "act 1, eager reference", "µs", LAUNCH_US * ACT_LAUNCHES + WAIT_US,

@@ -19,6 +19,7 @@ MODES = [
     ("default", False),
     ("default", True),
 ]
+UPDATES = ("update", "overlap")  # parts that are whole updates
 NAME = 70  # characters of a kernel's name
 SHOWN = 12  # kernels of a table
 
@@ -83,7 +84,7 @@ def summary(record: dict[str, Any]) -> list[str]:
     updates = [
         row
         for row in record["rows"]
-        if row["kind"] == "timing" and row["part"] == "update" and row["size"] == "small" and "us" in row
+        if row["kind"] == "timing" and row["part"] in UPDATES and row["size"] == "small" and "us" in row
     ]
     for precision in sorted({row["precision"] for row in updates}):
         rows = [row for row in updates if row["precision"] == precision]
@@ -103,8 +104,9 @@ def summary(record: dict[str, Any]) -> list[str]:
 
 
 def mode(row: dict[str, Any]) -> str:
-    """Backend of a row, and whether it is a graph."""
-    return f"{row['backend']}{' in a graph' if row['graph'] else ''}"
+    """Backend of a row, and whether it is a graph, in which halves of two updates overlap."""
+    overlap = " that overlaps the next" if row["part"] == "overlap" else ""
+    return f"{row['backend']}{' in a graph' if row['graph'] else ''}{overlap}"
 
 
 def steps(record: dict[str, Any]) -> list[str]:

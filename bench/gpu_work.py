@@ -44,7 +44,7 @@ ON_CUDA = [
 ]
 ON_CPU = [("tiny", "float32")]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PARTS = ("update", "scan", "observe", "imagine", "act 1", "act 8", "sample", "add")
+PARTS = ("update", "overlap", "scan", "observe", "imagine", "act 1", "act 8", "sample", "add")
 ROUNDS, ROUND_SECONDS = 5, 0.1
 # Every kernel runs in it, and compute-sanitizer takes some thousand times as long.
 SMALL = {
@@ -145,6 +145,8 @@ def part(bench: Bench, name: str, graph: bool) -> Run:
     if name == "add":
         row = random_row(np.random.default_rng(0), 1)
         return lambda: bench.replay.add(row)
+    if graph and name in ("update", "overlap"):
+        return getattr(bench, "graph" if name == "update" else name)()
     others = {"scan": lambda: scan(bench), "sample": lambda: bench.sample}
     run = others.get(name, lambda: getattr(bench, name)())()
     if not graph:
@@ -159,16 +161,16 @@ def timings(device: torch.device, name: str, write: "Rows") -> None:
     for size, precision in (ON_CUDA if on_cuda else ON_CPU)[: 1 if persistent else None]:
         config = config_of(size)
         bench = Bench(config, device, DTYPES[precision])
-        parts = ("update", "scan") if persistent else PARTS
+        parts = PARTS[:3] if persistent else PARTS
         for what, graph in [(what, graph) for what in parts for graph in (False, True)]:
-            if graph and (not on_cuda or what == "add"):
+            if (graph and (not on_cuda or what == "add")) or (what == "overlap" and not graph):
                 continue
             about = {"part": what, "size": size, "precision": precision, "backend": name, "graph": graph}
             with write.row(kind="timing", **about) as row, backend(name):
-                row |= timed(part(bench, what, graph), device, WARMUP + 2 if graph else 2)
-                if what == "update":
+                row |= timed(part(bench, what, graph), device, WARMUP + 3 if graph else 2)
+                if what in ("update", "overlap"):
                     row |= {
-                        "gflop": gflop(config, what, device),
+                        "gflop": gflop(config, "update", device),
                         "parameters": bench.learner.parameter_counts()["total"],
                     }
             if graph and "error" in row:  # a capture that failed leaves its generators unusable
@@ -180,13 +182,14 @@ def profiles(device: torch.device, name: str, write: "Rows") -> None:
     on_cuda, updates = device.type == "cuda", 3
     size, precision = ("small", torch.bfloat16) if on_cuda else ("tiny", torch.float32)
     bench = Bench(config_of(size), device, precision)
-    for graph in (True, False) if on_cuda else (False,):
+    ways = [("overlap", True), ("update", True), ("update", False)] if on_cuda else [("update", False)]
+    for what, graph in ways:
         with (
-            write.row(kind="profile", part="update", size=size, backend=name, graph=graph) as row,
+            write.row(kind="profile", part=what, size=size, backend=name, graph=graph) as row,
             backend(name),
         ):
-            run = part(bench, "update", graph)
-            for _ in range(WARMUP + 2 if graph else 2):
+            run = part(bench, what, graph)
+            for _ in range(WARMUP + 3 if graph else 2):
                 run()
             synchronize(device)
             # Not both: what the host does of thousands of launches takes the profiler longer than all else here.
@@ -198,7 +201,7 @@ def profiles(device: torch.device, name: str, write: "Rows") -> None:
             events = [event for event in found.events() if event.device_type == kind]
             spans = [(e.name, e.time_range.start, e.time_range.end) for e in events]
             row |= occupied(spans, updates)
-        if graph and write.traces is not None:
+        if what == "overlap" and write.traces is not None:
             found.export_chrome_trace(str(write.traces / f"trace-{name}.json.gz"))
 
 

@@ -2,7 +2,8 @@
 
 Groups: update, observe (world-model loss and gradients), imagine, act, replay (sample, append), environments, loop.
 B16 x T64, H15, images of 64 x 64; GFLOP are those of the definition, whatever a backend does instead. On CUDA also
-Triton, and update and act as one captured graph. A large update takes minutes on a CPU: there it is marked `slow`.
+Triton, update and act as one captured graph, and halves of two updates beside each other in one. A large update takes
+minutes on a CPU: there it is marked `slow`.
 """
 
 import functools
@@ -26,6 +27,9 @@ ROUNDS = {"tiny": 5, "small": 3, "medium": 1, "large": 1}
 SIZES = ["tiny", "small", "medium", pytest.param("large", marks=() if CUDA else pytest.mark.slow)]
 BACKENDS = ("default", "triton") if CUDA else ("default",)
 GRAPHS = ("graph", "triton-graph") if CUDA else ()  # of the default backends, and of Triton
+OVERLAPS = (
+    ("overlap", "triton-overlap") if CUDA else ()
+)  # the same with halves of two updates beside each other
 APPENDS, ENV_STEPS = 100, 200
 
 
@@ -62,8 +66,10 @@ def part(compare, benches, benchmark) -> Callable[..., None]:
         **info: Any,
     ) -> None:
         bench = benches(size, precision)
-        graph = implementation in GRAPHS
-        name_of_backend = implementation.removesuffix("graph").removesuffix("-") or "default"
+        graph = implementation in (*GRAPHS, *OVERLAPS)
+        name_of_backend = (
+            implementation.removesuffix("graph").removesuffix("overlap").removesuffix("-") or "default"
+        )
         # What a graph has captured stays its own.
         own = Bench(bench.config, DEVICE, bench.dtype) if graph else bench
         benchmark.group = f"{name} {size} {SHORT[precision]}"
@@ -77,7 +83,7 @@ def part(compare, benches, benchmark) -> Callable[..., None]:
                 gflop=work or gflop(bench.config, name, DEVICE),
                 dtype=bench.dtype,
                 rounds=rounds or (50 if CUDA else ROUNDS[size]),
-                warmups=5 if graph else 1,
+                warmups=6 if graph else 1,
                 size=size,
                 precision=precision,
                 **info,
@@ -86,11 +92,12 @@ def part(compare, benches, benchmark) -> Callable[..., None]:
     return timed
 
 
-@pytest.mark.parametrize("implementation", [*BACKENDS, *GRAPHS])
+@pytest.mark.parametrize("implementation", [*BACKENDS, *GRAPHS, *OVERLAPS])
 @pytest.mark.parametrize("precision", SHORT)
 @pytest.mark.parametrize("size", SIZES)
 def test_update(part, size, precision, implementation):
-    part("update", size, precision, implementation, Bench.graph if implementation in GRAPHS else Bench.update)
+    graph = Bench.graph if implementation in GRAPHS else Bench.update
+    part("update", size, precision, implementation, Bench.overlap if implementation in OVERLAPS else graph)
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)

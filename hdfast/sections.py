@@ -57,8 +57,9 @@ class TrainConfig:
     """Rows replayed per agent step: 1024 at B16 x T64 is one update per agent step."""
     prefill: SomeSteps = 1024
     """Windows that a random policy, or the one of --init-from, collects before learning starts."""
-    graph: Literal["auto", "on", "off"] = "auto"
-    """Update and acting as CUDA graphs; auto where they were found right and faster."""
+    graph: Literal["auto", "on", "off", "overlap"] = "auto"
+    """Update and acting as CUDA graphs; auto where they were found right and faster. With overlap the actor learns from
+    one batch beside the world model from the next: the same updates, but actions are those of one update before."""
     tune: bool = True
     """On CUDA, find the fastest kernels that are right, once for a machine and model; hdfast.tune shows them."""
     nonfinite_limit: Annotated[int, Range(1, 2**31)] = 10

@@ -6,7 +6,7 @@ Axes: N environments, B batch, T window length.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from hdfast import evaluation
-from hdfast.agent.learner import Learner, captured_update
+from hdfast.agent.learner import Learner
 from hdfast.agent.open_loop import open_loop
 from hdfast.agent.policy import Policy
+from hdfast.agent.updates import Updates, captured_updates
 from hdfast.config import Config
 from hdfast.envs.base import BatchEnv
 from hdfast.replay import Replay, ReplayError
@@ -88,14 +89,18 @@ class Session:
         seen = self.env.obs_specs, self.env.actions
         choice = settle(Job(*seen, config, device, dtype), check=self.stop.check, say=say)
         choice.use(device)
-        self.graph = config.train.graph == "on" or (config.train.graph == "auto" and choice.graph)
+        auto = config.train.graph == "auto"
+        self.graph = choice.graph if auto else config.train.graph != "off"
+        overlap = choice.overlap if auto else config.train.graph == "overlap"
         seed = stream_seed(config.seed, "learner")
         self.learner = Learner(*seen, config, device=device, dtype=dtype, seed=seed)
         if start is not None:
             with checkpoint.fitting(start.path, self._other_sizes()):
                 self.learner.load_parameters(start.part("learner."))
         how = {"precision": str(dtype).removeprefix("torch."), "environment": self.env.source}
-        for line in rundir.note_backends({**how, "ops": dispatch.backends_of(device), "graph": self.graph}):
+        for line in rundir.note_backends(
+            {**how, "ops": dispatch.backends_of(device), "graph": self.graph, "overlap": overlap}
+        ):
             if line.startswith(tuple(how)):
                 errors.warn(f"{rundir.path}: goes on with another {line}")
         self.policy = Policy(
@@ -110,9 +115,11 @@ class Session:
             seed=stream_seed(config.seed, "replay"),
             checkpoints=config.checkpoint.keep,
         )
-        self._update: Callable[[], None] = partial(self.learner.step, self.replay.sample)
+        self._update = Updates(partial(self.learner.step, self.replay.sample))
         if self.graph:
-            self._update = captured_update(self.learner, self.replay.sample, self.replay.generators)
+            self._update = captured_updates(
+                self.learner, self.replay.sample, self.replay.generators, overlap=overlap
+            )
         self.agent_steps = 0
         self.step_from: int | None = None  # agent steps before the step that is under way
         self.learning_from: int | None = None  # agent steps at which the prefill was complete
@@ -346,6 +353,7 @@ class Session:
     def _save(self) -> None:
         """Logs, then replay, then the checkpoint that relies on both."""
         with annotate("checkpoint"):
+            self._update.finish()
             self.logger.sync()
             self.replay.flush()
             tensors = {f"learner.{k}": v for k, v in self.learner.state_dict().items()}

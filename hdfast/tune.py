@@ -27,6 +27,7 @@ from hdfast.tuning.search import (
     FINE,
     GRAPH,
     INSTEAD,
+    OVERLAPPING,
     TIMES,
     TOGETHER,
     Job,
@@ -83,7 +84,7 @@ def table(choice: Choice) -> Table:
     rows = Table("op", "right", "time of an update without it", "runs on", box=box.SIMPLE_HEAD)
     without = choice.report.get(FINE, {}).get("without", {})
     for op, line in choice.report.items():
-        if op in (DEFINITION, TOGETHER, GRAPH, *TIMING):
+        if op in (DEFINITION, TOGETHER, GRAPH, OVERLAPPING, *TIMING):
             continue
         worth = f"{without[op]:.2f}" if op in without else ""
         runs = "as by default" if choice.ops is None else choice.ops.get(op, "reference")
@@ -94,6 +95,11 @@ def table(choice: Choice) -> Table:
     if graph := choice.report.get(GRAPH):
         right = "yes" if graph["right"] else "no"
         rows.add_row("update and act", right, "", "CUDA graph" if choice.graph else "eager")
+    if overlap := choice.report.get(OVERLAPPING):
+        apart, together = overlap.get("ms", {}).values() or (0.0, 0.0)
+        worth = f"{apart / together:.2f}" if together else ""
+        runs = "beside each other" if choice.overlap else "one after the other"
+        rows.add_row("halves of two updates", "yes" if overlap["right"] else "no", worth, runs)
     return rows
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hdfast.agent import learner, policy
+from hdfast.agent import policy, updates
 from hdfast.runtime import graphs
 from hdfast.runtime.graphs import WARMUP
 
@@ -112,7 +112,7 @@ def record_instead_of_capturing(monkeypatch: pytest.MonkeyPatch, *others: Module
 
     monkeypatch.setenv("HDFAST_BACKEND", "reference")
     monkeypatch.setattr(graphs, "check_graph", lambda wish, device: None)
-    for module in (learner, policy, *others):
+    for module in (updates, policy, *others):
         monkeypatch.setattr(module, "CapturedStep", capture)
     return made
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hdfast.agent.learner import Learner, captured_update
+from hdfast.agent.learner import Learner
 from hdfast.agent.policy import Policy
+from hdfast.agent.updates import Updates, captured_updates
 from hdfast.envs.base import ArraySpec
 from hdfast.replay import Replay
 from hdfast.runtime.graphs import WARMUP
@@ -88,23 +89,32 @@ def random_row(learner: Learner, num_envs: int, rng: np.random.Generator) -> dic
     return row | {key: rng.random(num_envs) < 0.2 for key in FLAGS}
 
 
-def learn(device: torch.device, graph: bool, place: str, **options: Any) -> dict[str, Tensor]:
+GRAPHS = ("eager", "graph", "overlap")
+
+
+def updates_of(learner: Learner, replay: Replay, way: str) -> Updates:
+    """One of GRAPHS, without which an update runs eagerly."""
+    if way == "eager":
+        return Updates(lambda: learner.step(replay.sample))
+    return captured_updates(learner, replay.sample, replay.generators, overlap=way == "overlap")
+
+
+def learn(device: torch.device, way: str, place: str, **options: Any) -> dict[str, Tensor]:
     """A learner's state and metrics, on the host, after updates between which rows are added."""
     learner = make_learner(device=device, replay={"batch": 4, "length": 8}, **options)
     rng = np.random.default_rng(0)
     replay = Replay(specs(learner), num_envs=2, capacity=60, device=device, seed=1, place=place)
     for _ in range(8):
         replay.add(random_row(learner, 2, rng))
-    step = (
-        captured_update(learner, replay.sample, replay.generators)
-        if graph
-        else lambda: learner.step(replay.sample)
-    )
-    for _ in range(WARMUP + UPDATES):
+    update = updates_of(learner, replay, way)
+    for k in range(WARMUP + UPDATES):
         replay.add(random_row(learner, 2, rng))
         replay.stage(4, 8)
-        step()
+        update()
         learner.updates += 1
+        if k == WARMUP + 4:  # when it has long been captured
+            update.finish()
+    update.finish()
     metrics = {f"metric {k}": torch.tensor(v) for k, v in learner.metrics().items()}
     after = {k: v.cpu() for k, v in snapshot(learner).items()}
     after["replay.generator"] = replay.generator.get_state()
@@ -128,11 +138,12 @@ def exact(state: dict[str, Tensor]) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("place", ["device", pytest.param("host", marks=needs_native)])
+@pytest.mark.parametrize("way", GRAPHS[1:])
 @pytest.mark.parametrize(
     "options", [{}, {"continuous": True}, {"dtype": torch.bfloat16}], ids=["discrete", "continuous", "bf16"]
 )
-def test_captured_updates_are_eager_updates(device, backend, options, place):
-    eager, again, graph = (learn(device, graph, place, **options) for graph in (False, False, True))
+def test_captured_updates_are_eager_updates(device, backend, options, way, place):
+    eager, again, graph = (learn(device, how, place, **options) for how in ("eager", "eager", way))
     assert exact(graph) == exact(eager)
     assert distance(eager, graph) <= 4 * distance(eager, again) + TOLERANCE
     if device.type == "cpu":
@@ -274,24 +285,22 @@ def test_a_wait_would_be_seen(device):
         torch.zeros(3, device=device).sum().item()
 
 
-@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_a_batch_that_is_not_finite_changes_nothing(device, backend, graph):
+@pytest.mark.parametrize("way", GRAPHS)
+def test_a_batch_that_is_not_finite_changes_nothing(device, backend, way):
     learner, rng = make_learner(device=device, replay={"batch": 4, "length": 8}), np.random.default_rng(0)
     replay = Replay(specs(learner), num_envs=1, capacity=30, device=device)
     for _ in range(30):
         replay.add(random_row(learner, 1, rng))
-    step = (
-        captured_update(learner, replay.sample, replay.generators)
-        if graph
-        else lambda: learner.step(replay.sample)
-    )
-    for _ in range(WARMUP + 2):
-        step()
+    update = updates_of(learner, replay, way)
+    for _ in range(WARMUP + 3):
+        update()
+    update.finish()
     assert int(learner.skipped) == 0
     before = snapshot(learner)
     for _ in range(30):
         replay.add(random_row(learner, 1, rng) | {"reward": np.full(1, np.nan, np.float32)})
-    step()
+    update()
+    update.finish()
     after = snapshot(learner)
     assert int(after.pop("skipped")) == 1
     assert {k for k in after if not torch.equal(after[k], before[k])} == {"generator"}

@@ -308,6 +308,11 @@ def test_what_is_not_there(tmp_path, monkeypatch, capfd):
             2,
             "--train.graph: a CUDA graph needs a CUDA device",
         ),
+        (
+            ["--suite", "demo", "--device", "cpu", "--train.graph", "overlap"],
+            2,
+            "--train.graph: a CUDA graph needs a CUDA device",
+        ),
     ):
         got, out, err = door(train.main, [*argv, *here], monkeypatch, capfd)
         assert (got, out) == (code, "")

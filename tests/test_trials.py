@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from hdfast.agent.updates import Updates
 from hdfast.tuning import trials as trying
-from hdfast.tuning.trials import Trials
+from hdfast.tuning.trials import EAGER, GRAPH, OVERLAP, Trials
 from hdfast_kernels import dispatch
 from tests.agent_cases import SPECS, make_actions, one_thread, small_config  # noqa: F401
 from tests.recorder import CaptureError, record_instead_of_capturing
@@ -110,9 +111,10 @@ def test_nothing_is_tried_where_the_environment_decides(monkeypatch):
     assert make_trials().candidates() == {}
 
 
-def test_a_captured_update_and_action_are_right(monkeypatch):
+@pytest.mark.parametrize("way", [GRAPH, OVERLAP])
+def test_a_captured_update_and_action_are_right(way, monkeypatch):
     made = record_instead_of_capturing(monkeypatch)
-    assert make_trials().judge_graph({}).right
+    assert make_trials().judge_graph({}, way).right
     assert all(step.recording is not None for step in made), "both were replayed"
     assert len(made) == 2
 
@@ -129,20 +131,21 @@ def test_a_wrong_capture_is_found_out(monkeypatch):
             torch.rand(shape, generator=learner.generator)
 
     def captured_as(replay):
-        def captured(learner, sample, generators):
+        def captured(learner, sample, generators, *, overlap):
             calls = []
 
             def step():
                 calls.append(1)
                 learner.step(sample) if len(calls) <= trying.WARMUP else replay(learner)
 
-            return step
+            return Updates(step)
 
         return captured
 
-    monkeypatch.setattr(trying, "captured_update", captured_as(draws_nothing))
+    monkeypatch.setattr(trying, "captured_updates", captured_as(draws_nothing))
     assert trials.judge_graph({}).why == "a captured update draws other random numbers"
-    monkeypatch.setattr(trying, "captured_update", captured_as(learns_nothing))
+    assert trials.judge_graph({}, OVERLAP).why == "an overlapped update draws other random numbers"
+    monkeypatch.setattr(trying, "captured_updates", captured_as(learns_nothing))
     assert " off by " in trials.judge_graph({}).why
 
 
@@ -152,9 +155,9 @@ def test_a_capture_that_one_latent_leads_astray_is_tried_from_elsewhere(monkeypa
     trials = make_trials()
     updates, astray = trials._updates, []
 
-    def once(ops, graph, nudge):
-        found = updates(ops, graph, nudge)
-        if graph and nudge in astray:
+    def once(ops, way, nudge):
+        found = updates(ops, way, nudge)
+        if way == GRAPH and nudge in astray:
             found = {name: value if name == "generator" else 2 * value for name, value in found.items()}
         return found
 
@@ -168,10 +171,10 @@ def test_a_capture_that_one_latent_leads_astray_is_tried_from_elsewhere(monkeypa
 def test_graphs_are_timed_beside_each_other(monkeypatch):
     """Each draws from the generator that it was captured with."""
     made = record_instead_of_capturing(monkeypatch)
-    times = make_trials().milliseconds(({}, False), ({}, True), ({}, True))
-    assert len(times) == 3
+    times = make_trials().milliseconds(({}, EAGER), ({}, GRAPH), ({}, OVERLAP), ({}, GRAPH))
+    assert len(times) == 4
     assert min(times) > 0
-    assert [step.recording is not None for step in made] == [True, True]
+    assert [step.recording is not None for step in made] == [True, True, True]
 
 
 def test_what_a_graph_cannot_hold_is_told(monkeypatch):

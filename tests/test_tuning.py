@@ -12,8 +12,19 @@ import torch
 
 from hdfast.runtime.errors import Interrupted
 from hdfast.tuning import search as searching
+from hdfast.tuning import trials
 from hdfast.tuning.choice import Choice
-from hdfast.tuning.search import FINE, GRAPH, INSTEAD, TIMES, Job, TuningError, chosen, leave_out
+from hdfast.tuning.search import (
+    FINE,
+    GRAPH,
+    INSTEAD,
+    OVERLAPPING,
+    TIMES,
+    Job,
+    TuningError,
+    chosen,
+    leave_out,
+)
 from hdfast.tuning.settle import summary
 from hdfast.tuning.trials import Verdict
 from tests.agent_cases import SPECS, make_actions, one_thread, small_config  # noqa: F401
@@ -202,7 +213,7 @@ def test_where_a_capture_fails_another_process_does_the_rest_without(monkeypatch
             return Verdict(True)
 
         def milliseconds(self, *settings):
-            if any(graph for _, graph in settings):
+            if any(way != trials.EAGER for _, way in settings):
                 raise RuntimeError("capture failed")
             return [1.0 if ops else 2.0 for ops, _ in settings]
 
@@ -226,12 +237,12 @@ class Clock:
         self.cost = cost
 
     def milliseconds(self, *settings):
-        return [self.cost(dict(ops), graph) for ops, graph in settings]
+        return [self.cost(dict(ops), way) for ops, way in settings]
 
 
 def test_the_fastest_is_chosen_and_no_op_stays_that_costs_time():
     worth = {"a": -2.0, "b": 0.5, "c": 0.02}  # of 10 ms
-    clock = Clock(lambda ops, graph: (10 if graph else 100) + sum(worth[op] for op in ops))
+    clock = Clock(lambda ops, way: (100 if way == trials.EAGER else 10) + sum(worth[op] for op in ops))
     found = searching.times(clock, {"a": "triton", "b": "triton", "c": "triton"}, True)
     assert (found["ops"].keys(), found["graph"]) == ({"a", "b", "c"}, True)
     assert found["ms"] == {
@@ -242,7 +253,7 @@ def test_the_fastest_is_chosen_and_no_op_stays_that_costs_time():
     assert len(alive) == 3
     assert left["ops"] == {"a": "triton", "c": "triton"}, "c costs less than noise"
     assert left["without"]["a"] == pytest.approx(10.52 / 8.52, abs=1e-3)
-    slow = searching.times(Clock(lambda ops, graph: 1 + len(ops)), {"a": "triton"}, False)
+    slow = searching.times(Clock(lambda ops, way: 1 + len(ops)), {"a": "triton"}, False)
     assert (slow["ops"], slow["graph"]) == ({}, False)
 
 
@@ -269,7 +280,7 @@ def test_other_kernels_take_the_place_of_some_where_they_are_right_and_faster(wr
             assert ops == {"scan": "persistent", "a": "triton"}
             return Verdict(False, "stale") if wrong == "graph" else Verdict(True)
 
-    clock, alive = Fake(lambda ops, graph: ms if ops["scan"] == "persistent" else 10.0), []
+    clock, alive = Fake(lambda ops, way: ms if ops["scan"] == "persistent" else 10.0), []
     found = {"right": True, "ops": {"scan": "triton", "a": "triton"}, "graph": True}
     line = searching.replace(clock, found, {"scan": "persistent"}, lambda: alive.append(1))
     assert line["ops"] == {"scan": taken, "a": "triton"}
@@ -278,6 +289,25 @@ def test_other_kernels_take_the_place_of_some_where_they_are_right_and_faster(wr
     assert alive
     last = {FINE: {**found, "ops": {"a": "triton"}}, INSTEAD: line}
     assert chosen(last).ops == line["ops"]
+
+
+@pytest.mark.parametrize(
+    ("ms", "wrong", "overlap"), [(8.0, "", True), (9.95, "", False), (8.0, "stale", False)]
+)
+def test_updates_overlap_where_they_are_right_and_faster(ms, wrong, overlap):
+    class Fake(Clock):
+        def judge_graph(self, ops, way):
+            assert (ops, way) == ({"a": "triton"}, trials.OVERLAP)
+            return Verdict(not wrong, wrong)
+
+    clock = Fake(lambda ops, way: ms if way == trials.OVERLAP else 10.0)
+    line = searching.beside(clock, {"a": "triton"})
+    assert (line["right"], line["why"], line["overlap"]) == (not wrong, wrong, overlap)
+    assert wrong or line["ms"] == {"one after the other": 10.0, "beside each other": ms}
+    known = {TIMES: {"right": True, "ops": {"a": "triton"}, "graph": True}, OVERLAPPING: line}
+    found = chosen(known)
+    assert (found.graph, found.overlap) == (True, overlap)
+    assert ("beside each other" in summary(found)) == overlap
 
 
 def test_what_follows_from_the_lines():

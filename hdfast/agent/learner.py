@@ -4,25 +4,53 @@ Axes: T time, B batch, H horizon, N = T*B starting states, S groups, A action wi
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hdfast.agent.behavior import Behavior, Draws
-from hdfast.agent.networks import parameter_counts
-from hdfast.agent.optimizer import Adam, Parameters
+from hdfast.agent.networks import Latent, parameter_counts
+from hdfast.agent.optimizer import Adam, Parameters, copy_all
 from hdfast.agent.rounding import rounded
-from hdfast.agent.world_model import ModelOutput, WorldModel
+from hdfast.agent.world_model import WorldModel
 from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
 from hdfast.runtime.device import restore_generator
 from hdfast.runtime.errors import ConfigError, MissingLibraryError
-from hdfast.runtime.graphs import CapturedStep
 from hdfast_kernels import BackendError, dispatch
 
 Sampler = Callable[[int, int], dict[str, Tensor]]
+
+
+class ModelStep(NamedTuple):
+    """What the world model's half of an update leaves to the behavior's half.
+
+    latent: (N, ...) posterior states. cont: (N,) float32, 1 - is_terminal of their rows. applied: scalar bool, whether
+    the world model has learnt. starts: (B,) of the batch. metrics: scalars.
+    """
+
+    latent: Latent
+    cont: Tensor
+    applied: Tensor
+    starts: Tensor
+    metrics: dict[str, Tensor]
+
+    def clone(self) -> "ModelStep":
+        """The same in memory of its own."""
+        latent = Latent(self.latent.deter.clone(), self.latent.index.clone())
+        own = (self.cont.clone(), self.applied.clone(), self.starts.clone())
+        return ModelStep(latent, *own, {name: value.clone() for name, value in self.metrics.items()})
+
+    def copy_(self, other: "ModelStep") -> None:
+        """Takes the values of another of the same shapes."""
+        copy_all(self._tensors(), other._tensors())
+
+    def _tensors(self) -> list[Tensor]:
+        latent = (self.latent.deter, self.latent.index)
+        return [*latent, self.cont, self.applied, self.starts, *self.metrics.values()]
 
 
 def check_backends(device: torch.device) -> None:
@@ -110,20 +138,31 @@ class Learner:
         changes nothing, and neither do those after it. Such an update is counted in `skipped`, and its `starts` are
         kept in `bad_starts`. `last_starts` are those of the last update.
         """
-        config = self.config
+        self.learn_behavior(self.learn_model(sample))
+
+    def learn_model(self, sample: Sampler, wait: Callable[[], None] = lambda: None) -> ModelStep:
+        """The first half of a step: the world model learns. `wait` is called before its parameters change."""
+        config, optimizer = self.config, self.optimizers["model"]
         batch = sample(config.replay.batch, config.replay.length)
         with torch.no_grad():
             uniform = self.uniform(*batch["reward"].shape, config.rssm.stoch)
-        with rounded(self.optimizers["model"], self.dtype):
+        with rounded(optimizer, self.dtype):
             output = self.model.loss(batch, uniform, self.dtype)
-        applied, metrics = self._step("model", output.loss, output.loss.isfinite())
-        metrics = {"loss_model": output.loss.detach(), **output.metrics, **metrics}
-        applied, behavior_metrics = self._update_behavior(output, batch["is_terminal"], applied)
-        metrics |= behavior_metrics
+        gradients = self._gradients("model", output.loss)
+        wait()
+        norm, applied = optimizer.step(gradients, output.loss.isfinite())
+        metrics = {"loss_model": output.loss.detach(), **output.metrics, "grad_norm_model": norm}
+        latent = output.observed.latent.flatten(0, 1).detach()
+        cont = 1 - batch["is_terminal"].flatten().float()
+        return ModelStep(latent, cont, applied, batch["starts"], metrics)
+
+    def learn_behavior(self, half: ModelStep) -> None:
+        """The second half: actor, critic and slow critic learn from the states that the first has seen."""
+        applied, metrics = self._update_behavior(half)
         self.skipped += ~applied
-        self.last_starts.copy_(batch["starts"])
-        self.bad_starts.copy_(torch.where(applied, self.bad_starts, batch["starts"]))
-        self._accumulate(metrics, applied)
+        self.last_starts.copy_(half.starts)
+        self.bad_starts.copy_(torch.where(applied, self.bad_starts, half.starts))
+        self._accumulate(half.metrics | metrics, applied)
 
     def draws(self, count: int) -> Draws:
         """The random numbers of one imagined rollout from `count` states."""
@@ -204,31 +243,27 @@ class Learner:
                 given = {k: v for k, v in given.items() if k not in theirs} | own
             module.load_state_dict(given)
 
-    def _update_behavior(
-        self, output: ModelOutput, is_terminal: Tensor, apply: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _update_behavior(self, half: ModelStep) -> tuple[Tensor, dict[str, Tensor]]:
         behavior = self.behavior
-        start = output.observed.latent.flatten(0, 1).detach()
-        start_cont = 1 - is_terminal.flatten().float()
-        draws = self.draws(start_cont.shape[0])
+        draws = self.draws(half.cont.shape[0])
         actor, critic = self.optimizers["actor"], self.optimizers["critic"]
         # Of continuous actions, gradients are added up over the steps, and in float32.
         with rounded(actor, self.dtype) if behavior.discrete else nullcontext():
-            trajectory = behavior.imagine(self.model, start, start_cont, draws, self.dtype)
+            trajectory = behavior.imagine(self.model, half.latent, half.cont, draws, self.dtype)
         with rounded(critic, self.dtype):
             scores = behavior.score(trajectory, self.dtype)
         bounds = behavior.return_range.updated(scores.returns)
         actor_loss, metrics = behavior.actor_loss(trajectory, scores, bounds)
         critic_loss = behavior.critic_loss(trajectory, scores, self.dtype)
-        finite = apply & actor_loss.isfinite() & critic_loss.isfinite()
+        finite = half.applied & actor_loss.isfinite() & critic_loss.isfinite()
         critic_gradients = self._gradients("critic", critic_loss, keep_graph=not behavior.discrete)
-        applied, actor_metrics = self._step("actor", actor_loss, finite)
-        norm, applied = critic.step(critic_gradients, applied)
+        actor_norm, applied = actor.step(self._gradients("actor", actor_loss), finite)
+        critic_norm, applied = critic.step(critic_gradients, applied)
         behavior.return_range.bounds.copy_(torch.where(applied, bounds, behavior.return_range.bounds))
         behavior.update_slow_critic(applied, self._slow_critic.tensors(), critic.held.tensors())
         self._slow_critic.changed()
         metrics |= {"loss_actor": actor_loss.detach(), "loss_critic": critic_loss.detach()}
-        return applied, metrics | actor_metrics | {"grad_norm_critic": norm}
+        return applied, metrics | {"grad_norm_actor": actor_norm, "grad_norm_critic": critic_norm}
 
     def _gradients(self, name: str, loss: Tensor, keep_graph: bool = False) -> list[Tensor]:
         parameters = self.optimizers[name].parameters
@@ -238,10 +273,6 @@ class Learner:
             )
         )
 
-    def _step(self, name: str, loss: Tensor, apply: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        norm, applied = self.optimizers[name].step(self._gradients(name, loss), apply)
-        return applied, {f"grad_norm_{name}": norm}
-
     @torch.no_grad()
     def _accumulate(self, metrics: dict[str, Tensor], applied: Tensor) -> None:
         if not self._metric_names:
@@ -250,18 +281,3 @@ class Learner:
         values = torch.stack([metrics[name].float() for name in self._metric_names])
         self._metric_sum += torch.where(applied, values, 0.0)
         self._metric_count += applied
-
-
-def captured_update(learner: Learner, sample: Sampler, generators: Iterable[torch.Generator]) -> CapturedStep:
-    """The learner's step on batches of `sample`, sampling included, as one CUDA graph.
-
-    Args:
-        learner: whose step.
-        sample: see `Learner.step`.
-        generators: those that `sample` draws from.
-
-    Raises:
-        ConfigError: the learner is not on a CUDA device.
-    """
-    generators = [learner.generator, *generators]
-    return CapturedStep(lambda: learner.step(sample), device=learner.device, generators=generators)

@@ -1,4 +1,4 @@
-"""CUDA-graph capture of one function with static shapes: the only place that captures."""
+"""CUDA-graph capture of one function with static shapes: the only place that captures, or has two streams."""
 
 import contextlib
 import functools
@@ -13,8 +13,8 @@ WARMUP = 3  # eager calls before the capture: kernels compile, libraries choose,
 
 
 def check_graph(wish: str, device: torch.device) -> None:
-    """Raises: ConfigError if graphs are wished for ("on") where there can be none."""
-    if wish == "on" and device.type != "cuda":
+    """Raises: ConfigError if graphs are wished for ("on", "overlap") where there can be none."""
+    if wish in ("on", "overlap") and device.type != "cuda":
         raise ConfigError(
             "a CUDA graph needs a CUDA device", where="--train.graph", hint="leave it out on the CPU"
         )
@@ -90,9 +90,30 @@ class CapturedStep:
         return graph
 
 
+@contextlib.contextmanager
+def beside(device: torch.device) -> Iterator[Callable[[], None]]:
+    """What is called inside runs beside what is called after, until the function is called that this yields.
+
+    Captured, both are branches of one graph, of which the one after comes first where not all of both fits on the
+    device. Memory that one of them frees the other does not get. On the CPU one runs after the other.
+    """
+    if device.type != "cuda":
+        yield lambda: None
+        return
+    current, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        yield lambda: current.wait_stream(side)
+
+
+# One of each for all captures on a device: of many, the 33rd would be the first again, or another's who copies on it.
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures on a device: of many, the 33rd would be the first again, or another's who copies on it."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 

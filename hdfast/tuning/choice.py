@@ -34,11 +34,13 @@ class Choice:
     """How a run computes, not what.
 
     ops: backend by op, all others on their definition; None for the defaults of the device.
-    graph: whether update and acting are CUDA graphs. report: what was tried and measured, in JSON's types.
+    graph: whether update and acting are CUDA graphs. overlap: whether halves of two updates overlap in them.
+    report: what was tried and measured, in JSON's types.
     """
 
     ops: Mapping[str, str] | None = None
     graph: bool = False
+    overlap: bool = False
     report: Mapping[str, Any] = field(default_factory=dict)
 
     def use(self, device: torch.device) -> None:
@@ -88,12 +90,12 @@ def remembered(key: Mapping[str, Any]) -> Choice | None:
     """The choice for a key, None if there is none that can be read."""
     try:
         found = json.loads(path_of(key).read_bytes())
-        choice = Choice(found["ops"], found["graph"], found["report"])
+        choice = Choice(found["ops"], found["graph"], found["overlap"], found["report"])
         known = all(backend in dispatch.BACKENDS for backend in (choice.ops or {}).values())
         fits = found["key"] == key and known and set(choice.ops or {}) <= set(dispatch.ops())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return choice if fits and isinstance(choice.graph, bool) else None
+    return choice if fits and {type(choice.graph), type(choice.overlap)} == {bool} else None
 
 
 def remember(key: Mapping[str, Any], choice: Choice) -> Path | None:
@@ -101,7 +103,7 @@ def remember(key: Mapping[str, Any], choice: Choice) -> Path | None:
     path = path_of(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = {"ops": choice.ops, "graph": choice.graph, "report": choice.report}
+        found = {name: getattr(choice, name) for name in ("ops", "graph", "overlap", "report")}
         write_json(path, {**found, "key": key, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
     except OSError:
         return None

@@ -26,6 +26,7 @@ import hdfast
 from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
 from hdfast.runtime.device import prepare_device
+from hdfast.tuning import trials as ways
 from hdfast.tuning.choice import POLL_SECONDS, Choice, key_of
 from hdfast.tuning.trials import WORTH, Trials, Verdict
 
@@ -33,6 +34,7 @@ LIMIT = 180.0  # seconds for one trial; the first of an op compiles its kernels
 BUDGET = 600.0  # seconds for all; a run that is to begin has waited long enough by then
 DEFINITION, TOGETHER, GRAPH, TIMES = "plain PyTorch", "all together", "CUDA graphs", "times"
 EAGER_TIMES, FINE, INSTEAD = "times without graphs", "times without each", "times with other kernels"
+OVERLAPPING = "updates that overlap"
 
 Report = Callable[[Mapping[str, Any]], None]
 
@@ -87,7 +89,7 @@ def search(
             return chosen(job.known)  # all is done, or the time is over
         job.known[begun] = {"end": begun, "right": False, "why": reason}
         tell(job.known[begun])
-        if begun in (FINE, INSTEAD) or time.monotonic() > end:
+        if begun in (FINE, INSTEAD, OVERLAPPING) or time.monotonic() > end:
             return chosen(job.known)
 
 
@@ -101,7 +103,8 @@ def chosen(known: Mapping[str, Mapping[str, Any]]) -> Choice:
     order = (INSTEAD, FINE, EAGER_TIMES, TIMES)
     last = next((known[name] for name in order if known.get(name, {}).get("right")), {})
     report = {name: {k: v for k, v in line.items() if k != "end"} for name, line in known.items()}
-    return Choice(last.get("ops"), bool(last.get("graph", False)), report)
+    overlap = bool(known.get(OVERLAPPING, {}).get("overlap", False))
+    return Choice(last.get("ops"), bool(last.get("graph", False)), overlap, report)
 
 
 def work(job: Job, write: Report) -> None:
@@ -148,26 +151,30 @@ def work(job: Job, write: Report) -> None:
     found = trial(TIMES, timed if graph else surviving(timed))
     if graph and not found["right"]:
         found = trial(EAGER_TIMES, surviving(lambda: times(trials, ops, False)))
+    best = found
     if found["right"] and found["ops"]:
         fine = trial(FINE, surviving(lambda: leave_out(trials, found, lambda: write({"begin": FINE}))))
         best = fine if fine["right"] else found
         if others := {op: backend for op, backend in trials.others().items() if op in best["ops"]}:
-            trial(
+            instead = trial(
                 INSTEAD, surviving(lambda: replace(trials, best, others, lambda: write({"begin": INSTEAD})))
             )
+            best = instead if instead["right"] else best
+    if best["right"] and best["graph"]:
+        trial(OVERLAPPING, lambda: beside(trials, best["ops"]))
 
 
 def times(trials: Trials, ops: Mapping[str, str], graph: bool) -> dict[str, Any]:
     """The fastest of plain PyTorch and all ops that are right, eager and captured, in ms an update."""
-    settings = {"plain PyTorch": ({}, False), "fused": (ops, False)}
+    settings = {"plain PyTorch": ({}, ways.EAGER), "fused": (ops, ways.EAGER)}
     if graph:
-        settings |= {"plain PyTorch, graph": ({}, True), "fused, graph": (ops, True)}
+        settings |= {"plain PyTorch, graph": ({}, ways.GRAPH), "fused, graph": (ops, ways.GRAPH)}
     if not ops:
         settings = {name: setting for name, setting in settings.items() if name.startswith("plain")}
     took = trials.milliseconds(*settings.values())
     ms = {name: round(one, 3) for name, one in zip(settings, took, strict=True)}
-    best, captured = settings[min(ms, key=ms.__getitem__)]
-    return {"right": True, "ops": dict(best), "graph": captured, "ms": ms}
+    best, way = settings[min(ms, key=ms.__getitem__)]
+    return {"right": True, "ops": dict(best), "graph": way == ways.GRAPH, "ms": ms}
 
 
 def leave_out(trials: Trials, found: Mapping[str, Any], alive: Callable[[], None]) -> dict[str, Any]:
@@ -175,11 +182,11 @@ def leave_out(trials: Trials, found: Mapping[str, Any], alive: Callable[[], None
 
     alive: called before each, since all together take longer than one trial may.
     """
-    ops, without = dict(found["ops"]), {}
+    ops, without, way = dict(found["ops"]), {}, _way(found)
     for op in found["ops"]:
         alive()
         rest = {name: backend for name, backend in ops.items() if name != op}
-        here, there = trials.milliseconds((ops, found["graph"]), (rest, found["graph"]))
+        here, there = trials.milliseconds((ops, way), (rest, way))
         without[op] = round(there / here, 3)
         if there < WORTH * here:
             ops = rest
@@ -193,7 +200,7 @@ def replace(
 
     others: backend by op. alive: called before each.
     """
-    ops, tried = dict(found["ops"]), {}
+    ops, tried, way = dict(found["ops"]), {}, _way(found)
     for op, backend in others.items():
         alive()
         swapped = {**ops, op: backend}
@@ -205,10 +212,24 @@ def replace(
         told = tried[f"{op}, {backend}"] = asdict(verdict)
         if verdict.right:
             alive()
-            here, there = trials.milliseconds((ops, found["graph"]), (swapped, found["graph"]))
+            here, there = trials.milliseconds((ops, way), (swapped, way))
             told["without"] = round(here / there, 3)
             ops = swapped if there < WORTH * here else ops
     return {"right": True, "ops": ops, "graph": found["graph"], "tried": tried}
+
+
+def beside(trials: Trials, ops: Mapping[str, str]) -> dict[str, Any]:
+    """Whether halves of two updates may overlap in a graph, and an update then takes less time."""
+    verdict = trials.judge_graph(ops, ways.OVERLAP)
+    if not verdict.right:
+        return {**asdict(verdict), "overlap": False}
+    apart, together = trials.milliseconds((ops, ways.GRAPH), (ops, ways.OVERLAP))
+    ms = {"one after the other": round(apart, 3), "beside each other": round(together, 3)}
+    return {**asdict(verdict), "overlap": together < WORTH * apart, "ms": ms}
+
+
+def _way(found: Mapping[str, Any]) -> str:
+    return ways.GRAPH if found["graph"] else ways.EAGER
 
 
 def _lines(

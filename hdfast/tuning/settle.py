@@ -73,7 +73,12 @@ def summary(choice: Choice) -> str:
     parts = [
         f"{count} {'op' if count == 1 else 'ops'} in {backend}" for backend, count in sorted(fused.items())
     ] or ["plain PyTorch"]
-    parts += ["as a CUDA graph"] if choice.graph else []
+    if choice.graph:
+        parts.append(
+            "as a CUDA graph, halves of two updates beside each other"
+            if choice.overlap
+            else "as a CUDA graph"
+        )
     ms = milliseconds(choice.report)
     times = ", ".join(
         f"{name} {one:,.0f}" if one >= 1000 else f"{name} {one:.3g}" for name, one in ms.items()

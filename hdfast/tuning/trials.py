@@ -13,13 +13,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hdfast.agent.learner import Learner, captured_update
+from hdfast.agent.learner import Learner
 from hdfast.agent.policy import Policy
+from hdfast.agent.updates import Updates, captured_updates
 from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
 from hdfast.replay import Replay
@@ -36,6 +39,8 @@ ROUNDS, ROUND_SECONDS = 5, 0.05
 WORTH = 0.99  # an op is left out only where the update is faster without it by more than noise
 
 Ops = Mapping[str, str]
+# How updates run: OVERLAP is a graph, too, see `OverlappedUpdates`.
+EAGER, GRAPH, OVERLAP = "eager", "graph", "overlap"
 
 
 @dataclass(frozen=True)
@@ -122,20 +127,20 @@ class Trials:
         kind = str(dtype).removeprefix("torch.")
         return f"{kind}: {worst} is off by {far[worst]:.2g}, rounding moves it by {yardstick[worst]:.1g}"
 
-    def judge_graph(self, ops: Ops) -> Verdict:
-        """Whether updates and actions as CUDA graphs are those that run eagerly."""
-        faults = (self._graph_fault(ops, nudge) for nudge in range(NUDGES + 1))
+    def judge_graph(self, ops: Ops, way: str = GRAPH) -> Verdict:
+        """Whether updates, in GRAPH or OVERLAP, and actions as CUDA graphs are those that run eagerly."""
+        faults = (self._graph_fault(ops, way, nudge) for nudge in range(NUDGES + 1))
         first = next(faults)
         if first and all(faults):
-            return Verdict(False, f"a captured update {first}")
+            return Verdict(False, f"{'an overlapped' if way == OVERLAP else 'a captured'} update {first}")
         far = _distances(self._acts(ops, False), self._acts(ops, True))
         if not far["deter"] <= TOLERANCE:
             return Verdict(False, f"a captured action: the recurrent state is off by {far['deter']:.2g}")
         return Verdict(True)
 
-    def _graph_fault(self, ops: Ops, nudge: int) -> str:
-        """What a captured update from one start does otherwise than eager ones; empty if nothing."""
-        eager, again, graph = (self._updates(ops, graph, nudge) for graph in (False, False, True))
+    def _graph_fault(self, ops: Ops, way: str, nudge: int) -> str:
+        """What captured updates from one start do otherwise than eager ones; empty if nothing."""
+        eager, again, graph = (self._updates(ops, how, nudge) for how in (EAGER, EAGER, way))
         if not torch.equal(eager.pop("generator"), graph.pop("generator")):
             return "draws other random numbers"
         again.pop("generator")
@@ -147,11 +152,11 @@ class Trials:
         worst = max(wrong, key=far.__getitem__)
         return f"has {worst} off by {far[worst]:.2g}"
 
-    def milliseconds(self, *settings: tuple[Ops, bool]) -> list[float]:
-        """Time of an update with these ops, captured or not, in turns; the median of a few rounds of each."""
-        runs = [self._begin(ops, self.dtype, graph) for ops, graph in settings]
-        for run, (_, graph) in zip(runs, settings, strict=True):
-            for _ in range(WARMUP + 2 if graph else 2):
+    def milliseconds(self, *settings: tuple[Ops, str]) -> list[float]:
+        """Time of an update with these ops in a way, in turns; the median of a few rounds of each."""
+        runs = [self._begin(ops, self.dtype, way).update for ops, way in settings]
+        for run, (_, way) in zip(runs, settings, strict=True):
+            for _ in range(2 if way == EAGER else WARMUP + 3):
                 run()
         calls = [max(1, min(100, int(ROUND_SECONDS / self._seconds(run, 1)))) for run in runs]
         rounds = [[self._seconds(run, n) for run, n in zip(runs, calls, strict=True)] for _ in range(ROUNDS)]
@@ -165,8 +170,8 @@ class Trials:
         self._synchronize()
         return (time.perf_counter() - began) / calls
 
-    def _begin(self, ops: Ops, dtype: torch.dtype, graph: bool, nudge: int = 0) -> Callable[[], None]:
-        """An update to call again and again, with the learner back at its start."""
+    def _begin(self, ops: Ops, dtype: torch.dtype, way: str, nudge: int = 0) -> "Run":
+        """Updates with the learner back at its start."""
         learner, config = self.learner, self.config
         generator = learner.generator = torch.Generator(self.device)
         learner.load_state_dict(self._start)
@@ -177,20 +182,21 @@ class Trials:
         replay = Replay(specs, num_envs=1, capacity=len(self._rows), device=self.device, place="device")
         for row in self._rows:
             replay.add(row)
-        if graph:
-            update = captured_update(learner, replay.sample, replay.generators)
-        else:
-            update = lambda: learner.step(replay.sample)  # noqa: E731
+        updates = Updates(partial(learner.step, replay.sample))
+        if way != EAGER:
+            updates = captured_updates(learner, replay.sample, replay.generators, overlap=way == OVERLAP)
 
-        def run() -> None:
-            learner.generator = (
-                generator  # of this run: a graph draws from no other than it was captured with
-            )
-            replay.stage(config.replay.batch, config.replay.length)
+        def run(call: Callable[[], None]) -> None:
+            # Of this run: a graph draws from no other than it was captured with.
+            learner.generator = generator
             with using(self.device, ops):
-                update()
+                call()
 
-        return run
+        def update() -> None:
+            replay.stage(config.replay.batch, config.replay.length)
+            run(updates)
+
+        return Run(update, partial(run, updates.finish))
 
     @torch.no_grad()
     def _nudge(self, eps: float, seed: int) -> None:
@@ -205,23 +211,24 @@ class Trials:
 
         The first step of Adam goes as far for a gradient that is nothing but rounding as for any other.
         """
-        run = self._begin(ops, dtype, False, nudge)
+        run = self._begin(ops, dtype, EAGER, nudge)
         before = {name: parameter.clone() for name, parameter in self._parameters()}
-        run()
+        run.update()
         if dtype != torch.float32:
             return self._moments()
         return {**self._moments(), **{f"step of {n}": p - before[n] for n, p in self._parameters()}}
 
-    def _updates(self, ops: Ops, graph: bool, nudge: int) -> dict[str, Tensor]:
-        """First moments after a few updates, the last two of them replayed, and the state of the generator."""
-        run = self._begin(ops, self.dtype, graph, nudge)
-        for _ in range(WARMUP + 2):
-            run()
+    def _updates(self, ops: Ops, way: str, nudge: int) -> dict[str, Tensor]:
+        """First moments after a few updates, the last of them replayed, and the state of the generator."""
+        run = self._begin(ops, self.dtype, way, nudge)
+        for _ in range(WARMUP + 3):
+            run.update()
+        run.finish()
         return {**self._moments(), "generator": self.learner.generator.get_state()}
 
     def _acts(self, ops: Ops, graph: bool) -> dict[str, Tensor]:
         """The recurrent state after a few actions, the last two of them replayed."""
-        self._begin(ops, self.dtype, False)
+        self._begin(ops, self.dtype, EAGER)
         policy = Policy(self.learner, 1, seed=0, graph=graph)
         for row in self._rows[: WARMUP + 2]:
             with using(self.device, ops):
@@ -245,6 +252,13 @@ class Trials:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+class Run(NamedTuple):
+    """Updates to call one by one, and what completes the last."""
+
+    update: Callable[[], None]
+    finish: Callable[[], None]
 
 
 class using:
