@@ -58,12 +58,23 @@ def test_a_larger_ring_takes_what_a_smaller_one_held(rows, tmp_path, small_block
     check_content(loaded(tmp_path, second.state_dict(), ring=90), 80)
 
 
-def test_a_ring_that_went_round_or_was_larger_is_refused(tmp_path, small_blocks):
-    state = extend(new_replay(tmp_path, ring=20), 21).state_dict()
-    for ring in (19, 21):
-        with pytest.raises(ReplayError, match=f"the checkpoint has 20 rows per environment, this run {ring}"):
-            loaded(tmp_path, state, ring=ring)
-    check_content(loaded(tmp_path, state, ring=20), 21)
+@pytest.mark.parametrize("rows", [0, 3, 20])
+def test_a_smaller_ring_takes_what_it_has_room_for(rows, tmp_path, small_blocks):
+    state = extend(new_replay(tmp_path, ring=37), rows).state_dict()
+    second = extend(loaded(tmp_path, state, ring=20), 50)
+    check_content(second, rows + 50)
+    check_content(loaded(tmp_path, second.state_dict(), ring=20), rows + 50)
+
+
+def test_another_ring_is_refused_where_one_has_gone_round(tmp_path, small_blocks):
+    for rows, saved, ring in ((21, 20, 19), (21, 20, 21), (20, 20, 19), (21, 37, 20)):
+        folder = tmp_path / f"{rows} {saved} {ring}"
+        folder.mkdir()
+        state = extend(new_replay(folder, ring=saved), rows).state_dict()
+        told = f"the checkpoint has {saved} rows per environment, this run {ring}"
+        with pytest.raises(ReplayError, match=told):
+            loaded(folder, state, ring=ring)
+        check_content(loaded(folder, state, ring=saved), rows)
 
 
 def test_default_block_and_chunk_sizes(tmp_path):

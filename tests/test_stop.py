@@ -69,6 +69,27 @@ def test_the_step_that_a_signal_came_in_is_ended_by_the_next_session(tmp_path, m
     assert videos == [20, 40]
 
 
+def test_more_steps_that_were_a_slip_are_taken_back(tmp_path, monkeypatch):
+    """The run was saved before the first of them, with the replay of a longer one, and goes on as it was."""
+    script(monkeypatch)
+    config, make = tiny(tmp_path), session.make_envs
+
+    def stops(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return make(*args, **options)
+
+    with monkeypatch.context() as patch:
+        stop_in(patch, 6)
+        with pytest.raises(Interrupted):
+            loop_cases.train(config)
+        patch.setattr(session, "make_envs", stops)
+        with pytest.raises(Interrupted):
+            loop_cases.train(tiny(tmp_path, agent_steps=60))
+    assert int(saved(config).tensors["replay.ring"]) == 30
+    assert loop_cases.train(config)["updates"] == 15
+    assert_one_history(config)
+
+
 def test_a_run_in_a_thread_hears_of_no_signal(tmp_path):
     """Handlers are for the main thread alone."""
     summaries, config = [], tiny(tmp_path, agent_steps=8)

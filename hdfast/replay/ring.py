@@ -186,12 +186,12 @@ class Replay:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Become what `state_dict` was called on: read its rows from the log, and cut off those added later.
 
-        The ring may be larger than the one that was saved, if that had not gone round.
+        The ring may be of another size than the one that was saved, where neither has gone round with these rows.
 
         Raises ReplayError if the log does not hold these rows, or the state is of another kind of replay.
         """
         rows, ring, crc = (int(state[key]) for key in ("rows_added", "ring", "log_crc"))
-        if ring != self.ring and not rows <= ring < self.ring:
+        if ring != self.ring and rows > min(ring, self.ring):
             raise ReplayError(f"replay: the checkpoint has {ring} rows per environment, this run {self.ring}")
         if self._log is None and rows:
             raise ReplayError(
