@@ -142,6 +142,36 @@ def test_all_damaged_is_an_error_that_names_each(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("reads", ["numbered", "_verify"])
+def test_what_a_writer_removes_meanwhile_is_not_damaged(tmp_path, monkeypatch, reads, keep):
+    """All that there were are gone when the newest of them is about to be opened: there are newer ones."""
+    numbers, read = iter(range(1, 9)), getattr(checkpoint, reads)
+
+    def save():
+        for _ in range(keep):
+            number = next(numbers)
+            checkpoint.save(tmp_path, state(number), {"n": number}, number=number, keep=keep)
+
+    def removed_after(what):
+        monkeypatch.setattr(checkpoint, reads, read)
+        found = read(what)
+        save()
+        return found
+
+    save()
+    monkeypatch.setattr(checkpoint, reads, removed_after)
+    found = checkpoint.load_latest(tmp_path, warn=never)
+    assert (found.number, found.meta) == (2 * keep, {"n": 2 * keep})
+    assert_same(found.tensors, state(2 * keep))
+
+
+def test_a_link_to_nowhere_is_damaged(tmp_path):
+    (tmp_path / "0000000001.safetensors").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError):
+        checkpoint.load_latest(tmp_path, warn=lambda text: None)
+
+
 class Trap:
     def __init__(self, path):
         self.path = path

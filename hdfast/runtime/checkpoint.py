@@ -106,24 +106,30 @@ def load_latest(
 ) -> Checkpoint | None:
     """The newest checkpoint in `directory` that is whole, on `device`; None when there is none at all.
 
-    Each damaged one is told to `warn` and passed over for the one before. Only reads: safe beside a writer.
+    Each damaged one is told to `warn` and passed over for the one before. Only reads: safe beside a writer, which may
+    remove what is about to be read once there are newer ones.
 
     Raises: CheckpointError when there are checkpoints and all are damaged.
     """
-    damaged, found = [], numbered(directory)
-    for number, path in found.items():
+    damaged: dict[Path, str] = {}
+    while rest := {n: path for n, path in numbered(directory).items() if path not in damaged}:
+        number, path = next(iter(rest.items()))
         try:
             meta = _verify(path)
             tensors = safetensors.torch.load_file(path)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
-            damaged.append(f"{path.name}: {error}")
-            before = "; trying the one before" if len(damaged) < len(found) else ""
+            if isinstance(error, FileNotFoundError) and not os.path.lexists(path):
+                continue  # among those that there are now
+            damaged[path] = f"{path.name}: {error}"
+            before = "; trying the one before" if len(rest) > 1 else ""
             warn(f"{path}: checkpoint is damaged ({error}){before}")
             continue
         return Checkpoint({name: t.to(device) for name, t in tensors.items()}, meta, number, path)
     if damaged:
         hint = "restore one from a copy, or remove the run's directory to start anew"
-        raise CheckpointError("no checkpoint can be loaded", where=directory, hint=hint, details=damaged)
+        raise CheckpointError(
+            "no checkpoint can be loaded", where=directory, hint=hint, details=list(damaged.values())
+        )
     return None
 
 
