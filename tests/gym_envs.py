@@ -310,6 +310,7 @@ for name, kind, settings in (
     ("EmptyWithin", Count, {"observation": spaces.Dict({"hand": spaces.Dict({"tip": box(0)})})}),
     ("EmptyImage", Count, {"observation": pixels(0, 8, 3)}),
     ("Taken", Count, {"observation": spaces.Dict({"reward": pixels(8, 8, 3)})}),
+    ("TakenStarts", Count, {"observation": spaces.Dict({"starts": box(2), "hand": box(3)})}),
     *(
         (name, Count, {"observation": spaces.Dict({"image": pixels(8, 8, 3), key: box(2, high=9)})})
         for name, key in NAMES.items()

@@ -40,6 +40,11 @@ from tests.test_envs_gym import make
         ("EmptyWithin", "both", r"observation 'hand' is Dict\('tip': .*\), which holds no number"),
         ("EmptyImage", "auto", r"observation 'image' is \(0, 8, 3\) uint8, which holds no pixel"),
         ("Taken", "image", r"an observation cannot be called 'reward'"),
+        (
+            "TakenStarts",
+            "state",
+            r"an observation cannot be called 'starts'; replay has a column of that name",
+        ),
         ("Twice", "both", r"observations 'a-b' and 'a/b' would both be called 'a-b'"),
         (
             "Many",

@@ -287,6 +287,7 @@ def test_wrong_rows_are_refused_in_one_line_and_not_added(change, error, message
         ({"is_last": None}, {}, 'replay needs the key "is_last", a bool scalar; got None'),
         ({"reward": ArraySpec((), np.float64)}, {}, 'replay needs the key "reward", a float32 scalar'),
         ({"name": ArraySpec((), np.dtype("U3"))}, {}, 'replay key "name": torch does not store <U3'),
+        ({"starts": ArraySpec((2,), np.float32)}, {}, 'replay cannot have a key "starts"'),
     ],
 )
 def test_impossible_replays_are_refused(specs, kwargs, message):

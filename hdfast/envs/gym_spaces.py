@@ -16,7 +16,8 @@ from hdfast.envs.base import ContinuousActions, DiscreteActions
 from hdfast.runtime.errors import ConfigError
 
 _NAME = re.compile(r"[\w -]+")
-_TAKEN = ("action", "reward", "is_first", "is_last", "is_terminal")  # what replay calls its other columns
+# What replay calls its other columns.
+_TAKEN = ("action", "reward", "is_first", "is_last", "is_terminal", "starts")
 
 
 def key_of(space: spaces.Space) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hdfast.replay.chunk import ReplayError
 from hdfast.replay.log import ReplayLog
-from hdfast.replay.rows import RowLayout
+from hdfast.replay.rows import STARTS, RowLayout
 from hdfast.replay.transfer import RowTransfer, WindowPrefetch, host_view
 from hdfast.runtime.device import restore_generator
 from hdfast_kernels import gather_windows
@@ -235,7 +235,7 @@ class Replay:
         ring = self.ring
         windows = {key: gather_windows(rows, starts, length, ring) for key, rows in self._storage.items()}
         windows["is_first"][0].fill_(True)
-        return windows | {"starts": starts}
+        return windows | {STARTS: starts}
 
     def _restore(self, first_row: int, packed: np.ndarray) -> None:
         """Put logged rows, uint8 (K, P), where they were."""

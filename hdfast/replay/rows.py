@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hdfast.envs.base import ArraySpec
 
 SCALAR_KEYS = {"reward": "float32", "is_first": "bool", "is_last": "bool", "is_terminal": "bool"}
+STARTS = "starts"  # of sampled windows: the storage rows at which they begin
 ALIGNMENT = 16  # bytes; the widest item that torch stores, so that every key can be viewed in place
 
 
@@ -26,8 +27,8 @@ class RowLayout:
     Packed: one agent step of all N environments as P bytes, key after key, each the C-order bytes of an array
     (N, ...). Keys of wide items come first, so that each starts at a multiple of its item size.
 
-    Raises ValueError if "action" or one of the scalar keys is missing, or a scalar key has another shape or
-    dtype, and TypeError for a dtype that torch does not store.
+    Raises ValueError if "action" or one of the scalar keys is missing, a scalar key has another shape or dtype, or
+    a key is called as windows call their beginnings, and TypeError for a dtype that torch does not store.
     """
 
     def __init__(self, specs: Mapping[str, ArraySpec], num_envs: int) -> None:
@@ -36,6 +37,8 @@ class RowLayout:
         self.specs = {key: specs[key] for key in order}
         if "action" not in specs:
             raise ValueError(f'replay needs the key "action", got {", ".join(specs)}')
+        if STARTS in specs:
+            raise ValueError(f'replay cannot have a key "{STARTS}": that is where its windows begin')
         for key, dtype in SCALAR_KEYS.items():
             if key not in specs or specs[key].shape != () or specs[key].dtype != dtype:
                 raise ValueError(f'replay needs the key "{key}", a {dtype} scalar; got {specs.get(key)}')
