@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +110,28 @@ def test_a_run_grows_in_what_may_be_more(tmp_path):
         run.mark_finished({"score": 2.0})  # what it was given was nothing to do
     record = rundir.read(run.path)
     assert (record.config["steps"], record.summary) == (30, {"score": 2.0})
+
+
+@pytest.mark.parametrize("where", [(rundir, "write_json"), (Path, "unlink")], ids=["config", "finished"])
+def test_a_run_that_is_killed_as_it_grows_is_not_finished(tmp_path, monkeypatch, where):
+    """Before either of its two changes of the disk."""
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with open_run(tmp_path, {"seed": 3, "steps": 10}) as run:
+        (run.checkpoints / "0000000001.safetensors").touch()
+        run.mark_finished({"score": 1.0})
+    longer = {"config": {"seed": 3, "steps": 20}, "growing": {"steps"}}
+    with open_run(tmp_path, **longer) as run, monkeypatch.context() as patch:
+        patch.setattr(*where, killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.grow()
+    with open_run(tmp_path, **longer) as run:
+        assert run.state == "resumable"
+        run.grow()
+    record = rundir.read(run.path)
+    assert (record.config, record.summary) == ({"seed": 3, "steps": 20}, None)
 
 
 def test_how_a_session_computes_is_compared_with_the_last(tmp_path):

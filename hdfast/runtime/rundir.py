@@ -157,8 +157,9 @@ class RunDir:
         if self._grown is None:
             return
         with disk_errors(self.path, "let the run grow"):
-            write_json(self.path / "config.json", self._grown)
+            # In this order: killed in between, the longer run would be finished with the score of the shorter.
             (self.path / "finished.json").unlink(missing_ok=True)
+            write_json(self.path / "config.json", self._grown)
         self._grown = None
 
     def mark_finished(self, summary: Mapping[str, Any]) -> None:
