@@ -110,6 +110,8 @@ def test_what_a_device_is_prepared_by(monkeypatch, kind, little, asked, threads)
     now, kept = [7], []
     monkeypatch.setattr(native, "keep_freed_memory", lambda: kept.append(kind))
     monkeypatch.setattr(torch, "set_num_threads", lambda count: now.append(count))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[-1])
+    monkeypatch.setattr(device, "_spared", [])
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if asked:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
@@ -124,6 +126,25 @@ def test_what_a_device_is_prepared_by(monkeypatch, kind, little, asked, threads)
     assert current == ([torch.device("cuda:1")] if kind == "cuda:1" else [])
     assert torch.backends.cudnn.allow_tf32 is (kind == "cpu")
     assert products.allow_bf16_reduced_precision_reduction is (kind == "cpu")
+
+
+@pytest.mark.parametrize("before", [1, 2])
+def test_little_work_leaves_later_work_its_threads(monkeypatch, before):
+    """Of one process, a notebook's say: the demo, and then a model that many threads make faster."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(device, "_spared", [])
+    threads, ours = [], torch.get_num_threads()
+    try:
+        torch.set_num_threads(before)
+        for little in (True, True, False, False, True, False):
+            device.prepare_device(CPU, little)
+            threads.append(torch.get_num_threads())
+        torch.set_num_threads(1)  # as somebody wishes
+        device.prepare_device(CPU, False)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(ours)
+    assert threads == [1, 1, before, before, 1, before]
 
 
 def test_a_module_that_cannot_be_used_is_one_line(monkeypatch):

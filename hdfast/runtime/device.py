@@ -15,6 +15,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _CPUINFO = Path("/proc/cpuinfo")
 _CPU_BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # x86 flags of bfloat16 matrix work in hardware
 _CUDA_BFLOAT16 = (8, 0)  # compute capability from which tensor cores take bfloat16
+_spared: list[int] = []  # how many threads there were each time that `prepare_device` limited them
 
 
 def resolve_device(name: str) -> torch.device:
@@ -70,10 +71,12 @@ def prepare_device(device: torch.device, little_work: bool) -> None:
 
     One thread where an update is little work (`Config.little_work`), unless OMP_NUM_THREADS is set: two gain little
     there on idle cores, and on busy ones they wait for each other. An update of the demo on two busy cores: 31 ms of
-    CPU and 45-74 ms of wall time on one thread, 400-1,040 ms and 650-2,140 ms on two.
+    CPU and 45-74 ms of wall time on one thread, 400-1,040 ms and 650-2,140 ms on two. Whatever is more work has the
+    threads of before again.
 
     Raises: MissingLibraryError if the C++ module of the CPU cannot be used, with the command that builds it.
     """
+    _limit_threads(little_work and device.type == "cpu")
     if device.type == "cuda":
         if device.index is not None:  # otherwise it is the current one
             torch.cuda.set_device(device)
@@ -85,8 +88,19 @@ def prepare_device(device: torch.device, little_work: bool) -> None:
             native.keep_freed_memory()
         except dispatch.BackendError as error:
             raise MissingLibraryError(str(error)) from error
-    if little_work and "OMP_NUM_THREADS" not in os.environ:
+
+
+def _limit_threads(to_one: bool) -> None:
+    """One thread for PyTorch, or those that it had when it was last limited to one."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    threads = torch.get_num_threads()
+    if to_one and threads > 1:
+        _spared.append(threads)
         torch.set_num_threads(1)
+    elif not to_one and threads == 1 and _spared:
+        torch.set_num_threads(_spared[-1])
+        _spared.clear()
 
 
 def restore_generator(generator: torch.Generator, state: torch.Tensor) -> None:
