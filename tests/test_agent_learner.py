@@ -270,9 +270,11 @@ def test_a_batch_that_is_not_finite_changes_nothing_and_is_counted(continuous):
         assert learner.skipped.item() == k
         assert torch.equal(learner.bad_starts, bad["starts"])
     assert learner.metrics() == {}  # means are over the finite updates
-    learn(learner, bad, make_batch(learner, 8))
+    good = make_batch(learner, 8)
+    learn(learner, bad, good)
     assert learner.skipped.item() == 3
     assert torch.equal(learner.bad_starts, bad["starts"])
+    assert torch.equal(learner.last_starts, good["starts"])
     assert all(np.isfinite(list(learner.metrics().values())))
     assert {"model.rssm.gru", "behavior.actor.mlp.norm.weight"} <= differing(before, snapshot(learner))
 

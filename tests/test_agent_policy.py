@@ -92,6 +92,24 @@ def test_reset_forgets_the_state_and_the_last_action(learner):
     assert torch.equal(policy.action, fresh.action)
 
 
+def test_the_first_rows_it_sees_and_those_after_a_reset_are_the_first_of_an_episode(learner):
+    """Whatever the environment says: a policy may take over in the midst of an episode."""
+    obs, _ = rows(learner)[0]
+    seen = []
+    for first in (True, False):
+        policy, is_first = Policy(learner, 5, seed=3), np.full(5, first)
+        for _ in range(2):
+            policy(obs, is_first)
+            seen.append(policy.latent.deter.clone())
+            policy.reset()
+        for _ in range(2):
+            policy(obs, is_first)
+        seen.append(policy.latent.deter.clone())
+    assert torch.equal(seen[0], seen[3])
+    assert torch.equal(seen[1], seen[4])
+    assert not torch.equal(seen[2], seen[5])  # the second rows after that are what they are said to be
+
+
 def test_it_acts_with_the_learner_s_present_parameters(learner):
     policy, steps = Policy(learner, 5, seed=0), rows(learner)
     policy(*steps[0])
