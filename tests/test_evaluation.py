@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 
 from hdfast import evaluation, session
+from hdfast.envs.base import EnvStep
 from hdfast.runtime.progress import Progress
 from tests import loop_cases
 from tests.loop_cases import (
@@ -22,6 +23,37 @@ def test_it_is_told_at_every_step_how_many_episodes_are_done():
     episodes = evaluation.play(Scripted(2), act, 3, tell=told.append)
     assert len(episodes) == 3
     assert told == [0, 0, 0, 1, 2, 2, 2, 3]  # after 3 and 4 rows, and the first again after 4 more
+
+
+def test_an_episode_succeeds_if_one_of_its_rows_does():
+    meter = evaluation.EpisodeMeter(3)
+    ended = []
+    # Rows of three environments: solved on the way, never, and only in the episode before.
+    for first, last, success in (
+        ("111", "000", "001"),
+        ("000", "000", "100"),
+        ("000", "001", "001"),
+        ("001", "000", "000"),
+        ("000", "111", "000"),
+    ):
+        is_first, is_last, success = (np.array([c == "1" for c in flags]) for flags in (first, last, success))
+        step = EnvStep({}, np.ones(3, np.float32), is_first, is_last, is_last, {"success": success})
+        ended += [(one.env, one.success, one.score, one.length) for one in meter.add(step)]
+    assert ended == [(2, True, 2.0, 2), (0, True, 4.0, 4), (1, False, 4.0, 4), (2, False, 1.0, 1)]
+
+
+def test_each_evaluation_of_a_run_draws_numbers_of_its_own(tmp_path, monkeypatch):
+    script(monkeypatch)
+    states, policy = [], session.Policy
+
+    def made(learner, num_envs, seed, **options):
+        found = policy(learner, num_envs, seed, **options)
+        states.append(found.generator.get_state())
+        return found
+
+    monkeypatch.setattr(session, "Policy", made)
+    loop_cases.train(tiny(tmp_path, eval={"every": 10}))
+    assert len(states) == len({state.numpy().tobytes() for state in states}) == 1 + 4  # of training, of each
 
 
 def test_a_run_tells_how_many_episodes_of_an_evaluation_are_done(tmp_path, monkeypatch, capfd):

@@ -255,6 +255,19 @@ def test_rows_that_no_checkpoint_can_need_are_deleted(checkpoints, tmp_path, sma
         check_content(loaded(tmp_path, states[-back]), 25 * (31 - back))
 
 
+def test_the_first_row_that_a_state_needs_is_in_the_first_chunk(tmp_path, small_blocks):
+    """With a state at every row, so that it is the first and the last row of a chunk, too."""
+    replay, places = new_replay(tmp_path), set()
+    for row in range(1, 150):
+        extend(replay, 1).state_dict()
+        begins = [int(path.stem.removeprefix("rows-")) for path in chunks(tmp_path)]
+        needed = max(row - 3 - replay.ring, 0)  # of the oldest of two states that are kept, and two more
+        assert begins[0] <= needed
+        assert all(needed < begin for begin in begins[1:])
+        places |= {needed - begins[0], *(begin - needed for begin in begins[1:])}
+    assert {0, 1} <= places
+
+
 def test_a_resumed_run_deletes_nothing_before_it_has_saved_again(tmp_path, small_blocks):
     replay = new_replay(tmp_path)
     states = [extend(replay, 25).state_dict() for _ in range(6)]
