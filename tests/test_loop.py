@@ -270,6 +270,27 @@ def test_metrics_tensorboard_and_videos(tmp_path, capfd):
         assert word in out[-1]
 
 
+def test_videos_show_the_windows_that_were_learnt_from_last(tmp_path, monkeypatch):
+    script(monkeypatch)
+    sample, predict, sampled, shown = session.Replay.sample, session.open_loop, [], []
+
+    def sampling(*args):
+        sampled.append(sample(*args))
+        return sampled[-1]
+
+    def predicting(learner, batch, **options):
+        shown.append(({key: value.clone() for key, value in batch.items()}, sampled[-1]))
+        return predict(learner, batch, **options)
+
+    monkeypatch.setattr(session.Replay, "sample", sampling)
+    monkeypatch.setattr(session, "open_loop", predicting)
+    train(tiny(tmp_path, replay={"length": 8}, train={"ratio": 8.0}, log={"video_every": 20}))
+    assert len(shown) == 2
+    for batch, last in shown:
+        assert batch.keys() == last.keys()
+        assert all(torch.equal(batch[key], last[key]) for key in last)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_continuous_actions_and_vector_observations(tmp_path, monkeypatch, precision):
     env = script(monkeypatch, actions=ContinuousActions(2), state=True)
