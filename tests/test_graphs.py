@@ -3,12 +3,9 @@
 tests/test_cuda.py compares real graphs with the same eager calls.
 """
 
-import json
-
 import pytest
 import torch
 
-from hdfast.agent.learner import Learner
 from hdfast.agent.policy import Policy
 from hdfast.agent.updates import captured_updates
 from hdfast.replay import Replay
@@ -16,7 +13,7 @@ from hdfast.replay.contents import replay_specs
 from hdfast.runtime.errors import ConfigError
 from hdfast.runtime.graphs import CapturedStep
 from tests.agent_cases import differing, make_batch, make_learner, one_thread, snapshot  # noqa: F401
-from tests.loop_cases import Scripted, path_of, saved, script, tiny, train
+from tests.loop_cases import Scripted, saved, script, tiny, train
 from tests.loop_cases import differing as run_differing
 from tests.recorder import CaptureError, Recording, record_instead_of_capturing
 
@@ -182,30 +179,6 @@ def identical(a, b):
 
 
 @pytest.mark.parametrize("continuous", [False, True])
-def test_updates_that_overlap_are_bit_identical_to_one_after_the_other(continuous, monkeypatch):
-    """Also around a pause, in which the learner is what as many updates make of it."""
-    made = record_instead_of_capturing(monkeypatch)
-    overlapped, eager = make_learner(continuous), make_learner(continuous)
-    data = batches(eager, UPDATES + 4)
-    static = static_copy(data[0])
-    update = captured_updates(overlapped, lambda b, t: dict(static), [], overlap=True)
-    for count, batch in enumerate(data, start=1):
-        for key, value in batch.items():
-            static[key].copy_(value)
-        update()
-        eager.step(lambda b, t, batch=batch: dict(batch))
-        half = differing(snapshot(overlapped), snapshot(eager))
-        assert "behavior.actor.mlp.norm.weight" in half, "it still has to learn from the last batch"
-        assert not any(name.startswith("model.") for name in half)
-        if count in (UPDATES, len(data)):
-            update.finish()
-            update.finish()  # of which a second does nothing
-            assert differing(snapshot(overlapped), snapshot(eager)) == set()
-    assert made[0].recording is not None
-    assert overlapped.metrics() == eager.metrics()
-
-
-@pytest.mark.parametrize("continuous", [False, True])
 def test_replayed_acts_are_bit_identical_to_eager_ones(continuous, monkeypatch):
     """While the learner learns, and with a reset when acting has long been a recording."""
     made, seen = record_instead_of_capturing(monkeypatch), []
@@ -300,27 +273,6 @@ def test_a_run_is_the_same_with_graphs(monkeypatch, tmp_path):
     assert len(made) == 4, "act, update and the policies of two evaluations"
     assert all(step.recording is not None for step in made)
     assert run_differing(saved(eager), saved(graphs)) == set()
-
-
-def test_a_run_whose_updates_overlap_is_saved_between_updates(monkeypatch, tmp_path):
-    """Its actions are those of one update before, and all else is counted and drawn as without."""
-    made = record_instead_of_capturing(monkeypatch)
-    script(monkeypatch)
-    halves = []
-    for name in ("learn_model", "learn_behavior"):
-        inner = getattr(Learner, name)
-        monkeypatch.setattr(
-            Learner, name, lambda *a, inner=inner, name=name: (halves.append(name), inner(*a))[1]
-        )
-    for name in ("on", "overlap"):
-        train(tiny(tmp_path / name, train={"graph": name}, eval={"every": 20, "episodes": 8}, agent_steps=40))
-        assert halves.count("learn_model") == halves.count("learn_behavior") > 0
-    assert all(step.recording is not None for step in made)
-    plain, overlap = (saved(tiny(tmp_path / name)) for name in ("on", "overlap"))
-    for name in ("learner.updates", "learner.generator", "replay.generator", "policy.generator"):
-        assert torch.equal(plain.tensors[name], overlap.tensors[name]), name
-    how = json.loads((path_of(tiny(tmp_path / "overlap")) / "backends.json").read_text())
-    assert (how["graph"], how["overlap"]) == (True, True)
 
 
 def test_a_graph_needs_cuda():
