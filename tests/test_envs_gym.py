@@ -137,6 +137,31 @@ def test_what_is_seen(name, obs, shapes):
             assert (value == (30 if name == "Drawn" and key == "image" else 3)).all()
 
 
+@pytest.mark.parametrize("threads", [0, 1])  # processes, and none
+@pytest.mark.parametrize(
+    ("name", "count", "theirs"),
+    [
+        ("Multi", 6, {0: [4, -1], 1: [4, 0], 5: [5, 1]}),
+        ("MultiTable", 8, {0: [[0, 0], [0, 0]], 3: [[0, 0], [1, 1]], 4: [[1, 0], [0, 0]]}),
+        ("Switches", 8, {0: [0, 0, 0], 1: [0, 0, 1], 6: [1, 1, 0]}),
+        ("MultiMost", 1_024, {33: [1, 1]}),
+    ],
+)
+def test_every_combination_of_choices_is_an_action(name, count, theirs, threads):
+    with make(name, 2, threads=threads) as env:
+        assert env.actions == envs.DiscreteActions(count)
+        env.reset()
+        space = env._vector.single_action_space
+        every = env._theirs(np.arange(count, dtype=np.int32))
+        assert every.dtype == space.dtype
+        assert all(space.contains(one) for one in every)
+        assert len(np.unique(every.reshape(count, -1), axis=0)) == count
+        for ours, expected in theirs.items():
+            assert every[ours].tolist() == expected
+            reward = env.step(np.array([0, ours], np.int32)).reward
+            assert reward[1] - reward[0] == pytest.approx((every[ours] - every[0]).flat[0] / 100, abs=1e-6)
+
+
 def test_actions_are_stretched_and_counted_from_where_they_start():
     with make("Arm", 2, threads=1) as env:
         assert env.actions == envs.ContinuousActions(2)

@@ -63,9 +63,19 @@ from tests.test_envs_gym import make
         ("LostRep", "both", r"no image cannot be called 'rep'; the agent has a loss of that name"),
         ("LostImage", "both", r"no image cannot be called 'image'; the agent has a loss of that name"),
         (
-            "Multi",
+            "MultiMany",
             "image",
-            r"its actions are MultiDiscrete\(\[2 2\]\); right are Discrete, or a Box of floats",
+            r"its actions are MultiDiscrete\(\[\[ 5 5\] \[41 1\]\]\), 1,025 combinations; right are up to 1,024$",
+        ),
+        (
+            "ManySwitches",
+            "image",
+            r"its actions are MultiBinary\(11\), 2,048 combinations; right are up to 1,024$",
+        ),
+        (
+            "Words",
+            "image",
+            r"its actions are Text\(.*\); right are Discrete, MultiDiscrete, MultiBinary, or a Box",
         ),
         ("Whole", "image", r"its actions are Box\(.*int32\); right are"),
         *(

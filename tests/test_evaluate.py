@@ -328,6 +328,7 @@ def test_evaluate_tells_what_is_wrong_in_one_line(run, tmp_path, monkeypatch, ca
     [
         ("Arm", "auto"),
         ("From5", "auto"),
+        ("Multi", "auto"),
         ("Goals", "both"),
         ("Drawn", "image"),
         ("Drawn", "both"),

@@ -7,8 +7,9 @@ Images are observations of (H, W, 3), (H, W, 1) or (H, W) uint8, of (3, H, W) or
 0 to 255, alone or in a Dict under names of letters, digits, `_`, `-` and spaces (a `/` becomes `-`). Where there is
 none, and one is asked for, the environment is drawn (`render_mode="rgb_array"`). All other observations are vectors,
 Discrete ones one-hot, a Dict inside the Dict joined into one. Images that are not all square with one side of 8, 16, 32
-or 64 become 64 x 64 by Pillow's box filter. Bounded Box actions are stretched to [-1, 1]; of a ClipAction, the bounds
-are those that it clips to. Where `info` holds `success` or `is_success`, an episode succeeds if one of its rows does.
+or 64 become 64 x 64 by Pillow's box filter. Each combination of MultiDiscrete and MultiBinary actions is one action of
+the agent. Bounded Box actions are stretched to [-1, 1]; of a ClipAction, the bounds are those that it clips to. Where
+`info` holds `success` or `is_success`, an episode succeeds if one of its rows does.
 
 Axes: N environments, H, W pixels.
 """
@@ -36,7 +37,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import clear_mpi_env_vars
 
 from hdfast.envs.base import ArraySpec, BatchEnv, EnvStep, env_seeds
-from hdfast.envs.gym_spaces import actions_of
+from hdfast.envs.gym_spaces import actions_of, choices_of
 from hdfast.envs.gym_thread import GymThread
 from hdfast.envs.gym_view import SIGNALS, Maker, told
 from hdfast.runtime.errors import ConfigError, EnvError, HdfastError, suggest
@@ -183,8 +184,9 @@ class GymEnv(BatchEnv):
     def _theirs(self, action: np.ndarray) -> np.ndarray:
         """Actions (N,) or (N, size) in [-1, 1] as the environment counts or scales them."""
         space = self._vector.single_action_space
-        if isinstance(space, spaces.Discrete):
-            return action + space.start
+        if (choices := choices_of(space)) is not None:
+            numbers = np.stack(np.unravel_index(action, choices), -1).reshape(len(action), *space.shape)
+            return (numbers + getattr(space, "start", 0)).astype(space.dtype)
         middle, reach = space.high / 2 + space.low / 2, space.high / 2 - space.low / 2
         stretched = middle + reach * action.reshape(len(action), *space.shape)
         return np.clip(stretched, space.low, space.high).astype(space.dtype)

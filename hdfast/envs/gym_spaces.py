@@ -16,6 +16,7 @@ from hdfast.envs.base import ContinuousActions, DiscreteActions
 from hdfast.runtime.errors import ConfigError
 
 _NAME = re.compile(r"[\w -]+")
+MOST_ACTIONS = 1_024  # combinations of several discrete choices; each is an action of its own to the agent
 # What replay calls its other columns.
 _TAKEN = ("action", "reward", "is_first", "is_last", "is_terminal", "starts")
 
@@ -140,12 +141,31 @@ def _unbounded(space: spaces.Space) -> bool:
     return isinstance(space, spaces.Box) and not space.is_bounded()
 
 
+def choices_of(space: spaces.Space) -> tuple[int, ...] | None:
+    """Among how many values each number of a discrete action is chosen; None if actions are something else."""
+    match space:
+        case spaces.Discrete():
+            return (int(space.n),)
+        case spaces.MultiDiscrete():
+            return tuple(space.nvec.flatten().tolist())
+        case spaces.MultiBinary():
+            return (2,) * math.prod(space.shape)
+        case _:
+            return None
+
+
 def actions_of(space: spaces.Space, name: str) -> DiscreteActions | ContinuousActions:
     """Raises ConfigError for actions that the agent does not have."""
-    if isinstance(space, spaces.Discrete):
-        return DiscreteActions(int(space.n))
+    if (choices := choices_of(space)) is not None:
+        count = math.prod(choices)
+        if len(choices) > 1 and count > MOST_ACTIONS:
+            given = " ".join(str(space).split())  # of a table, in one line
+            what = f"its actions are {given}, {count:,} combinations; right are up to {MOST_ACTIONS:,}"
+            raise ConfigError(what, where=name)
+        return DiscreteActions(count)
     if not isinstance(space, spaces.Box) or not np.issubdtype(space.dtype, np.floating):
-        raise ConfigError(f"its actions are {space}; right are Discrete, or a Box of floats", where=name)
+        right = "Discrete, MultiDiscrete, MultiBinary, or a Box of floats"
+        raise ConfigError(f"its actions are {space}; right are {right}", where=name)
     if _unbounded(space):
         hint = "gymnasium.wrappers.TransformAction(env, f, Box(low, high)) gives them bounds"
         raise ConfigError(f"its actions have no bounds: {space}", where=name, hint=hint)
