@@ -87,8 +87,8 @@ class Suite:
         return task
 
     def select(self, names: Iterable[str]) -> list[Task]:
-        """The tasks of these names, all of the suite's where there are none. Raises UnknownName."""
-        tasks = [self.task(name) for name in names] or list(self.tasks)
+        """The tasks of these names, each once, all of the suite's where there are none. Raises UnknownName."""
+        tasks = list({task.name: task for task in map(self.task, names)}.values()) or list(self.tasks)
         if not tasks:
             raise UnknownName(f"suite {self.name} needs a task; {_GYM_NAMES}")
         return tasks

@@ -166,6 +166,13 @@ def test_no_two_names_are_confused(suite):
     assert len({task.env_id for task in tasks}) == len(tasks)
 
 
+def test_a_task_that_is_named_twice_is_one():
+    atari = suites.get("atari100k")
+    chosen = atari.select(["Pong", "Alien", "pong", "ALE/Pong-v5"])
+    assert [task.name for task in chosen] == ["Pong", "Alien"]
+    assert atari.select([]) == list(atari.tasks)
+
+
 @pytest.mark.parametrize(
     ("suite", "wrong", "nearest"),
     [
