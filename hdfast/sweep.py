@@ -1,10 +1,11 @@
 """Trains every task of a suite with several seeds, each run as a process of its own, and prints the suite's table.
 
 What follows `--` goes to `hdfast.train` as it is. The output of a run is in train.log of its directory. The same
-command again goes on with what is not finished. Ctrl-C stops all runs with a checkpoint each.
+command again goes on with what is not finished. Ctrl-C stops all runs with a checkpoint each, and a kill, too.
 """
 
 import contextlib
+import ctypes
 import functools
 import os
 import shlex
@@ -30,6 +31,7 @@ from hdfast.runtime.signals import StopRequest
 
 OWN_FLAGS = ("--suite", "--task", "--seed", "--seeds", "--dry-run", "--help", "-h")
 POLL_SECONDS = 0.2
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Pool(Protocol):
 
 
 class LocalPool:
-    """Processes on this machine.
+    """Processes on this machine. They save themselves and end when this one does, even if it is killed.
 
     jobs: how many at a time; on CPUs each gets its share of the cores.
     devices: what `--device` the slots take in turn; none leaves it to the train flags.
@@ -70,7 +72,7 @@ class LocalPool:
     def start(self, job: Job, slot: int) -> subprocess.Popen[bytes]:
         device = ("--device", self._devices[slot % len(self._devices)]) if self._devices else ()
         with errors.disk_errors(job.log, "write the log"):
-            return _launch((*job.command, *device), job.log, self._environment)
+            return _launch((*job.command, *device), job.log, self._environment, _ends_with(os.getpid()))
 
     def poll(self, handle: subprocess.Popen[bytes]) -> int | None:
         return handle.poll()
@@ -190,14 +192,41 @@ def run(
     return failed
 
 
-def _launch(command: Sequence[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """A process in a group of its own: Ctrl-C reaches it once, from the sweep, not a second time from the terminal."""
+def _ends_with(parent: int) -> Callable[[], None]:
+    """What a new process calls to get SIGHUP when `parent` is no more, which asks a run to save itself and end.
+
+    More of them change nothing, so one that is ending already loses nothing. `nohup` is for terminals, not for this.
+    """
+    prctl = ctypes.CDLL(None).prctl
+
+    def prepare() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
+        if os.getppid() != parent:  # it ended before
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    return prepare
+
+
+def _launch(
+    command: Sequence[str], log: Path, environment: dict[str, str], prepare: Callable[[], None] | None = None
+) -> subprocess.Popen[bytes]:
+    """A process in a group of its own: Ctrl-C reaches it once, from the sweep, not a second time from the terminal.
+
+    prepare: called in it before the command begins.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
         output.write(f"$ {shlex.join(command)}\n".encode())
         output.flush()
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, process_group=0
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            process_group=0,
+            preexec_fn=prepare,
         )
 
 

@@ -18,6 +18,7 @@ from tests.loop_cases import (
     door,
     flags,
     one_thread,  # noqa: F401
+    start,
 )
 
 
@@ -135,6 +136,40 @@ time.sleep(60)
     assert "stopping 2 runs, each with a checkpoint" in said
     assert [job.log.read_text().splitlines()[-1] for job in made[:2]] == ["saved", "saved"]
     assert not made[2].log.exists()  # never begun
+
+
+def test_the_runs_of_a_sweep_that_is_killed_save_themselves_and_end(tmp_path):
+    body = """
+import signal, sys, time
+def save(signum, frame):
+    print("saved by", signal.Signals(signum).name, flush=True)
+    sys.exit(129)
+signal.signal(signal.SIGHUP, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+    (made,) = jobs(tmp_path, body)
+    code = f"""
+import signal
+from pathlib import Path
+from hdfast import sweep
+from hdfast.runtime.signals import StopRequest
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+job = sweep.Job("job", {made.command!r}, Path({str(made.log)!r}))
+with StopRequest() as stop:
+    sweep.run(sweep.LocalPool(1), [job], 1, stop, print)
+"""
+
+    def told(what):
+        end = time.monotonic() + 60
+        while not (made.log.exists() and made.log.read_text().endswith(what)):
+            assert time.monotonic() < end, what
+            time.sleep(0.05)
+
+    with start([], program=("-c", code)) as process:
+        told("ready\n")
+        process.kill()
+    told("saved by SIGHUP\n")
 
 
 def test_sweep_stops_its_runs_when_nobody_reads_what_it_says(tmp_path):
