@@ -147,7 +147,7 @@ def jobs_of(
 def run(
     pool: Pool, jobs: Sequence[Job], at_a_time: int, stop: StopRequest, say: Callable[[str], None]
 ) -> dict[str, int]:
-    """Runs all jobs and returns the exit codes of those that failed, by name.
+    """Runs all jobs and returns the exit codes of those that failed, by name; -9 of one that SIGKILL ended.
 
     stop: once it is asked for, no job is begun and those that run are asked to end; then it raises Interrupted.
     say: gets one line for each job that begins or ends.
@@ -169,8 +169,8 @@ def run(
             slots.append(slot)
             if code:
                 failed[job.name] = code
-            took = f"{'exit code ' + str(code) if code else 'done'} after {time.monotonic() - began:.0f} s"
-            say(f"[{number}/{len(jobs)}] {job.name}: {took}")
+            took = f"{time.monotonic() - began:.0f} s"
+            say(f"[{number}/{len(jobs)}] {job.name}: {_ending(code)} after {took}")
 
     try:
         while (running or waiting) and not stop:
@@ -244,6 +244,14 @@ def _run_remotely(command: Sequence[str], log: str, folder: str) -> int:
             process.wait()
 
 
+def _ending(code: int) -> str:
+    """How a job ended; a code below 0 is that of a signal."""
+    names = {int(signum): signum.name for signum in signal.Signals}
+    if code < 0:
+        return f"ended by {names.get(-code, f'signal {-code}')}"
+    return f"exit code {code}" if code else "done"
+
+
 def _last_line(log: Path) -> str:
     """What a failed run said at its end: its error with the first of the details below it, else its last line."""
     lines = log.read_text(errors="replace").split("\n") if log.exists() else []
@@ -296,7 +304,7 @@ def main() -> None:
     report.show(suite, report.collect(logdir, suite, tasks))
     if failed:
         logs = {job.name: job.log for job in jobs}
-        details = [f"{name}: exit code {code}: {_last_line(logs[name])}" for name, code in failed.items()]
+        details = [f"{name}: {_ending(code)}: {_last_line(logs[name])}" for name, code in failed.items()]
         raise RunError(f"{len(failed)} of {len(jobs)} runs failed", details=details)
 
 

@@ -52,7 +52,8 @@ else:
     sys.exit("alone for a minute")
 """
     codes = [0, 4, 0, 0, 2]
-    made = jobs(tmp_path, *(f"raise SystemExit({code})" for code in codes))
+    killed = [f"import os; os.kill(os.getpid(), {signum})" for signum in (9, 40)]
+    made = jobs(tmp_path, *(f"raise SystemExit({code})" for code in codes), *killed)
     here, there = str(tmp_path / "here"), str(tmp_path / "there")
     for i, files in enumerate([(here, there), (there, here)]):
         command = (*made[i].command[:2], f"{meet}\n{made[i].command[2]}", *files)
@@ -72,16 +73,18 @@ else:
 
     with StopRequest() as stop:
         failed = sweep.run(Watching(2), made, 2, stop, said.append)
-    assert failed == {"job 1": 4, "job 4": 2}
+    assert failed == {"job 1": 4, "job 4": 2, "job 5": -9, "job 6": -40}
     assert max(running) == 2
-    assert len(said) == 10
-    assert said[0] == f"[1/5] job 0: started, output in {tmp_path / '0' / 'train.log'}"
+    assert len(said) == 14
+    assert said[0] == f"[1/7] job 0: started, output in {tmp_path / '0' / 'train.log'}"
     assert sorted(line.rpartition(" after ")[0] for line in said if " after " in line) == [
-        "[1/5] job 0: done",
-        "[2/5] job 1: exit code 4",
-        "[3/5] job 2: done",
-        "[4/5] job 3: done",
-        "[5/5] job 4: exit code 2",
+        "[1/7] job 0: done",
+        "[2/7] job 1: exit code 4",
+        "[3/7] job 2: done",
+        "[4/7] job 3: done",
+        "[5/7] job 4: exit code 2",
+        "[6/7] job 5: ended by SIGKILL",
+        "[7/7] job 6: ended by signal 40",
     ]
     assert made[0].log.read_text().startswith("$ ")
 
@@ -185,7 +188,7 @@ def test_sweep_stops_its_runs_when_nobody_reads_what_it_says(tmp_path):
     assert [line.partition(" after ")[0] for line in said] == [
         f"[1/2] job 0: started, output in {made[0].log}",
         "stopping 1 runs, each with a checkpoint",
-        "[1/2] job 0: exit code -15",
+        "[1/2] job 0: ended by SIGTERM",
     ]
 
 
@@ -196,7 +199,7 @@ def test_sweep_stops_its_runs_when_one_cannot_be_started(tmp_path):
     with StopRequest() as stop, pytest.raises(sweep.RunError, match="cannot write the log"):
         sweep.run(sweep.LocalPool(2), made, 2, stop, said.append)
     assert said[1:] == ["stopping 1 runs, each with a checkpoint", said[2]]
-    assert said[2].startswith("[1/2] job 0: exit code -15 after")
+    assert said[2].startswith("[1/2] job 0: ended by SIGTERM after")
 
 
 def test_the_door_of_sweep(tmp_path, monkeypatch, capfd):
