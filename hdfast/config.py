@@ -7,9 +7,10 @@ other flags of the command line.
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from hdfast import config_file, suites
@@ -128,8 +129,14 @@ def default_config(suite: str = "atari100k", size: str | None = None) -> Config:
     return dataclasses.replace(config, suite=found.name, size=size or own)
 
 
-def parse(argv: Sequence[str] | None = None, prog: str = "python -m hdfast.train") -> Config:
+def parse(
+    argv: Sequence[str] | None = None,
+    prog: str = "python -m hdfast.train",
+    others: Mapping[str, str] = MappingProxyType({}),
+) -> Config:
     """Parses the command line of a training run.
+
+    others: flags of the door that are no longer in `argv`, and what `--help` says of them.
 
     Raises:
         ConfigError: a flag or value that cannot be; the message says which and what would be right.
@@ -138,7 +145,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "python -m hdfast.train
     argv, file = config_file.split(sys.argv[1:] if argv is None else argv)
     suite, size = peek(argv, "--suite"), peek(argv, "--size")
     default = default_config(suite or "atari100k", size) if file is None else _from_file(file, suite, size)
-    return validate(parse_flags(argv, default, prog, others={config_file.FLAG: config_file.ABOUT}))
+    return validate(parse_flags(argv, default, prog, {config_file.FLAG: config_file.ABOUT, **others}))
 
 
 def _from_file(file: Path, suite: str | None, size: str | None) -> Config:

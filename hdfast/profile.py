@@ -193,7 +193,7 @@ def main() -> None:
         "--plain", action="store_true", help="no profiler of our own: to run under nsys or ncu"
     )
     args, flags = parser.parse_known_args()
-    learner, update = build(configs.parse(flags, prog="python -m hdfast.profile"))
+    learner, update = build(configs.parse(flags, "python -m hdfast.profile", parser.own()))
     for _ in range(args.warmup):
         update()
     if args.plain:

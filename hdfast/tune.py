@@ -108,7 +108,7 @@ def main() -> None:
     parser.usage = "%(prog)s [options] [flags of hdfast.train]"
     parser.add_argument("--again", action="store_true", help="try again what is remembered")
     args, flags = parser.parse_known_args()
-    config = configs.parse(flags, prog="python -m hdfast.tune")
+    config = configs.parse(flags, "python -m hdfast.tune", parser.own())
     console = Console()
     choice = tune(config, console, again=args.again)
     console.print(table(choice), width=None if console.is_terminal else 110)

@@ -4,6 +4,8 @@ import gzip
 import json
 import time
 
+import pytest
+
 from hdfast import profile
 from hdfast.agent.behavior import Behavior
 from tests.loop_cases import (
@@ -49,6 +51,21 @@ def test_profile_attributes_time_to_the_phase_that_took_it(tmp_path, monkeypatch
     assert found.wall > 300
     assert found.cpu < found.wall - 250  # sleeping is not work
     assert not set(profile.PHASES) & {name for name, _, _ in found.ops}
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--updats", "2"], "there is no option --updats; did you mean '--updates'?"),
+        (["--trac=t.json"], "there is no option --trac; did you mean '--trace'"),
+        (["--rssm.detr", "2"], "there is no option --rssm.detr; did you mean '--rssm.deter'"),
+    ],
+)
+def test_a_wrong_flag_is_answered_with_the_nearest(argv, text, monkeypatch, capfd):
+    code, out, err = door(profile.main, argv, monkeypatch, capfd)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {text}")
+    assert err.count("\n") == 1
 
 
 def test_profile_under_other_profilers(monkeypatch, capfd):

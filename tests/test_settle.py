@@ -154,6 +154,11 @@ def test_a_choice_is_used(own_defaults):
     assert dispatch._DEFAULTS["cpu"] == dispatch.CPU_DEFAULT, "nothing of the run before is left"
 
 
+def test_a_wrong_flag_is_answered_with_the_nearest(monkeypatch, capfd):
+    told = door(tune.main, ["--agan"], monkeypatch, capfd)
+    assert told == (2, "", "error: there is no option --agan; did you mean '--again'?\n")
+
+
 def test_the_door_tells_and_remembers(monkeypatch, capfd):
     report = {
         "kl_balance": {"right": True, "why": ""},

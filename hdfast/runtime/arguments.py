@@ -30,6 +30,11 @@ class Arguments(argparse.ArgumentParser):
             raise ConfigError(f"there is no {what} {name}{suggest(name, known) if what == 'option' else ''}")
         return parsed
 
+    def own(self) -> dict[str, str]:
+        """What `--help` says of each flag: for a parser of other flags, which answers a wrong one with the nearest."""
+        flags = self._option_string_actions.items()
+        return {flag: action.help or "" for flag, action in flags if flag.startswith("--")}
+
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError."""
         raise ConfigError(message)
