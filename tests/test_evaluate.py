@@ -316,7 +316,8 @@ def test_evaluate_tells_what_is_wrong_in_one_line(run, tmp_path, monkeypatch, ca
             2,
             "there is no option --episods; did you mean '--episodes'?",
         ),
-        ([str(path_of(run)), "more"], 2, "there is no argument more"),
+        ([str(path_of(run)), "more"], 2, "there is no argument more; a value stands behind its --flag"),
+        ([str(path_of(run)), "--video=yes"], 2, "--video is a switch and takes no value, such as 'yes'"),
         ([str(path_of(run)), "--device", "gpu"], 2, "--device: no device 'gpu'; did you mean 'cpu'?"),
     ):
         got, out, err = door(evaluate.main, argv, monkeypatch, capfd)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -26,8 +27,9 @@ class Arguments(argparse.ArgumentParser):
         if unknown:
             name = unknown[0].partition("=")[0]
             known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            what = "option" if name.startswith("-") else "argument"
-            raise ConfigError(f"there is no {what} {name}{suggest(name, known) if what == 'option' else ''}")
+            if name.startswith("-"):
+                raise ConfigError(f"there is no option {name}{suggest(name, known)}")
+            raise ConfigError(f"there is no argument {name}", hint="a value stands behind its --flag")
         return parsed
 
     def own(self) -> dict[str, str]:
@@ -37,6 +39,8 @@ class Arguments(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError."""
+        if found := re.fullmatch(r"argument (?:-\w/)?(--\S+): ignored explicit argument (.*)", message):
+            raise ConfigError(f"{found[1]} is a switch and takes no value, such as {found[2]}")
         raise ConfigError(message)
 
 
