@@ -188,8 +188,9 @@ def main() -> None:
     parser.add_argument("--updates", type=positive, default=10, help="updates that are measured")
     parser.add_argument("--warmup", type=natural, default=3, help="updates before them")
     parser.add_argument("--top", type=positive, default=15, help="ops that are listed")
-    parser.add_argument("--trace", type=given_path, help="write a Chrome trace to this file")
-    parser.add_argument(
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--trace", type=given_path, help="write a Chrome trace to this file")
+    either.add_argument(
         "--plain", action="store_true", help="no profiler of our own: to run under nsys or ncu"
     )
     args, flags = parser.parse_known_args()

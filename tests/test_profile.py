@@ -57,11 +57,12 @@ def test_profile_attributes_time_to_the_phase_that_took_it(tmp_path, monkeypatch
     ("argv", "text"),
     [
         (["--updats", "2"], "there is no option --updats; did you mean '--updates'?"),
+        (["--plain", "--trace", "t.json"], "argument --trace: not allowed with argument --plain"),
         (["--trac=t.json"], "there is no option --trac; did you mean '--trace'"),
         (["--rssm.detr", "2"], "there is no option --rssm.detr; did you mean '--rssm.deter'"),
     ],
 )
-def test_a_wrong_flag_is_answered_with_the_nearest(argv, text, monkeypatch, capfd):
+def test_a_wrong_flag_is_answered_with_what_is_right(argv, text, monkeypatch, capfd):
     code, out, err = door(profile.main, argv, monkeypatch, capfd)
     assert (code, out) == (2, "")
     assert err.startswith(f"error: {text}")
