@@ -72,7 +72,7 @@ def tune(config: Config, console: Console, *, again: bool) -> Choice:
     say(f"{describe_device(device)['name']}, {task.name}, {shape}, {precision}")
     with StopRequest() as stop:
         try:
-            return find(job, check=stop.check, tell=tell, again=again, patience=PATIENCE)
+            return find(job, check=stop.check, waits=say, tell=tell, again=again, patience=PATIENCE)
         except Interrupted as error:
             raise Interrupted(*error.args, hint="nothing is remembered") from None
         except TuningError as error:

@@ -1,5 +1,6 @@
 """What a run takes of what was found: remembered for one machine and model, sought once, told by the door."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -152,6 +153,22 @@ def test_a_choice_is_used(own_defaults):
     assert dispatch._DEFAULTS["cpu"] == {}
     Choice().use(CPU)
     assert dispatch._DEFAULTS["cpu"] == dispatch.CPU_DEFAULT, "nothing of the run before is left"
+
+
+def test_the_door_says_that_it_waits_for_another(monkeypatch, capfd):
+    waited = []
+
+    @contextlib.contextmanager
+    def taken(key, check, waits):
+        waits()
+        waited.append(key)
+        yield
+
+    monkeypatch.setattr(settling, "alone", taken)
+    monkeypatch.setattr(settling, "search", lambda job, **options: Choice({}, False, {}))
+    code, out, _ = door(tune.main, ["--suite", "demo"], monkeypatch, capfd)
+    assert (code, len(waited)) == (0, 1)
+    assert out.splitlines()[1].endswith(": another run is finding the fastest kernels; waiting for it")
 
 
 def test_a_wrong_flag_is_answered_with_the_nearest(monkeypatch, capfd):

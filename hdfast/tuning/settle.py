@@ -33,22 +33,23 @@ def find(
     *,
     check: Callable[[], None],
     say: Callable[[str], None] = lambda line: None,
+    waits: Callable[[str], None] | None = None,
     tell: Report = lambda line: None,
     again: bool = False,
     patience: float = 1.0,
 ) -> Choice:
     """What is remembered, else or if `again` what a search finds; one process searches while the others wait for it.
 
-    check, say: as for `settle`. tell: of the search itself. patience: its times are longer by this factor.
+    check, say: as for `settle`. waits: is given the line that tells of waiting, `say` where left out. tell: of the
+    search itself. patience: its times are longer by this factor.
 
     Raises: TuningError.
     """
     if not again and (found := remembered(job.key)) is not None:
         return found
     name = describe_device(job.device)["name"]
-    with alone(
-        job.key, check, lambda: say(f"{name}: another run is finding the fastest kernels; waiting for it")
-    ):
+    waiting = f"{name}: another run is finding the fastest kernels; waiting for it"
+    with alone(job.key, check, lambda: (waits or say)(waiting)):
         if not again and (found := remembered(job.key)) is not None:
             return found
         say(
