@@ -20,7 +20,7 @@ from hdfast.runtime.device import describe_device, prepare_device, resolve_devic
 from hdfast.runtime.errors import Interrupted, RunError
 from hdfast.runtime.signals import StopRequest
 from hdfast.streams import make_envs
-from hdfast.tuning.choice import Choice
+from hdfast.tuning.choice import Choice, path_of, remembered
 from hdfast.tuning.search import (
     DEFINITION,
     EAGER_TIMES,
@@ -70,11 +70,14 @@ def tune(config: Config, console: Console, *, again: bool) -> Choice:
             say(f"  {name}: {'right' if told['right'] else 'no: ' + told['why']}")
 
     say(f"{describe_device(device)['name']}, {task.name}, {shape}, {precision}")
+    if not again and remembered(job.key) is not None:
+        say(f"  as found before, from {path_of(job.key)}; --again tries it again")
     with StopRequest() as stop:
         try:
             return find(job, check=stop.check, waits=say, tell=tell, again=again, patience=PATIENCE)
         except Interrupted as error:
-            raise Interrupted(*error.args, hint="nothing is remembered") from None
+            kept = "what was remembered stays" if remembered(job.key) is not None else "nothing is remembered"
+            raise Interrupted(*error.args, hint=kept) from None
         except TuningError as error:
             raise RunError(f"not even plain PyTorch could be tried: {error}") from error
 

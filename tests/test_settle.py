@@ -203,9 +203,30 @@ def test_the_door_tells_and_remembers(monkeypatch, capfd):
     assert ["kl_balance", "yes", "1.25", "native"] in rows
     assert ["linear", "no", "reference"] in rows
     assert "1 op in native (ms an update: plain PyTorch 2, fused 1)" in out
-    assert door(tune.main, ["--suite", "demo"], monkeypatch, capfd)[0] == 0
+    assert "as found before" not in out
+    code, out, err = door(tune.main, ["--suite", "demo"], monkeypatch, capfd)
+    assert (code, err) == (0, "")
+    kept = path_of(searched[0].key)
+    assert out.splitlines()[1] == f"  as found before, from {kept}; --again tries it again"
     assert len(searched) == 1
-    assert door(tune.main, ["--suite", "demo", "--again"], monkeypatch, capfd)[0] == 0
+    code, out, err = door(tune.main, ["--suite", "demo", "--again"], monkeypatch, capfd)
+    assert (code, err) == (0, "")
+    assert "as found before" not in out
     assert len(searched) == 2
     assert searched[0].config.suite == "demo"
     assert dataclasses.asdict(searched[0].config) == dataclasses.asdict(searched[1].config)
+
+
+def test_a_door_that_is_stopped_says_what_is_remembered(monkeypatch, capfd):
+    def stopped(job, **options):
+        raise Interrupted(2)
+
+    monkeypatch.setattr(settling, "search", stopped)
+    told = door(tune.main, ["--suite", "demo"], monkeypatch, capfd)
+    assert (told[0], told[2]) == (130, "error: stopped by SIGINT; nothing is remembered\n")
+    found = Choice({}, False, {TIMES: {"right": True, "ms": {"plain PyTorch": 2.0}}})
+    monkeypatch.setattr(settling, "search", lambda job, **options: found)
+    assert door(tune.main, ["--suite", "demo"], monkeypatch, capfd)[0] == 0
+    monkeypatch.setattr(settling, "search", stopped)
+    told = door(tune.main, ["--suite", "demo", "--again"], monkeypatch, capfd)
+    assert (told[0], told[2]) == (130, "error: stopped by SIGINT; what was remembered stays\n")
