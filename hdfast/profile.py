@@ -33,6 +33,7 @@ from hdfast.runtime.arguments import Arguments, given_path, natural, positive
 from hdfast.runtime.console import Console, say
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import disk_errors
+from hdfast.runtime.graphs import check_graph
 from hdfast.runtime.profiling import annotate
 from hdfast.streams import make_envs, stream_seed
 from hdfast.tuning.search import Job
@@ -48,6 +49,7 @@ def build(config: Config) -> tuple[Learner, Callable[[], None]]:
     """
     device = resolve_device(config.device)
     prepare_device(device, config.little_work)
+    check_graph(config.train.graph, device)
     task = suites.get(config.suite).select([config.task] if config.task else [])[0]
     batch, length = config.replay.batch, config.replay.length
     with make_envs(config, task, num_envs=config.env.num_envs, stream="profile") as env:

@@ -18,6 +18,7 @@ from hdfast.runtime.arguments import Arguments
 from hdfast.runtime.console import Console
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import Interrupted, RunError
+from hdfast.runtime.graphs import check_graph
 from hdfast.runtime.signals import StopRequest
 from hdfast.streams import make_envs
 from hdfast.tuning.choice import Choice, path_of, remembered
@@ -46,6 +47,7 @@ def tune(config: Config, console: Console, *, again: bool) -> Choice:
     """
     device = resolve_device(config.device)
     prepare_device(device, config.little_work)
+    check_graph(config.train.graph, device)
     dtype = resolve_precision(config.precision, device)
     task = suites.get(config.suite).select([config.task] if config.task else [])[0]
     with make_envs(config, task, num_envs=config.env.num_envs, stream="tune") as env:

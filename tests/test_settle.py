@@ -171,9 +171,18 @@ def test_the_door_says_that_it_waits_for_another(monkeypatch, capfd):
     assert out.splitlines()[1].endswith(": another run is finding the fastest kernels; waiting for it")
 
 
-def test_a_wrong_flag_is_answered_with_the_nearest(monkeypatch, capfd):
-    told = door(tune.main, ["--agan"], monkeypatch, capfd)
-    assert told == (2, "", "error: there is no option --agan; did you mean '--again'?\n")
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--agan"], "there is no option --agan; did you mean '--again'?"),
+        (
+            ["--suite", "demo", "--device", "cpu", "--train.graph", "on"],
+            "--train.graph: a CUDA graph needs a CUDA device; leave it out on the CPU",
+        ),
+    ],
+)
+def test_a_wrong_flag_is_answered_with_what_is_right(argv, text, monkeypatch, capfd):
+    assert door(tune.main, argv, monkeypatch, capfd) == (2, "", f"error: {text}\n")
 
 
 def test_the_door_tells_and_remembers(monkeypatch, capfd):
