@@ -4,6 +4,7 @@ On CUDA a first run does this by itself. On the CPU it is done only here; what i
 flag but --again is one of `hdfast.train`, so what is tried is the update of that run.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +13,13 @@ from rich.table import Table
 
 from hdfast import config as configs
 from hdfast import suites
+from hdfast.agent.learner import check_backends
 from hdfast.config import Config
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments
 from hdfast.runtime.console import Console
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device, resolve_precision
-from hdfast.runtime.errors import Interrupted, RunError
+from hdfast.runtime.errors import ConfigError, Interrupted, RunError
 from hdfast.runtime.graphs import check_graph
 from hdfast.runtime.signals import StopRequest
 from hdfast.streams import make_envs
@@ -48,6 +50,11 @@ def tune(config: Config, console: Console, *, again: bool) -> Choice:
     device = resolve_device(config.device)
     prepare_device(device, config.little_work)
     check_graph(config.train.graph, device)
+    check_backends(device)
+    forced = os.environ.get("HDFAST_BACKEND")
+    if forced and device.type == "cpu":  # on CUDA there are graphs to try
+        what = f"HDFAST_BACKEND={forced} says what ops run on, and nothing is left to find"
+        raise ConfigError(what, hint="unset it to find the fastest")
     dtype = resolve_precision(config.precision, device)
     task = suites.get(config.suite).select([config.task] if config.task else [])[0]
     with make_envs(config, task, num_envs=config.env.num_envs, stream="tune") as env:

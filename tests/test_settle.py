@@ -13,7 +13,7 @@ from hdfast.tuning import choice as choices
 from hdfast.tuning import settle as settling
 from hdfast.tuning.choice import Choice, alone, key_of, path_of, remember, remembered
 from hdfast.tuning.search import FINE, TIMES, Job, TuningError
-from hdfast.tuning.settle import settle
+from hdfast.tuning.settle import settle, summary
 from hdfast_kernels import dispatch
 from tests.agent_cases import SPECS, make_actions, one_thread, small_config  # noqa: F401
 from tests.loop_cases import door
@@ -183,6 +183,33 @@ def test_the_door_says_that_it_waits_for_another(monkeypatch, capfd):
 )
 def test_a_wrong_flag_is_answered_with_what_is_right(argv, text, monkeypatch, capfd):
     assert door(tune.main, argv, monkeypatch, capfd) == (2, "", f"error: {text}\n")
+
+
+@pytest.mark.parametrize(
+    ("forced", "text"),
+    [
+        ("native", "HDFAST_BACKEND=native says what ops run on, and nothing is left to find; unset it"),
+        ("natve", "adam_step: HDFAST_BACKEND=natve cannot run: there is no such backend; choose one of"),
+    ],
+)
+def test_where_a_backend_is_forced_the_door_searches_nothing(forced, text, monkeypatch, capfd):
+    monkeypatch.setenv("HDFAST_BACKEND", forced)
+    code, out, err = door(tune.main, ["--suite", "demo", "--device", "cpu"], monkeypatch, capfd)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: {text}")
+
+
+def test_a_forced_backend_is_not_called_plain_pytorch(monkeypatch):
+    ms = {"plain PyTorch": 44.0, "plain PyTorch, graph": 9.5}
+    found = Choice({}, True, {TIMES: {"ms": ms}})
+    assert summary(found) == (
+        "plain PyTorch, as a CUDA graph (ms an update: plain PyTorch 44, plain PyTorch, graph 9.5)"
+    )
+    monkeypatch.setenv("HDFAST_BACKEND", "triton")
+    assert summary(found) == (
+        "HDFAST_BACKEND=triton, as a CUDA graph "
+        "(ms an update: HDFAST_BACKEND=triton 44, HDFAST_BACKEND=triton, graph 9.5)"
+    )
 
 
 def test_the_door_tells_and_remembers(monkeypatch, capfd):

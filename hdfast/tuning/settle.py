@@ -1,12 +1,13 @@
 """How a run computes: what is remembered for its machine and model, or what a search finds, which is remembered."""
 
+import os
 from collections import Counter
 from collections.abc import Callable
 
 from hdfast.runtime.device import describe_device
 from hdfast.runtime.errors import warn
 from hdfast.tuning.choice import Choice, alone, path_of, remember, remembered
-from hdfast.tuning.search import BUDGET, LIMIT, Job, Report, TuningError, milliseconds, search
+from hdfast.tuning.search import BUDGET, DEFINITION, LIMIT, Job, Report, TuningError, milliseconds, search
 
 AUTOMATIC = ("cuda",)  # types of devices on which a run searches by itself; the CPU's defaults are measured
 
@@ -70,18 +71,18 @@ def summary(choice: Choice) -> str:
     """What was chosen and what it is worth, in one line."""
     if choice.ops is None:
         return "no update could be timed, so ops run as by default"
-    fused = Counter(choice.ops.values())
+    fused, forced = Counter(choice.ops.values()), os.environ.get("HDFAST_BACKEND")
+    plain = f"HDFAST_BACKEND={forced}" if forced else DEFINITION  # which is then what every op ran on
     parts = [
         f"{count} {'op' if count == 1 else 'ops'} in {backend}" for backend, count in sorted(fused.items())
-    ] or ["plain PyTorch"]
+    ] or [plain]
     if choice.graph:
         parts.append(
-            "as a CUDA graph, halves of two updates beside each other"
-            if choice.overlap
-            else "as a CUDA graph"
+            "as a CUDA graph" + (", halves of two updates beside each other" if choice.overlap else "")
         )
     ms = milliseconds(choice.report)
+    named = {name.replace(DEFINITION, plain): one for name, one in ms.items()}
     times = ", ".join(
-        f"{name} {one:,.0f}" if one >= 1000 else f"{name} {one:.3g}" for name, one in ms.items()
+        f"{name} {one:,.0f}" if one >= 1000 else f"{name} {one:.3g}" for name, one in named.items()
     )
     return ", ".join(parts) + (f" (ms an update: {times})" if times else "")
