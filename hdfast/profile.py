@@ -218,7 +218,9 @@ def summary(learner: Learner) -> str:
     """What was measured, in one line."""
     config, device = learner.config, describe_device(learner.device)
     million = learner.parameter_counts()["total"] / 1e6
-    threads = f", {device['threads']} threads" if "threads" in device else ""
+    threads = ""
+    if count := device.get("threads"):
+        threads = f", {count} thread{'s' * (count > 1)}"
     precision = str(learner.dtype).removeprefix("torch.")
     shape = f"B{config.replay.batch} T{config.replay.length} H{config.behavior.horizon}"
     return f"{million:.2f} M parameters, {shape}, {precision} on {device['name']}{threads}"

@@ -183,7 +183,8 @@ def run(
             for _, _, handle, _ in running.values():
                 pool.stop(handle)
             with contextlib.suppress(BrokenPipeError):
-                say(f"stopping {len(running)} runs, each with a checkpoint")
+                runs = f"{len(running)} run{'s' * (len(running) > 1)}"
+                say(f"stopping {runs}, each with a checkpoint")
         while running:
             time.sleep(POLL_SECONDS)
             with contextlib.suppress(BrokenPipeError):

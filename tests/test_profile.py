@@ -76,6 +76,7 @@ def test_profile_under_other_profilers(monkeypatch, capfd):
     )
     assert (code, err) == (0, "")
     assert out.count("\n") == 1
+    assert ", 1 thread:" in out
     assert profile.nsight(["--suite", "demo", "--logdir", "a b"]).splitlines() == [
         "timeline: nsys profile --trace=cuda,nvtx --capture-range=cudaProfilerApi "
         "python -m hdfast.profile --plain --suite demo --logdir 'a b'",

@@ -187,7 +187,7 @@ def test_sweep_stops_its_runs_when_nobody_reads_what_it_says(tmp_path):
         sweep.run(sweep.LocalPool(2), made, 2, stop, say)
     assert [line.partition(" after ")[0] for line in said] == [
         f"[1/2] job 0: started, output in {made[0].log}",
-        "stopping 1 runs, each with a checkpoint",
+        "stopping 1 run, each with a checkpoint",
         "[1/2] job 0: ended by SIGTERM",
     ]
 
@@ -198,7 +198,7 @@ def test_sweep_stops_its_runs_when_one_cannot_be_started(tmp_path):
     said = []
     with StopRequest() as stop, pytest.raises(sweep.RunError, match="cannot write the log"):
         sweep.run(sweep.LocalPool(2), made, 2, stop, said.append)
-    assert said[1:] == ["stopping 1 runs, each with a checkpoint", said[2]]
+    assert said[1:] == ["stopping 1 run, each with a checkpoint", said[2]]
     assert said[2].startswith("[1/2] job 0: ended by SIGTERM after")
 
 
