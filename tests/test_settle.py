@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from hdfast import tune
+from hdfast.runtime.console import Console
 from hdfast.runtime.errors import Interrupted
 from hdfast.tuning import choice as choices
 from hdfast.tuning import settle as settling
 from hdfast.tuning.choice import Choice, alone, key_of, path_of, remember, remembered
-from hdfast.tuning.search import FINE, TIMES, Job, TuningError
+from hdfast.tuning.search import FINE, GRAPH, OVERLAPPING, TIMES, Job, TuningError
 from hdfast.tuning.settle import settle, summary
 from hdfast_kernels import dispatch
 from tests.agent_cases import SPECS, make_actions, one_thread, small_config  # noqa: F401
@@ -36,7 +37,7 @@ def a_key(**changes):
 
 
 def test_a_choice_is_for_one_machine_and_model(monkeypatch):
-    choice = Choice({"kl_balance": "native"}, True, {"kl_balance": {"right": True}})
+    choice = Choice({"kl_balance": "native"}, True, {"kl_balance": {"right": True}}, overlap=True)
     assert remembered(a_key()) is None
     path = remember(a_key(), choice)
     assert path == path_of(a_key())
@@ -59,6 +60,8 @@ def test_a_choice_is_for_one_machine_and_model(monkeypatch):
         lambda found: {**found, "ops": {"kl": "native"}},
         lambda found: {**found, "ops": 3},
         lambda found: {**found, "graph": "yes"},
+        lambda found: {**found, "overlap": 1},
+        lambda found: {key: value for key, value in found.items() if key != "overlap"},
         lambda found: {**found, "key": {**found["key"], "torch": "1.0"}},
     ],
 )
@@ -210,6 +213,22 @@ def test_a_forced_backend_is_not_called_plain_pytorch(monkeypatch):
         "HDFAST_BACKEND=triton, as a CUDA graph "
         "(ms an update: HDFAST_BACKEND=triton 44, HDFAST_BACKEND=triton, graph 9.5)"
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "row"),
+    [
+        ({"right": True, "overlap": True, "ms": {"a": 9.0, "b": 7.5}}, "yes 1.20 beside each other"),
+        ({"right": True, "overlap": False, "ms": {"a": 9.0, "b": 10.0}}, "yes 0.90 one after the other"),
+        ({"right": False, "why": "stale", "overlap": False}, "no one after the other"),
+    ],
+)
+def test_the_table_tells_whether_updates_overlap(line, row, capsys):
+    report = {GRAPH: {"right": True, "why": ""}, OVERLAPPING: line}
+    Console().print(tune.table(Choice({}, True, report, overlap=line["overlap"])), width=110)
+    rows = [" ".join(text.split()) for text in capsys.readouterr().out.splitlines()]
+    assert "update and act yes CUDA graph" in rows
+    assert f"halves of two updates {row}" in rows
 
 
 def test_the_door_tells_and_remembers(monkeypatch, capfd):

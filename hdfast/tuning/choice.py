@@ -34,14 +34,14 @@ class Choice:
     """How a run computes, not what.
 
     ops: backend by op, all others on their definition; None for the defaults of the device.
-    graph: whether update and acting are CUDA graphs. overlap: whether halves of two updates overlap in them.
-    report: what was tried and measured, in JSON's types.
+    graph: whether update and acting are CUDA graphs. report: what was tried and measured, in JSON's types.
+    overlap: whether halves of two updates run beside each other in a graph.
     """
 
     ops: Mapping[str, str] | None = None
     graph: bool = False
-    overlap: bool = False
     report: Mapping[str, Any] = field(default_factory=dict)
+    overlap: bool = False
 
     def use(self, device: torch.device) -> None:
         """Has the ops of this process run so on devices of this type, from now on."""
@@ -90,7 +90,7 @@ def remembered(key: Mapping[str, Any]) -> Choice | None:
     """The choice for a key, None if there is none that can be read."""
     try:
         found = json.loads(path_of(key).read_bytes())
-        choice = Choice(found["ops"], found["graph"], found["overlap"], found["report"])
+        choice = Choice(found["ops"], found["graph"], found["report"], found["overlap"])
         known = all(backend in dispatch.BACKENDS for backend in (choice.ops or {}).values())
         fits = found["key"] == key and known and set(choice.ops or {}) <= set(dispatch.ops())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -104,7 +104,7 @@ def chosen(known: Mapping[str, Mapping[str, Any]]) -> Choice:
     last = next((known[name] for name in order if known.get(name, {}).get("right")), {})
     report = {name: {k: v for k, v in line.items() if k != "end"} for name, line in known.items()}
     overlap = bool(known.get(OVERLAPPING, {}).get("overlap", False))
-    return Choice(last.get("ops"), bool(last.get("graph", False)), overlap, report)
+    return Choice(last.get("ops"), bool(last.get("graph", False)), report, overlap)
 
 
 def work(job: Job, write: Report) -> None:
