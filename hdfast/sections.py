@@ -58,8 +58,8 @@ class TrainConfig:
     prefill: SomeSteps = 1024
     """Windows that a random policy, or the one of --init-from, collects before learning starts."""
     graph: Literal["auto", "on", "off", "overlap"] = "auto"
-    """Update and acting as CUDA graphs; auto where they were found right and faster. With overlap the actor learns from
-    one batch beside the world model from the next: the same updates, but actions are those of one update before."""
+    """Update and acting as CUDA graphs; with overlap the actor learns beside the world model's next update, and so acts
+    one update later. auto takes what was found right and fastest."""
     tune: bool = True
     """On CUDA, find the fastest kernels that are right, once for a machine and model; hdfast.tune shows them."""
     nonfinite_limit: Annotated[int, Range(1, 2**31)] = 10
