@@ -15,6 +15,7 @@ WEIGHTS = (
 )
 MATRICES = ("in_stoch", "gru", "post_deter", "logit_weight")
 DIFFERENTIABLE = ("embed", "action", "initial_deter", *WEIGHTS)
+UNIMIX = 0.01
 
 
 class Sizes(NamedTuple):
@@ -26,7 +27,9 @@ class Sizes(NamedTuple):
     K: int
 
 
-def make_case(sizes: Sizes, seed: int = 0, likely: bool = False) -> dict[str, Tensor]:
+def make_case(
+    sizes: Sizes, seed: int = 0, likely: bool = False, unimix: float = UNIMIX
+) -> dict[str, Tensor | float]:
     """Float64 arguments of rssm_observe whose samples do not hang on rounding.
 
     Each uniform number lies in the middle of its class's interval of the distribution function in float64;
@@ -57,6 +60,7 @@ def make_case(sizes: Sizes, seed: int = 0, likely: bool = False) -> dict[str, Te
         "post_norm_bias": normal(U, scale=0.125),
         "logit_weight": normal(S * K, U, scale=2 * U**-0.5),
         "logit_bias": normal(S * K, scale=0.25),
+        "unimix": unimix,
     }
     case["is_first"][:1] = True
     case["action"] *= ~case["is_first"][..., None]
@@ -64,7 +68,7 @@ def make_case(sizes: Sizes, seed: int = 0, likely: bool = False) -> dict[str, Te
     return case
 
 
-def level_case(sizes: Sizes) -> dict[str, Tensor]:
+def level_case(sizes: Sizes) -> dict[str, Tensor | float]:
     """A case for float32 in which every layer norm meets rows of equal, large numbers, so that it gives its bias.
 
     Each sequence begins anew at each step, from a deter of one number, by which the gates' sums are exact.
@@ -94,12 +98,12 @@ def check_level_case(function: Callable[[dict], dict], run: Callable[..., dict],
         assert wrong < 1e-5, f"{name} errs {wrong:.3g}"
 
 
-def cast(case: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def cast(case: dict[str, Tensor | float], dtype: torch.dtype) -> dict[str, Tensor | float]:
     """The case as an agent passes it: matrices, embed, action in `dtype`, the rest at least float32."""
     wide = torch.promote_types(dtype, torch.float32)
     out = {}
     for name, value in case.items():
-        if value.is_floating_point() and name != "uniform":
+        if name not in ("uniform", "unimix") and value.is_floating_point():
             value = value.to(dtype if name in (*MATRICES, "embed", "action") else wide)
         out[name] = value
     return out
@@ -110,7 +114,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight + bias
 
 
-def expected(case: dict[str, Tensor], likely: bool = False, recentre: bool = False) -> dict[str, Tensor]:
+def expected(
+    case: dict[str, Tensor | float], likely: bool = False, recentre: bool = False
+) -> dict[str, Tensor]:
     """deter, stoch, index, logp of the case, dense one-hot by dense one-hot, sequence by sequence.
 
     With `recentre` samples are drawn anew (by case["uniform"], or the most likely); `uniform` is returned too.
@@ -137,7 +143,7 @@ def expected(case: dict[str, Tensor], likely: bool = False, recentre: bool = Fal
             y = layer_norm(y, c["post_norm_weight"], c["post_norm_bias"])
             y = y / (1 + (-y).exp())
             e = (c["logit_weight"] @ y + c["logit_bias"]).reshape(S, K).exp()
-            p = 0.99 * e / e.sum(-1, keepdim=True) + 0.01 / K
+            p = (1 - c["unimix"]) * e / e.sum(-1, keepdim=True) + c["unimix"] / K
             high = p.detach().cumsum(-1)
             uniform = c["uniform"][t, b]
             if likely:

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from rssm_observe_cases import DIFFERENTIABLE, Sizes, cast, check_level_case, expected, make_case
+from rssm_observe_cases import DIFFERENTIABLE, UNIMIX, Sizes, cast, check_level_case, expected, make_case
 
 from hdfast_kernels import native, rssm_observe
 from hdfast_kernels.dispatch import native_built
@@ -65,16 +65,18 @@ UNEVEN = Sizes(T=3, B=19, D=96, U=128, S=8, K=8)
 
 
 @functools.cache
-def truth(sizes: Sizes, seed: int, likely: bool) -> tuple[dict, dict]:
-    case = make_case(sizes, seed, likely)
+def truth(sizes: Sizes, seed: int, likely: bool, unimix: float) -> tuple[dict, dict]:
+    case = make_case(sizes, seed, likely, unimix)
     return case, run(expected, case)
 
 
-def errors(function, sizes: Sizes, dtype: torch.dtype, seeds: range) -> dict[str, float]:
+def errors(
+    function, sizes: Sizes, dtype: torch.dtype, seeds: range, unimix: float = UNIMIX
+) -> dict[str, float]:
     """Relative error against float64 of every output and gradient, over all seeds; indices must be equal."""
     wrong, size = {}, {}
     for seed in seeds:
-        case, theirs = truth(sizes, seed, dtype == torch.bfloat16)
+        case, theirs = truth(sizes, seed, dtype == torch.bfloat16, unimix)
         ours = run(function, cast(case, dtype))
         assert torch.equal(ours["index"], theirs["index"])
         for name in ours.keys() - {"index"}:
@@ -103,6 +105,16 @@ def test_native_errs_at_most_twice_as_much_as_pytorch(sizes, dtype, isa):
         if not fused[name] <= 2 * max(plain[name], rounding)
     }
     assert not too_large
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("unimix", [0.0, 0.4])
+def test_native_with_more_and_less_of_the_uniform_distribution(unimix, isa):
+    plain = errors(op("reference"), SHAPES[0], torch.float32, range(6), unimix)
+    with native.force_isa(isa):
+        fused = errors(op("native"), SHAPES[0], torch.float32, range(6), unimix)
+    assert {name: fused[name] for name in plain if not fused[name] <= 2 * plain[name]} == {}
 
 
 @needs_native

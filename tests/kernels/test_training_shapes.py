@@ -101,7 +101,8 @@ def truth(sizes: Sizes, likely: bool) -> tuple[dict[str, Tensor], dict[str, Tens
 def scan_errors(function: Callable, sizes: Sizes, dtype: torch.dtype, device: str) -> dict[str, float]:
     """Root mean square errors of outputs and gradients against float64, as a share of each; classes must be equal."""
     case, theirs = truth(sizes, dtype == torch.bfloat16)
-    ours = run(function, {name: value.to(device) for name, value in cast(case, dtype).items()})
+    there = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in cast(case, dtype).items()}
+    ours = run(function, there)
     ours = {name: value.detach().cpu() for name, value in ours.items()}
     assert torch.equal(ours["index"], theirs["index"])
     floats = ours.keys() - {"index"}
