@@ -148,6 +148,12 @@ def parse(
     return validate(parse_flags(argv, default, prog, {config_file.FLAG: config_file.ABOUT, **others}))
 
 
+def check_no_dry_run(config: Config) -> None:
+    """Raises: ConfigError if a dry run is asked of a door that has none."""
+    if config.dry_run:
+        raise ConfigError("only hdfast.train has a dry run", where="--dry-run", hint="leave it out")
+
+
 def _from_file(file: Path, suite: str | None, size: str | None) -> Config:
     """What the fields in a file make of the defaults; its task, and what gym alone has, are not for another suite.
 

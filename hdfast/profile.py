@@ -47,6 +47,7 @@ def build(config: Config) -> tuple[Learner, Callable[[], None]]:
 
     Raises: HdfastError, as a run of this config would.
     """
+    configs.check_no_dry_run(config)
     device = resolve_device(config.device)
     prepare_device(device, config.little_work)
     check_graph(config.train.graph, device)

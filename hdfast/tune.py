@@ -47,6 +47,7 @@ def tune(config: Config, console: Console, *, again: bool) -> Choice:
 
     Raises: HdfastError, as a run of this config would; RunError if not even plain PyTorch can be tried.
     """
+    configs.check_no_dry_run(config)
     device = resolve_device(config.device)
     prepare_device(device, config.little_work)
     check_graph(config.train.graph, device)

@@ -58,6 +58,7 @@ def test_profile_attributes_time_to_the_phase_that_took_it(tmp_path, monkeypatch
     [
         (["--updats", "2"], "there is no option --updats; did you mean '--updates'?"),
         (["--plain", "--trace", "t.json"], "argument --trace: not allowed with argument --plain"),
+        (["--dry-run"], "--dry-run: only hdfast.train has a dry run; leave it out"),
         (["--device", "cpu", "--train.graph", "on"], "--train.graph: a CUDA graph needs a CUDA"),
         (["--trac=t.json"], "there is no option --trac; did you mean '--trace'"),
         (["--rssm.detr", "2"], "there is no option --rssm.detr; did you mean '--rssm.deter'"),

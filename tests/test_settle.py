@@ -178,6 +178,7 @@ def test_the_door_says_that_it_waits_for_another(monkeypatch, capfd):
     ("argv", "text"),
     [
         (["--agan"], "there is no option --agan; did you mean '--again'?"),
+        (["--dry-run"], "--dry-run: only hdfast.train has a dry run; leave it out"),
         (
             ["--suite", "demo", "--device", "cpu", "--train.graph", "on"],
             "--train.graph: a CUDA graph needs a CUDA device; leave it out on the CPU",
