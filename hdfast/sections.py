@@ -58,8 +58,7 @@ class TrainConfig:
     prefill: SomeSteps = 1024
     """Windows that a random policy, or the one of --init-from, collects before learning starts."""
     graph: Literal["auto", "on", "off", "overlap"] = "auto"
-    """Update and acting as CUDA graphs; with overlap the actor learns beside the world model's next update, and so acts
-    one update later. auto takes what was found right and fastest."""
+    """Update and acting as CUDA graphs; overlap: actor beside next world model; auto: the fastest that is right."""
     tune: bool = True
     """On CUDA, find the fastest kernels that are right, once for a machine and model; hdfast.tune shows them."""
     nonfinite_limit: Annotated[int, Range(1, 2**31)] = 10
