@@ -28,7 +28,7 @@ class Count(gymnasium.Env):
         render_mode: str | None = None,
     ) -> None:
         self.observation_space = observation or spaces.Box(0, 255, (16, 16, 3), np.uint8)
-        self.action_space = action or spaces.Discrete(3)
+        self.action_space = spaces.Discrete(3) if action is None else action  # a space has a length, or warns
         self.length, self.render_mode, self.age = length, render_mode, 0
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
