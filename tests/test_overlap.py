@@ -155,3 +155,28 @@ def test_a_change_of_the_world_model_waits_for_the_behavior(monkeypatch):
     monkeypatch.setattr(Learner, "learn_model", lambda self, sample, wait=None: learn(self, sample))
     with pytest.raises(AssertionError, match="they were joined"):
         shared_memory(monkeypatch)
+
+
+def test_a_half_is_kept_in_a_call_for_each_dtype():
+    """On CUDA, `_foreach_copy_` takes its tensors one by one where not all have the same dtype."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append((func._schema.name.removeprefix("aten::"), args))
+            return func(*args, **(kwargs or {}))
+
+    calls, learner = [], make_learner()
+    halves = [learner.learn_model(lambda b, t, seed=seed: make_batch(learner, seed)) for seed in range(2)]
+    kept = halves[0].clone()
+    with Watch():
+        kept.copy_(halves[1])
+    copies = [args for name, args in calls if name == "_foreach_copy_"]
+    assert [name for name, _ in calls if name == "copy_"] == []
+    assert [{tensor.dtype for tensor in places} for places, *_ in copies] == [
+        {torch.float32},
+        {torch.int64},
+        {torch.bool},
+    ]
+    for place, given in zip(kept._tensors(), halves[1]._tensors(), strict=True):
+        assert torch.equal(place, given)
+        assert place.data_ptr() != given.data_ptr()

@@ -50,19 +50,20 @@ class Flat:
 
 
 def copy_all(places: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    """Copies each tensor to its place, contiguous and of the same shape, those that can be all at once."""
-    lines, given = [], []
+    """Copies each tensor to its place, contiguous and of the same shape, of each dtype all at once that can be."""
+    together: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for place, tensor in zip(places, tensors, strict=True):
         if tensor.data_ptr() == place.data_ptr():
             continue
         # Of two orders or dtypes in a list, PyTorch copies every tensor of it by itself. With one axis, all contiguous
         # tensors have the same strides.
         if tensor.is_contiguous() and tensor.dtype == place.dtype:
+            lines, given = together.setdefault(tensor.dtype, ([], []))
             lines.append(place.view(-1))
             given.append(tensor.view(-1))
         else:
             place.copy_(tensor)
-    if given:
+    for lines, given in together.values():
         torch._foreach_copy_(lines, given)
 
 
