@@ -27,9 +27,7 @@ ROUNDS = {"tiny": 5, "small": 3, "medium": 1, "large": 1}
 SIZES = ["tiny", "small", "medium", pytest.param("large", marks=() if CUDA else pytest.mark.slow)]
 BACKENDS = ("default", "triton") if CUDA else ("default",)
 GRAPHS = ("graph", "triton-graph") if CUDA else ()  # of the default backends, and of Triton
-OVERLAPS = (
-    ("overlap", "triton-overlap") if CUDA else ()
-)  # the same with halves of two updates beside each other
+OVERLAPS = ("overlap", "triton-overlap") if CUDA else ()  # the same, halves of two updates beside each other
 APPENDS, ENV_STEPS = 100, 200
 
 

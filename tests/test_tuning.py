@@ -308,6 +308,7 @@ def test_updates_overlap_where_they_are_right_and_faster(ms, wrong, overlap):
     found = chosen(known)
     assert (found.graph, found.overlap) == (True, overlap)
     assert ("beside each other" in summary(found)) == overlap
+    assert (f"overlapping {ms:.3g}" in summary(found)) == (not wrong)
 
 
 def test_what_follows_from_the_lines():

@@ -95,7 +95,9 @@ def search(
 
 def milliseconds(report: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """What an update took in each way that was timed at last, in ms."""
-    return next((report[name]["ms"] for name in (EAGER_TIMES, TIMES) if "ms" in report.get(name, {})), {})
+    ms = next((report[name]["ms"] for name in (EAGER_TIMES, TIMES) if "ms" in report.get(name, {})), {})
+    overlapping = report.get(OVERLAPPING, {}).get("ms", {}).get("beside each other")
+    return {**ms, **({} if overlapping is None else {"overlapping": overlapping})}
 
 
 def chosen(known: Mapping[str, Mapping[str, Any]]) -> Choice:
