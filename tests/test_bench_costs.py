@@ -39,7 +39,7 @@ def test_the_tables_tell_what_differs_and_by_how_much():
     assert costs.report(rows[:2]) == updates
 
 
-@pytest.mark.parametrize("num_envs", [0, 2])
+@pytest.mark.parametrize("num_envs", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_point_is_measured_in_a_process_of_its_own(num_envs):
     point = Point("tiny", batch=2, length=4, horizon=2, num_envs=num_envs)
     measured = costs.measure_alone(point, "cpu", "float32", rounds=2)

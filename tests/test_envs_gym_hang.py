@@ -67,7 +67,11 @@ def left_of(process, seconds=10):
 
 @pytest.mark.parametrize(
     ("count", "seconds"),
-    [(3, 0), (3, 0.5), (5, 0), (5, 0.3), (5, 1)],  # with the server of forks; with the environments
+    [  # with the server of forks; with the environments
+        (3, 0.5),
+        (5, 0.3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, 0), (5, 0), (5, 1))),
+    ],
 )
 def test_ctrl_c_of_a_terminal_while_the_processes_begin(tmp_path, count, seconds):
     argv = [*flags()[2:], "--suite", "gym", "--task", "tests.gym_envs:Count-v0", "--logdir", str(tmp_path)]

@@ -80,7 +80,7 @@ def test_is_last(): pass
 """
 
 
-@pytest.mark.parametrize("cores", [2, 5])
+@pytest.mark.parametrize("cores", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_a_test_that_takes_its_process_along_costs_no_other(cores, record, tmp_path, monkeypatch):
     file = tmp_path / "test_bad.py"
     file.write_text(TESTS_THAT_END_BADLY)
