@@ -1,4 +1,4 @@
-"""CUDA-graph capture of one function with static shapes: the only place that captures, or has two streams."""
+"""CUDA graphs of functions with static shapes, and branches in them: the only place that captures."""
 
 import contextlib
 import functools
