@@ -67,7 +67,7 @@ def table(suite: suites.Suite, rows: Sequence[TaskScores]) -> Table:
         if solved:
             cells.append(_success(row))
         if human:
-            cells.append("-" if row.normalized is None else _spread(*row.normalized, "{:.3f}"))
+            cells.append("-" if row.normalized is None else _spread(*row.normalized, "{:z.3f}"))
         for method in suite.methods:
             seeds = row.task.published.get(method)
             cells.append(_number(sum(seeds) / len(seeds)) if seeds else "-")
@@ -81,7 +81,7 @@ def table(suite: suites.Suite, rows: Sequence[TaskScores]) -> Table:
     ]
     view.add_section()
     for name in AGGREGATES:
-        others = [f"{getattr(p, name):.3f}" if p else "-" for p in published]
+        others = [f"{getattr(p, name):z.3f}" if p else "-" for p in published]
         view.add_row(f"human-norm. {name}", str(len(done)), "", ours[name], *others)
     return view
 
@@ -167,8 +167,8 @@ def _aggregates(suite: suites.Suite, done: Mapping[str, Sequence[float]]) -> dic
     ends = suite.interval(done)
     cells = {}
     for name in AGGREGATES:
-        interval = f" [{getattr(ends[0], name):.2f}, {getattr(ends[1], name):.2f}]" if ends else ""
-        cells[name] = f"{getattr(found, name):.3f}{interval}"
+        interval = f" [{getattr(ends[0], name):z.2f}, {getattr(ends[1], name):z.2f}]" if ends else ""
+        cells[name] = f"{getattr(found, name):z.3f}{interval}"
     return cells
 
 
@@ -197,7 +197,7 @@ def _format(value: float) -> str:
         return "-"
     if size >= 1e12:
         return "{:.3g}"
-    return "{:,.0f}" if size >= 1000 else "{:.1f}" if size >= 10 else "{:.2f}"
+    return "{:,.0f}" if size >= 1000 else "{:z.1f}" if size >= 10 else "{:z.2f}"
 
 
 def _mean(values: Collection[float]) -> float:

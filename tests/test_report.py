@@ -127,6 +127,7 @@ def test_the_spread_over_seeds_stands_beside_the_means(tmp_path, monkeypatch, ca
         ((1.0, math.inf), "inf"),
         ((1.0, math.nan), "-"),
         ((-1e308, 1e308), "0.00 ± inf"),
+        ((-0.001, 0.0), "0.00 ± 0.00"),
     ],
 )
 def test_how_a_score_and_its_error_are_written(tmp_path, scores, text):
