@@ -29,10 +29,11 @@ def narrow(batch: int = 2, length: int = 4, horizon: int = 3):
 def pytest_of_bench(*arguments: str, cwd: Path = ROOT, **environment: str) -> str:
     command = [sys.executable, "-m", "pytest", str(ROOT / "bench"), "-p", "no:cacheprovider", *arguments]
     path = os.pathsep.join([*environment.pop("first", "").split(), *filter(None, sys.path)])
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     result = subprocess.run(
         command,
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path, **environment},
+        env={**ours, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
         timeout=300,

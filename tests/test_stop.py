@@ -27,6 +27,14 @@ from tests.loop_cases import (
 RUN_TRAIN = "from hdfast import train\nfrom hdfast.runtime import errors\nerrors.main(train.main)"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _hears_of_its_terminal():
+    """Also where pytest itself was started with nohup, whose children would hear nothing of it either."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )

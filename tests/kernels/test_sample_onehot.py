@@ -98,7 +98,7 @@ def test_frequencies_are_the_probabilities(backend):
 @pytest.mark.parametrize("backend", backends("sample_index"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("unimix", [0.01, 0.0])
-@pytest.mark.parametrize(("rows", "S", "K"), [*CASES, ((64,), 1, 18), ((1024,), 32, 32)], ids=str)
+@pytest.mark.parametrize(("rows", "S", "K"), [*CASES, ((64,), 1, 18), ((130,), 32, 32)], ids=str)
 def test_the_classes_alone_are_the_same_classes(rows, S, K, unimix, dtype, backend):
     logits = random(*rows, S, K, scale=2.0).to(backend.device, dtype).requires_grad_()
     uniform = torch.rand(*rows, S, generator=torch.Generator().manual_seed(1)).to(backend.device)
