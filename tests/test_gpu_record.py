@@ -1,5 +1,6 @@
 """The record of a GPU: what is read from other tools' output, what is concluded, and what a reader is told."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -301,6 +303,43 @@ def test_every_part_can_be_captured(name, monkeypatch):
         run()
     assert len(made) == 1
     assert made[0].recording is not None
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "wrong"),
+    [
+        ("timings", "triton", []),
+        ("timings", "triton-persistent", ["overlap"]),
+        ("profiles", "triton", ["overlap"]),
+    ],
+)
+def test_a_capture_of_overlapping_halves_that_fails_costs_no_other(what, name, wrong, tmp_path, monkeypatch):
+    """Nothing can be captured after it."""
+    failed, learner = [], SimpleNamespace(parameter_counts=lambda: {"total": 1})
+
+    def part(bench, name, graph):
+        def run():
+            if graph and (failed or name == "overlap"):
+                failed.append(name)
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+        return run
+
+    fakes = {
+        "Bench": lambda *args: SimpleNamespace(learner=learner),
+        "part": part,
+        "timed": lambda run, device, warmup: {"us": run() or 1.0},
+        "gflop": lambda *args: 1.0,
+        "synchronize": lambda device: None,
+        "profile": lambda **options: contextlib.nullcontext(SimpleNamespace(events=list)),
+        "ON_CUDA": gpu_work.ON_CUDA[:1],
+    }
+    for attribute, fake in fakes.items():
+        monkeypatch.setattr(gpu_work, attribute, fake)
+    getattr(gpu_work, what)(torch.device("cuda"), name, gpu_work.Rows(tmp_path / "rows", 60, tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [row["part"] for row in rows if "error" in row] == wrong
+    assert {("update", False), ("update", True)} <= {(row["part"], row["graph"]) for row in rows}
 
 
 def test_ncu_looks_at_every_kernel_but_those_of_the_scan():
