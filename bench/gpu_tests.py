@@ -5,7 +5,7 @@
 Every test's begin and outcome is a JSON line of FILE as soon as it is known, and tests that are in it are left out: the
 same command once more goes on behind the test that crashed or hung. A test that takes longer than LONGEST, or than the
 seconds of its mark `gpu(seconds)`, ends the process, even where it waits for a kernel that never ends; so does an error
-after which nothing works on the device.
+after which nothing works on the device, or nothing can be captured there.
 """
 
 import faulthandler
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu_tools import FINISHED, LASTING
+from bench.gpu_tools import CAPTURE, FINISHED, LASTING
 
 # Seconds: several times what compiling all kernels takes.
 LONGEST = float(os.environ.get("HDFAST_LONGEST_TEST", 60))
@@ -73,14 +73,14 @@ class Outcomes:
         finally:
             faulthandler.cancel_dump_traceback_later()
         if self.lasting:
-            item.session.shouldstop = "nothing works on the device any more"
+            item.session.shouldstop = "what follows would fail in this process"
         return result
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         # A test that fails when it is torn down has passed before: the later line counts.
         if report.when == "call" or not report.passed:
             self._write(report.nodeid, report.outcome, _reason(report))
-            self.lasting |= report.failed and re.search(LASTING, report.longreprtext) is not None
+            self.lasting |= report.failed and _lasts(report.longreprtext)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed and report.nodeid not in self.known:
@@ -98,6 +98,11 @@ class Outcomes:
         with self.path.open("a") as file:
             told = {"test": test, "outcome": outcome, "reason": reason, "at": time.monotonic()}
             file.write(json.dumps(told) + "\n")
+
+
+def _lasts(error: str) -> bool:
+    """Whether other tests would fail after it in this process."""
+    return re.search(f"{LASTING}|{CAPTURE}", error) is not None
 
 
 def _limit(item: pytest.Item) -> float:

@@ -25,6 +25,8 @@ NCU_KERNELS = (
 MICROSECONDS = {"n": 1e-3, "u": 1.0, "m": 1e3, "": 1e6}  # of ncu's units of time, "usecond" or "us"
 # What an error says after which nothing works on the device in this process.
 LASTING = "illegal memory access|illegal instruction|misaligned address|launch failure|device-side assert"
+# And after which nothing can be captured: PyTorch's allocator stays in a capture that has failed.
+CAPTURE = "during capture|stream is capturing|capturing (blocking )?stream|captures_underway"
 ENDED, FINISHED = "the process crashed or hung in it", "all tests are done"
 TOOLS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/nvidia/nsight-compute/*")
 

@@ -1,8 +1,10 @@
 """What the record of a GPU makes of the output of ncu and compute-sanitizer."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from bench import gpu_tools
+from bench import gpu_tests, gpu_tools
 from tests.gpu_samples import BROKEN_LINES, DETAILS, FORBIDDEN, MEMCHECK, NO_CALLS, RACECHECK, RAW
 
 
@@ -63,3 +65,22 @@ def test_what_compute_sanitizer_found():
     clean = gpu_tools.sanitizer_row("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n")
     assert clean == {"errors": 0, "kinds": {}}
     assert gpu_tools.sanitizer_row(NO_CALLS)["errors"] is None
+
+
+@pytest.mark.parametrize(
+    ("error", "lasts"),
+    [
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("CUDA error: operation failed due to a previous error during capture", True),
+        ("CUDA error: operation not permitted when stream is capturing", True),
+        ("CUDA error: capturing stream has unjoined work", True),
+        ("captures_underway.empty() INTERNAL ASSERT FAILED", True),
+        ("assert distance(eager, graph) <= 4 * distance(eager, again)", False),
+        ("a CUDA graph needs a CUDA device", False),
+    ],
+)
+def test_after_which_error_tests_go_on_in_another_process(error, lasts, tmp_path):
+    outcomes = gpu_tests.Outcomes(tmp_path / "outcomes")
+    told = {"when": "call", "passed": False, "failed": True, "outcome": "failed", "nodeid": "a"}
+    outcomes.pytest_runtest_logreport(SimpleNamespace(**told, longrepr=None, longreprtext=f"E   {error}"))
+    assert outcomes.lasting == lasts
