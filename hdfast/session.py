@@ -291,9 +291,12 @@ class Session:
         path = self.rundir.path / "nonfinite_batch"
         batch = self.replay.gather(self.learner.bad_starts, self.config.replay.length)
         checkpoint.save(path, batch, {"agent_steps": self.agent_steps}, number=self.learner.updates, keep=1)
+        late = self.learner.device.type != "cpu"  # a log line looks, and replay may have gone round meanwhile
+        replaced = late and self.replay.rows_added > self.replay.ring
         raise NonFiniteError(
-            f"{skipped} updates had a loss or gradient that is not finite, the last at update "
-            f"{self.learner.updates}; its batch is in {path}",
+            f"{skipped} updates had a loss or gradient that is not finite, the last {'by' if late else 'at'} "
+            f"update {self.learner.updates}; its batch is in {path}"
+            + (", but for rows that newer ones have replaced" if replaced else ""),
             where=self.rundir.path,
             hint="go on with --precision float32, or with a higher --train.nonfinite-limit",
         )

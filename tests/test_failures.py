@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from hdfast.agent.world_model import WorldModel
 from hdfast.envs import base
 from hdfast.replay.chunk import ReplayError
 from hdfast.runtime import checkpoint
-from hdfast.runtime.errors import RunError
+from hdfast.runtime.errors import NonFiniteError, RunError
+from hdfast.session import Session
 from hdfast_kernels import dispatch
 from tests import loop_cases
 from tests.loop_cases import (
@@ -224,6 +226,29 @@ def test_losses_that_stay_nan_stop_the_run_with_the_batch_saved(tmp_path, monkey
     assert code == 5
     assert "4 updates had a loss" in one_line(err)
     assert int(saved(config).tensors["learner.skipped"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("device", "rows_added", "told"),
+    [
+        ("cpu", 11, "the last at update 7; its batch is in {}"),
+        ("cuda", 10, "the last by update 7; its batch is in {}"),
+        ("cuda", 11, "the last by update 7; its batch is in {}, but for rows that newer ones have replaced"),
+    ],
+)
+def test_what_is_left_of_a_batch_that_is_not_finite(device, rows_added, told, tmp_path):
+    """On CUDA a log line asks for it, when rows may have come in the place of its own."""
+    replay = SimpleNamespace(gather=lambda *window: {"reward": torch.ones(3)}, rows_added=rows_added, ring=10)
+    learner = SimpleNamespace(skipped=4, bad_starts=None, updates=7, device=torch.device(device))
+    session = SimpleNamespace(
+        config=tiny(tmp_path, train={"nonfinite_limit": 3}), rundir=SimpleNamespace(path=tmp_path),
+        learner=learner, replay=replay, skipped_before=0, agent_steps=9,
+    )  # fmt: skip
+    with pytest.raises(NonFiniteError) as error:
+        Session._check_finite(session)
+    assert str(error.value).partition("finite, ")[2].partition("; go on")[0] == told.format(
+        tmp_path / "nonfinite_batch"
+    )
 
 
 def test_a_nan_that_passes_is_skipped_and_counted(tmp_path, monkeypatch):
