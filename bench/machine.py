@@ -42,12 +42,24 @@ def in_a_row(function: Callable[[], Any], device: torch.device) -> tuple[Callabl
             for _ in range(WARMUPS):
                 function()
             torch.cuda.synchronize(device)
+            with _no_waiting():  # a capture that fails would leave PyTorch's own generator of no more use
+                function()
             with torch.cuda.graph(graph, stream=stream):  # the outer block goes back to the stream before
                 function()
     except RuntimeError:
         torch.cuda.synchronize(device)
         return synchronised(function, device), 1
     return synchronised(lambda: [graph.replay() for _ in range(REPLAYS)], device), REPLAYS
+
+
+@contextlib.contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Inside, a RuntimeError is raised where the host would wait for the device, as it does in multinomial."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def seconds(function: Callable[[], Any]) -> float:

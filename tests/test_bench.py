@@ -1,5 +1,6 @@
 """What bench/ measures with: work that is counted, functions that are compared, tables, and what it needs to run."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -51,6 +52,25 @@ def test_gflop_of_an_act_by_hand():
     step = units * 3 * deter + deter * 3 * deter + (deter + embed) * units + units * logits
     actor = deter * units + units * 6
     assert gflop(narrow(), "act", CPU) * 1e9 == 2 * (encoder + initial + step + actor)
+
+
+def test_what_waits_for_the_device_is_not_captured(monkeypatch):
+    """A capture that fails leaves PyTorch's generator in it: what is timed after could not even draw its inputs."""
+    modes = []
+
+    def eager():
+        if modes[-1:] == ["error"]:
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    for name in ("Stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: pytest.fail("it was captured"))
+    run, calls = machine.in_a_row(eager, torch.device("cuda"))
+    run()
+    assert (calls, modes) == (1, ["error", "default"])
 
 
 @pytest.mark.parametrize("part", PARTS[:3])
