@@ -24,8 +24,8 @@ from hdfast.replay import Replay
 from hdfast.runtime.graphs import WARMUP
 from hdfast_kernels import dispatch
 from tests.agent_cases import make_learner, one_thread, snapshot  # noqa: F401
-from tests.marks import needs_native
 from tests.recorder import SYNCHRONISING, record_instead_of_capturing
+from tests.without_native import definitions_on_the_host  # noqa: F401
 
 try:
     from hdfast import loop, session
@@ -137,7 +137,7 @@ def exact(state: dict[str, Tensor]) -> dict[str, list[int]]:
     return {k: state[k].long().flatten().tolist() for k in names}
 
 
-@pytest.mark.parametrize("place", ["device", pytest.param("host", marks=needs_native)])
+@pytest.mark.parametrize("place", ["device", "host"])
 @pytest.mark.parametrize("way", GRAPHS[1:])
 @pytest.mark.parametrize(
     "options", [{}, {"continuous": True}, {"dtype": torch.bfloat16}], ids=["discrete", "continuous", "bf16"]

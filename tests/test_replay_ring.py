@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from hdfast.envs import ArraySpec
 from hdfast.replay import Replay, ReplayError, ring
-from tests.marks import needs_native
+from tests.without_native import definitions_on_the_host  # noqa: F401
 
 FLAGS = ("is_first", "is_last", "is_terminal")
 SPECS = {
@@ -26,7 +26,7 @@ SPECS = {
 }
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
-PLACES = ["device", pytest.param("host", marks=needs_native)]
+PLACES = ["device", "host"]
 
 
 def make_row(agent_step: int, num_envs: int) -> dict[str, np.ndarray]:
@@ -182,7 +182,6 @@ def test_a_captured_sample_follows_the_ring():
             assert torch.equal(batch[key], rows), (agent_step, key)
 
 
-@needs_native
 @pytest.mark.parametrize("device", DEVICES)
 def test_prefetched_batches_stay_in_place_and_are_whole(device):
     """Rows that `add` is about to overwrite while a batch is being fetched still reach that batch."""
