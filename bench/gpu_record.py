@@ -121,15 +121,16 @@ def main() -> int:
     ncu += ["--profile-from-start", "off", "--kernel-name", f"regex:{gpu_tools.NCU_KERNELS}"]
     # Without API errors: torch and Triton ask the driver for what it may not have, and each "no" would count.
     sanitizer = ["--report-api-errors", "no", "--tool"]
-    backends = {"reference": 5, "triton": 8, "triton-persistent": 3} if on_gpu else {"default": 5}
-    profiled = ("reference", "triton") if on_gpu else ("default",)
+    # What runs by default first, with the time to compile what no test has compiled.
+    backends = {"triton-persistent": 9, "triton": 6, "reference": 5} if on_gpu else {"default": 5}
+    profiled = {"triton-persistent": 5, "reference": 3} if on_gpu else {"default": 3}
     # With how much of the time, beside each other. The tests, side by side, compile kernels for all that follow.
     steps: list[tuple[str, float, Callable[[float], str | None]]] = [
         ("rates", 3, work(record, "peaks")),
         ("tests", 26, tests(record)),
         *((f"timings {name}", weight, work(record, "timings", name)) for name, weight in backends.items()),
+        *((f"profile {name}", weight, work(record, "profiles", name)) for name, weight in profiled.items()),
         ("ops", 13, benchmarks(record, args.select)),
-        *((f"profile {name}", 3, work(record, "profiles", name)) for name in profiled),
         ("ncu", 8 * gpu, watched(record, "ncu", "ncu", ncu, "once")),
         # First without the tools, so that under them nothing has to be compiled.
         *([("kernels", 2, work(record, "kernels", "triton"))] if on_gpu else []),

@@ -342,6 +342,24 @@ def test_a_capture_of_overlapping_halves_that_fails_costs_no_other(what, name, w
     assert {("update", False), ("update", True)} <= {(row["part"], row["graph"]) for row in rows}
 
 
+def test_what_runs_by_default_is_timed_and_seen_first_and_has_the_time(tmp_path, monkeypatch):
+    """An H200 took 17 seconds to begin a process, and to compile and time an update with a scan of one launch."""
+    known = json.loads((gpu_record.ROOT / "bench/results/nvidia-h200/last/record.json").read_text())
+    left, limits = 455.0, {}
+
+    def step(record, name, weight, of, do):
+        nonlocal left
+        limits[name] = left * weight / of
+        left -= limits[name]
+
+    monkeypatch.setattr(gpu_record, "machine", lambda: known["machine"])
+    monkeypatch.setattr(gpu_steps.Record, "step", step)
+    monkeypatch.setattr(sys, "argv", ["gpu_record.py", "--out", str(tmp_path)])
+    assert gpu_record.main() == 0
+    assert list(limits)[:3] == ["rates", "tests", "timings triton-persistent"]
+    assert min(limits["timings triton-persistent"], 2 * limits["profile triton-persistent"]) > 35
+
+
 def test_ncu_looks_at_every_kernel_but_those_of_the_scan():
     triton = pytest.importorskip("triton")
     names = {
