@@ -130,6 +130,7 @@ def main() -> int:
         ("tests", 26, tests(record)),
         *((f"timings {name}", weight, work(record, "timings", name)) for name, weight in backends.items()),
         *((f"profile {name}", weight, work(record, "profiles", name)) for name, weight in profiled.items()),
+        *([("choice", 16, work(record, "choice"))] if on_gpu else []),
         ("ops", 13, benchmarks(record, args.select)),
         ("ncu", 8 * gpu, watched(record, "ncu", "ncu", ncu, "once")),
         # First without the tools, so that under them nothing has to be compiled.
@@ -144,11 +145,10 @@ def main() -> int:
             3 * gpu,
             watched(record, "compute-sanitizer", "racecheck", [*sanitizer, "racecheck"], "kernels"),
         ),
-        *([("choice", 6, work(record, "choice"))] if on_gpu else []),
         ("peers", 4 * gpu, peers(record)),
         # The suite that learns soonest, and a game of Atari 100k for as long as there is time.
-        ("training", 10, training(record, "training", "--suite", "demo")),
-        ("game", 6, training(record, "game", "--suite", "atari100k", "--task", "Boxing")),
+        ("training", 6, training(record, "training", "--suite", "demo")),
+        ("game", 4, training(record, "game", "--suite", "atari100k", "--task", "Boxing")),
     ]
     steps = [step for step in steps if re.search(args.steps, step[0])]
     for at, (name, weight, do) in enumerate(steps):

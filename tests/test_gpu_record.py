@@ -343,7 +343,6 @@ def test_a_capture_of_overlapping_halves_that_fails_costs_no_other(what, name, w
 
 
 def test_what_runs_by_default_is_timed_and_seen_first_and_has_the_time(tmp_path, monkeypatch):
-    """An H200 took 17 seconds to begin a process, and to compile and time an update with a scan of one launch."""
     known = json.loads((gpu_record.ROOT / "bench/results/nvidia-h200/last/record.json").read_text())
     left, limits = 455.0, {}
 
@@ -357,7 +356,8 @@ def test_what_runs_by_default_is_timed_and_seen_first_and_has_the_time(tmp_path,
     monkeypatch.setattr(sys, "argv", ["gpu_record.py", "--out", str(tmp_path)])
     assert gpu_record.main() == 0
     assert list(limits)[:3] == ["rates", "tests", "timings triton-persistent"]
-    assert min(limits["timings triton-persistent"], 2 * limits["profile triton-persistent"]) > 35
+    least = {"timings triton-persistent": 35, "profile triton-persistent": 17, "choice": 60}
+    assert {name for name, seconds in least.items() if limits[name] < seconds} == set()
 
 
 def test_ncu_looks_at_every_kernel_but_those_of_the_scan():
