@@ -120,7 +120,7 @@ def main() -> int:
     ncu = ["--csv", "--page", "raw", "--print-units", "base", "--metrics", metrics, "--clock-control", "none"]
     ncu += ["--profile-from-start", "off", "--kernel-name", f"regex:{gpu_tools.NCU_KERNELS}"]
     # Without API errors: torch and Triton ask the driver for what it may not have, and each "no" would count.
-    sanitizer = ["--report-api-errors", "no", "--tool"]
+    sanitizer = ["--report-api-errors", "no", "--print-limit", "200", "--tool"]
     # What runs by default first, with the time to compile what no test has compiled.
     backends = {"triton-persistent": 9, "triton": 6, "reference": 5} if on_gpu else {"default": 5}
     profiled = {"triton-persistent": 5, "reference": 3} if on_gpu else {"default": 3}

@@ -84,7 +84,9 @@ def test_few_programs_take_many_tiles_and_repeat_bit_by_bit(backend, rows, deter
         monkeypatch.setattr(importlib.import_module("hdfast_kernels.layer_norm_gru"), name, value)
     op = partial(layer_norm_gru, backend=backend.name)
     first, second = (
-        check_against_fp64(op, layer_norm_gru_reference, inputs((rows,), deter, torch.float32, backend.device))
+        check_against_fp64(
+            op, layer_norm_gru_reference, inputs((rows,), deter, torch.float32, backend.device)
+        )
         for _ in range(2)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
