@@ -157,14 +157,15 @@ def check_no_dry_run(config: Config) -> None:
 def _from_file(file: Path, suite: str | None, size: str | None) -> Config:
     """What the fields in a file make of the defaults; its task, and what gym alone has, are not for another suite.
 
-    suite, size: of the command line, which win over those in the file.
+    suite, size: of the command line, which win over those in the file; where the file has no suite, the defaults are
+    those of this one.
 
     Raises: ConfigError.
     """
     fields, sized = config_file.read(file), {} if size is None else {**widths(size), "size": size}
     other = None if suite is None else suites.get(suite).name
     try:
-        own = default_config(str(fields.get("suite", "atari100k")), fields.get("size"))
+        own = default_config(str(fields.get("suite", other or "atari100k")), fields.get("size"))
         config = apply_overrides(own, fields)
         if other not in (None, own.suite):
             env = dataclasses.replace(config.env, **{name: getattr(EnvConfig(), name) for name in _OF_GYM})

@@ -34,6 +34,10 @@ def test_a_run_s_configuration_is_where_the_next_begins(tmp_path):
     assert (other.suite, other.task, other.rssm.deter) == ("dmc", None, 48)
     bare = written(tmp_path / "bare.json", {"suite": "dmc", "size": "tiny", "eval": {"every": 0}})
     assert parse(["--config", str(bare)]) == parse(["--suite", "dmc", "--size", "tiny", "--eval.every", "0"])
+    written(bare, {"eval": {"every": 0}})  # of any suite
+    for suite in ("gym", "demo", "metaworld"):
+        argv = ["--suite", suite]
+        assert parse([*argv, "--config", str(bare)]) == parse([*argv, "--eval.every", "0"])
 
 
 @pytest.mark.parametrize(
