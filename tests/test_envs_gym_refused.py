@@ -6,7 +6,7 @@ import gymnasium
 import pytest
 
 from hdfast import envs
-from hdfast.runtime.errors import ConfigError
+from hdfast.runtime.errors import ConfigError, EnvError
 from hdfast.suites import UnknownName
 from tests import gym_envs, loop_cases
 from tests.loop_cases import tiny
@@ -147,3 +147,8 @@ def test_a_module_that_imports_what_is_missing_names_it(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(envs.MissingLibraryError, match="needs needs no_such_package_at_all; pip install"):
         envs.check("gym", "needs:Any-v0")
+    (tmp_path / "slips.py").write_text("import tests.no_such\n")  # a package of that name is somebody else's
+    with pytest.raises(
+        EnvError, match=r"^slips: it raised ModuleNotFoundError: No module named 'tests.no_such'"
+    ):
+        envs.check("gym", "slips:Any-v0")

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -53,7 +54,8 @@ _LARGEST = float(np.finfo(np.float32).max)
 def told(name: str) -> Iterator[None]:
     """Turns what environment `name` raises in the block into one line; its own frames are the details.
 
-    Raises: EnvError; MissingLibraryError where it imports what is not there. Errors that are one line already pass.
+    Raises: EnvError; MissingLibraryError where it imports a package that is not there. Errors that are one line already
+    pass.
     """
     try:
         yield
@@ -64,7 +66,9 @@ def told(name: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name:
             package = error.name.partition(".")[0]
-            raise MissingLibraryError(f"{name} needs {error.name}", hint=f"pip install {package}") from error
+            if package not in sys.modules:  # of one that is there, perhaps the user's own, a part is misnamed
+                hint = f"pip install {package}"
+                raise MissingLibraryError(f"{name} needs {error.name}", hint=hint) from error
         raise _raised(error, name) from error
 
 
