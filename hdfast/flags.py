@@ -28,11 +28,12 @@ def parse_flags(argv: Sequence[str], default: T, prog: str, others: Mapping[str,
     import tyro
 
     flags = [f"--{name.replace('_', '-')}" for name in field_names(default)]
-    negated = [re.sub(r"([^.-][^.]*)$", r"no-\1", flag) for flag in flags]  # --log.no-tensorboard
+    negated = [_off(flag) for flag in flags]
     for arg in argv:
         name = arg.partition("=")[0].replace("_", "-")
         if name.startswith("--") and name not in (*flags, *negated, "--help"):
-            raise ConfigError(f"there is no option {name}{suggest(name, [*flags, *others])}")
+            off = [_off(flag) for flag in flags if isinstance(_value_of(flag, default), bool)]
+            raise ConfigError(f"there is no option {name}{suggest(name, [*flags, *off, *others])}")
     for arg, value in itertools.pairwise(["-", *argv, "-"]):
         if (arg.startswith("--") and not value) or re.fullmatch("--[^=]+=", arg):
             # Path("") would be the current folder
@@ -95,15 +96,22 @@ def _of_a_switch(argv: Sequence[str], default: Any) -> str | None:
     """What to say where a value stands behind a switch, which has none."""
     for arg, after in itertools.pairwise([*argv, "-"]):
         flag, given, value = arg.partition("=")
-        *sections, name = flag.removeprefix("--").replace("-", "_").split(".")
-        place = default
-        for section in sections:
-            place = getattr(place, section, None)
         value = value if given else after
-        if flag.startswith("--") and isinstance(getattr(place, name, None), bool) and value[:1] != "-":
-            off = ".".join([*sections, f"no_{name}"]).replace("_", "-")
-            return f"{flag} is a switch and takes no value, such as {value!r}; --{off} turns it off"
+        if flag.startswith("--") and isinstance(_value_of(flag, default), bool) and value[:1] != "-":
+            return f"{flag} is a switch and takes no value, such as {value!r}; {_off(flag)} turns it off"
     return None
+
+
+def _off(flag: str) -> str:
+    """What turns a switch off: --log.no-tensorboard."""
+    return re.sub(r"([^.-][^.]*)$", r"no-\1", flag.replace("_", "-"))
+
+
+def _value_of(flag: str, config: Any) -> Any:
+    """The field that a flag names, None where there is none."""
+    for name in flag.removeprefix("--").replace("-", "_").split("."):
+        config = getattr(config, name, None)
+    return config
 
 
 def field_names(config: Any, prefix: str = "") -> list[str]:

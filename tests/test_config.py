@@ -169,7 +169,8 @@ def test_every_field_is_a_typed_flag(name):
         ("--siz small", "there is no option --siz; did you mean '--size'"),
         ("--rssm.detr 4", "there is no option --rssm.detr; did you mean '--rssm.deter'"),
         ("--rssm 4", "there is no option --rssm; did you mean '--rssm."),
-        ("--log.no-tensorbord", "did you mean '--log.tensorboard'?"),
+        ("--log.no-tensorbord", "did you mean '--log.no-tensorboard' or '--log.tensorboard'?"),
+        ("--no-log.tensorboard", "did you mean '--log.tensorboard' or '--log.no-tensorboard'?"),
         (
             "--harmony.mode learnt",
             "--harmony.mode cannot be 'learnt'; did you mean 'learned'?",

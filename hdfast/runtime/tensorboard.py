@@ -29,7 +29,7 @@ class TensorBoard:
             from tensorboard.compat.proto import event_pb2, summary_pb2
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError as error:
-            hint = "pip install tensorboard, or --no-log.tensorboard"
+            hint = "pip install tensorboard, or --log.no-tensorboard"
             raise MissingLibraryError(f"cannot import tensorboard: {error}", hint=hint) from error
         self._event, self._summary = event_pb2, summary_pb2
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
