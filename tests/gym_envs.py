@@ -317,6 +317,8 @@ for name, kind, settings in (
     ),
     ("LostImage", Count, {"observation": spaces.Dict({"camera": pixels(8, 8, 3), "image": box(2)})}),
     ("ClimbingImage", Count, {"observation": spaces.Dict({"../../x": pixels(8, 8, 3)})}),
+    ("Frames", Count, {"observation": box(4, 8, 8, 3, high=9)}),
+    ("Nested", Count, {"observation": spaces.Dict({"eyes": spaces.Dict({"left": pixels(8, 8, 3)})})}),
     ("Planar", Count, {"observation": pixels(3, 84, 84)}),
     *((f"Picture{name}", Pictured, settings) for name, settings in PICTURES.items()),
     ("Unsure", Count, {"observation": box(8, 8, 3, low=0, high=2)}),

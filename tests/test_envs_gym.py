@@ -315,6 +315,17 @@ def test_nothing_is_told_where_all_is_seen_that_was_asked_for(name, obs, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize(("name", "key", "numbers"), [("Frames", "state", 768), ("Nested", "eyes", 192)])
+def test_images_that_are_seen_as_numbers_are_told(name, key, numbers, capfd):
+    make(name, obs="image").close()  # draws it
+    assert capfd.readouterr().err == ""
+    make(name, obs="auto").close()
+    what = (
+        f"{name}-v0: sees the images in {key} as a vector of {numbers} numbers; an image stands alone or in"
+    )
+    assert what in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("name", [name for name in gym_envs.NAMES if name.startswith("Named")])
 def test_an_observation_may_be_called_what_a_module_is_too(tmp_path, name):
     overrides = {"suite": "gym", "task": f"tests.gym_envs:{name}-v0", "env": {"threads": 1, "obs": "both"}}

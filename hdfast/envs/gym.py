@@ -3,13 +3,13 @@
 A task is what `gymnasium.make` takes: `CarRacing-v3`, or `my_envs:Maze-v0`, for which the module my_envs is imported
 first. Episodes end as the environment says: `terminated` is terminal, `truncated` (a time limit) is not.
 
-Images are observations of (H, W, 3), (H, W, 1) or (H, W) uint8, of (3, H, W) or (1, H, W), or such floats of 0 to 1 or
-0 to 255, alone or in a Dict under names of letters, digits, `_`, `-` and spaces (a `/` becomes `-`). Where there is
-none, and one is asked for, the environment is drawn (`render_mode="rgb_array"`). All other observations are vectors,
-Discrete ones one-hot, a Dict inside the Dict joined into one. Images that are not all square with one side of 8, 16, 32
-or 64 become 64 x 64 by Pillow's box filter. Each combination of MultiDiscrete and MultiBinary actions is one action of
-the agent. Bounded Box actions are stretched to [-1, 1]; of a ClipAction, the bounds are those that it clips to. Where
-`info` holds `success` or `is_success`, an episode succeeds if one of its rows does.
+Images are observations of (H, W, 3), (H, W, 1) or (H, W) uint8, of (3, H, W) or (1, H, W), or floats of 0 to 1 or 0 to
+255 with three axes, alone or in a Dict under names of letters, digits, `_`, `-` and spaces (a `/` becomes `-`). Where
+there is none, and one is asked for, the environment is drawn (`render_mode="rgb_array"`). All other observations are
+vectors, Discrete ones one-hot, a Dict or Tuple inside the Dict joined into one. Images that are not all square with
+one side of 8, 16, 32 or 64 become 64 x 64 by Pillow's box filter. Each combination of MultiDiscrete and MultiBinary
+actions is one action of the agent. Bounded Box actions are stretched to [-1, 1]; of a ClipAction, the bounds are those
+that it clips to. Where `info` holds `success` or `is_success`, an episode succeeds if one of its rows does.
 
 Axes: N environments, H, W pixels.
 """

@@ -51,6 +51,17 @@ def is_image(space: spaces.Space) -> bool:
     )
 
 
+def holds_image(space: spaces.Space) -> bool:
+    """Whether there is an image somewhere within it, as in a Dict or in a stack of frames."""
+    match space:
+        case spaces.Dict():
+            return any(map(holds_image, space.values()))
+        case spaces.Tuple():
+            return any(map(holds_image, space))
+        case _:
+            return is_image(space) or (isinstance(space, spaces.Box) and len(space.shape) > 3)
+
+
 def channels_first(space: spaces.Box) -> bool:
     """Whether an image is (C, H, W); where both could be meant it is not."""
     return len(space.shape) == 3 and space.shape[2] not in (1, 3) and space.shape[0] in (1, 3)

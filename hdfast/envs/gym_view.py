@@ -32,6 +32,7 @@ from hdfast.envs.gym_spaces import (
     actions_of,
     called,
     channels_first,
+    holds_image,
     is_image,
     key_of,
     outside,
@@ -101,6 +102,12 @@ def _refuse_many(spec: EnvSpec) -> None:
 @functools.cache  # once, not again for evaluation
 def _tell_unseen(name: str, seen: tuple[str, ...], unseen: tuple[str, ...]) -> None:
     warn(f"{name}: sees {', '.join(seen)}, not {', '.join(unseen)}; --env.obs both sees all")
+
+
+@functools.cache
+def _tell_flat(name: str, key: str, numbers: int) -> None:
+    right = "an image stands alone or in the outermost Dict, (H, W, 3)"
+    warn(f"{name}: sees the images in {key} as a vector of {numbers:,} numbers; {right}")
 
 
 @functools.cache
@@ -174,6 +181,9 @@ class Maker:
         if os.getpid() == self.owner:
             if obs == "image" and not drawn and unseen:
                 _tell_unseen(self.spec.id, tuple(seen.observation_space), unseen)
+            for key, space in seen.vectors.items():
+                if holds_image(space):
+                    _tell_flat(self.spec.id, key, spaces.flatdim(space))
             if env.spec.max_episode_steps is None:
                 _tell_endless(self.spec.id)
         return seen
@@ -199,6 +209,7 @@ class Seen(gymnasium.ObservationWrapper):
     """Observations as a Dict of images (H, W, 1 or 3) uint8 and vectors (n,) float32; of `info` the success alone.
 
     drawn: its one image is drawn, of any size, and not observed.
+    vectors: the spaces of those that are seen, as the environment has them.
     """
 
     def __init__(self, env: gymnasium.Env, obs: str, *, drawn: bool) -> None:
@@ -225,7 +236,7 @@ class Seen(gymnasium.ObservationWrapper):
         actions_of(self.action_space, name)
         sides = {side for space in images.values() for side in shape_of(space)[:2]}
         self._side = next(iter(sides)) if len(sides) == 1 and sides <= set(_AS_THEY_ARE) else SIZE
-        self._images, self._vectors = images, vectors
+        self._images, self.vectors = images, vectors
         self._white = {key: white_of(space) for key, space in images.items()}
         self.observation_space = spaces.Dict(
             {
@@ -261,7 +272,7 @@ class Seen(gymnasium.ObservationWrapper):
 
         Where it is seen beside vectors, it is "image" in a mapping with them, a single one of which is "state".
         """
-        return self.observation({"image": observation} if self._drawn and not self._vectors else observation)
+        return self.observation({"image": observation} if self._drawn and not self.vectors else observation)
 
     def observation(self, observation: Any) -> dict[str, np.ndarray]:
         if self._whole:
@@ -269,14 +280,14 @@ class Seen(gymnasium.ObservationWrapper):
         else:
             parts = {called(key): value for key, value in observation.items()}
         return {
-            key: self._vector(key, parts[key]) if key in self._vectors else self._image(key, parts[key])
+            key: self._vector(key, parts[key]) if key in self.vectors else self._image(key, parts[key])
             for key in self.observation_space
         }
 
     def _vector(self, key: str, value: Any) -> np.ndarray:
-        if (what := outside(self._vectors[key], value, key)) is not None:
+        if (what := outside(self.vectors[key], value, key)) is not None:
             raise EnvError(what, where=self._name)
-        vector = spaces.flatten(self._vectors[key], value).astype(np.float32)
+        vector = spaces.flatten(self.vectors[key], value).astype(np.float32)
         right = self.observation_space[key].shape
         if vector.shape != right:
             raise EnvError(
