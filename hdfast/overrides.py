@@ -65,5 +65,19 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
         also = {float: int, Path: str}.get(kind, kind)  # in JSON, and 64 where a float belongs is 64.0
         right = isinstance(value, kind | also) and (kind is bool or not isinstance(value, bool))
     if not right:
-        raise TypeError(f"{name} cannot be {value!r:.50}")
+        raise TypeError(f"{name} cannot be {value!r:.50}{_right(value, kind)}")
     return kind(value) if kind in (float, Path) else value
+
+
+def _right(value: Any, kind: Any) -> str:
+    """What would be right in place of `value`, as the end of a message."""
+    if get_origin(kind) is Literal:
+        return suggest(str(value), get_args(kind))
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a string",
+        Path: "a string",
+    }
+    return f"; right is {names.get(kind, 'a string or null' if get_args(kind) else 'an object of fields')}"

@@ -228,12 +228,16 @@ def test_a_checkpoint_of_another_model_is_one_line(run, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("changed", "code", "text"),
     [
-        ({"rssm": 3}, 1, "the file is damaged (config.rssm cannot be 3); restore it"),
-        ({"rssm": {"deter": "512"}}, 1, "the file is damaged (config.rssm.deter cannot be '512')"),
-        ({"rssm": {"unimix": [0.1]}}, 1, "the file is damaged (config.rssm.unimix cannot be [0.1])"),
-        ({"suite": 5}, 1, "the file is damaged (config.suite cannot be 5)"),
-        ({"seed": True}, 1, "the file is damaged (config.seed cannot be True)"),
-        ({"size": "smal"}, 1, "the file is damaged (config.size cannot be 'smal')"),
+        (
+            {"rssm": 3},
+            1,
+            "the file is damaged (config.rssm cannot be 3; right is an object of fields); restore it",
+        ),
+        ({"rssm": {"deter": "512"}}, 1, "the file is damaged (config.rssm.deter cannot be '512'; "),
+        ({"rssm": {"unimix": [0.1]}}, 1, "the file is damaged (config.rssm.unimix cannot be [0.1]; "),
+        ({"suite": 5}, 1, "the file is damaged (config.suite cannot be 5; "),
+        ({"seed": True}, 1, "the file is damaged (config.seed cannot be True; "),
+        ({"size": "smal"}, 1, "the file is damaged (config.size cannot be 'smal'; "),
         ({"task": None}, 1, "the file is damaged (config.task is missing)"),
         ({"task": "Pong"}, 2, "no task 'Pong' in suite demo; suite atari100k has it; did another version"),
         ({"rssm": {"deter": -1}}, 2, "--rssm.deter -1 is out of range: right is 1 to 65,536; did another"),
