@@ -122,7 +122,7 @@ def test_what_the_agent_cannot_take_is_refused_with_what_is_right(name, obs, mes
         ("tests.gym_envs:Coumt-v0", r"no environment 'Coumt-v0' .*did you mean 'Count-v0'"),
         (
             "tests.no_such:Count-v0",
-            r"no module 'tests.no_such' to import for tests.no_such:Count-v0; install it",
+            r"no module 'tests.no_such' to import for .*; install it, .* the folder that holds tests.py or tests/$",
         ),
         (
             "tests.gym_envs.py:Count-v0",

@@ -58,7 +58,8 @@ def find(env_id: str) -> EnvSpec:
             except ModuleNotFoundError as error:
                 if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                     raise
-                hint = f"install it, or start from the folder that holds {module.partition('.')[0]}.py"
+                package = module.partition(".")[0]
+                hint = f"install it, or start from the folder that holds {package}.py or {package}/"
                 if error.name == module and module.endswith(".py"):  # what stands before it is there
                     hint = f"leave out .py: {module.removesuffix('.py')}:{name}"
                 raise UnknownName(f"no module {error.name!r} to import for {env_id}", hint=hint) from error
