@@ -293,12 +293,14 @@ class Session:
         checkpoint.save(path, batch, {"agent_steps": self.agent_steps}, number=self.learner.updates, keep=1)
         late = self.learner.device.type != "cpu"  # a log line looks, and replay may have gone round meanwhile
         replaced = late and self.replay.rows_added > self.replay.ring
+        exact = self.learner.dtype == torch.float32
+        other = "begin another run with lower learning rates" if exact else "with --precision float32"
         raise NonFiniteError(
             f"{skipped} updates had a loss or gradient that is not finite, the last {'by' if late else 'at'} "
             f"update {self.learner.updates}; its batch is in {path}"
             + (", but for rows that newer ones have replaced" if replaced else ""),
             where=self.rundir.path,
-            hint="go on with --precision float32, or with a higher --train.nonfinite-limit",
+            hint=f"go on with a higher --train.nonfinite-limit, or {other}",
         )
 
     def _score(self, episode: evaluation.Episode) -> None:
