@@ -56,9 +56,8 @@ class Trained:
             is_first: whether it is the first of an episode; the first call is taken as one.
 
         Raises:
-            ValueError: the agent was loaded for several environments or for its own to be drawn, or a part of the
-            observation is missing or of another shape.
-            TypeError, EnvError: the observation is none of the environment's.
+            ValueError: the agent was loaded for several environments or for its own to be drawn.
+            EnvError, of other suites than gym ValueError or TypeError: the observation is none of the environment's.
         """
         if self.env.num_envs != 1:
             raise ValueError(f"act() is for one environment, this was loaded for {self.env.num_envs}")

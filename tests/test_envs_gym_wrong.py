@@ -9,7 +9,7 @@ from gymnasium import spaces
 from hdfast import envs
 from hdfast.envs import gym_spaces
 from hdfast.runtime.errors import RunError
-from tests import loop_cases
+from tests import gym_envs, loop_cases
 from tests.loop_cases import flags
 
 
@@ -79,6 +79,19 @@ def test_what_counts_beyond_its_space_is_told(space, rights, wrongs):
         assert spaces.flatten(space, right).size == spaces.flatdim(space)
     for wrong, text in wrongs:
         assert f" {text}, right is " in (gym_spaces.outside(space, wrong, "it") or "")
+
+
+def test_an_observation_without_its_names_or_one_of_them_is_told():
+    with make("Goals", obs="both") as env:
+        observation = gym_envs.GOALS.sample()
+        assert env.seen(observation).keys() == observation.keys()
+        with pytest.raises(RunError, match="is of type ndarray, right are arm, depth, goal, image by name"):
+            env.seen(observation["image"])
+        del observation["goal"]
+        with pytest.raises(
+            RunError, match=r"^Goals-v0: the observation has no 'goal', but arm, depth, image$"
+        ):
+            env.seen(observation)
 
 
 def test_an_environment_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -277,8 +277,16 @@ class Seen(gymnasium.ObservationWrapper):
     def observation(self, observation: Any) -> dict[str, np.ndarray]:
         if self._whole:
             parts = {key_of(self.env.observation_space): observation}
-        else:
+        elif isinstance(observation, Mapping):
             parts = {called(key): value for key, value in observation.items()}
+        else:
+            right = f"right are {', '.join(self.observation_space)} by name"
+            raise EnvError(
+                f"the observation is of type {type(observation).__name__}, {right}", where=self._name
+            )
+        if missing := [key for key in self.observation_space if key not in parts]:
+            given = ", ".join(map(str, parts))
+            raise EnvError(f"the observation has no {missing[0]!r}, but {given}", where=self._name)
         return {
             key: self._vector(key, parts[key]) if key in self.vectors else self._image(key, parts[key])
             for key in self.observation_space
