@@ -3,6 +3,7 @@
 `tests.gym_envs:Count-v0` and so on are tasks of the suite gym.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -145,6 +146,8 @@ class Wrong(Count):
         self.how = how
         if how == "init":
             raise ValueError("no such map")
+        if how == "apart" and multiprocessing.parent_process():
+            raise OSError("the port is in use")
         if how == "needs":
             import no_such_package_at_all  # noqa: F401
 
@@ -277,7 +280,21 @@ NAMES = {  # of a vector beside an image called "image": what an environment is 
     **{f"Lost{name.title()}": name for name in ("dyn", "rep", "cont")},
 }
 
-WRONG = ("init", "needs", "nan", "long", "count", "float", "short", "reward", "none", "odd", "exit", "close")
+WRONG = (
+    "init",
+    "apart",
+    "needs",
+    "nan",
+    "long",
+    "count",
+    "float",
+    "short",
+    "reward",
+    "none",
+    "odd",
+    "exit",
+    "close",
+)
 
 for name, kind, settings in (
     ("Count", Count, {}),

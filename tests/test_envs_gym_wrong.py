@@ -94,11 +94,16 @@ def test_an_observation_without_its_names_or_one_of_them_is_told():
             env.seen(observation)
 
 
-def test_an_environment_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
-    with pytest.raises(RunError) as error:
-        make("WrongInit")
-    assert str(error.value) == "WrongInit-v0: it raised ValueError: no such map"
-    assert "in __init__: raise ValueError" in error.value.details[-1]
+def test_an_environment_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capfd):
+    for name, num_envs, text in (
+        ("WrongInit", 1, "ValueError: no such map"),
+        ("WrongApart", 2, "OSError: the port is in use"),  # where each has a process
+    ):
+        with pytest.raises(RunError) as error:
+            make(name, num_envs)
+        assert str(error.value) == f"{name}-v0: it raised {text}"
+        assert f"in __init__: raise {text.partition(':')[0]}" in error.value.details[-1]
+    assert capfd.readouterr().err == ""
     needed = "^WrongNeeds-v0 needs no_such_package_at_all; pip install no_such_package_at_all$"
     with pytest.raises(envs.MissingLibraryError, match=needed):
         make("WrongNeeds")

@@ -145,14 +145,21 @@ class Maker:
     quiet: bool = False
 
     def __call__(self) -> gymnasium.Env:
-        if os.getpid() != self.owner:
-            for signum in SIGNALS:
-                signal.signal(signum, signal.SIG_IGN)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # for what an environment starts
-            _end_with_parent()
-            tell_warnings()
-            if self.quiet:
-                warnings.simplefilter("ignore")
+        if os.getpid() == self.owner:
+            return self._seen()
+        for signum in SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # for what an environment starts
+        _end_with_parent()
+        tell_warnings()
+        if self.quiet:
+            warnings.simplefilter("ignore")
+        try:
+            return self._seen()
+        except HdfastError as error:  # which gymnasium would print, and not send
+            return Unmade(error)
+
+    def _seen(self) -> gymnasium.Env:
         with told(self.spec.id):
             _refuse_many(self.spec)
             env = self._make()
@@ -203,6 +210,25 @@ class Maker:
             first = error.__context__ or error  # gymnasium adds to it what it was called with
             raise _raised(first, self.spec.id, hint, kind=ConfigError) from error
         return TimeLimit(env, self.time_limit) if self.time_limit else env
+
+
+class Unmade(gymnasium.Env):
+    """Stands for an environment that cannot be made in a process of its own: to compare its spaces raises `error`."""
+
+    def __init__(self, error: HdfastError) -> None:
+        self.observation_space = self.action_space = _Raising(error)
+
+
+class _Raising(spaces.Dict):
+    """As a kind of Dict it is asked before any other Dict whether they are equal."""
+
+    def __init__(self, error: HdfastError) -> None:
+        self._error = error
+
+    def __eq__(self, other: object) -> bool:
+        raise self._error
+
+    __hash__ = None
 
 
 class Seen(gymnasium.ObservationWrapper):
