@@ -241,7 +241,9 @@ def test_losses_that_stay_nan_stop_the_run_with_the_batch_saved(tmp_path, monkey
 def test_what_is_left_of_a_batch_that_is_not_finite(device, rows_added, told, tmp_path):
     """On CUDA a log line asks for it, when rows may have come in the place of its own."""
     replay = SimpleNamespace(gather=lambda *window: {"reward": torch.ones(3)}, rows_added=rows_added, ring=10)
-    learner = SimpleNamespace(skipped=4, bad_starts=None, updates=7, device=torch.device(device))
+    learner = SimpleNamespace(
+        skipped=4, bad_starts=None, updates=7, device=torch.device(device), dtype=torch.float32
+    )
     session = SimpleNamespace(
         config=tiny(tmp_path, train={"nonfinite_limit": 3}), rundir=SimpleNamespace(path=tmp_path),
         learner=learner, replay=replay, skipped_before=0, agent_steps=9,
