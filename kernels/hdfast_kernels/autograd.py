@@ -33,13 +33,15 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Makes it an error to differentiate through `backward`, the backward pass of a torch.autograd.Function.
 
     PyTorch's decorator of this name does so only where the incoming gradient has one itself. That of a sum has none,
-    so that a gradient penalty on what an op gives would be left out without a word.
+    so that a gradient penalty on what an op gives would be left out without a word. `backward` gets gradients as they
+    lie in memory: that of an imaginary part may come as one that is negated when it is read.
     """
 
     refusing = function.once_differentiable(backward)
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
+        grads = tuple(grad if grad is None else grad.resolve_neg() for grad in grads)
         if not torch.is_grad_enabled():
             return plainly(backward)(ctx, *grads)
         if any(ctx.needs_input_grad):

@@ -22,7 +22,7 @@ from . import dispatch
 from ._triton import tl, triton
 from .autograd import once_differentiable
 from .harmony_loss_native import harmony_loss_native
-from .numerics import check_device, check_shape, compute_dtype
+from .numerics import as_contiguous, check_device, check_shape, compute_dtype
 
 # Forward is one program, so that one launch gives the whole sum: 1,024 rows are one block of 4 numbers a
 # thread, all losses' loads in flight together. Tens of thousands of rows would want a program for each loss
@@ -128,11 +128,11 @@ class _HarmonyLoss(torch.autograd.Function):
         regularizer: tuple[float, ...],
         *losses: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        log_sigma, rows = log_sigma.contiguous(), losses[0].numel()
+        (log_sigma, *losses), rows = as_contiguous((log_sigma, *losses)), losses[0].numel()
         total, means = log_sigma.new_empty(()), log_sigma.new_empty(len(losses))
         block = min(BLOCK, triton.next_power_of_2(rows))
         harmony_loss_forward[(1,)](
-            tuple(loss.contiguous() for loss in losses), log_sigma, total, means, rows,
+            tuple(losses), log_sigma, total, means, rows,
             group, weight, regularizer, len(losses), len(regularizer), triton.cdiv(rows, block), block,
             num_warps=WARPS,
         )  # fmt: skip

@@ -28,6 +28,7 @@ from torch import Tensor
 from . import dispatch
 from ._triton import tl, triton
 from .autograd import once_differentiable
+from .numerics import as_contiguous
 from .tiles import sum_of_partials
 
 CHANNELS = 4  # of an image, at most: the 4 pixels of a block then have 16
@@ -179,7 +180,7 @@ def image_weight_backward(
 
 def blocks_of(image: Tensor, summed: bool = False) -> tuple[Tensor, Tensor | None]:
     """(N, H, W, C) -> (N, H // 2 + 1, W // 2 + 1, 16), and (C,) float32 sums over all pixels if they are wanted."""
-    image = image.contiguous()
+    (image,) = as_contiguous((image,))
     images, height, width, channels = image.shape
     down, across = height // 2 + 1, width // 2 + 1
     if not _in_triton(image):
@@ -206,7 +207,7 @@ def image_of(blocks: Tensor, height: int, width: int, channels: int, bias: Tenso
         image = padded[:, 1 : 1 + height, 1 : 1 + width, :channels].contiguous()
         return image if bias is None else (image.float() + bias.float()).to(blocks.dtype)
     image = blocks.new_empty((images, height, width, channels))
-    bias = bias if bias is None else bias.float().contiguous()
+    bias = bias if bias is None else as_contiguous((bias.float(),))[0]
     tiles = triton.cdiv(height, ROWS), triton.cdiv(width * channels, COLUMNS)
     if images:
         image_blocks_backward[(images, *tiles)](
@@ -257,7 +258,7 @@ def _doubled(x: Tensor, weight: Tensor, size: tuple[int, int, int], bias: Tensor
     if not _multiplies(x):
         return image_of(_convolved(x, kernel.view(16, 2, 2, inputs), 1), *size, bias)
     image = x.new_empty((images, *size))
-    bias = bias if bias is None else bias.float().contiguous()
+    bias = bias if bias is None else as_contiguous((bias.float(),))[0]
     lines, tile = images * (width + 1), _channels_of_tile(inputs, MOST_INPUTS)
     parts = triton.cdiv(height + 1, DOWN)
     if lines:
@@ -339,7 +340,7 @@ class _HalveImage(torch.autograd.Function):
 class _DoubleToImage(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        x, (_, height, width, _) = x.contiguous(), x.shape
+        (x,), (_, height, width, _) = as_contiguous((x,)), x.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.bias_dtype = bias.dtype
         return _doubled(x, weight, (2 * height, 2 * width, len(bias)), bias)

@@ -16,7 +16,7 @@ from . import dispatch
 from ._triton import tl, triton
 from .autograd import once_differentiable
 from .lambda_return_native import lambda_return_native
-from .numerics import check_device, check_shape, compute_dtype
+from .numerics import as_contiguous, check_device, check_shape, compute_dtype
 
 DISCOUNT = 1 - 1 / 333
 
@@ -107,7 +107,7 @@ class _LambdaReturn(torch.autograd.Function):
     def forward(
         ctx, reward: Tensor, cont: Tensor, value: Tensor, discount: float, lam: float
     ) -> tuple[Tensor, Tensor]:
-        reward, cont, value = reward.contiguous(), cont.contiguous(), value.contiguous()
+        reward, cont, value = as_contiguous((reward, cont, value))
         returns, weight = torch.empty_like(reward, dtype=value.dtype), torch.empty_like(value)
         H, N = reward.shape
         lambda_return_forward[(max(1, triton.cdiv(N, BLOCK)),)](

@@ -19,7 +19,7 @@ from . import dispatch
 from ._triton import tl, triton
 from .autograd import once_differentiable
 from .layer_norm_gru_native import layer_norm_gru_native
-from .numerics import check_axes, check_device, check_eps, check_shape, compute_dtype
+from .numerics import as_contiguous, check_axes, check_device, check_eps, check_shape, compute_dtype
 from .tiles import PARTIALS, as_rows, row_tile, sum_of_partials, tanh, tanh_and_slope
 
 # Numbers of one gate in a tile and for each thread. Backward holds 6 accumulators and some 15 operands: 8 a
@@ -264,7 +264,7 @@ class _LayerNormGRU(torch.autograd.Function):
     def forward(ctx, gates: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         D = deter.shape[-1]
         gates, state = as_rows(gates, 3 * D), as_rows(deter, D)
-        weight, bias = weight.contiguous(), bias.contiguous()
+        weight, bias = as_contiguous((weight, bias))
         out, tile = torch.empty_like(state), row_tile(D, TILE, THREAD)
         layer_norm_gru_forward[(tile.programs(len(state)),)](
             gates, state, weight, bias, out, len(state), eps, D, tile.rows, tile.block, num_warps=tile.warps

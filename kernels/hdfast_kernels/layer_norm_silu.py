@@ -16,7 +16,7 @@ from . import dispatch
 from ._triton import tl, triton
 from .autograd import once_differentiable
 from .layer_norm_silu_native import layer_norm_silu_native
-from .numerics import check_axes, check_device, check_eps, check_shape, compute_dtype
+from .numerics import as_contiguous, check_axes, check_device, check_eps, check_shape, compute_dtype
 from .tiles import as_rows, normalise, row_tile, sigmoid, sum_of_partials
 
 # Backward: numbers in a tile and for each thread, a 16-byte load of bfloat16 for each operand, and as much of the next
@@ -101,7 +101,7 @@ class _LayerNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         channels = x.shape[-1]
-        flat, weight, bias = as_rows(x, channels), weight.contiguous(), bias.contiguous()
+        flat, (weight, bias) = as_rows(x, channels), as_contiguous((weight, bias))
         y, tile = torch.empty_like(flat), row_tile(channels)
         layer_norm_silu_forward[(tile.programs(len(flat)),)](
             flat, weight, bias, y, len(flat), eps, channels, tile.rows, tile.block, num_warps=tile.warps

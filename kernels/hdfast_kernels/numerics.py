@@ -44,10 +44,10 @@ def check_eps(op: str, eps: float) -> None:
 
 
 def as_contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The same tensors, copies in place of those that are not contiguous."""
-    if all(tensor.is_contiguous() for tensor in tensors):
+    """The same tensors as kernels read them: copies of those that are not contiguous, or negated when they are read."""
+    if all(tensor.is_contiguous() and not tensor.is_neg() for tensor in tensors):
         return tensors
-    return [tensor.contiguous() for tensor in tensors]
+    return [tensor.resolve_neg().contiguous() for tensor in tensors]
 
 
 def copy_back(tensors: Sequence[Tensor], laid: Sequence[Tensor]) -> None:

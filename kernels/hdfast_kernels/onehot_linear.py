@@ -17,7 +17,7 @@ from torch import Tensor
 from . import dispatch
 from ._triton import tl, triton
 from .autograd import once_differentiable, plainly
-from .numerics import check_axes, check_device, check_shape, compute_dtype
+from .numerics import as_contiguous, check_axes, check_device, check_shape, compute_dtype
 from .onehot_linear_native import onehot_linear_native
 from .tiles import as_rows, row_tile
 
@@ -162,7 +162,7 @@ class _OnehotLinear(torch.autograd.Function):
         ctx, index: Tensor, weight: Tensor, straight_through: Tensor | None, onto: Tensor | None
     ) -> Tensor:
         S, (SK, U) = index.shape[-1], weight.shape
-        flat, weight = as_rows(index, S), weight.contiguous()
+        flat, (weight,) = as_rows(index, S), as_contiguous((weight,))
         y = weight.new_empty((len(flat), U))
         tile = row_tile(min(U, FORWARD_COLUMNS), FORWARD_TILE, FORWARD_THREAD)
         onehot_linear_forward[(tile.programs(len(flat)), triton.cdiv(U, tile.block))](

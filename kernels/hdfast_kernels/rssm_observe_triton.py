@@ -16,6 +16,7 @@ from ._triton import triton
 from .autograd import once_differentiable
 from .layer_norm_gru import _LayerNormGRU
 from .layer_norm_silu import _LayerNormSiLU
+from .numerics import as_contiguous
 from .rssm_observe_kernels import observe_backward, observe_forward
 
 
@@ -119,8 +120,8 @@ class _Observe(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, persistent: bool, *arguments):
         *tensors, unimix, eps = arguments
-        embed, action, is_first, uniform, initial_deter, initial_index, in_stoch, *weights = map(
-            _contiguous, tensors
+        embed, action, is_first, uniform, initial_deter, initial_index, in_stoch, *weights = as_contiguous(
+            tensors
         )
         T, B, S = uniform.shape
         D, U, K, low = len(initial_deter), embed.shape[-1], len(in_stoch) // S, in_stoch.dtype
@@ -204,10 +205,6 @@ class _Observe(torch.autograd.Function):
         )
         typed = [g if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)]
         return None, *typed, None, None
-
-
-def _contiguous(tensor: Tensor) -> Tensor:
-    return tensor.contiguous()
 
 
 def _chunks(grid: Layout, **lengths: int) -> dict[str, int]:

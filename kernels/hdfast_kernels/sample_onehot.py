@@ -20,7 +20,7 @@ from torch import Tensor
 from . import dispatch
 from ._triton import tl, triton
 from .autograd import once_differentiable
-from .numerics import check_axes, check_device, check_shape, compute_dtype
+from .numerics import as_contiguous, check_axes, check_device, check_shape, compute_dtype
 from .sample_onehot_native import sample_index_native, sample_onehot_native
 from .tiles import as_rows, reciprocal, row_tile, softmax_rows
 
@@ -126,11 +126,11 @@ class _SampleOnehot(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, uniform: Tensor, unimix: float) -> tuple[Tensor, Tensor, Tensor]:
         K = logits.shape[-1]
-        flat, tile = as_rows(logits, K), row_tile(K)
+        flat, tile, (uniform,) = as_rows(logits, K), row_tile(K), as_contiguous((uniform,))
         stoch, logp = torch.empty_like(flat), torch.empty_like(flat, dtype=torch.float32)
         index = torch.empty(len(flat), dtype=torch.int64, device=logits.device)
         sample_onehot_forward[(tile.programs(len(flat)),)](
-            flat, uniform.contiguous(), stoch, index, logp, len(flat), False, unimix, K, tile.rows, tile.block,
+            flat, uniform, stoch, index, logp, len(flat), False, unimix, K, tile.rows, tile.block,
             num_warps=tile.warps,
         )  # fmt: skip
         ctx.save_for_backward(flat)
@@ -182,10 +182,10 @@ def sample_onehot(
 
 def _sample_index_triton(logits: Tensor, uniform: Tensor, unimix: float) -> Tensor:
     K = logits.shape[-1]
-    flat, tile = as_rows(logits.detach(), K), row_tile(K)
+    flat, tile, (uniform,) = as_rows(logits.detach(), K), row_tile(K), as_contiguous((uniform,))
     index = torch.empty(len(flat), dtype=torch.int64, device=logits.device)
     sample_onehot_forward[(tile.programs(len(flat)),)](
-        flat, uniform.contiguous(), flat, index, flat, len(flat), True, unimix, K, tile.rows, tile.block,
+        flat, uniform, flat, index, flat, len(flat), True, unimix, K, tile.rows, tile.block,
         num_warps=tile.warps,
     )  # fmt: skip
     return index.view(logits.shape[:-1])

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import dispatch
 from ._triton import tl, triton
 from .autograd import once_differentiable
-from .numerics import check_axes, check_device, check_shape, compute_dtype
+from .numerics import as_contiguous, check_axes, check_device, check_shape, compute_dtype
 from .tiles import readable_columns, reciprocal, row_tile, rows_apart, softmax_rows
 from .two_hot_native import two_hot_loss_native, two_hot_mean_native
 
@@ -234,7 +234,7 @@ class _TwoHotLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, target: Tensor, low: float, high: float) -> Tensor:
         K = logits.shape[-1]
-        flat, target, tile = rows_apart(logits, K), target.contiguous(), row_tile(K, TILE, THREAD)
+        flat, (target,), tile = rows_apart(logits, K), as_contiguous((target,)), row_tile(K, TILE, THREAD)
         loss = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
         two_hot_loss_forward[(tile.programs(len(flat)),)](
             flat, target, loss, len(flat), flat.stride(0), low, high, K, readable_columns(flat, tile.block),

@@ -164,6 +164,48 @@ def test_differentiating_twice_is_refused(op, backend, monkeypatch):
         (total + penalty).backward()
 
 
+def negated(value, grad: bool = False):
+    """The same numbers in memory with the other sign, as those of `z.conj().imag` lie there."""
+    if isinstance(value, list):
+        return [negated(one, grad) for one in value]
+    if not isinstance(value, torch.Tensor) or value.dtype != F32:
+        return value
+    return torch._neg_view(-value.detach()).requires_grad_(grad)
+
+
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [
+        (op, backend)
+        for op in OPS
+        for backend in ("triton", "fused", "native")
+        if backend in hk.backends_available(op, torch.empty(0, dtype=F32, device="cpu"))
+        and op not in ("adam_step", "gather_windows", "image_input")
+        and (op, backend) != ("rssm_observe", "triton")  # takes the interpreter seconds
+    ],
+)
+def test_numbers_that_are_negated_when_they_are_read(op, backend, monkeypatch):
+    """Of gradients nobody can see that they are. Arguments native refuses, see below."""
+    monkeypatch.setitem(OPS, "linear", ODD_LINEAR)
+    found = []
+    for change in (lambda value, grad=False: value, negated):
+        arguments, floats = with_numbers(op)
+        if backend != "native":
+            arguments = {name: change(value, floats[0].requires_grad) for name, value in arguments.items()}
+            each = [value if isinstance(value, list) else [value] for value in arguments.values()]
+            floats = [one for some in each for one in some if getattr(one, "dtype", None) == F32]
+        out = getattr(hk, op)(**arguments, backend=backend)
+        out = out if isinstance(out, tuple) else (out,)
+        found.append([one.detach() for one in out])
+        if ends := [one for one in out if one.requires_grad]:
+            slopes = [
+                change(torch.ones_like(end) + torch.arange(end.numel()).view(end.shape)) for end in ends
+            ]
+            found[-1] += torch.autograd.grad(ends, floats, slopes, allow_unused=True)
+    for right, got in zip(*found, strict=True):
+        assert (got is None) if right is None else torch.equal(got, right)
+
+
 WITHOUT_A_FRACTION = {
     "adam_step": ("params", "grads", "exp_avg", "exp_avg_sq"), "harmony_loss": ("losses",), "image_deconv": ("x",),
     "image_loss": ("pred",), "kl_balance": ("post_logp",), "lambda_return": ("value",), "layer_norm_gru": ("deter",),

@@ -20,6 +20,7 @@ OPS = (
     *("gather_windows", "harmony_loss", "image_input", "image_loss", "kl_balance", "lambda_return"),
     *("layer_norm_gru", "layer_norm_silu", "native_adam", "onehot_linear", "sample_onehot", "two_hot"),
     *("image_blocks", "image_deconv", "strided_conv"),  # fused, with kernels in Triton
+    "mistakes",
 )
 interpreted = pytest.mark.skipif(
     not dispatch.triton_interpreted(),
