@@ -40,9 +40,9 @@ void two_hot_loss_backward(const float* grad, const void* logits, const float* p
 
 // symexp of the mean bin under softmax(logits); centre (rows,) is that mean, top and scale as above.
 void two_hot_mean_forward(const void* logits, float* mean, float* centre, float* top, float* scale, int64_t rows,
-                          int64_t bins, float low, float high, bool is_bf16, int threads);
+                          int64_t bins, double low, double high, bool is_bf16, int threads);
 void two_hot_mean_backward(const float* grad, const void* logits, const float* centre, const float* top,
-                           const float* scale, void* grad_logits, int64_t rows, int64_t bins, float low, float high,
+                           const float* scale, void* grad_logits, int64_t rows, int64_t bins, double low, double high,
                            bool is_bf16, int threads);
 
 // out = image / 255 - 1 / 2, pixels of them.

@@ -169,6 +169,15 @@ def test_small_means_keep_their_digits(backend):
 
 
 @pytest.mark.parametrize("backend", backends("two_hot_mean"))
+def test_bins_between_ends_that_float32_rounds(backend):
+    """In the middle, what the ends lose by rounding is as many digits of a bin."""
+    logits = torch.zeros(1, 255, device=backend.device)
+    logits[0, 128] = 200.0
+    mean = two_hot_mean(logits, low=-20.3, high=19.9, backend=backend.name)
+    assert mean.item() == pytest.approx(-math.expm1(20.3 - 128 * 40.2 / 254), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", backends("two_hot_mean"))
 def test_uniform_logits_mean_zero_with_a_gradient(backend):
     logits = torch.zeros(4, 255, device=backend.device, requires_grad=True)
     mean = two_hot_mean(logits, backend=backend.name)

@@ -84,9 +84,10 @@ void loss_backward(const float* grad, const T* logits, const float* position, co
   }
 }
 
-// The bins, from the centre outwards in double: symmetric ones are exactly symmetric.
-void fill_bins(float* values, int64_t bins, float low, float high) {
-  const double centre = (double(low) + high) / 2, distance = (double(high) - low) / (bins - 1);
+// The bins, from the centre outwards in double: symmetric ones are exactly symmetric, and of ends
+// that were rounded first, little would be left in the middle.
+void fill_bins(float* values, int64_t bins, double low, double high) {
+  const double centre = (low + high) / 2, distance = (high - low) / (bins - 1);
   for (int64_t i = 0; i < bins; i++) values[i] = centre + (i - (bins - 1) / 2.) * distance;
 }
 
@@ -125,7 +126,7 @@ HDFAST_INLINE Sums sums_of_row(const T* row, const float* values, int64_t bins, 
 
 template <class T>
 void mean_forward(const T* logits, float* mean, float* centre, float* top, float* scale, int64_t rows, int64_t bins,
-                  float low, float high, int threads) {
+                  double low, double high, int threads) {
   Scratch<float> scratch(bins);
   float* const values = scratch;
   fill_bins(values, bins, low, high);
@@ -144,7 +145,7 @@ void mean_forward(const T* logits, float* mean, float* centre, float* top, float
 
 template <class T>
 void mean_backward(const float* grad, const T* logits, const float* centre, const float* top, const float* scale,
-                   T* grad_logits, int64_t rows, int64_t bins, float low, float high, int threads) {
+                   T* grad_logits, int64_t rows, int64_t bins, double low, double high, int threads) {
   Scratch<float> scratch(bins);
   float* const values = scratch;
   fill_bins(values, bins, low, high);
@@ -182,7 +183,7 @@ void two_hot_loss_backward(const float* grad, const void* logits, const float* p
 }
 
 void two_hot_mean_forward(const void* logits, float* mean, float* centre, float* top, float* scale, int64_t rows,
-                          int64_t bins, float low, float high, bool is_bf16, int threads) {
+                          int64_t bins, double low, double high, bool is_bf16, int threads) {
   threads = threads_for(rows * bins, threads);
   with_dtype(is_bf16, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
@@ -191,7 +192,7 @@ void two_hot_mean_forward(const void* logits, float* mean, float* centre, float*
 }
 
 void two_hot_mean_backward(const float* grad, const void* logits, const float* centre, const float* top,
-                           const float* scale, void* grad_logits, int64_t rows, int64_t bins, float low, float high,
+                           const float* scale, void* grad_logits, int64_t rows, int64_t bins, double low, double high,
                            bool is_bf16, int threads) {
   threads = threads_for(rows * bins, threads);
   with_dtype(is_bf16, [&](auto* tag) {
