@@ -100,7 +100,7 @@ def adam_step(
         norm: scalar float32, the global norm before the clip.
         applied: scalar bool, whether the norm is finite and `apply` is not False; if not, nothing was changed.
 
-    Raises ValueError on tensors that do not fit together, None among them, a `step` or `apply` that is no such
+    Raises ValueError on tensors that do not fit together, None among them, a `step`, `lr` or `apply` that is no such
     scalar, or betas out of range; `dispatch.BackendError` if the backend cannot run here.
     """
     params, grads, exp_avg, exp_avg_sq = list(params), list(grads), list(exp_avg), list(exp_avg_sq)
@@ -109,6 +109,8 @@ def adam_step(
     if apply is not None:
         _check_scalar("apply", apply, torch.bool)
     rate = lr if isinstance(lr, Tensor) else None
+    if rate is not None:
+        _check_scalar("lr", rate, rate.dtype)
     check_device("adam_step", params=params[0], step=step, apply=apply, lr=rate)
     beta1, beta2 = betas
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):

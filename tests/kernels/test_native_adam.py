@@ -246,6 +246,8 @@ def test_mistakes_are_answered():
     ):
         with pytest.raises(ValueError, match=f"apply is {got}, expected a bool scalar tensor"):
             state.take(gradients(0), apply=apply)
+    with pytest.raises(ValueError, match=r"lr is torch.float32 \(2,\), expected a float32 scalar tensor"):
+        state.take(gradients(0), lr=torch.tensor([1e-2, 1e-3]))
     for betas in ((0.9, 1.0), (-0.1, 0.999), (0.9, math.nan)):
         with pytest.raises(ValueError, match=r"betas are \(.*\), expected two numbers in \[0, 1\)"):
             state.take(gradients(0), betas=betas)
