@@ -115,8 +115,7 @@ def use(device: str, backends: Mapping[str, str] | None) -> dict[str, str]:
         raise BackendError(f"there are no backends for {device}, only for {' and '.join(_DEFAULTS)}")
     backends = _SHIPPED[device] if backends is None else backends
     for op, name in backends.items():
-        if op not in _ops:
-            raise BackendError(f"{op}: there is no such op; the ops are {', '.join(ops())}")
+        _check_op(op)
         if name not in _ops[op].implementations:
             raise BackendError(f"{op}: {_lacking(op, name)}")
     before, _DEFAULTS[device] = _DEFAULTS[device], dict(backends)
@@ -139,8 +138,7 @@ def resolve(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[...,
 
 def resolve_name(op: str, backend: str | None, tensor: torch.Tensor) -> str:
     """The name of the backend that `resolve` returns, with the same errors."""
-    if op not in _ops:
-        raise BackendError(f"{op}: there is no such op; the ops are {', '.join(ops())}")
+    _check_op(op)
     if not tensor.is_floating_point() and _ops[op].dtypes is not None:
         raise TypeError(f"{op}: expected a tensor of floating-point numbers, got {tensor.dtype}")
     forced = os.environ.get("HDFAST_BACKEND") or None
@@ -159,7 +157,11 @@ def resolve_name(op: str, backend: str | None, tensor: torch.Tensor) -> str:
 
 
 def backends_available(op: str, tensor: torch.Tensor) -> tuple[str, ...]:
-    """The backends of `op` that can run on a tensor like this one, on this machine, now."""
+    """The backends of `op` that can run on a tensor like this one, on this machine, now.
+
+    Raises BackendError if there is no such op.
+    """
+    _check_op(op)
     return tuple(name for name in BACKENDS if _obstacle(op, name, tensor) is None)
 
 
@@ -193,6 +195,11 @@ def _on(device: torch.device, implementation: Callable[..., Any], *args: Any, **
     """Calls it where Triton launches kernels: on the current device, which autograd sees to for the gradients."""
     with torch.cuda.device(device):
         return implementation(*args, **kwargs)
+
+
+def _check_op(op: str) -> None:
+    if op not in _ops:
+        raise BackendError(f"{op}: there is no such op; the ops are {', '.join(ops())}")
 
 
 def _default(op: str, tensor: torch.Tensor) -> str:

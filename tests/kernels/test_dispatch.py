@@ -166,6 +166,8 @@ def test_an_op_without_that_backend_or_without_a_name(toy):
         dispatch.resolve("plain", "native", CPU)
     with pytest.raises(BackendError, match="there is no such op; the ops are plain, toy"):
         dispatch.resolve("palin", None, CPU)
+    with pytest.raises(BackendError, match="there is no such op; the ops are plain, toy"):
+        backends_available("palin", CPU)
 
 
 def test_dtypes_none_takes_all(toy):
