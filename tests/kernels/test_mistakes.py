@@ -164,6 +164,50 @@ def test_differentiating_twice_is_refused(op, backend, monkeypatch):
         (total + penalty).backward()
 
 
+# Of these the op's other tensors may be of any float dtype; the named ones decide in which it computes.
+DECIDING = {
+    "adam_step": ("params", "exp_avg", "exp_avg_sq", "step"), "harmony_loss": (), "image_deconv": ("x",),
+    "kl_balance": ("post_logp",), "lambda_return": ("value",), "layer_norm_gru": ("gates", "deter"),
+    "layer_norm_silu": ("x",), "rssm_observe": ("in_stoch", "gru", "post_deter", "logit_weight"),
+    "sample_index": ("logits",), "sample_onehot": ("logits",), "strided_conv": ("x",), "two_hot_loss": ("logits",),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not dispatch.native_built(), reason="the C++ module is not built")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
+@pytest.mark.parametrize("op", DECIDING)
+def test_numbers_of_another_dtype_beside_those_that_decide(op, dtype):
+    """C++ reads float32 where they are to be that."""
+
+    def results(other):
+        arguments, _ = with_numbers(op)
+        for name, value in arguments.items():
+            decides = op == "harmony_loss" and name == "losses"
+            for place, one in enumerate(value if isinstance(value, list) else [value]):
+                if not isinstance(one, torch.Tensor) or one.dtype != F32 or name in DECIDING[op]:
+                    continue
+                changed = one.detach().bfloat16().to(F32 if decides and place == 0 else other)
+                changed.requires_grad_(one.requires_grad)
+                if isinstance(value, list):
+                    value[place] = changed
+                else:
+                    arguments[name] = changed
+        out = getattr(hk, op)(**arguments, backend="native")
+        out = out if isinstance(out, tuple) else (out,)
+        each = [value if isinstance(value, list) else [value] for value in arguments.values()]
+        floats = [one for some in each for one in some if isinstance(one, torch.Tensor) and one.requires_grad]
+        ends = [one for one in out if one.requires_grad]
+        slopes = torch.autograd.grad([one.sum() for one in ends], floats, allow_unused=True) if ends else ()
+        return [*out, *slopes, *arguments.get("params", ())]
+
+    for right, got in zip(results(F32), results(dtype), strict=True):
+        assert (
+            (got is None)
+            if right is None
+            else torch.allclose(got.float(), right.float(), rtol=0.01, atol=0.01)
+        )
+
+
 def negated(value, grad: bool = False):
     """The same numbers in memory with the other sign, as those of `z.conj().imag` lie there."""
     if isinstance(value, list):
