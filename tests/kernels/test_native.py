@@ -153,6 +153,32 @@ def test_long_sums(isa):
     assert mean.item() == pytest.approx(0.1, rel=1e-6)
 
 
+@pytest.mark.parametrize("isa", native.isas()[1:])  # the slowest has no such instructions
+def test_what_is_larger_than_the_caches_is_stored_past_them(isa):
+    """From 32 MiB on, in other instructions: the same rows over and over give the same numbers as once."""
+    cases = [
+        *(
+            ("layer_norm_silu", number(64, width, dtype=dtype), [torch.ones(width), torch.zeros(width)], [])
+            for width, dtype in ((32, torch.float32), (128, torch.bfloat16))
+        ),
+        (
+            "image_loss",
+            number(2, 64, 64, 3, dtype=torch.bfloat16),
+            [],
+            [torch.full((2, 64, 64, 3), 99).byte()],
+        ),
+    ]
+    for name, few, others, repeated in cases:
+        found, most = [], (32 << 20) // few.nbytes + 1
+        for times in (1, most):
+            given, *more = (torch.cat([one.detach()] * times) for one in (few, *repeated))
+            with native.force_isa(isa):
+                out = getattr(hk, name)(given.requires_grad_(), *others, *more, backend="native")
+                found.append((out, *torch.autograd.grad(out, given, torch.ones_like(out))))
+        for once, often in zip(*found, strict=True):
+            assert torch.equal(often.view(most, *once.shape), once.expand(most, *once.shape)), name
+
+
 @pytest.mark.parametrize("isa", native.isas())
 def test_a_nan_stays_one(isa):
     x = torch.randn(3, 40)
