@@ -74,6 +74,14 @@ def test_unimix_bounds_the_log_probability(backend):
 
 
 @pytest.mark.parametrize("backend", backends("sample_onehot"))
+def test_a_class_without_probability_is_not_drawn_until_none_is_left(backend):
+    logits = torch.tensor([-1e4, 0.0, -1e4, 0.0, -1e4], device=backend.device).expand(5, 1, 5)
+    uniform = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], device=backend.device).unsqueeze(1)
+    _, index, _ = sample_onehot(logits, uniform, unimix=0.0, backend=backend.name)
+    assert index.flatten().tolist() == [1, 1, 3, 3, 4]
+
+
+@pytest.mark.parametrize("backend", backends("sample_onehot"))
 def test_a_uniform_number_above_a_rounded_cdf_draws_the_last_class(backend):
     logits = random(200, 2, 32).to(backend.device, torch.float32)
     uniform = torch.full((200, 2), 1 - 2**-24, device=backend.device)
