@@ -134,7 +134,7 @@ def test_many_rows_on_many_threads(isa, monkeypatch):
 
 @pytest.mark.parametrize("isa", native.isas())
 def test_long_sums(isa):
-    """Sums over a whole large image, over many bins and over many classes, which one float would not hold."""
+    """Sums over a whole large image, many bins, classes and rows, which one float would not hold."""
     image = torch.randint(256, (1, 512, 512, 3), generator=torch.Generator().manual_seed(0)).byte()
     apart = random(8, 64, 2048), random(8, 64, 2048, seed=1, scale=0.02)
     near = (logits.log_softmax(-1).float() for logits in (apart[0], apart[0] + apart[1]))
@@ -147,9 +147,12 @@ def test_long_sums(isa):
     with native.force_isa(isa):
         for name, arguments in cases:
             check_against_fp64(partial(getattr(hk, name), backend="native"), reference(name), arguments)
+        rows, bias = torch.ones(1 << 17, 2), torch.zeros(2, requires_grad=True)
+        hk.layer_norm_silu(rows, torch.ones(2), bias, backend="native").backward(torch.full_like(rows, 0.2))
         _, mean = hk.harmony_loss(
             [torch.full((1 << 21,), 0.1)], torch.empty(0), (-1,), (1.0,), (), backend="native"
         )
+    assert bias.grad.tolist() == pytest.approx([0.1 * (1 << 17)] * 2, rel=1e-6)
     assert mean.item() == pytest.approx(0.1, rel=1e-6)
 
 
