@@ -14,6 +14,7 @@
 #include <immintrin.h>
 #endif
 #if defined(__AVX512BF16__) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -149,7 +150,9 @@ inline void panel_product(const E* A, int64_t lda, int64_t rows, const Packed<E>
 // Whether this process may use the AMX tiles; asks the kernel for them once.
 inline bool amx_granted() {
   static const bool granted = [] {
-    if (!__builtin_cpu_supports("amx-bf16")) return false;
+    unsigned a, b, c, d = 0;
+    constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (amx_bf16 | amx_tile)) return false;
     constexpr int request_permission = 0x1023, tile_data = 18;
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
   }();
