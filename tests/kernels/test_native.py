@@ -286,8 +286,8 @@ def faults(times):
     for _ in range(times):
         torch.ones(40 << 20, dtype=torch.uint8)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults(12)  # until the allocator has a block that fits
-print(faults(5))
+faults(30)  # until the allocator has a block that fits
+print(faults(30))
 """
 
 
