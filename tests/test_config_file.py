@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -87,3 +88,15 @@ def test_arguments_of_an_environment_are_part_of_the_configuration_in_one_spelli
     assert parse(["--config", str(file), "--env.kwargs", "{}"]).env.kwargs == "{}"
     other = parse(["--config", str(file), "--suite", "dmc"])
     assert (other.env.kwargs, other.env.time_limit) == ("{}", 0)
+
+
+@pytest.mark.parametrize("suite", ["atari100k", "dmc"])
+def test_the_file_in_the_readme_goes_with_every_suite(suite):
+    found = parse(["--config", str(Path(__file__).parents[1] / "bench/one-core.json"), "--suite", suite])
+    assert (found.suite, found.rssm.deter, found.train.ratio, found.optimizer.model_lr) == (
+        suite,
+        256,
+        64,
+        3e-4,
+    )
+    assert found.train.prefill == parse(["--suite", suite]).train.prefill
