@@ -1,4 +1,4 @@
-"""What holds for every test: OpenMP threads that wait asleep, and no GPU tests without a GPU."""
+"""What holds for every test: OpenMP threads that wait asleep, float32 that is float32, no GPU tests without a GPU."""
 
 import os
 
@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+torch.backends.cudnn.allow_tf32 = False  # as in a run, see `hdfast.runtime.device.prepare_device`
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .adam_fused import adam_step_fused
 from .adam_native import adam_step_native
 from .adam_triton import adam_step_triton
 from .numerics import check_device, check_shape
@@ -94,7 +93,7 @@ def adam_step(
         weight_decay: added to the gradient times the parameter, after the clip.
         max_norm: the global norm that the gradient is scaled down to where it is larger.
         apply: scalar bool tensor; False leaves the step out too.
-        backend: "reference", "triton", "fused" or "native"; None lets `dispatch` choose.
+        backend: "reference", "triton" or "native"; None lets `dispatch` choose.
 
     Returns:
         norm: scalar float32, the global norm before the clip.
@@ -161,7 +160,6 @@ dispatch.register(
     "adam_step",
     reference=adam_step_reference,
     triton=adam_step_triton,
-    fused=adam_step_fused,
     native=adam_step_native,
     dtypes=(torch.float32,),
 )

@@ -1,8 +1,8 @@
 """Which implementation of an op runs.
 
 An op has some of these backends: `reference` (plain PyTorch, the definition), `triton` (CUDA), `persistent` (in Triton
-too, one launch for what else takes hundreds), `fused` (put otherwise, in kernels of PyTorch's own that are faster) and
-`native` (C++ on the CPU). A call may name one (`backend="native"`), the environment may force one on every op that has
+too, one launch for what else takes hundreds), `fused` (kernels of PyTorch's own, asked otherwise) and `native` (C++ on
+the CPU). A call may name one (`backend="native"`), the environment may force one on every op that has
 it (`HDFAST_BACKEND=reference`), and otherwise the table below decides. A backend that is asked for and cannot
 run is an error that says how to mend it; nothing falls back silently.
 """
@@ -24,9 +24,9 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16)
 
 # What runs by default where more than one backend can. An op that is not named runs its reference. On the CPU
 # the entry is the faster of native and reference, measured forward + backward by bench/test_ops.py. On CUDA each
-# has been found right on a real GPU, and an update of all together 4.7 times as fast as one of references, both as
-# graphs (bench/results/nvidia-h200). image_deconv and strided_conv are right, too, but have changed since they were
-# timed there. A first run on a GPU looks for the fastest by itself.
+# has been found right on a real GPU, and an update of all together 5.6 times as fast as one of references, both as
+# graphs (bench/results/nvidia-h200). gather_windows is right, too, but has not been timed there by itself. A first run
+# on a GPU looks for the fastest by itself.
 CPU_DEFAULT: dict[str, str] = {
     "adam_step": "native",
     "gather_windows": "native",
@@ -50,6 +50,7 @@ CPU_DEFAULT: dict[str, str] = {
 CUDA_DEFAULT: dict[str, str] = {
     "adam_step": "triton",
     "harmony_loss": "triton",
+    "image_deconv": "triton",
     "image_input": "triton",
     "image_loss": "triton",
     "kl_balance": "triton",
@@ -61,6 +62,7 @@ CUDA_DEFAULT: dict[str, str] = {
     "rssm_observe": "persistent",
     "sample_index": "triton",
     "sample_onehot": "triton",
+    "strided_conv": "triton",
     "two_hot_loss": "triton",
     "two_hot_mean": "triton",
 }

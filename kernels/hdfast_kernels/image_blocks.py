@@ -1,4 +1,4 @@
-"""The convolutions of images, kernel 4, stride 2, padding 1, put as convolutions of kernel 2, stride 1 over blocks.
+"""The convolutions of images in Triton, in bfloat16: kernel 4, stride 2, padding 1, put as products over blocks.
 
 A library convolves 16 channels or more as fast as it multiplies matrices, and the 3 of an image many times slower. So
 the image, with a border of zeros, is cut into blocks of 2 x 2 pixels, whose numbers are the channels of a position:
@@ -14,27 +14,21 @@ and alike along the columns:
     doubled[2r - 1 + i] += x[r] * weight[i]                                  the definition
     blocks[p, a] = sum over t of x[p - t] * weight[2t + a]                   of doubled, as p = r + t
 
-The second is a convolution with padding 1 whose kernel is turned round. Each is the gradient of the other, so that the
-two, and one gradient of a kernel, are all that is asked of the library. On a GPU the blocks are cut and put together
-by a Triton kernel each, in one pass; elsewhere, and without Triton, by PyTorch. Where Triton runs it multiplies too,
-bfloat16, for which the library takes several times as long as memory does: it reads blocks as rows of a matrix, and
-puts what is doubled together as an image before it is stored.
+Each is the gradient of the other, so that the two, and one gradient of a kernel, are all that is multiplied: blocks
+are read as rows of a matrix, and what is doubled is put together as an image before it is stored. Of float32 a
+library is faster (bench/results/nvidia-h200), so that it stays with the reference.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch
 from ._triton import tl, triton
 from .autograd import once_differentiable
 from .numerics import as_contiguous
 from .tiles import sum_of_partials
 
 CHANNELS = 4  # of an image, at most: the 4 pixels of a block then have 16
-# Positions in a tile of the kernel that cuts, 16 numbers a thread; rows and numbers of a row in a tile of the other:
-# 64 pixels of 3 colours are three.
-POSITIONS, ROWS, COLUMNS, WARPS = 128, 32, 64, 4
+POSITIONS, WARPS = 128, 4  # in a tile of the kernel that cuts, 16 numbers a thread
 # Pixels of the smaller maps in a tile of a product: 128 have few neighbours in other tiles, whose blocks would be read
 # again, and leave registers for several programs a multiprocessor, whose loads hide each other's latency. Triton is not
 # to copy them ahead in a pipeline, as copies pass by the L1 cache, from which neighbours come. So many programs, 6 a
@@ -65,28 +59,6 @@ def image_blocks_forward(
     if SUMMED:
         program = image * tl.num_programs(1) + tl.program_id(1)
         tl.store(sums_ptr + program * 16 + number, tl.sum(pixels.to(tl.float32), axis=0))
-
-
-# The length of a row is kept from Triton, which else would give each thread 16 bytes in sequence to store: 32 lanes
-# would then read from 11 lines of the cache at a time, where those beside each other read from 3.
-@triton.jit(do_not_specialize=["length"])
-def image_blocks_backward(
-    blocks_ptr, bias_ptr, image_ptr, length, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
-    P: tl.constexpr, Q: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Puts (N, P, Q, 16) together to (N, H, W, C), rows of `length` = W * C numbers, and adds a bias (C,)."""
-    image = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    right, c = column // C + 1, column % C  # a border is above and to the left
-    below = (row + 1) // 2 * (Q * 16) + (row + 1) % 2 * 8
-    at = below + (right // 2 * 16 + right % 2 * 4 + c)
-    inside = (row < H) & (column < W * C)
-    pixels = tl.load(blocks_ptr + image * (P * Q * 16) + at, mask=inside, other=0.0)
-    if BIASED:
-        pixels = pixels.to(tl.float32) + tl.load(bias_ptr + c)
-    to = image_ptr + image * H * length + (row * length + column)
-    tl.store(to, pixels.to(image_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -178,16 +150,19 @@ def image_weight_backward(
     tl.store(partial_ptr + to, total, mask=output < OUTPUTS)
 
 
+def multiplies(image_or_map: Tensor, halved: bool) -> bool:
+    """Whether these kernels take it, (N, H, W, channels): bfloat16, and positions that 32 bits count."""
+    images, height, width, _ = image_or_map.shape
+    share = 2 if halved else 1
+    positions = images * (height // share + 1) * (width // share + 1)
+    return image_or_map.dtype == torch.bfloat16 and positions < 2**30
+
+
 def blocks_of(image: Tensor, summed: bool = False) -> tuple[Tensor, Tensor | None]:
     """(N, H, W, C) -> (N, H // 2 + 1, W // 2 + 1, 16), and (C,) float32 sums over all pixels if they are wanted."""
     (image,) = as_contiguous((image,))
     images, height, width, channels = image.shape
     down, across = height // 2 + 1, width // 2 + 1
-    if not _in_triton(image):
-        margins = (0, CHANNELS - channels, 1, 1 - width % 2, 1, 1 - height % 2)
-        pairs = F.pad(image, margins).view(images, down, 2, across, 2, CHANNELS)
-        blocks = pairs.transpose(2, 3).reshape(images, down, across, 16)
-        return blocks, image.sum((0, 1, 2), dtype=torch.float32) if summed else None
     blocks = image.new_empty((images, down, across, 16))
     tiles = triton.cdiv(down * across, POSITIONS)
     sums = image.new_empty((images * tiles, 4, CHANNELS), dtype=torch.float32) if summed else None
@@ -196,36 +171,6 @@ def blocks_of(image: Tensor, summed: bool = False) -> tuple[Tensor, Tensor | Non
             image, blocks, sums, height, width, channels, down, across, summed, POSITIONS, num_warps=WARPS
         )
     return blocks, sums.sum((0, 1))[:channels] if summed else None
-
-
-def image_of(blocks: Tensor, height: int, width: int, channels: int, bias: Tensor | None = None) -> Tensor:
-    """(N, P, Q, 16) -> (N, height, width, channels), the inverse of `blocks_of`, plus a bias (channels,) in float32."""
-    images, down, across, _ = blocks.shape
-    if not _in_triton(blocks):
-        pairs = blocks.view(images, down, across, 2, 2, CHANNELS).transpose(2, 3)
-        padded = pairs.reshape(images, 2 * down, 2 * across, CHANNELS)
-        image = padded[:, 1 : 1 + height, 1 : 1 + width, :channels].contiguous()
-        return image if bias is None else (image.float() + bias.float()).to(blocks.dtype)
-    image = blocks.new_empty((images, height, width, channels))
-    bias = bias if bias is None else as_contiguous((bias.float(),))[0]
-    tiles = triton.cdiv(height, ROWS), triton.cdiv(width * channels, COLUMNS)
-    if images:
-        image_blocks_backward[(images, *tiles)](
-            blocks, bias, image, width * channels, height, width, channels, down, across, bias is not None, ROWS,
-            COLUMNS, num_warps=WARPS,
-        )  # fmt: skip
-    return image
-
-
-def _in_triton(tensor: Tensor) -> bool:
-    """Whether Triton can run on that tensor here; it compiles for those without memory, which are the report's."""
-    runs = tensor.device.type in ("cuda", "meta") or dispatch.triton_interpreted()
-    return runs and dispatch.triton_installed()
-
-
-def _multiplies(blocks: Tensor) -> bool:
-    """Whether Triton multiplies there: bfloat16, which tensor cores take; its kernels count positions in 32 bits."""
-    return blocks.dtype == torch.bfloat16 and blocks.shape[:-1].numel() < 2**30 and _in_triton(blocks)
 
 
 def _channels_of_tile(channels: int, most: int) -> int:
@@ -238,8 +183,6 @@ def _halved(blocks: Tensor, weight: Tensor) -> Tensor:
     outputs, channels = weight.shape[:2]
     kernel = blocks.new_zeros((outputs, 2, 2, 2, 2, CHANNELS))  # o, t, u, a, b, c
     kernel[..., :channels].copy_(_taps(weight).permute(0, 2, 4, 3, 5, 1))
-    if not _multiplies(blocks):
-        return _convolved(blocks, kernel.view(outputs, 2, 2, 16), 0)
     images, down, across, _ = blocks.shape
     out = blocks.new_empty((images, down - 1, across - 1, outputs))
     pixels, tile = out.shape[:-1].numel(), _channels_of_tile(outputs, MOST_OUTPUTS)
@@ -255,8 +198,6 @@ def _doubled(x: Tensor, weight: Tensor, size: tuple[int, int, int], bias: Tensor
     (images, height, width, inputs), channels = x.shape, weight.shape[1]
     kernel = x.new_zeros((2, 2, CHANNELS, 2, 2, inputs))  # a, b, c, 1 - t, 1 - u, k
     kernel[:, :, :channels].copy_(_taps(weight).flip(2, 4).permute(3, 5, 1, 2, 4, 0))
-    if not _multiplies(x):
-        return image_of(_convolved(x, kernel.view(16, 2, 2, inputs), 1), *size, bias)
     image = x.new_empty((images, *size))
     bias = bias if bias is None else as_contiguous((bias.float(),))[0]
     lines, tile = images * (width + 1), _channels_of_tile(inputs, MOST_INPUTS)
@@ -274,28 +215,12 @@ def _taps(weight: Tensor) -> Tensor:
     return weight.reshape(*weight.shape[:2], 2, 2, 2, 2)
 
 
-def _convolved(x: Tensor, kernel: Tensor, padding: int) -> Tensor:
-    """(N, H, W, inputs), (outputs, 2, 2, inputs) -> (N, H - 1 + 2 padding, W - 1 + 2 padding, outputs)."""
-    maps = x.permute(0, 3, 1, 2), kernel.permute(0, 3, 1, 2)
-    out = torch.ops.aten.convolution(*maps, None, *_constants(padding))
-    return out.permute(0, 2, 3, 1).contiguous()
-
-
 def _weight_gradient(blocks: Tensor, small: Tensor, weight: Tensor) -> Tensor:
     """Like `weight`; of `_halved` where `small` (N, H, W, O) is the gradient, of `_doubled` where `blocks` are."""
     outputs, channels = weight.shape[:2]
-    if _multiplies(blocks):
-        taps = _windows_times(blocks, small).view(2, 2, 2, 2, CHANNELS, outputs)[:, :, :, :, :channels]
-        taps = taps.permute(5, 4, 0, 2, 1, 3)  # of t, u, a, b, c, o
-        return taps.to(weight.dtype, memory_format=torch.contiguous_format).reshape(weight.shape)
-    halves = small.permute(0, 3, 1, 2)
-    like = blocks.new_empty((outputs, 2, 2, 16)).permute(0, 3, 1, 2)  # its shape counts, not its numbers
-    _, grad, _ = torch.ops.aten.convolution_backward(
-        halves, blocks.permute(0, 3, 1, 2), like, None, *_constants(0), [False, True, False]
-    )
-    taps = grad.unflatten(1, (2, 2, CHANNELS))[:, :, :, :channels]  # o, a, b, c, t, u
-    taps = taps.permute(0, 3, 4, 1, 5, 2).to(weight.dtype, memory_format=torch.contiguous_format)
-    return taps.reshape(weight.shape)
+    taps = _windows_times(blocks, small).view(2, 2, 2, 2, CHANNELS, outputs)[:, :, :, :, :channels]
+    taps = taps.permute(5, 4, 0, 2, 1, 3)  # of t, u, a, b, c, o
+    return taps.to(weight.dtype, memory_format=torch.contiguous_format).reshape(weight.shape)
 
 
 def _windows_times(blocks: Tensor, small: Tensor) -> Tensor:
@@ -311,11 +236,6 @@ def _windows_times(blocks: Tensor, small: Tensor) -> Tensor:
         blocks, small, partial, pixels, tiles, height, width, outputs, TILE, tile, num_warps=WARPS, num_stages=1
     )  # fmt: skip
     return sum_of_partials(partial)
-
-
-def _constants(padding: int) -> tuple:
-    """Stride, padding, dilation, transposed, output padding, groups."""
-    return [1, 1], [padding, padding], [1, 1], False, [0, 0], 1
 
 
 class _HalveImage(torch.autograd.Function):

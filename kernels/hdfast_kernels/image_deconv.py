@@ -5,15 +5,14 @@
 Axes: N images, H x W pixels, K channels, C channels of an image.
 
 Source: HarmonyDream's decoder (ALGORITHM §3). Convolution libraries work on blocks of 16 channels or more, of which
-an image has 3.
+an image has 3: on CUDA, bfloat16 is in Triton (image_blocks.py).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch
-from .image_blocks import double_to_image
+from . import dispatch, image_blocks
 from .image_deconv_native import CHANNELS, image_deconv_native
 from .library_conv import in_right_type
 from .numerics import check_device, check_shape
@@ -27,6 +26,13 @@ def image_deconv_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out.permute(0, 2, 3, 1).to(x.dtype)
 
 
+def image_deconv_triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Images of bfloat16 are put together of blocks of pixels; float32 is the reference's."""
+    if not image_blocks.multiplies(x, halved=False):
+        return image_deconv_reference(x, weight, bias)
+    return image_blocks.double_to_image(x, weight, bias)
+
+
 def image_deconv(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
     """Images of twice the size, from channels-last activations.
 
@@ -34,8 +40,8 @@ def image_deconv(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None
         x: (N, H, W, K) float32 or bfloat16.
         weight: (K, C, 4, 4) float32.
         bias: (C,) float32.
-        backend: "reference", "fused" or "native" (both: C at most 4); None lets `dispatch` choose, and takes the
-            reference for more channels.
+        backend: "reference", "triton" (which leaves float32 to the reference) or "native" (both: C at most 4); None
+            lets `dispatch` choose, and takes the reference for more channels.
 
     Returns (N, 2H, 2W, C) in x's dtype, sums in float32. Differentiable in all three.
 
@@ -50,7 +56,7 @@ def image_deconv(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None
     check_device("image_deconv", x=x, weight=weight, bias=bias)
     if backend is None and weight.shape[1] > CHANNELS:
         backend = "reference"
-    elif backend in ("fused", "native") and weight.shape[1] > CHANNELS:
+    elif backend in ("triton", "native") and weight.shape[1] > CHANNELS:
         limit = f"{backend} makes images of at most {CHANNELS} channels, not {weight.shape[1]}"
         raise dispatch.BackendError(f'image_deconv: {limit}; use backend="reference"')
     return dispatch.resolve("image_deconv", backend, x)(x, weight, bias)
@@ -59,6 +65,6 @@ def image_deconv(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None
 dispatch.register(
     "image_deconv",
     reference=image_deconv_reference,
-    fused=double_to_image,
+    triton=image_deconv_triton,
     native=image_deconv_native,
 )

@@ -2,8 +2,8 @@
 
 Axes: N images, H x W pixels, C channels in, O channels out.
 
-Source: HarmonyDream's encoder and decoder (ALGORITHM §3). On CUDA the convolutions are PyTorch's; `fused`
-asks it for those of images otherwise (image_blocks.py).
+Source: HarmonyDream's encoder and decoder (ALGORITHM §3). On CUDA the convolutions are PyTorch's, but
+for those of images in bfloat16, which are in Triton (image_blocks.py).
 """
 
 import torch
@@ -25,9 +25,9 @@ def strided_conv_reference(x: Tensor, weight: Tensor, transposed: bool = False) 
     return convolution(*maps, stride=2, padding=1).permute(0, 2, 3, 1).to(x.dtype)
 
 
-def strided_conv_fused(x: Tensor, weight: Tensor, transposed: bool = False) -> Tensor:
-    """Images are halved as blocks of pixels; what has more channels is the reference's."""
-    if transposed or x.shape[-1] > image_blocks.CHANNELS:
+def strided_conv_triton(x: Tensor, weight: Tensor, transposed: bool = False) -> Tensor:
+    """Images of bfloat16 are halved as blocks of pixels; all else is the reference's."""
+    if transposed or x.shape[-1] > image_blocks.CHANNELS or not image_blocks.multiplies(x, halved=True):
         return strided_conv_reference(x, weight, transposed)
     return image_blocks.halve_image(x, weight)
 
@@ -41,7 +41,8 @@ def strided_conv(
         x: (N, H, W, C) float32 or bfloat16, at least 2 x 2 pixels where they are halved.
         weight: (O, C, 4, 4), or (C, O, 4, 4) where `transposed`; float32, rounded to x's dtype.
         transposed: double the sides by a transposed convolution.
-        backend: "reference", "fused" or "native"; None lets `dispatch` choose.
+        backend: "reference", "triton" (which halves images of bfloat16, and leaves the rest to the reference) or
+            "native"; None lets `dispatch` choose.
 
     Returns (N, H // 2, W // 2, O), or (N, 2H, 2W, O), in x's dtype. Differentiable in both.
 
@@ -65,6 +66,6 @@ def strided_conv(
 dispatch.register(
     "strided_conv",
     reference=strided_conv_reference,
-    fused=strided_conv_fused,
+    triton=strided_conv_triton,
     native=strided_conv_native,
 )

@@ -12,7 +12,7 @@ from hdfast_kernels import adam_step, backends_available, dispatch, native
 SHAPES = [(3, 5), (), (17000,), (2, 3, 4, 4)]
 BACKENDS = backends("adam_step")
 # Some take 1 - beta^step in float32, which of 0.999 is off by 1e-5.
-TIGHT = {"reference": 2e-5, "triton": 2e-6, "fused": 2e-5, "native": 2e-6}
+TIGHT = {"reference": 2e-5, "triton": 2e-6, "native": 2e-6}
 
 
 class State:

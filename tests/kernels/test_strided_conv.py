@@ -6,7 +6,7 @@ import pytest
 import torch
 from checks import Calls, backends, check_against_fp64, random
 
-from hdfast_kernels import dispatch, native, strided_conv
+from hdfast_kernels import dispatch, image_blocks, native, strided_conv
 from hdfast_kernels.strided_conv import strided_conv_reference
 
 ISAS = native.isas() if dispatch.native_built() else []
@@ -86,7 +86,7 @@ IMAGES = [
     (3, 4, 9, 3, 16),
     (1, 26, 50, 3, 4),
 ]
-FUSED = [one for one in backends("strided_conv") if one.values[0].name == "fused"]
+TRITON = [one for one in backends("strided_conv") if one.values[0].name == "triton"]
 
 
 def image_inputs(shape, dtype, device="cpu"):
@@ -120,23 +120,25 @@ def test_images_and_weights_that_lie_otherwise(backend):
     assert weight.grad.shape == weight.shape
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_fused_computes_nothing_that_is_not_wanted(backend):
-    """Of an image that needs no gradient: one convolution, of 16 channels, and the gradient of its kernel."""
-    x, weight = image_inputs((2, 6, 8, 3, 8), torch.float32, backend.device).values()
-    with Calls() as calls:
-        strided_conv(x.detach(), weight, backend="fused").sum().backward()
-    given = [arguments for name, arguments in calls.made if "aten.convolution" in name]
-    assert [one[0].shape[1] for one in given] == [16, 8]
-    assert given[1][-1] == [False, True, False]
+@pytest.mark.parametrize("backend", TRITON)
+def test_triton_computes_nothing_that_is_not_wanted(backend, monkeypatch):
+    """Of an image that needs no gradient, the gradient of the kernel alone."""
+    x, weight = image_inputs((2, 6, 8, 3, 8), torch.bfloat16, backend.device).values()
+    monkeypatch.setattr(image_blocks, "_doubled", lambda *_: pytest.fail("an image has a gradient"))
+    strided_conv(x.detach(), weight, backend="triton").sum().backward()
+    assert weight.grad.any()
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_fused_leaves_many_channels_to_the_reference(backend):
-    for shape, transposed in (((2, 4, 4, 8, 5), False), ((2, 4, 4, 8, 3), True)):
-        arguments = inputs(shape, transposed, torch.float32, backend.device)
+@pytest.mark.parametrize("backend", TRITON)
+def test_triton_leaves_the_rest_to_the_reference(backend):
+    """Many channels, what is doubled, float32."""
+    low, full = torch.bfloat16, torch.float32
+    for shape, transposed, dtype in (
+        ((2, 4, 4, 8, 5), False, low), ((2, 4, 4, 8, 3), True, low), ((2, 4, 4, 8, 3), False, full),
+    ):  # fmt: skip
+        arguments = inputs(shape, transposed, dtype, backend.device)
         with Calls() as calls:
-            strided_conv(**arguments, backend="fused")
+            strided_conv(**arguments, backend="triton")
         with Calls() as expected:
             strided_conv_reference(**arguments)
         assert [name for name, _ in calls.made] == [name for name, _ in expected.made]

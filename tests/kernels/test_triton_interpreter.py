@@ -1,8 +1,7 @@
 """The Triton kernels, run on the CPU by Triton's interpreter: every op's tests once more, in their own process.
 
 The interpreter is chosen when a kernel is decorated, hence at import: this process cannot have it. In the other
-one `backends` offers triton for CPU tensors, what is fused runs its kernels there, and the further tests of this file
-check the interpreter itself.
+one `backends` offers triton for CPU tensors, and the further tests of this file check the interpreter itself.
 """
 
 import os
@@ -19,8 +18,7 @@ from hdfast_kernels import dispatch
 OPS = (
     *("gather_windows", "harmony_loss", "image_input", "image_loss", "kl_balance", "lambda_return"),
     *("layer_norm_gru", "layer_norm_silu", "native_adam", "onehot_linear", "sample_onehot", "two_hot"),
-    *("image_blocks", "image_deconv", "strided_conv"),  # fused, with kernels in Triton
-    "mistakes",
+    *("image_blocks", "image_deconv", "strided_conv", "mistakes"),
 )
 interpreted = pytest.mark.skipif(
     not dispatch.triton_interpreted(),
@@ -33,11 +31,10 @@ interpreted = pytest.mark.skipif(
 def test_every_op_under_the_interpreter():
     here = Path(__file__).parent
     files = [str(here / f"test_{name}.py") for name in (*OPS, "triton_interpreter")]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "HDFAST_TEST_BACKENDS": "triton,fused"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "HDFAST_TEST_BACKENDS": "triton"}
     environment |= {"OMP_NUM_THREADS": "1"}  # the interpreter is one thread of Python
     environment.pop("HDFAST_BACKEND", None)
-    chosen = "triton or (fused and not refused)"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton"]
     halves = [
         subprocess.Popen(
             [*command, *half], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
