@@ -36,7 +36,8 @@ from hdfast.sizes import widths
 
 Size = Literal["tiny", "small", "medium", "large", "xlarge"]
 LAST_SEED = 2**31 - 1
-_OF_GYM = ("kwargs", "time_limit")  # fields of env that have no effect in any other suite
+# Fields of env that have an effect in these suites alone.
+_TAKERS = {"kwargs": ("gym",), "time_limit": ("gym",), "image_size": ("gym", "dmc", "metaworld")}
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,8 @@ def _from_file(file: Path, suite: str | None, size: str | None) -> Config:
         own = default_config(str(fields.get("suite", other or "atari100k")), fields.get("size"))
         config = apply_overrides(own, fields)
         if other not in (None, own.suite):
-            env = dataclasses.replace(config.env, **{name: getattr(EnvConfig(), name) for name in _OF_GYM})
+            unfit = (name for name, takers in _TAKERS.items() if suites.get(other).source not in takers)
+            env = dataclasses.replace(config.env, **{name: getattr(EnvConfig(), name) for name in unfit})
             config = dataclasses.replace(config, suite=other, task=None, env=env)
         return apply_overrides(config, sized)
     except TypeError as error:
@@ -220,10 +222,15 @@ def validate(config: Config) -> Config:
 
 def _checked_env(env: EnvConfig, suite: suites.Suite) -> EnvConfig:
     """`env`, its kwargs written in one way. Raises: ConfigError."""
-    for name in _OF_GYM:
-        if getattr(env, name) != getattr(EnvConfig(), name) and suite.source != "gym":
+    for name, takers in _TAKERS.items():
+        if getattr(env, name) != getattr(EnvConfig(), name) and suite.source not in takers:
             flag = f"--env.{name}".replace("_", "-")
-            raise ConfigError(f"{flag} has no effect in suite {suite.name}", hint="--suite gym takes it")
+            hint = f"--suite {' or '.join(takers)} takes it"
+            raise ConfigError(f"{flag} has no effect in suite {suite.name}", hint=hint)
+    if env.image_size.bit_count() != 1:
+        near = 1 << env.image_size.bit_length()
+        hint = f"right is a power of two such as {near // 2} or {near}"
+        raise ConfigError(f"--env.image-size {env.image_size} is no power of two", hint=hint)
     hint = """right is such as --env.kwargs '{"level": 3}'"""
     try:
         kwargs = json.loads(env.kwargs)

@@ -29,6 +29,8 @@ class EnvConfig:
     """What a robotic task, or one of gym, is seen through; auto: image, of gym state where none is observed."""
     render: Literal["full", "fast"] = "full"
     """fast drops shadows and antialiasing of MuJoCo scenes: same physics, slightly other images."""
+    image_size: Annotated[int, Range(8, 256)] = 64
+    """Side of the images of a robot, and of gym's that are resized, in pixels: a power of two."""
     threads: Annotated[int, Range(0, 4096)] = 0
     """Environment threads; 0 lets the source choose. Of gym: a process each, or 1 for none."""
     kwargs: str = "{}"

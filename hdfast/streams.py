@@ -37,6 +37,7 @@ def make_envs(
         source=config.env.source,
         obs=config.env.obs,
         render=config.env.render,
+        image_size=config.env.image_size,
         threads=config.env.threads,
         kwargs=config.env.kwargs,
         time_limit=config.env.time_limit,

@@ -114,6 +114,7 @@ def another(config, name):
         "suite": ("demo", "demo"),
         "task": ("pong", "Pong"),
         "env.kwargs": ('{"level": 3}', '{"level":3}'),
+        "env.image_size": ("128", 128),
     }
     if name in named:
         return named[name]
@@ -136,7 +137,7 @@ def test_every_number_has_a_range():
 
 @pytest.mark.parametrize("name", field_names(Config()))
 def test_every_field_is_a_typed_flag(name):
-    suite = ["--suite", "gym"] if name in ("env.kwargs", "env.time_limit") else []
+    suite = ["--suite", "gym"] if name in ("env.kwargs", "env.time_limit", "env.image_size") else []
     default = parse(suite)
     if isinstance(value_of(default, name), bool):
         head, _, tail = name.replace("_", "-").rpartition(".")
@@ -244,6 +245,15 @@ def test_every_field_is_a_typed_flag(name):
             "--env.time-limit 9 --suite dmc",
             "--env.time-limit has no effect in suite dmc; --suite gym takes it",
         ),
+        (
+            "--env.image-size 128 --suite demo",
+            "--env.image-size has no effect in suite demo; --suite gym or dmc or metaworld takes it",
+        ),
+        (
+            "--env.image-size 96 --suite dmc",
+            "--env.image-size 96 is no power of two; right is a power of two such as 64 or 128",
+        ),
+        ("--env.image-size 512 --suite dmc", "--env.image-size 512 is out of range: right is 8 to 256"),
         ("--env.time-limit -1 --suite gym", "--env.time-limit -1 is out of range: right is 0 to"),
         (
             "--replay.capacity 100",

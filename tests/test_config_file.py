@@ -79,7 +79,7 @@ def test_a_file_of_no_name_is_told(argv):
 
 
 def test_arguments_of_an_environment_are_part_of_the_configuration_in_one_spelling(tmp_path):
-    argv = ["--suite", "gym", "--task", "A-v0", "--env.time-limit", "9"]
+    argv = ["--suite", "gym", "--task", "A-v0", "--env.time-limit", "9", "--env.image-size", "128"]
     first = parse([*argv, "--env.kwargs", '{"map": "a b", "level": 3}'])
     assert first.env.kwargs == '{"level":3,"map":"a b"}'
     assert first == parse([*argv, "--env.kwargs", '{ "level":3,"map":"a b" }'])
@@ -87,7 +87,8 @@ def test_arguments_of_an_environment_are_part_of_the_configuration_in_one_spelli
     assert parse(["--config", str(file)]) == first
     assert parse(["--config", str(file), "--env.kwargs", "{}"]).env.kwargs == "{}"
     other = parse(["--config", str(file), "--suite", "dmc"])
-    assert (other.env.kwargs, other.env.time_limit) == ("{}", 0)
+    assert (other.env.kwargs, other.env.time_limit, other.env.image_size) == ("{}", 0, 128)
+    assert parse(["--config", str(file), "--suite", "demo"]).env.image_size == 64
 
 
 @pytest.mark.parametrize("suite", ["atari100k", "dmc"])

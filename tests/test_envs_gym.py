@@ -137,6 +137,26 @@ def test_what_is_seen(name, obs, shapes):
             assert (value == (30 if name == "Drawn" and key == "image" else 3)).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "image_size", "side"),
+    [
+        ("Count", 8, 8),
+        ("Count", 16, 16),
+        ("Count", 128, 16),
+        ("Goals", 32, 32),
+        ("Goals", 128, 128),
+        ("Drawn", 256, 256),
+    ],
+)
+def test_images_are_as_large_as_one_says_where_they_are_resized(name, image_size, side):
+    """A smaller one of a power of two stays as it is."""
+    with make(name, obs="image", image_size=image_size) as env:
+        row = env.reset()
+        assert {spec.shape[:2] for spec in env.obs_specs.values()} == {(side, side)}
+        for key, spec in env.obs_specs.items():
+            assert row.obs[key].shape == (1, *spec.shape)
+
+
 @pytest.mark.parametrize("threads", [0, 1])  # processes, and none
 @pytest.mark.parametrize(
     ("name", "count", "theirs"),

@@ -40,7 +40,7 @@ def short(suite, name, time_limit):
 
 
 def settings(suite, **changed):
-    defaults = {"num_envs": 2, "seed": 0, "threads": 0, "obs": "state", "render": "full"}
+    defaults = {"num_envs": 2, "seed": 0, "threads": 0, "obs": "state", "render": "full", "image_size": 64}
     return {"action_repeat": suite.action_repeat, **defaults, **changed}
 
 
@@ -320,6 +320,20 @@ def test_marks_of_the_finger_are_seen_only_where_it_is_turned_to_them(name, hidd
         assert env.source == ("envpool, other models" if hidden else "envpool")
     pixels = np.count_nonzero((image != marked).any(-1))
     assert 0 < pixels < 100 if hidden else pixels == 0
+
+
+def test_images_are_as_large_as_one_says(egl):
+    """An image of half the side shows the same, but for how pixels are averaged."""
+    task = DMC.task("walker_walk")
+    with (
+        ControlSuite(task, **settings(DMC, num_envs=1, obs="image", image_size=32)) as small,
+        ControlSuite(task, **settings(DMC, num_envs=1, obs="image", image_size=128)) as large,
+    ):
+        images = [env.reset().obs["image"] for env in (small, large)]
+        assert [env.obs_specs["image"].shape for env in (small, large)] == [(32, 32, 3), (128, 128, 3)]
+    assert [image.shape for image in images] == [(1, 32, 32, 3), (1, 128, 128, 3)]
+    pooled = images[1].reshape(32, 4, 32, 4, 3).mean((1, 3))
+    assert np.abs(pooled - images[0][0]).mean() < 8
 
 
 def script(path, text):

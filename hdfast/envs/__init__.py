@@ -31,6 +31,7 @@ def make(
     source: str = "auto",
     obs: str = "auto",
     render: str = "full",
+    image_size: int = 64,
     threads: int = 0,
     kwargs: str = "{}",
     time_limit: int = 0,
@@ -44,6 +45,7 @@ def make(
     obs: for robotic tasks and those of gymnasium `image`, `state` or `both`; `auto` is image, of gymnasium state
         where no image is observed.
     render: for robotic tasks `full`, or `fast`: no shadows, no antialiasing.
+    image_size: side in pixels of the images of robotic tasks, and of those of gymnasium that are resized.
     threads: of the source; 0 lets it choose.
     kwargs: what those of gymnasium are made with, a JSON object.
     time_limit: agent steps after which an episode of gymnasium is truncated; 0 leaves it to the environment.
@@ -82,15 +84,16 @@ def make(
         case "dmc":
             from hdfast.envs.dmc import ControlSuite
 
-            return ControlSuite(found, **shared, obs=obs, render=render)
+            return ControlSuite(found, **shared, obs=obs, render=render, image_size=image_size)
         case "gym":
             from hdfast.envs.gym import GymEnv
 
-            return GymEnv(found, **shared, obs=obs, kwargs=kwargs, time_limit=time_limit, stop=stop)
+            of_gym = {"kwargs": kwargs, "time_limit": time_limit}
+            return GymEnv(found, **shared, obs=obs, image_size=image_size, **of_gym, stop=stop)
         case "metaworld":
             from hdfast.envs.metaworld import MetaWorld
 
-            return MetaWorld(found, **shared, obs=obs, render=render)
+            return MetaWorld(found, **shared, obs=obs, render=render, image_size=image_size)
 
 
 def check(suite: str, task: str) -> None:

@@ -1,4 +1,4 @@
-"""The DeepMind Control Suite through envpool: 64 x 64 images, states, or both; two control steps per agent step.
+"""The DeepMind Control Suite through envpool: images, states, or both; two control steps per agent step.
 
 An episode has 1,000 control steps; its end is a time limit, never terminal.
 

@@ -7,9 +7,10 @@ Images are observations of (H, W, 3), (H, W, 1) or (H, W) uint8, of (3, H, W) or
 255 with three axes, alone or in a Dict under names of letters, digits, `_`, `-` and spaces (a `/` becomes `-`). Where
 there is none, and one is asked for, the environment is drawn (`render_mode="rgb_array"`). All other observations are
 vectors, Discrete ones one-hot, a Dict or Tuple inside the Dict joined into one. Images that are not all square with
-one side of 8, 16, 32 or 64 become 64 x 64 by Pillow's box filter. Each combination of MultiDiscrete and MultiBinary
-actions is one action of the agent. Bounded Box actions are stretched to [-1, 1]; of a ClipAction, the bounds are those
-that it clips to. Where `info` holds `success` or `is_success`, an episode succeeds if one of its rows does.
+one side of 8, 16, 32 or 64 become 64 x 64 by Pillow's box filter; `image_size` puts another power of two for 64. Each
+combination of MultiDiscrete and MultiBinary actions is one action of the agent. Bounded Box actions are stretched to
+[-1, 1]; of a ClipAction, the bounds are those that it clips to. Where `info` holds `success` or `is_success`, an
+episode succeeds if one of its rows does.
 
 Axes: N environments, H, W pixels.
 """
@@ -78,7 +79,7 @@ class GymEnv(BatchEnv):
 
     More than one are stepped in a process each, or with `threads` 1 in this process; whichever, while the learner
     works. obs: `image`, `state` (the vectors), `both`, or `auto`: image where one is observed, else state.
-    kwargs, time_limit: as `hdfast.envs.make`.
+    image_size, kwargs, time_limit: as `hdfast.envs.make`.
 
     stop: called while they are waited for. If they do not answer in the GRACE_SECONDS after it first raises, what it
     raises comes from whoever waits, and close() kills them.
@@ -100,13 +101,14 @@ class GymEnv(BatchEnv):
         action_repeat: int,
         threads: int = 0,
         obs: str = "auto",
+        image_size: int = 64,
         kwargs: str = "{}",
         time_limit: int = 0,
         stop: Callable[[], object] = lambda: None,
     ) -> None:
         self.name = task.name
         self._seeds: list[int] | None = env_seeds(seed, num_envs)
-        make = Maker(find(task.env_id), obs, kwargs, time_limit, os.getpid())
+        make = Maker(find(task.env_id), obs, image_size, kwargs, time_limit, os.getpid())
         kind = AsyncVectorEnv if num_envs > 1 and threads != 1 else SyncVectorEnv
         self._vector = kind.__new__(kind)  # its processes are known while it is being made
         self._stop, self._thread = stop, GymThread(stop)

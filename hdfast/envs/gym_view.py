@@ -44,8 +44,6 @@ from hdfast.envs.gym_spaces import (
 from hdfast.runtime.errors import ConfigError, EnvError, HdfastError, MissingLibraryError, tell_warnings, warn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # to stop is for the learner, when it has saved
-SIZE = 64
-_AS_THEY_ARE = (8, 16, 32, 64)  # sides of images that are not resized
 _LOSSES = ("dyn", "rep", "cont")  # what the agent calls its other losses; images have one together, "image"
 _TO_SEE = "let it observe (H, W, 3) uint8, or render 'rgb_array'; --env.obs state does without"
 _LARGEST = float(np.finfo(np.float32).max)
@@ -133,12 +131,13 @@ def _end_with_parent() -> None:
 class Maker:
     """Makes one environment, seen as `obs` says, in this process (`owner`) or in one of its own.
 
-    kwargs, time_limit: as `hdfast.envs.make`.
+    image_size, kwargs, time_limit: as `hdfast.envs.make`.
     quiet: in one of its own it passes over warnings, which another process gives.
     """
 
     spec: EnvSpec
     obs: str
+    image_size: int
     kwargs: str
     time_limit: int
     owner: int
@@ -183,7 +182,7 @@ class Maker:
                     raise MissingLibraryError(str(error), where=self.spec.id, hint=hint) from error
                 except NotImplementedError as error:
                     raise _raised(error, self.spec.id, _TO_SEE) from error
-            seen = Seen(env, obs, drawn=drawn)
+            seen = Seen(env, obs, image_size=self.image_size, drawn=drawn)
         unseen = tuple(key for key, space in parts.items() if not is_image(space) and not wrong(key, space))
         if os.getpid() == self.owner:
             if obs == "image" and not drawn and unseen:
@@ -234,11 +233,12 @@ class _Raising(spaces.Dict):
 class Seen(gymnasium.ObservationWrapper):
     """Observations as a Dict of images (H, W, 1 or 3) uint8 and vectors (n,) float32; of `info` the success alone.
 
+    image_size: side of the images, in pixels; a smaller one that all of them have, of a power of two, stays.
     drawn: its one image is drawn, of any size, and not observed.
     vectors: the spaces of those that are seen, as the environment has them.
     """
 
-    def __init__(self, env: gymnasium.Env, obs: str, *, drawn: bool) -> None:
+    def __init__(self, env: gymnasium.Env, obs: str, *, image_size: int, drawn: bool) -> None:
         super().__init__(env)
         self._drawn = drawn
         self._name = name = env.spec.id
@@ -261,7 +261,8 @@ class Seen(gymnasium.ObservationWrapper):
         self.action_space = action_space_of(env)
         actions_of(self.action_space, name)
         sides = {side for space in images.values() for side in shape_of(space)[:2]}
-        self._side = next(iter(sides)) if len(sides) == 1 and sides <= set(_AS_THEY_ARE) else SIZE
+        fits = len(sides) == 1 and sides <= {1 << k for k in range(3, image_size.bit_length())}
+        self._side = next(iter(sides)) if fits else image_size
         self._images, self.vectors = images, vectors
         self._white = {key: white_of(space) for key, space in images.items()}
         self.observation_space = spaces.Dict(

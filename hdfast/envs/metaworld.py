@@ -1,4 +1,4 @@
-"""Meta-World's v3 tasks through envpool: 64 x 64 images of the corner camera, the state of 39 numbers, or both.
+"""Meta-World's v3 tasks through envpool: images of the corner camera, the state of 39 numbers, or both.
 
 500 agent steps, then the time limit, which is not terminal. Goals are drawn anew in each episode, and the state
 shows them (its last three numbers), as in the goal-observable variant that the authors train on. Each row's

@@ -26,7 +26,6 @@ from hdfast.envs.pool import PoolEnv, library, make_pool, preload_egl
 from hdfast.runtime.errors import MissingLibraryError
 from hdfast.suites import Task
 
-SIZE = 64
 EGL_INSTALL = "apt-get install libegl1 libgl1-mesa-dri libopengl0"
 _PROBE = """
 import ctypes
@@ -84,7 +83,7 @@ def link_models(source: Path, into: Path, changes: Mapping[str, str]) -> None:
 class MujocoEnv(PoolEnv):
     """One MuJoCo task of envpool.
 
-    obs: `image` gives uint8 (N, 64, 64, 3) under that key, `state` the vectors of the task, float32 (N,
+    obs: `image` gives uint8 (N, image_size, image_size, 3) under that key, `state` the vectors of the task, float32 (N,
     ...), and `both` both. State alone needs no OpenGL.
     render: `full` as the task's authors have it, `fast` without shadows and antialiasing: the same physics,
     slightly other images.
@@ -106,6 +105,7 @@ class MujocoEnv(PoolEnv):
         threads: int,
         obs: str,
         render: str,
+        image_size: int,
         camera: int,
         assets: str,
         models: Path | None = None,
@@ -115,6 +115,7 @@ class MujocoEnv(PoolEnv):
         **pool_settings: Any,
     ) -> None:
         self._image, self._state, self._unused, self._flip = obs != "state", obs != "image", unused, flip
+        self._side = image_size
         settings = {"max_episode_steps": task.time_limit * action_repeat, **pool_settings}
         self._folder = tempfile.TemporaryDirectory(prefix="hdfast-assets-")
         if self._image:
@@ -128,8 +129,8 @@ class MujocoEnv(PoolEnv):
                 )
             settings |= {
                 "render_mode": "rgb_array",
-                "render_width": SIZE,
-                "render_height": SIZE,
+                "render_width": image_size,
+                "render_height": image_size,
                 "render_camera_id": camera,
             }
             changes = {**(looks or {}), **(WITHOUT_SHADOWS if render == "fast" else {})}
@@ -146,7 +147,7 @@ class MujocoEnv(PoolEnv):
             for key, space in self._vectors(pool.observation_space).items():
                 specs[key] = ArraySpec((int(np.prod(space.shape)),), np.dtype(np.float32))
         if self._image:
-            specs["image"] = ArraySpec((SIZE, SIZE, 3), np.dtype(np.uint8))
+            specs["image"] = ArraySpec((image_size, image_size, 3), np.dtype(np.uint8))
         super().__init__(
             task.name,
             pool,
@@ -203,7 +204,7 @@ class MujocoEnv(PoolEnv):
             painter.submit(self._pool.render, np.arange(first, self.num_envs, stride, dtype=np.int32))
             for first, painter in enumerate(self._painters)
         ]
-        image = np.empty((self.num_envs, SIZE, SIZE, 3), np.uint8)
+        image = np.empty((self.num_envs, self._side, self._side, 3), np.uint8)
         for first, job in enumerate(jobs):
             image[first::stride] = job.result()[:, ::-1] if self._flip else job.result()
         return image
