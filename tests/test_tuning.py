@@ -287,8 +287,7 @@ def test_other_kernels_take_the_place_of_some_where_they_are_right_and_faster(wr
     assert line["tried"] == {"scan, persistent": told}
     assert (line["right"], line["graph"]) == (True, True)
     assert alive
-    last = {FINE: {**found, "ops": {"a": "triton"}}, INSTEAD: line}
-    assert chosen(last).ops == line["ops"]
+    assert chosen({TIMES: found, INSTEAD: line}).ops == line["ops"]
 
 
 @pytest.mark.parametrize(
@@ -311,6 +310,51 @@ def test_updates_overlap_where_they_are_right_and_faster(ms, wrong, overlap):
     assert (f"overlapping {ms:.3g}" in summary(found)) == (not wrong)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_worth_most_is_tried_first(fails, monkeypatch):
+    """Where a kernel is not worth its time is asked at last, of updates as they will run, whatever failed before."""
+
+    class Fake(Clock):
+        def __init__(self, *args):
+            super().__init__(lambda ops, way: {"eager": 90.0, "graph": 9.0, "overlap": 7.0}[way] - len(ops))
+
+        def measure_definition(self):
+            pass
+
+        def candidates(self):
+            return {"kl_balance": "triton", "rssm_observe": "triton"}
+
+        def others(self):
+            return {"rssm_observe": "persistent"}
+
+        def judge(self, ops):
+            return Verdict(True)
+
+        def judge_graph(self, ops, way=trials.GRAPH):
+            if fails and way == trials.OVERLAP:
+                raise RuntimeError("capture failed")
+            return Verdict(True)
+
+        def milliseconds(self, *settings):
+            asked_ways.append({way for _, way in settings})
+            return super().milliseconds(*settings)
+
+    asked, lines, asked_ways = job("cuda"), [], []
+    monkeypatch.setattr(searching, "Trials", Fake)
+    monkeypatch.setattr(searching, "prepare_device", lambda *args: None)
+    if fails:
+        with pytest.raises(RuntimeError, match="capture failed"):
+            searching.work(asked, lines.append)
+        asked.known[OVERLAPPING] = {"end": OVERLAPPING, "right": False, "why": "capture failed"}
+    searching.work(asked, lines.append)
+    begun = [line["begin"] for line in lines if "begin" in line]
+    assert list(dict.fromkeys(begun))[-4:] == [TIMES, INSTEAD, OVERLAPPING, FINE]
+    assert asked_ways[-1] == {trials.GRAPH if fails else trials.OVERLAP}
+    found = chosen(asked.known)
+    assert found.ops == {"kl_balance": "triton", "rssm_observe": "triton"}
+    assert (found.graph, found.overlap) == (True, not fails)
+
+
 def test_what_follows_from_the_lines():
     right = {"right": True, "graph": True}
     known = {
@@ -318,6 +362,8 @@ def test_what_follows_from_the_lines():
         TIMES: {**right, "ops": {"a": "triton", "b": "triton"}},
     }
     assert chosen(known).ops == {"a": "triton", "b": "triton"}
+    known[INSTEAD] = {**right, "ops": {"a": "triton", "b": "persistent"}}
+    assert chosen(known).ops == {"a": "triton", "b": "persistent"}
     known[FINE] = {**right, "ops": {"a": "triton"}}
     assert (chosen(known).ops, chosen(known).graph) == ({"a": "triton"}, True)
     failed = {TIMES: {"end": TIMES, "right": False, "why": "crashed"}, GRAPH: {"end": GRAPH, "right": True}}

@@ -89,7 +89,7 @@ def search(
             return chosen(job.known)  # all is done, or the time is over
         job.known[begun] = {"end": begun, "right": False, "why": reason}
         tell(job.known[begun])
-        if begun in (FINE, INSTEAD, OVERLAPPING) or time.monotonic() > end:
+        if begun == FINE or time.monotonic() > end:
             return chosen(job.known)
 
 
@@ -102,7 +102,7 @@ def milliseconds(report: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 def chosen(known: Mapping[str, Mapping[str, Any]]) -> Choice:
     """The choice that follows from the last lines of all trials."""
-    order = (INSTEAD, FINE, EAGER_TIMES, TIMES)
+    order = (FINE, INSTEAD, EAGER_TIMES, TIMES)
     last = next((known[name] for name in order if known.get(name, {}).get("right")), {})
     report = {name: {k: v for k, v in line.items() if k != "end"} for name, line in known.items()}
     overlap = bool(known.get(OVERLAPPING, {}).get("overlap", False))
@@ -153,17 +153,19 @@ def work(job: Job, write: Report) -> None:
     found = trial(TIMES, timed if graph else surviving(timed))
     if graph and not found["right"]:
         found = trial(EAGER_TIMES, surviving(lambda: times(trials, ops, False)))
+    if not found["right"]:
+        return
     best = found
-    if found["right"] and found["ops"]:
-        fine = trial(FINE, surviving(lambda: leave_out(trials, found, lambda: write({"begin": FINE}))))
-        best = fine if fine["right"] else found
-        if others := {op: backend for op, backend in trials.others().items() if op in best["ops"]}:
-            instead = trial(
-                INSTEAD, surviving(lambda: replace(trials, best, others, lambda: write({"begin": INSTEAD})))
-            )
-            best = instead if instead["right"] else best
-    if best["right"] and best["graph"]:
-        trial(OVERLAPPING, lambda: beside(trials, best["ops"]))
+    if others := {op: backend for op, backend in trials.others().items() if op in found["ops"]}:
+        instead = trial(
+            INSTEAD, surviving(lambda: replace(trials, found, others, lambda: write({"begin": INSTEAD})))
+        )
+        best = instead if instead["right"] else found
+    if best["graph"]:
+        overlap = trial(OVERLAPPING, lambda: beside(trials, best["ops"])).get("overlap", False)
+        best = {**best, "overlap": overlap}
+    if best["ops"]:  # at last, as it takes longest and is worth least
+        trial(FINE, surviving(lambda: leave_out(trials, best, lambda: write({"begin": FINE}))))
 
 
 def times(trials: Trials, ops: Mapping[str, str], graph: bool) -> dict[str, Any]:
@@ -231,6 +233,8 @@ def beside(trials: Trials, ops: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _way(found: Mapping[str, Any]) -> str:
+    if found.get("overlap"):
+        return ways.OVERLAP
     return ways.GRAPH if found["graph"] else ways.EAGER
 
 
