@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,18 @@ from hdfast.replay import Replay
 from hdfast.replay.contents import replay_specs
 from hdfast.runtime import graphs
 from hdfast.runtime.device import describe_device, resolve_device, resolve_precision
+from hdfast.runtime.rundir import newest
 from hdfast.streams import make_envs
 from hdfast.suites import Task
 
 
 def describe(config: Config, tasks: Sequence[Task]) -> str:
-    """JSON: version, tasks, device, resolved config, and for the first task its environment, parameters and memory."""
+    """JSON: version, tasks, device, resolved config, and for the first task its environment, parameters and memory.
+
+    Raises: RunError, CheckpointError: what --init-from names is no run, or has no checkpoint.
+    """
+    if config.init_from is not None:
+        newest(Path(config.init_from).expanduser())
     device = resolve_device(config.device)
     dtype = resolve_precision(config.precision, device)
     graphs.check_graph(config.train.graph, device)

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from hdfast.runtime.errors import ConfigError, HdfastError
 from hdfast.runtime.video import encode_gif, save_gif
 from hdfast.sections import MOST_ENVS
 from hdfast.streams import make_envs, stream_seed
+
+PLAIN_SECONDS = 30.0  # between two lines of what is done, where they are no live one
 
 
 @dataclass(frozen=True)
@@ -222,11 +225,22 @@ class Film:
 
 
 @contextlib.contextmanager
-def _live_line(episodes: int) -> Iterator[Callable[[int], object]]:
-    """How many episodes are done, on stderr while it lasts, where that is a terminal; yields what it is told by."""
+def _telling(episodes: int) -> Iterator[Callable[[int], object]]:
+    """Tells on stderr how many episodes are done, and yields what it is told by.
+
+    A live line where that is a terminal, else a line of text every PLAIN_SECONDS.
+    """
     console = Console(sys.stderr)
     if not console.is_terminal or console.is_dumb_terminal:
-        yield lambda done: None
+        last = time.monotonic()
+
+        def tell(done: int) -> None:
+            nonlocal last
+            if time.monotonic() >= last + PLAIN_SECONDS:
+                last = time.monotonic()
+                console.print(f"episodes={done}/{episodes}")
+
+        yield tell
         return
     columns = (
         *(progress.TextColumn("episodes"), progress.BarColumn(), progress.MofNCompleteColumn()),
@@ -247,7 +261,7 @@ def main() -> None:
     parser.add_argument("--video", action="store_true", help="write the first episode as a GIF")
     parser.add_argument("--greedy", action="store_true", help="the likeliest actions instead of sampled ones")
     flags = parser.parse_args()
-    with _live_line(flags.episodes) as tell:
+    with _telling(flags.episodes) as tell:
         scores = evaluate(**vars(flags), tell=tell)
     sys.stdout.write(json.dumps(scores) + "\n")
 

@@ -72,6 +72,14 @@ def test_a_dry_run_says_everything_as_json_and_leaves_nothing(tmp_path, monkeypa
     assert memory["activations"] > 0
 
 
+def test_a_dry_run_looks_for_what_the_run_would_begin_with(tmp_path, monkeypatch, capfd):
+    where = tmp_path / "none"
+    code, out, err = door(train.main, [*flags(), "--dry-run", "--init-from", str(where)], monkeypatch, capfd)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {where}: there is no run here")
+    assert err.count("\n") == 1
+
+
 def test_a_dry_run_of_the_main_job_has_the_parameters_of_the_authors(monkeypatch, capfd):
     code, out, _ = door(train.main, ["--task", "Pong", "--dry-run", "--device", "cpu"], monkeypatch, capfd)
     assert code == 0
