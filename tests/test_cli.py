@@ -97,6 +97,13 @@ def test_a_dry_run_of_the_main_job_has_the_parameters_of_the_authors(monkeypatch
     assert about["memory_bytes"]["replay"] == 100_000 * (64 * 64 * 3 + 11)
 
 
+def test_a_dry_run_runs_with_a_forced_backend(monkeypatch, capfd):
+    monkeypatch.setenv("HDFAST_BACKEND", "native")
+    code, out, err = door(train.main, ["--suite", "demo", "--device", "cpu", "--dry-run"], monkeypatch, capfd)
+    assert (code, err) == (0, "")
+    assert json.loads(out)["memory_bytes"]["activations"] > 0
+
+
 @pytest.mark.parametrize("asked", [None, "2"])
 def test_the_demo_computes_on_one_thread_unless_told_otherwise(monkeypatch, capfd, asked):
     before = torch.get_num_threads()

@@ -127,7 +127,8 @@ def use(device: str, backends: Mapping[str, str] | None) -> dict[str, str]:
 def resolve(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[..., Any]:
     """The implementation of `op` for a call whose device and dtype `tensor` decides.
 
-    `backend` is the caller's wish; None leaves it to `HDFAST_BACKEND` and then to the default of the device.
+    `backend` is the caller's wish; None leaves it to `HDFAST_BACKEND` (except on the meta device, or where the op
+    lacks that backend) and then to the default of the device.
     Raises BackendError if that backend is unknown, not implemented for this op, or cannot run on this tensor;
     TypeError for integers, where the op takes numbers with a fraction.
     """
@@ -144,8 +145,8 @@ def resolve_name(op: str, backend: str | None, tensor: torch.Tensor) -> str:
     if not tensor.is_floating_point() and _ops[op].dtypes is not None:
         raise TypeError(f"{op}: expected a tensor of floating-point numbers, got {tensor.dtype}")
     forced = os.environ.get("HDFAST_BACKEND") or None
-    if forced in BACKENDS and forced not in _ops[op].implementations:
-        forced = None
+    if forced in BACKENDS and (forced not in _ops[op].implementations or tensor.is_meta):
+        forced = None  # the op lacks it, or the tensor is on the meta device, where only shapes are computed
     wish = backend or forced
     if wish is None:
         wish = _default(op, tensor)

@@ -129,6 +129,12 @@ def test_the_environment_leaves_an_op_that_has_no_such_backend_to_the_table(toy,
         dispatch.resolve_name("plain", None, CPU)
 
 
+@pytest.mark.parametrize("forced", ["native", "triton"])
+def test_the_environment_does_not_decide_where_only_shapes_are_computed(toy, monkeypatch, forced):
+    monkeypatch.setenv("HDFAST_BACKEND", forced)
+    assert dispatch.resolve_name(toy, None, torch.empty(0, device="meta")) == "reference"
+
+
 def test_a_wish_that_cannot_be_met_is_an_error_and_not_another_backend(toy, monkeypatch):
     cases = [
         ("numpy", CPU, "toy: backend=numpy cannot run: there is no such backend; choose one of reference"),
