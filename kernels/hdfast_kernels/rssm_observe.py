@@ -182,8 +182,8 @@ def rssm_observe(
     tensors = {name: value for name, value, _ in given}
     check_device("rssm_observe", uniform=uniform, post_deter=post_deter, **tensors)
     name = dispatch.resolve_name("rssm_observe", backend, gru)
-    forced = backend is not None or os.environ.get("HDFAST_BACKEND")
-    if name == "persistent" and not forced and not fits_one_launch(B, D, U, gru):
+    asked_for = "persistent" in (backend, os.environ.get("HDFAST_BACKEND"))
+    if name == "persistent" and not asked_for and not fits_one_launch(B, D, U, gru):
         backend = "triton"
     return dispatch.resolve("rssm_observe", backend, gru)(
         embed,

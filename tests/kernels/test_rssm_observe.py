@@ -6,7 +6,7 @@ import pytest
 import torch
 from rssm_observe_cases import DIFFERENTIABLE, UNIMIX, Sizes, cast, check_level_case, expected, make_case
 
-from hdfast_kernels import native, rssm_observe
+from hdfast_kernels import dispatch, native, rssm_observe
 from hdfast_kernels.dispatch import native_built
 
 SHAPES = [
@@ -201,3 +201,18 @@ def test_errors_name_what_does_not_fit():
         rssm_observe(**{**case, "uniform": case["uniform"][..., :3]})
     with pytest.raises(ValueError, match=r"gru torch\.bfloat16"):
         rssm_observe(**{**case, "gru": case["gru"].bfloat16()})
+
+
+@pytest.mark.parametrize(
+    ("forced", "chosen"), [("", "triton"), ("fused", "triton"), ("persistent", "persistent")]
+)
+def test_too_many_sequences_for_one_launch_take_several_unless_one_is_asked_for(monkeypatch, forced, chosen):
+    """HDFAST_BACKEND=fused asks for none: the op has no such backend, and runs by default."""
+    implementations = {name: lambda *_, name=name: name for name in ("triton", "persistent")}
+    monkeypatch.setattr(dispatch._ops["rssm_observe"], "implementations", implementations)
+    monkeypatch.setitem(dispatch._DEFAULTS, "cpu", {"rssm_observe": "persistent"})
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
+    monkeypatch.setattr(dispatch, "triton_interpreted", lambda: True)
+    monkeypatch.setenv("HDFAST_BACKEND", forced)
+    case = cast(make_case(Sizes(T=1, B=2000, D=8, U=8, S=1, K=2)), torch.float32)
+    assert rssm_observe(**case) == chosen
