@@ -296,7 +296,9 @@ def main() -> None:
     parsed = config.parse(["--suite", suite.name, *seeds, *flags])
     logdir, threads = parsed.logdir, 1 if parsed.little_work else None
     jobs = jobs_of(suite, tasks, range(args.seed, args.seed + args.seeds), flags, logdir)
-    for name in () if args.ray else args.devices:
+    if args.ray and args.devices:
+        raise ConfigError("--devices has no effect with --ray", hint="ray hands out the GPUs of its cluster")
+    for name in args.devices:
         resolve_device(name)  # before any run is begun
     pool = RayPool(args.ray) if args.ray else LocalPool(args.jobs, args.devices, threads=threads)
     say = functools.partial(Console(highlight=False).print, markup=False, soft_wrap=True)

@@ -248,6 +248,7 @@ def test_sweep_tells_what_is_wrong_in_one_line(monkeypatch, capfd):
         (["--seed", "2147483647", "--seeds", "2"], 2, "--seed 2147483647 --seeds 2 ends at seed"),
         (["--", "--rssm.detr", "3"], 2, "there is no option --rssm.detr; did you mean '--rssm.deter'"),
         (["--suite", "demo", "--devices", "cpu", "tpu"], 2, "--device: no device 'tpu'; did you mean 'cpu'"),
+        (["--ray", "auto", "--devices", "cuda:0"], 2, "--devices has no effect with --ray; ray hands out"),
         (["--ray", "auto"], 6, "--ray needs ray; pip install 'ray>=2.40,<3'"),
     ):
         got, out, err = door(sweep.main, argv, monkeypatch, capfd)
