@@ -213,7 +213,9 @@ def test_the_rollout_is_what_it_says(rollout):
         decision = behavior.actor(state, rollout.draws.action[t], F32)
         assert torch.equal(trajectory.action[t], decision.action)
         if behavior.discrete:
-            log_prob, entropy = behavior.actor.judge(state, decision.action, rollout.draws.action[t], F32)
+            log_prob, entropy = behavior.actor.log_prob_and_entropy(
+                state, decision.action, rollout.draws.action[t], F32
+            )
         else:
             log_prob, entropy = torch.zeros(5), decision.entropy
         assert torch.allclose(trajectory.log_prob[t], log_prob, atol=1e-6)

@@ -2,9 +2,9 @@
 
 Axes: H horizon, N starting states (T*B), D deter, S groups, K classes, A action width.
 
-The critic sees each imagined state once, for baseline, bootstrap and loss. So does the actor of continuous actions,
-through which the gradient passes. That of discrete ones first acts without gradients, step by step, and then tells
-the log-probabilities of all that it did in one pass, whose backward pass is one as well.
+The critic sees each imagined state once, for baseline, bootstrap and loss. So does the actor where actions are
+continuous, since gradients flow back through its rollout. Where they are discrete, the actor acts step by step without
+gradients, and one pass over the whole rollout then gives the log-probabilities of its actions with gradients.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -117,12 +117,12 @@ class Actor(nn.Module):
             return out["logits"].argmax(-1)  # unimix keeps the order
         return normal_parameters(out["mean"], out["std"])[0]
 
-    def judge(
+    def log_prob_and_entropy(
         self, latent: Latent, action: Tensor, draw: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """log_prob (...) of discrete actions that were drawn in detached latents (...), and entropies (...)."""
+        """Both (...), of discrete actions (...) drawn in detached latents (...), in nats."""
         logits = self.mlp(latent.detach(), dtype)["logits"]
-        # Fused, with a sample that nobody looks at.
+        # For its fused log-probabilities; the sample is not used.
         logp = sample_onehot(logits[..., None, :], draw[..., None], self.unimix)[2].squeeze(-2)
         return logp.gather(-1, action[..., None]).squeeze(-1), categorical_entropy(logp)
 
@@ -173,7 +173,8 @@ class Behavior(nn.Module):
                 goes_on = model.cont_logit(arrived.detach(), dtype) > 0
                 cont = torch.cat([start_cont[None], goes_on.float()])
         if entropy is None:
-            log_prob, entropy = self.actor.judge(latent.before_last(), action, draws.action, dtype)
+            states = latent.before_last()
+            log_prob, entropy = self.actor.log_prob_and_entropy(states, action, draws.action, dtype)
         else:
             log_prob = torch.zeros_like(entropy)
         return Trajectory(latent, action, log_prob, entropy, cont, reward)
@@ -181,13 +182,14 @@ class Behavior(nn.Module):
     def _roll_out(
         self, model: WorldModel, start: Latent, draws: Draws, dtype: torch.dtype
     ) -> tuple[Latent, Tensor, Tensor | None]:
-        """States (H+1, N, ...), actions (H, N, ...) and what `Decision` has of entropies (H, N).
+        """States (H+1, N, ...), actions (H, N, ...), and entropies (H, N) where actions are continuous, else None.
 
-        With gradients where actions are continuous.
+        Gradients flow through all of them where actions are continuous.
         """
         with torch.set_grad_enabled(not self.discrete):
             weights = model.rssm.cast(dtype)
-            # Of weights that are cast once, gradients would be added up over the steps in the type of the cast.
+            # With gradients the actor casts its weights at every step: the gradient of weights that are cast once
+            # would be added up over the steps in bfloat16, not in float32.
             decide = self.actor.at(dtype) if self.discrete else partial(self.actor, dtype=dtype)
             classes = model.rssm.classes
             latents, decisions = [start.round_once(dtype).expand_once(classes, dtype)], []

@@ -247,7 +247,7 @@ class Learner:
         behavior = self.behavior
         draws = self.draws(half.cont.shape[0])
         actor, critic = self.optimizers["actor"], self.optimizers["critic"]
-        # Of continuous actions, gradients are added up over the steps, and in float32.
+        # Continuous actions cast the actor's weights at every step, see `Behavior._roll_out`.
         with rounded(actor, self.dtype) if behavior.discrete else nullcontext():
             trajectory = behavior.imagine(self.model, half.latent, half.cont, draws, self.dtype)
         with rounded(critic, self.dtype):

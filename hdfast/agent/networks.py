@@ -31,10 +31,11 @@ _TRUNCATION_STD = 0.87962566103423978  # standard deviation of a unit normal tru
 class Latent(NamedTuple):
     """A state of the world model.
 
-    deter: (..., D) float32. index: (..., S) int64, the classes drawn. stoch: (..., S, K), the same as a
-    straight-through one-hot sample, or None where no gradient may flow through the draw. rounded: deter in the type
-    of the matrix work, where many layers read it and no gradient flows; or None. dense: (..., S*K), what index stands
-    for as a one-hot matrix in that type, where layers read it faster so; or None.
+    deter: (..., D) float32.
+    index: (..., S) int64, the classes drawn.
+    stoch: (..., S, K), the classes as a straight-through one-hot sample; None where no gradient flows through the draw.
+    rounded: deter in the type of the matrix work, cached for the layers that read it; None where gradients flow.
+    dense: (..., S*K), the classes as a one-hot matrix in that type, cached where layers multiply by it; else None.
     """
 
     deter: Tensor
@@ -49,16 +50,16 @@ class Latent(NamedTuple):
         return self.rounded if known else self.deter.to(dtype)
 
     def round_once(self, dtype: torch.dtype) -> "Latent":
-        """The same state, with what `deter_as` returns kept for all who ask, unless gradients flow."""
+        """The same state, with `deter_as(dtype)` cached, unless gradients flow."""
         if torch.is_grad_enabled() or dtype == self.deter.dtype:
             return self
         return self._replace(rounded=self.deter_as(dtype))
 
     def expand_once(self, classes: int, dtype: torch.dtype) -> "Latent":
-        """The same state, with its latent as a dense matrix for all who ask, where that is faster; K `classes`."""
-        return (
-            self if self.dense is not None else self._replace(dense=expand_onehot(self.index, classes, dtype))
-        )
+        """The same state, with its K = `classes` one-hot latents cached as a dense matrix, where that is faster."""
+        if self.dense is not None:
+            return self
+        return self._replace(dense=expand_onehot(self.index, classes, dtype))
 
     def detach(self) -> "Latent":
         """The same state without gradients."""

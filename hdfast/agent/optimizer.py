@@ -68,11 +68,11 @@ def copy_all(places: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
 
 
 class Parameters:
-    """Parameters that are changed together.
+    """Parameters that are changed together, if `flat` as one tensor.
 
     Args:
-        parameters: float32, all on one device; modules and others keep them as they are.
-        flat: make them views of one tensor; None: where FLAT says so.
+        parameters: float32, all on one device. They stay the same objects; only their memory moves.
+        flat: make them views of one tensor; None: on the devices in FLAT.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], flat: bool | None = None):
@@ -87,7 +87,7 @@ class Parameters:
         if self._memory is None:
             return self.each
         for parameter, part in zip(self.each, self._memory.parts, strict=True):
-            # At first; in a copy, whose modules have memory of their own; and where `.data` was set.
+            # Its memory is elsewhere at first, after a deepcopy, and where somebody has set `.data`.
             if parameter.data_ptr() != part.data_ptr():
                 if part.is_cuda and torch.cuda.is_current_stream_capturing():
                     raise RuntimeError(
@@ -98,9 +98,9 @@ class Parameters:
         return [self._memory.whole]
 
     def changed(self) -> None:
-        """To be called after a change: a backward pass through what was computed before is then refused.
+        """Tells autograd of an in-place change, so that it refuses a backward pass through what was computed before.
 
-        Where each is changed by itself, autograd sees to that.
+        It cannot see a change of the one flat tensor; a change of each parameter it sees by itself.
         """
         if self.flat:
             torch.autograd.graph.increment_version(self.each)
@@ -154,7 +154,7 @@ class Adam:
         if self.held.flat:
             self.gradient.copy_(gradients)
             gradients = [self.gradient.whole]
-        told = adam_step(
+        norm, applied = adam_step(
             self.held.tensors(),
             gradients,
             *self._moments,
@@ -166,7 +166,7 @@ class Adam:
             apply=apply,
         )
         self.held.changed()
-        return told
+        return norm, applied
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments and step count, by name."""

@@ -30,8 +30,8 @@ class Policy:
         num_envs: N.
         seed: of the draws of latents and actions.
         graph: capture `step` as a CUDA graph.
-        greedy: take the actor's likeliest action instead of a sample; latents are sampled all the same, with the same
-            numbers, for those of the action are drawn and left unused.
+        greedy: take the actor's likeliest action instead of a sample. Latents are still sampled, and from the same
+            random numbers, because those of the action are drawn too and not used.
 
     Raises:
         ConfigError: a graph is wanted on another device than a CUDA device.
@@ -42,7 +42,7 @@ class Policy:
     ):
         self.learner, self.num_envs, self.greedy = learner, num_envs, greedy
         device, rssm = learner.device, learner.config.rssm
-        # A few rows on the CPU take longer to cast the weights for than to multiply by them.
+        # On the CPU, casting the weights takes longer than multiplying a few rows by them.
         self.dtype = torch.float32 if device.type == "cpu" else learner.dtype
         self.generator = torch.Generator(device)
         self.generator.manual_seed(seed)

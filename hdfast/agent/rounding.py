@@ -1,7 +1,7 @@
 """A model's weights in the type of its matrix work: all rounded in one launch, their gradients widened in one.
 
-Where the parameters of an optimizer are one tensor, as on CUDA. A cast of each, and of the gradient of each, is a
-hundred launches of an update, most of which take longer to begin than to run.
+This is for optimizers whose parameters are one tensor, as on CUDA. Casting each weight and each gradient by itself
+would add a hundred launches to an update, most of which take longer to start than to run.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,16 +19,17 @@ _rounded: ContextVar[Mapping[int, Tensor]] = ContextVar("rounded")  # by the par
 
 
 def in_type(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
-    """A weight in `dtype`, through which its gradient flows: as `rounded` has made it, else by itself."""
+    """A parameter in `dtype`, differentiably: the copy that `rounded` made of it, else a cast of its own."""
     known = _rounded.get({}).get(id(parameter))
     return parameter.to(dtype) if known is None or known.dtype != dtype else known
 
 
 @contextmanager
 def rounded(optimizer: Adam, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, `in_type` knows the optimizer's parameters in `dtype`, if they are one tensor and of another.
+    """Inside, `in_type` returns the optimizer's parameters from one copy in `dtype`, cast in a single launch.
 
-    Their gradients are then in the memory of the optimizer: they last until its next step, or the next gradients.
+    Does nothing in float32, or where the parameters are not one tensor. The gradients are written into
+    `optimizer.gradient`, so that they are valid only until its next step or the next backward pass.
     """
     if not optimizer.held.flat or dtype == torch.float32:
         yield

@@ -26,11 +26,12 @@ class Updates:
 
 
 class OverlappedUpdates(Updates):
-    """Updates in each of whose CUDA graphs the behavior learns from one batch beside the world model from the next.
+    """Updates as CUDA graphs, in each of which the behavior learns from one batch beside the world model from the next.
 
-    The scan over time leaves most of a GPU idle, and imagination does not depend on the next batch. All is computed
-    as by one update after the other, with the same draws: the behavior learns in the world model that its own batch
-    has changed, and the next change of that waits for it. A call more, or `finish`, completes the update of a call.
+    The scan over time leaves most of a GPU idle, and imagination does not depend on the next batch. The results are
+    those of updates one after the other, with the same draws: the behavior imagines with the world model that has
+    learnt from its own batch, and the world model's next step waits until it has. So each call leaves an update half
+    done, which the next call or `finish` completes.
 
     Args:
         learner: whose updates.
@@ -45,7 +46,7 @@ class OverlappedUpdates(Updates):
         self._learner, self._sample = learner, sample
         generators = [learner.generator, *generators]
         super().__init__(CapturedStep(self._both, device=learner.device, generators=generators))
-        self._half: ModelStep | None = None  # where it stays
+        self._half: ModelStep | None = None  # static memory: the graph reads and writes it
         self._under_way = False
 
     def __call__(self) -> None:

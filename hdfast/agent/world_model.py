@@ -111,7 +111,8 @@ class WorldModel(nn.Module):
         if self.images:
             image = self.decoder["image"](latent, dtype)
             channels = [shape[2] for shape in self.images.values()]
-            images = [image] if len(channels) == 1 else image.split(channels, -1)  # whose gradient is a copy
+            # A single image is not split: the gradient of a split is a copy.
+            images = [image] if len(channels) == 1 else image.split(channels, -1)
             out.update(zip(self.images, images, strict=True))
         if self.vectors:
             out.update(self.decoder["vector"](latent, dtype))
