@@ -113,10 +113,10 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _as_begun(config: Config, path: Path) -> Config:
-    """`config` for the run in directory `path`: once that has begun, with what it began with.
+    """`config` with what the run in directory `path` has begun with, if it has begun.
 
-    What it sees, where that is left open, is what it saw. The run of --init-from is not read any more, and may be gone
-    or have another name; one that is another is warned of.
+    --env.obs auto becomes what the run saw. --init-from is not read again, so the other run may be gone or renamed; the
+    saved value is kept, and another one on the command line is warned of.
     """
     with disk_errors(path, "use the run's directory", hint="choose another --logdir"):
         begun = (path / "config.json").exists() and has_begun(path)
@@ -137,7 +137,7 @@ def _as_begun(config: Config, path: Path) -> Config:
 
 
 def _same_place(run: str, other: str | None) -> bool:
-    """Whether two names, which need not be of anything, lead to one directory."""
+    """Whether two names, of directories that need not exist, mean the same one."""
     return (
         other is not None and len({os.path.realpath(os.path.expanduser(name)) for name in (run, other)}) == 1
     )

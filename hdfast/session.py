@@ -81,9 +81,9 @@ class Session:
     def _build(
         self, device: torch.device, saved: checkpoint.Checkpoint | None, start: checkpoint.Checkpoint | None
     ) -> None:
-        """All that is made for the environments that are there, as it was when `saved` was.
+        """Makes everything else of the run, now that the environments are there, and restores it from `saved`.
 
-        start: of another run, for the parameters of a new one.
+        start: a checkpoint of another run, whose parameters a new run begins with.
         """
         config, rundir, dtype = self.config, self.rundir, resolve_precision(self.config.precision, device)
         seen = self.env.obs_specs, self.env.actions
@@ -169,7 +169,7 @@ class Session:
         try:
             self.replay.close()
         except ReplayError:
-            if not told:  # otherwise what went wrong first is what to tell
+            if not told:  # otherwise the first error is the one to tell
                 raise
 
     def run(self) -> dict[str, Any]:
@@ -247,7 +247,7 @@ class Session:
             self._log()
 
     def _end_step(self) -> bool:
-        """What is to tell of the step under way, which ends here; whether its metrics were logged."""
+        """Ends the step under way: progress, and the log line and video that are due. Whether it logged."""
         config, before = self.config, self.step_from
         self.progress.update(agent_steps=self.agent_steps, updates=self.learner.updates)
         self.step_from = None
@@ -259,7 +259,7 @@ class Session:
         return logged
 
     def _act(self, obs: Mapping[str, np.ndarray], is_first: np.ndarray) -> np.ndarray:
-        """A random action while replay is being filled, unless the policy has learnt before; then the policy's."""
+        """The policy's actions; random ones while replay is being filled, unless the policy comes from --init-from."""
         if self.learning_from is not None or self.config.init_from is not None:
             return self.policy(obs, is_first)
         rng = np.random.default_rng(stream_seed(self.config.seed, "prefill", self.agent_steps))
@@ -291,7 +291,7 @@ class Session:
         path = self.rundir.path / "nonfinite_batch"
         batch = self.replay.gather(self.learner.bad_starts, self.config.replay.length)
         checkpoint.save(path, batch, {"agent_steps": self.agent_steps}, number=self.learner.updates, keep=1)
-        late = self.learner.device.type != "cpu"  # a log line looks, and replay may have gone round meanwhile
+        late = self.learner.device.type != "cpu"  # seen at a log line: replay may have gone round since
         replaced = late and self.replay.rows_added > self.replay.ring
         exact = self.learner.dtype == torch.float32
         other = "begin another run with lower learning rates" if exact else "with --precision float32"
@@ -336,7 +336,7 @@ class Session:
                 self.logger.video(f"open_loop_{key}", agent_steps=self.agent_steps, frames=frames)
 
     def _evaluate(self) -> None:
-        self._save()  # an evaluation can be long, and a kill then is to cost nothing that was learnt
+        self._save()  # an evaluation can be long: a kill during it then costs nothing that was learnt
         config = self.config.eval
         if self.eval_env is None:
             num_envs = min(config.num_envs, config.episodes)
@@ -356,7 +356,7 @@ class Session:
         self.progress.update(phase="", evaluation=self.evaluation["score"])
 
     def _save(self) -> None:
-        """Logs, then replay, then the checkpoint that relies on both."""
+        """Makes the logs durable, then replay, then writes the checkpoint that relies on both."""
         with annotate("checkpoint"):
             self._update.finish()
             self.logger.sync()

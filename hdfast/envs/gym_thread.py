@@ -37,10 +37,11 @@ class GymThread:
     def wait(self, answer: Future[Any], *, last: bool = False) -> None:
         """Returns when a call has answered.
 
-        last: nothing is wanted but the end. It takes GRACE_SECONDS at most if an earlier wait was left, by Ctrl-C or as
-        below, and not even those where `stop` raises.
+        last: the call closes the environments. If an earlier wait was given up (by Ctrl-C, or as below), this one lasts
+            GRACE_SECONDS at most, and ends as soon as `stop` raises.
 
-        Raises: what `stop` raises, if no answer comes in the GRACE_SECONDS after it first does; TimeoutError.
+        Raises: what `stop` raises, if no answer comes within GRACE_SECONDS of its first raising; TimeoutError at the
+            end of the GRACE_SECONDS of a `last` call.
         """
         hurried = last and self._left
         end = time.monotonic() + GRACE_SECONDS if hurried else math.inf

@@ -65,14 +65,14 @@ def has_bfloat16(device: torch.device) -> bool:
 def prepare_device(device: torch.device, little_work: bool) -> None:
     """Makes a CUDA device the current one, on which Triton launches; on the CPU, keeps memory and limits the threads.
 
-    On the CPU the process keeps what tensors free for the next ones: new pages would be a third of the time of an
-    update in float32. On CUDA float32 is then float32 in convolutions, too, where cuDNN would take TF32, with 10 bits
-    of mantissa, and sums of bfloat16 products are float32 to their end, where cuBLAS would round parts of long ones.
+    On CUDA, convolutions in float32 then compute in float32, where cuDNN would use TF32 with its 10 bits of mantissa,
+    and sums of bfloat16 products stay in float32, where cuBLAS would round partial sums of long ones.
 
-    One thread where an update is little work (`Config.little_work`), unless OMP_NUM_THREADS is set: two gain little
-    there on idle cores, and on busy ones they wait for each other. An update of the demo on two busy cores: 31 ms of
-    CPU and 45-74 ms of wall time on one thread, 400-1,040 ms and 650-2,140 ms on two. Whatever is more work has the
-    threads of before again.
+    On the CPU the process keeps freed memory for later tensors: new pages would be a third of the time of an update in
+    float32. If an update is little work (`Config.little_work`), PyTorch gets one thread, unless OMP_NUM_THREADS is
+    set: two gain little there on idle cores, and on busy ones they wait for each other. An update of the demo on two
+    busy cores: 31 ms of CPU and 45-74 ms of wall time on one thread, 400-1,040 ms and 650-2,140 ms on two. A later
+    call for more work gives back the threads that there were before.
 
     Raises: MissingLibraryError if the C++ module of the CPU cannot be used, with the command that builds it.
     """

@@ -92,10 +92,10 @@ class CapturedStep:
 
 @contextlib.contextmanager
 def beside(device: torch.device) -> Iterator[Callable[[], None]]:
-    """What is called inside runs beside what is called after, until the function is called that this yields.
+    """Work inside the block runs on a side stream, beside the work after it, until the yielded function is called.
 
-    Captured, both are branches of one graph, of which the one after comes first where not all of both fits on the
-    device. Memory that one of them frees the other does not get. On the CPU one runs after the other.
+    In a capture the two become branches of one graph; where the device has no room for both at once, the branch after
+    the block goes first. Memory freed by one branch is not reused by the other. On the CPU one runs after the other.
     """
     if device.type != "cuda":
         yield lambda: None
@@ -106,7 +106,8 @@ def beside(device: torch.device) -> Iterator[Callable[[], None]]:
         yield lambda: current.wait_stream(side)
 
 
-# One of each for all captures on a device: of many, the 33rd would be the first again, or another's who copies on it.
+# One of each for all captures on a device: PyTorch hands out 32 in turn, so that one more could be the first again, or
+# the one on which replay copies.
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)

@@ -150,9 +150,10 @@ class RunDir:
         return opened
 
     def grow(self) -> None:
-        """To be called once a run has more than it had: what it was given more of is its own from now on.
+        """Makes the larger values that the run was opened with (`growing`) its own, and a finished run unfinished.
 
-        Until then nothing is changed: it may have been a slip, or fail to begin.
+        To be called once it has gone beyond its old end. Until then nothing on disk is changed: the larger value may
+        have been a slip, or the session may fail to begin.
         """
         if self._grown is None:
             return
@@ -170,7 +171,7 @@ class RunDir:
             write_json(self.path / "finished.json", {"summary": self.summary, "time": _now()})
 
     def note_backends(self, how: Mapping[str, Any]) -> list[str]:
-        """Write backends.json; what is another than in the last session, as lines of `difference`. how: JSON-able."""
+        """Write backends.json; returns lines of `difference` to the last session. how: JSON-able."""
         path = self.path / "backends.json"
         with disk_errors(path, "write the file"):
             try:

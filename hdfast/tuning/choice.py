@@ -118,7 +118,7 @@ def alone(
 
     check: called while another has it; what it raises ends the waiting. waits: called once before.
 
-    The runs of a sweep begin together: the first tries, on a machine that the others leave to it, and they read.
+    The runs of a sweep begin together. So the first one searches, undisturbed, and the others read what it found.
     """
     path = path_of(key).with_suffix(".lock")
     try:

@@ -1,10 +1,11 @@
 """Updates of one run's model on every backend and as a CUDA graph: which are right, and which is fastest.
 
-An op is tried alone, everything else on its definition. Right is an update whose gradients and steps are those of
-plain PyTorch but for rounding, for which there is a yardstick: how far the same update goes astray when its
-parameters are moved by a rounding error. That is little in float32, and much in bfloat16, where many a latent is
-sampled otherwise; so an op is held to both, the first of which finds a small mistake and the second a large one. A
-latent that a single rounding decides can lead an update astray alone: what is wrong is so from other parameters, too.
+An op is tried alone, with all others on their definition. It is right if the gradients and steps of the update differ
+from those of plain PyTorch by no more than rounding does. The yardstick for that is how far plain PyTorch's own update
+moves when its parameters are changed by a rounding error: little in float32, which shows small mistakes, and much in
+bfloat16, where many latents are then sampled differently, which shows only large ones. An op must pass both. A single
+latent on the edge between two classes can make a right op fail, so an op is wrong only if it fails from all of several
+starting points.
 """
 
 import math
@@ -12,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -128,7 +130,7 @@ class Trials:
         return f"{kind}: {worst} is off by {far[worst]:.2g}, rounding moves it by {yardstick[worst]:.1g}"
 
     def judge_graph(self, ops: Ops, way: str = GRAPH) -> Verdict:
-        """Whether updates, in GRAPH or OVERLAP, and actions as CUDA graphs are those that run eagerly."""
+        """Whether updates and actions as CUDA graphs do what they do eagerly; way: GRAPH or OVERLAP, of the updates."""
         faults = (self._graph_fault(ops, way, nudge) for nudge in range(NUDGES + 1))
         first = next(faults)
         if first and all(faults):
@@ -261,17 +263,14 @@ class Run(NamedTuple):
     finish: Callable[[], None]
 
 
-class using:
-    """A context in which every op runs as in `ops`, and those that it does not name on their definition."""
-
-    def __init__(self, device: torch.device, ops: Ops):
-        self._device, self._ops = device.type, dict(ops)
-
-    def __enter__(self) -> None:
-        self._before = dispatch.use(self._device, self._ops)
-
-    def __exit__(self, *error: object) -> None:
-        dispatch.use(self._device, self._before)
+@contextmanager
+def using(device: torch.device, ops: Ops) -> Iterator[None]:
+    """Inside, every op runs as in `ops`, and those that it does not name on their definition."""
+    before = dispatch.use(device.type, ops)
+    try:
+        yield
+    finally:
+        dispatch.use(device.type, before)
 
 
 def _part(name: str) -> str:
