@@ -5,8 +5,8 @@
     m, v  = beta1 m + (1 - beta1) grad,  beta2 v + (1 - beta2) grad^2
     param = param - lr * m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)
 
-A step whose norm is infinite or NaN changes nothing, the step count neither, without a look at it from the
-host: the step count is a tensor, so the op runs inside a captured graph and its replay.
+A step whose norm is infinite or NaN changes nothing, not even the step count. That is decided on the device, and
+the step count is a tensor, so that the op can be captured in a CUDA graph and replayed.
 
 Source: Kingma and Ba (arXiv 1412.6980); clipped as by optax's clip_by_global_norm, which the authors of
 HarmonyDream use; weight decay is coupled, as in DreamerV2.

@@ -32,9 +32,9 @@ def plainly(implementation: Callable[..., Any]) -> Callable[..., Any]:
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Makes it an error to differentiate through `backward`, the backward pass of a torch.autograd.Function.
 
-    PyTorch's decorator of this name does so only where the incoming gradient has one itself. That of a sum has none,
-    so that a gradient penalty on what an op gives would be left out without a word. `backward` gets gradients as they
-    lie in memory: that of an imaginary part may come as one that is negated when it is read.
+    PyTorch's decorator of this name does so only if the incoming gradient requires a gradient itself. That of a sum
+    does not, so that a gradient penalty on the output of an op would silently be left out. `backward` gets gradients
+    with their signs resolved: that of an imaginary part may come in lazily negated.
     """
 
     refusing = function.once_differentiable(backward)

@@ -1,7 +1,7 @@
 """Which implementation of an op runs.
 
-An op has some of these backends: `reference` (plain PyTorch, the definition), `triton` (CUDA), `persistent` (in Triton
-too, one launch for what else takes hundreds), `fused` (kernels of PyTorch's own, asked otherwise) and `native` (C++ on
+An op has some of these backends: `reference` (plain PyTorch, the definition), `triton` (CUDA), `persistent` (Triton
+too, with one launch in place of hundreds), `fused` (PyTorch's own kernels, on padded operands) and `native` (C++ on
 the CPU). A call may name one (`backend="native"`), the environment may force one on every op that has
 it (`HDFAST_BACKEND=reference`), and otherwise the table below decides. A backend that is asked for and cannot
 run is an error that says how to mend it; nothing falls back silently.

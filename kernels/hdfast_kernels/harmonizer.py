@@ -202,12 +202,12 @@ class Harmonizer(nn.Module):
         key = group, weight, fixed, device
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._made(*key)
+            plan = self._make_plan(*key)
             if type(plan.row) is Tensor:  # not what is made while PyTorch traces, which has no memory
                 self._plans[key] = plan
         return plan
 
-    def _made(
+    def _make_plan(
         self,
         group: tuple[int, ...],
         weight: tuple[float, ...],

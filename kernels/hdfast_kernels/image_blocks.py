@@ -29,12 +29,13 @@ from .tiles import sum_of_partials
 
 CHANNELS = 4  # of an image, at most: the 4 pixels of a block then have 16
 POSITIONS, WARPS = 128, 4  # in a tile of the kernel that cuts, 16 numbers a thread
-# Pixels of the smaller maps in a tile of a product: 128 have few neighbours in other tiles, whose blocks would be read
-# again, and leave registers for several programs a multiprocessor, whose loads hide each other's latency. Triton is not
-# to copy them ahead in a pipeline, as copies pass by the L1 cache, from which neighbours come. So many programs, 6 a
-# multiprocessor of an H100, have a share of a kernel's gradient. Columns in a tile that is doubled, as few as fill the
-# tensor cores; down at most so many rows, of which one more is read than written. Channels of the smaller maps at a
-# time: those that they have, those that they are summed over.
+# TILE: pixels of the smaller maps in a tile of a product. 128 have few neighbours in other tiles, whose blocks would be
+# read again, and leave registers for several programs a multiprocessor, whose loads hide each other's latency. They
+# have one pipeline stage: copies made ahead would bypass the L1 cache, where neighbours find each other's blocks.
+# PROGRAMS: that share a kernel's gradient, 6 on each multiprocessor of an H100.
+# LINES, DOWN: columns of a tile that is doubled, as few as fill the tensor cores, and the most rows of it; it reads one
+# more than it writes.
+# MOST_OUTPUTS, MOST_INPUTS: channels of the smaller maps that a program has at a time, as results and to sum over.
 TILE, PROGRAMS, LINES, DOWN, MOST_OUTPUTS, MOST_INPUTS = 128, 6 * 132, 64, 12, 64, 64
 
 
@@ -150,8 +151,8 @@ def image_weight_backward(
     tl.store(partial_ptr + to, total, mask=output < OUTPUTS)
 
 
-def multiplies(image_or_map: Tensor, halved: bool) -> bool:
-    """Whether these kernels take it, (N, H, W, channels): bfloat16, and positions that 32 bits count."""
+def takes(image_or_map: Tensor, halved: bool) -> bool:
+    """Whether these kernels take it, (N, H, W, channels): bfloat16, and few enough positions to count in 32 bits."""
     images, height, width, _ = image_or_map.shape
     share = 2 if halved else 1
     positions = images * (height // share + 1) * (width // share + 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import dispatch, image_blocks
 from .image_deconv_native import CHANNELS, image_deconv_native
-from .library_conv import in_right_type
+from .library_conv import in_safe_type
 from .numerics import check_device, check_shape
 
 
@@ -22,13 +22,13 @@ def image_deconv_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The definition, in plain PyTorch; see `image_deconv`."""
     kernel = weight.to(x.dtype, memory_format=torch.channels_last)
     given = x.permute(0, 3, 1, 2), kernel, bias.to(x.dtype)
-    out = F.conv_transpose2d(*(in_right_type(one, x.shape[2]) for one in given), stride=2, padding=1)
+    out = F.conv_transpose2d(*(in_safe_type(one, x.shape[2]) for one in given), stride=2, padding=1)
     return out.permute(0, 2, 3, 1).to(x.dtype)
 
 
 def image_deconv_triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Images of bfloat16 are put together of blocks of pixels; float32 is the reference's."""
-    if not image_blocks.multiplies(x, halved=False):
+    if not image_blocks.takes(x, halved=False):
         return image_deconv_reference(x, weight, bias)
     return image_blocks.double_to_image(x, weight, bias)
 

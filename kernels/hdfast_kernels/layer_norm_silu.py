@@ -19,9 +19,9 @@ from .layer_norm_silu_native import layer_norm_silu_native
 from .numerics import as_contiguous, check_axes, check_device, check_eps, check_shape, compute_dtype
 from .tiles import as_rows, normalise, row_tile, sigmoid, sum_of_partials
 
-# Backward: numbers in a tile and for each thread, a 16-byte load of bfloat16 for each operand, and as much of the next
-# tile on its way meanwhile. That takes up to 80 registers a thread and, where a row is WIDE, 96: 6 and 5 programs a
-# multiprocessor run at once, of which an H100 has 132. Each program has a row of partial sums.
+# Backward: numbers in a tile, and for each thread: one 16-byte load of bfloat16 for each operand, with the next tile's
+# under way meanwhile. It takes up to 80 registers a thread, or 96 for rows of WIDE numbers or more, so that 6 or 5
+# programs run at once on each of an H100's 132 multiprocessors. Each program has a row of partial sums.
 TILE, THREAD, WIDE, PARTIALS, WIDE_PARTIALS = 1024, 8, 512, 792, 660
 
 

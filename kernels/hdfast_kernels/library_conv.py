@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Channels of a map for each of its pixels, of all images together, from which on the weights are most of what moves.
+# Output channels for each output pixel, of all images together, from which on the weights are most of what is moved.
 FEW = 2
 
 
@@ -51,14 +51,14 @@ def gradients(
 
 
 def _laid(tensor: Tensor, width: int) -> Tensor:
-    """With channels last in memory, itself if they are, in a type that is right; `width` is that of the smaller map."""
-    return in_right_type(tensor, width).contiguous(memory_format=torch.channels_last)
+    """With channels last in memory, itself if they are, in a type that is safe; `width` is that of the smaller map."""
+    return in_safe_type(tensor, width).contiguous(memory_format=torch.channels_last)
 
 
-def in_right_type(tensor: Tensor, width: int) -> Tensor:
-    """In float32 where the smaller map of a convolution is one pixel wide and the tensor in bfloat16, on the CPU.
+def in_safe_type(tensor: Tensor, width: int) -> Tensor:
+    """The tensor, widened to float32 if it is bfloat16 on the CPU and the convolution's smaller map one pixel wide.
 
-    With AMX, oneDNN 3.12 takes some of those numbers from memory that is not the map's.
+    With AMX, oneDNN 3.12 takes some of the numbers of such maps from memory outside of them.
     """
     return tensor.float() if width <= 1 and tensor.is_cpu and tensor.dtype == torch.bfloat16 else tensor
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .autograd import once_differentiable
 
-# Bytes that a row is to be a multiple of, and multiplications of a product from which on a wider copy of weight and
-# bias, a launch each, pays.
+# Rows are padded to a multiple of UNIT bytes, in products of at least ENOUGH multiplications: in smaller ones, padded
+# copies of weight and bias, a launch each, cost more than they save.
 UNIT, ENOUGH = 16, 1 << 26
 
 
@@ -33,7 +33,7 @@ def _more_columns(x: Tensor) -> Tensor:
 def _more_rows(x: Tensor) -> Tensor:
     """(N, ...) -> (N', ...): rows of x again, which takes one launch where zeros would take two.
 
-    What they give is never looked at, and they meet zeros in the backward pass.
+    The outputs of these rows are cut off, and the backward pass multiplies them by zeros.
     """
     rows = _round_up(len(x), x)
     return x if rows == len(x) else torch.cat([x] * (rows // len(x)) + [x[: rows % len(x)]])

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import native
 from .autograd import once_differentiable
 
-# Multiplications of a product from which on oneDNN's call, 10 microseconds dearer, pays.
+# Least multiplications of a product for which oneDNN, whose call takes 10 microseconds longer, is faster.
 ENOUGH = 1 << 20
 
 

@@ -52,6 +52,8 @@ def as_contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def copy_back(tensors: Sequence[Tensor], laid: Sequence[Tensor]) -> None:
     """Writes what became of the copies of `as_contiguous` into the tensors that they stood for."""
-    for tensor, copy in zip(tensors, laid, strict=True) if laid is not tensors else ():
+    if laid is tensors:
+        return
+    for tensor, copy in zip(tensors, laid, strict=True):
         if copy is not tensor:
             tensor.copy_(copy)

@@ -6,8 +6,8 @@ Axes: N rows (all leading axes), S groups, K classes, U units.
 
 It reads S of S*K rows: K times fewer operations than the GEMM. The latents of DreamerV3 (arXiv 2301.04104)
 are such stacks, sampled with straight-through gradients; `straight_through` carries that gradient to the
-latents without a forward GEMM. Tensor cores do the GEMM in less time all the same, where its one-hot matrix is in
-memory: `expand_onehot` makes one for all layers that read the same latents, on a GPU.
+latents without a forward GEMM. On a GPU, tensor cores are faster still once the one-hot matrix is in memory:
+`expand_onehot` makes it once for all layers that read the same latents.
 """
 
 import torch

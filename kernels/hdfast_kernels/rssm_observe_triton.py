@@ -32,12 +32,11 @@ class Layout:
     WHOLE: int  # products of up to so many chunks are one block of code
 
 
-# A tensor-core tile has 16 rows. A sum is shared by few warps, since what they have is exchanged: on an H200 the scan
-# takes 3.2 ms with 4, 3.9 with 8 and 6.3 with 16. Each has a part of its depth, as deep as compiles without spilling
-# on sm_80, 90 and 100; float32 spills with 4. 8 columns are the least of a tensor-core tile; 16 where there are more
-# programs than multiprocessors. Programs that wait for each other must all be running: persistent, they must not exceed
-# the multiprocessors. More than an A100's are not used: 128 programs of 8 columns would fit into one wave of an H100,
-# and spill there in one launch.
+# A program has ROWS sequences, as a tensor-core tile has, and 8 columns, the fewest of one; 16 where there would be
+# more programs than multiprocessors. Each of its WARPS sums a part of the depth, as deep as compiles without
+# spilling on sm_80, 90 and 100. They are few, since they exchange their sums: on an H200 the scan takes 3.2 ms with 4,
+# 3.9 with 8 and 6.3 with 16; float32 spills with 4. In a persistent launch programs wait for each other, so all must
+# run at once, on at most MULTIPROCESSORS, an A100's: 128 programs of 8 columns would fit an H100, but spill there.
 ROWS, MULTIPROCESSORS = 16, 108
 WARPS = {torch.bfloat16: 4, torch.float32: 8}
 UNROLL = 32  # rows of the latent's matrix that are read at once

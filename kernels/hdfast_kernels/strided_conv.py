@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, image_blocks
-from .library_conv import in_right_type
+from .library_conv import in_safe_type
 from .numerics import check_device
 from .strided_conv_native import strided_conv_native
 
@@ -21,13 +21,13 @@ def strided_conv_reference(x: Tensor, weight: Tensor, transposed: bool = False) 
     kernel = weight.to(x.dtype, memory_format=torch.channels_last)
     convolution = F.conv_transpose2d if transposed else F.conv2d
     width = x.shape[2] if transposed else x.shape[2] // 2
-    maps = in_right_type(x.permute(0, 3, 1, 2), width), in_right_type(kernel, width)
+    maps = in_safe_type(x.permute(0, 3, 1, 2), width), in_safe_type(kernel, width)
     return convolution(*maps, stride=2, padding=1).permute(0, 2, 3, 1).to(x.dtype)
 
 
 def strided_conv_triton(x: Tensor, weight: Tensor, transposed: bool = False) -> Tensor:
     """Images of bfloat16 are halved as blocks of pixels; all else is the reference's."""
-    if transposed or x.shape[-1] > image_blocks.CHANNELS or not image_blocks.multiplies(x, halved=True):
+    if transposed or x.shape[-1] > image_blocks.CHANNELS or not image_blocks.takes(x, halved=True):
         return strided_conv_reference(x, weight, transposed)
     return image_blocks.halve_image(x, weight)
 

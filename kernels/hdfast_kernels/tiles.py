@@ -58,9 +58,9 @@ def rows_apart(x: Tensor, columns: int) -> Tensor:
 
 
 def readable_columns(flat: Tensor, block: int) -> int:
-    """How many columns of each row of (N, columns) may be read: `block`, where memory has that many, or its own.
+    """How many columns of each row of (N, columns) a kernel may read: `block` if memory has that many, else its own.
 
-    What is read beyond the row's own must not matter. It spares the mask, with which loads are not 16 bytes long.
+    What lies beyond the row must not matter to the kernel. It needs no mask then, with which loads are not 16 bytes.
     """
     (rows, columns), stride = flat.shape, flat.stride(0)
     end = flat.storage_offset() + (rows - 1) * stride + block
@@ -120,8 +120,8 @@ def softmax_rows(x, inside):
 def normalise(x, inside, COLUMNS: tl.constexpr, eps):
     """Layer norm of a tile's rows without its affine part: (x - mean) * rstd, and rstd (ROWS, 1).
 
-    What the mean of the row missed by rounding is the mean of what it left. It takes another sum, but none that has to
-    wait for one; without it, a row of equal numbers would come out as that rounding times rstd, a large number.
+    The rounding error of the mean is the mean of the centred row, and is subtracted as well: otherwise a row of equal
+    numbers would come out as that error times rstd, a large number. Its sum runs beside that of the squares.
     """
     centred = tl.where(inside, x - (tl.sum(x, axis=1) * (1.0 / COLUMNS))[:, None], 0.0)
     missed = tl.sum(centred, axis=1) * (1.0 / COLUMNS)

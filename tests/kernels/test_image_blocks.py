@@ -72,13 +72,13 @@ def test_images_and_slopes_that_lie_otherwise(lies, backend):
 def test_what_is_left_to_the_library():
     """float32, and positions that 32 bits do not count."""
     few, many = (torch.empty((n, 64, 64, 3), dtype=torch.bfloat16, device="meta") for n in (1024, 1 << 20))
-    assert [image_blocks.multiplies(one, halved=True) for one in (few, few.float(), many)] == [
+    assert [image_blocks.takes(one, halved=True) for one in (few, few.float(), many)] == [
         True,
         False,
         False,
     ]
-    assert image_blocks.multiplies(many[: 1 << 19, :32, :32], halved=False)
-    assert not image_blocks.multiplies(many[..., :32, :32, :], halved=False)
+    assert image_blocks.takes(many[: 1 << 19, :32, :32], halved=False)
+    assert not image_blocks.takes(many[..., :32, :32, :], halved=False)
 
 
 # N, H and W of the smaller map, rows and columns of the image beyond twice that, O or K, C: the least; odd; gray; a map
