@@ -54,8 +54,8 @@ class Trained:
         """An action for an environment of your own, from what it observes, both in its own spaces.
 
         Args:
-            observation: of `gymnasium.make(...)` for a run of suite gym, what it draws where the agent sees that, and
-                both by name, "image" and "state", where it sees both; for other suites as in `env.obs_specs`.
+            observation: for suite gym, what `gymnasium.make(...)` observes; its frame where the agent sees what is
+                drawn, and "image" and "state" by name where it sees both. For other suites as in `env.obs_specs`.
             is_first: whether it is the first of an episode; the first call is taken as one.
 
         Raises:
@@ -66,7 +66,7 @@ class Trained:
             raise ValueError(f"act() is for one environment, this was loaded for {self.env.num_envs}")
         if self.env.obs_specs.keys() != self.policy.learner.obs_specs.keys():
             raise ValueError("act() is of what the agent sees; load it without drawn=True")
-        return self.env.taken(self.policy(self.env.seen(observation), np.array([is_first])))
+        return self.env.own_action(self.policy(self.env.row_of(observation), np.array([is_first])))
 
     def __enter__(self) -> Self:
         return self

@@ -84,14 +84,14 @@ def test_what_counts_beyond_its_space_is_told(space, rights, wrongs):
 def test_an_observation_without_its_names_or_one_of_them_is_told():
     with make("Goals", obs="both") as env:
         observation = gym_envs.GOALS.sample()
-        assert env.seen(observation).keys() == observation.keys()
+        assert env.row_of(observation).keys() == observation.keys()
         with pytest.raises(RunError, match="is of type ndarray, right are arm, depth, goal, image by name"):
-            env.seen(observation["image"])
+            env.row_of(observation["image"])
         del observation["goal"]
         with pytest.raises(
             RunError, match=r"^Goals-v0: the observation has no 'goal', but arm, depth, image$"
         ):
-            env.seen(observation)
+            env.row_of(observation)
 
 
 def test_an_environment_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capfd):

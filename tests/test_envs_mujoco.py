@@ -104,7 +104,7 @@ def test_actions_are_stretched_to_the_bounds_of_the_joints():
         row = env.step(action)
         # Yaw within -1 and 1, lift within -1 and 1.1, extension within -0.8 and 0.8.
         joints = np.tile([1.0, -1.0, 0.4], (2, 4))
-        assert np.allclose(env.taken(action), joints[0])
+        assert np.allclose(env.own_action(action), joints[0])
         bare.step(joints)
         obs, *_ = bare.step(joints)
         assert np.array_equal(row.obs["egocentric_state"], obs["egocentric_state"].astype(np.float32))

@@ -353,7 +353,7 @@ def test_it_acts_in_an_environment_of_ones_own_as_in_its_own(name, obs, tmp_path
         while not step.is_last.any():
             rows.append({key: value[0] for key, value in step.obs.items()})
             action = trained.policy(step.obs, step.is_first)
-            theirs.append(trained.env.taken(action))
+            theirs.append(trained.env.own_action(action))
             step = trained.env.step(action)
     with evaluate.load(folder, seed=3, device="cpu") as trained:
         if not ours:  # one thing is seen: alone, or by its name

@@ -171,10 +171,10 @@ class BatchEnv(ABC):
         self.send(action)
         return self.recv()
 
-    def seen(self, observation: Any) -> dict[str, np.ndarray]:
-        """What one environment gave by itself as a row of the agent's, (1, ...) for each of `obs_specs`.
+    def row_of(self, observation: Any) -> dict[str, np.ndarray]:
+        """An observation of one environment of the user's own as a row (1, ...) for each of `obs_specs`.
 
-        observation: by name; where the agent sees one thing alone, that.
+        observation: a mapping by name, or the thing itself where the agent sees a single one.
 
         Raises ValueError where one is missing.
         """
@@ -187,8 +187,8 @@ class BatchEnv(ABC):
             )
         return {key: np.asarray(named[key])[None] for key in self.obs_specs}
 
-    def taken(self, action: np.ndarray) -> Any:
-        """The first row's action as one environment takes it by itself."""
+    def own_action(self, action: np.ndarray) -> Any:
+        """The first of the actions (N, ...), in the form in which a single environment of the user's own takes it."""
         return action[0]
 
     def close(self) -> None:

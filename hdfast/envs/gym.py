@@ -40,7 +40,7 @@ from gymnasium.vector.utils import clear_mpi_env_vars
 from hdfast.envs.base import ArraySpec, BatchEnv, EnvStep, env_seeds
 from hdfast.envs.gym_spaces import actions_of, choices_of
 from hdfast.envs.gym_thread import GymThread
-from hdfast.envs.gym_view import SIGNALS, Maker, told
+from hdfast.envs.gym_view import SIGNALS, Maker, env_errors
 from hdfast.runtime.errors import ConfigError, EnvError, HdfastError, suggest
 from hdfast.suites import Task, UnknownName
 
@@ -53,7 +53,7 @@ def find(env_id: str) -> EnvSpec:
     """
     module, _, name = env_id.rpartition(":")
     if module:
-        with told(module):
+        with env_errors(module):
             try:
                 importlib.import_module(module)
             except ModuleNotFoundError as error:
@@ -170,17 +170,17 @@ class GymEnv(BatchEnv):
             info={"success": success} if self._tells_success else {},
         )
 
-    def seen(self, observation: Any) -> dict[str, np.ndarray]:
-        """As `BatchEnv.seen`, of what the environment gives in its own space; where it is drawn, of the frame.
+    def row_of(self, observation: Any) -> dict[str, np.ndarray]:
+        """As `BatchEnv.row_of`, of an observation in the environment's own space, or of the frame where it is drawn.
 
         Raises EnvError where the observation is none of that space, ValueError for environments in other processes.
         """
         if not isinstance(self._vector, SyncVectorEnv):
             raise ValueError(f"{self.name}: its environments are in processes of their own; take one alone")
-        with told(self.name):
-            return {key: array[None] for key, array in self._vector.envs[0].seen(observation).items()}
+        with env_errors(self.name):
+            return {key: array[None] for key, array in self._vector.envs[0].row_of(observation).items()}
 
-    def taken(self, action: np.ndarray) -> Any:
+    def own_action(self, action: np.ndarray) -> Any:
         first = self._theirs(action[:1])[0]
         return int(first) if isinstance(self._vector.single_action_space, spaces.Discrete) else first
 
@@ -268,7 +268,7 @@ def _start_server() -> None:
     torch that each would load by itself, because it imports what this process was started with (`hdfast.train`).
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", "torch"])
-    resource_tracker.ensure_running()  # later it would take the block away
+    resource_tracker.ensure_running()  # started later, it would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # of this thread: the learner's gets them
     try:
         with clear_mpi_env_vars():  # as gymnasium starts its processes

@@ -102,9 +102,9 @@ def wrong(key: str, space: spaces.Space) -> str | None:
 
 
 def outside(space: spaces.Space, value: Any, key: str) -> str | None:
-    """What of observation `key` no Discrete or MultiDiscrete in its space has a place for; None if there is none.
+    """Which number of observation `key` is out of range of a Discrete or MultiDiscrete in its space; None if none is.
 
-    gymnasium would raise an IndexError, or count from the end. What else is wrong with it is for others to say.
+    gymnasium would raise an IndexError, or count from the end. Other faults are not looked for here.
     """
     match space:
         case spaces.Dict():
@@ -126,9 +126,9 @@ def outside(space: spaces.Space, value: Any, key: str) -> str | None:
             if numbers.dtype.kind not in "biu" or numbers.shape != space.shape:
                 given = f"{numbers.shape} {numbers.dtype}"
                 return f"observation {key!r} is {given}, right is {space.shape} of whole numbers"
-            if not (wrong := (numbers < low) | (numbers > high)).any():
+            if not (out := (numbers < low) | (numbers > high)).any():
                 return None
-            at = tuple(np.argwhere(wrong)[0].tolist())
+            at = tuple(np.argwhere(out)[0].tolist())
             right = f"right is a whole number from {low[at]} to {high[at]}"
             return f"observation {key!r} has {numbers[at]} at {list(at)}, {right}"
         case _:

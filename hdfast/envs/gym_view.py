@@ -1,4 +1,4 @@
-"""One environment of gymnasium as the agent sees it, and what is told where it does not behave.
+"""One environment of gymnasium as the agent sees it, and the errors of one that misbehaves.
 
 Axes: H, W pixels.
 """
@@ -50,7 +50,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 @contextlib.contextmanager
-def told(name: str) -> Iterator[None]:
+def env_errors(name: str) -> Iterator[None]:
     """Turns what environment `name` raises in the block into one line; its own frames are the details.
 
     Raises: EnvError; MissingLibraryError where it imports a package that is not there. Errors that are one line already
@@ -159,7 +159,7 @@ class Maker:
             return Unmade(error)
 
     def _seen(self) -> gymnasium.Env:
-        with told(self.spec.id):
+        with env_errors(self.spec.id):
             _refuse_many(self.spec)
             env = self._make()
             parts = parts_of(env.observation_space, self.spec.id)
@@ -276,11 +276,11 @@ class Seen(gymnasium.ObservationWrapper):
         )
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        with told(self._name):
+        with env_errors(self._name):
             return super().reset(seed=seed, options=options)[0], {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, bool]]:
-        with told(self._name):
+        with env_errors(self._name):
             obs, reward, terminated, truncated, info = super().step(action)
             number = np.asarray(reward)
             if not (number.size == 1 and number.dtype.kind in "biuf" and abs(number.item()) <= _LARGEST):
@@ -289,15 +289,16 @@ class Seen(gymnasium.ObservationWrapper):
 
     def close(self) -> None:
         try:
-            with told(self._name):
+            with env_errors(self._name):
                 super().close()
         except HdfastError as error:  # whatever came of it has been saved
             warnings.warn(f"{error}; it was being closed", stacklevel=2)
 
-    def seen(self, observation: Any) -> dict[str, np.ndarray]:
-        """`observation` of what the environment gives by itself: the frame where that alone is drawn and seen.
+    def row_of(self, observation: Any) -> dict[str, np.ndarray]:
+        """What the agent sees of an observation in the environment's own space.
 
-        Where it is seen beside vectors, it is "image" in a mapping with them, a single one of which is "state".
+        Where the agent sees the drawn frame alone, that is given; where it sees vectors too, a mapping of "image" and
+        the vectors by name, "state" where there is one without a name.
         """
         return self.observation({"image": observation} if self._drawn and not self.vectors else observation)
 

@@ -164,7 +164,7 @@ class MujocoEnv(PoolEnv):
         low, high = pool.action_space.low.astype(np.float64), pool.action_space.high.astype(np.float64)
         self._middle, self._reach = (high + low) / 2, (high - low) / 2
 
-    def taken(self, action: np.ndarray) -> np.ndarray:
+    def own_action(self, action: np.ndarray) -> np.ndarray:
         return self._stretched(action[0])
 
     def _stretched(self, action: np.ndarray) -> np.ndarray:
