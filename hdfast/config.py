@@ -47,7 +47,7 @@ class Config:
     suite: str = "atari100k"
     """atari100k, dmc, metaworld or demo; gym for your own environments."""
     task: str | None = None
-    """One task of the suite; all of them in turn if left out. Of gym: what gymnasium.make takes."""
+    """One task of the suite; all of them in turn if left out. With gym: what gymnasium.make takes."""
     seed: Annotated[int, Range(0, LAST_SEED)] = 0
     """First random seed."""
     seeds: Annotated[int, Range(1, 10_000)] = 1
@@ -59,11 +59,11 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the matrix work; parameters, statistics and losses stay float32."""
+    """Type of matrix products and convolutions; parameters, statistics and losses stay float32."""
     agent_steps: SomeSteps = 100_000
     """Agent steps of a run, random ones included (frames are agent steps times the action repeat)."""
     init_from: str | None = None
-    """Directory of a run whose newest parameters a new run begins with; its policy then acts from the first step."""
+    """Directory of a run whose newest parameters a new run starts with; its policy acts from the first step."""
     dry_run: bool = False
     """Build everything, print it as JSON and exit."""
     env: EnvConfig = field(default_factory=EnvConfig)

@@ -26,22 +26,22 @@ class EnvConfig:
     source: Literal["auto", "envpool", "ale"] = "auto"
     """Which package emulates Atari; auto takes envpool where it is installed."""
     obs: Literal["auto", "image", "state", "both"] = "image"
-    """What a robotic task, or one of gym, is seen through; auto: image, of gym state where none is observed."""
+    """What the agent observes of robots and gym; auto: images, or the state of gym environments without any."""
     render: Literal["full", "fast"] = "full"
-    """fast drops shadows and antialiasing of MuJoCo scenes: same physics, slightly other images."""
+    """How MuJoCo draws: fast leaves out shadows and antialiasing; same physics, slightly different images."""
     image_size: Annotated[int, Range(8, 256)] = 64
-    """Side of the images of a robot, and of gym's that are resized, in pixels: a power of two."""
+    """Side in pixels of images of robots, and of images from gym that are resized; a power of two."""
     threads: Annotated[int, Range(0, 4096)] = 0
-    """Environment threads; 0 lets the source choose. Of gym: a process each, or 1 for none."""
+    """Environment threads; 0 lets the source choose. With gym: 0 for one process each, 1 for none."""
     kwargs: str = "{}"
-    """Of gym: what gymnasium.make is given by name, a JSON object such as '{"level": 3}'."""
+    """With gym: keyword arguments of gymnasium.make, a JSON object such as '{"level": 3}'."""
     time_limit: Annotated[int, Range(0, 2**31 - 1)] = 0
-    """Of gym: agent steps after which an episode is truncated; 0 leaves it to the environment."""
+    """With gym: agent steps after which an episode is truncated; 0 leaves it to the environment."""
 
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """Where data rests, and how much of it one update reads."""
+    """Where data is kept, and how much of it one update reads."""
 
     capacity: Annotated[int, Range(1, 2**40)] = 1_000_000
     """Rows kept, all environments together."""
@@ -58,13 +58,13 @@ class TrainConfig:
     ratio: Annotated[float, Range(0, 2**20)] = 1024.0
     """Rows replayed per agent step: 1024 at B16 x T64 is one update per agent step."""
     prefill: SomeSteps = 1024
-    """Windows that a random policy, or the one of --init-from, collects before learning starts."""
+    """Windows collected before learning starts, by random actions or by the policy of --init-from."""
     graph: Literal["auto", "on", "off", "overlap"] = "auto"
-    """Update and acting as CUDA graphs; overlap: actor beside next world model; auto: the fastest that is right."""
+    """CUDA graphs; overlap: the actor learns beside the next world model; auto: the fastest that is correct."""
     tune: bool = True
-    """On CUDA, find the fastest kernels that are right, once for a machine and model; hdfast.tune shows them."""
+    """On CUDA, find the fastest correct kernels, once per machine and model; hdfast.tune shows them."""
     nonfinite_limit: Annotated[int, Range(1, 2**31)] = 10
-    """Updates skipped for a NaN or infinite loss before the run stops."""
+    """Updates that may be skipped for a NaN or infinite loss before the run stops."""
 
 
 @dataclass(frozen=True)
@@ -112,23 +112,29 @@ class HarmonyConfig:
     image: Scale = 1.0
     """Constant weight of the image loss (mode fixed)."""
     kl: Scale = 1.0
-    """Constant weight of the two KL losses, which share it 5 to 1 (mode fixed); DreamerV3's scales are 0.6."""
+    """Constant weight of the two KL losses, split 5 to 1 (mode fixed); 0.6 gives DreamerV3's scales."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Loss scales of the world model; reward and image where harmony is off; dyn : rep also splits its KL."""
+    """Loss scales of the world model."""
 
     dyn: Scale = 0.5
+    """Scale of KL(sg(posterior) || prior), which trains the prior; with harmony only its ratio to rep counts."""
     rep: Scale = 0.1
+    """Scale of KL(posterior || sg(prior)), which trains the posterior."""
     reward: Scale = 1.0
+    """Scale of the reward loss (harmony off)."""
     cont: Scale = 1.0
+    """Scale of the loss of the continuation head."""
     image: Scale = 1.0
+    """Scale of the image loss (harmony off)."""
     vector: Scale = 1.0
+    """Scale of the loss of each vector observation."""
     free_nats: Scale = 1.0
-    """KL below this many nats is not pushed further down."""
+    """KL losses below this many nats have no gradient."""
     cont_gradient: bool = True
-    """Whether the continuation loss shapes the latents too, not its head alone."""
+    """Let the continuation loss train the latents too, not only its head."""
 
 
 @dataclass(frozen=True)
@@ -151,20 +157,27 @@ class BehaviorConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam for each of the three parts.
+    """Adam for each of the three parts."""
 
-    An eps of 0 would divide by the zeros of parameters without gradient, and a clip of 0 learn nothing.
-    """
-
+    # An eps of 0 would divide by the zeros of parameters without gradient, and with a clip of 0 nothing would learn.
     model_lr: Scale = 1e-4
+    """Learning rate of the world model, harmony scalars included."""
     model_eps: Positive = 1e-8
+    """Adam's epsilon of the world model."""
     model_clip: Positive = 1000.0
+    """Global norm to which the world model's gradient is clipped."""
     actor_lr: Scale = 3e-5
+    """Learning rate of the actor."""
     actor_eps: Positive = 1e-5
+    """Adam's epsilon of the actor."""
     actor_clip: Positive = 100.0
+    """Global norm to which the actor's gradient is clipped."""
     critic_lr: Scale = 3e-5
+    """Learning rate of the critic."""
     critic_eps: Positive = 1e-5
+    """Adam's epsilon of the critic."""
     critic_clip: Positive = 100.0
+    """Global norm to which the critic's gradient is clipped."""
 
 
 @dataclass(frozen=True)
@@ -184,14 +197,14 @@ class CheckpointConfig:
     """How much a killed run can lose."""
 
     seconds: Scale = 120.0
-    """Wall time between checkpoints."""
+    """Seconds of wall time between checkpoints."""
     keep: Annotated[int, Range(1, 1000)] = 2
     """Checkpoints kept."""
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What a run says while it runs."""
+    """What a run writes while it runs."""
 
     every: SomeSteps = 500
     """Agent steps between lines of metrics.jsonl and points in TensorBoard."""
