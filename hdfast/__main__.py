@@ -27,7 +27,7 @@ def main() -> None:
         hint = f"did you mean python -m hdfast.{near[0]}?" if near else "python -m hdfast lists the doors"
         raise ConfigError(f"python -m hdfast takes no argument {argument!r}", hint=hint)
     lines = [f"  python -m hdfast.{name:<9} {what}" for name, what in DOORS.items()]
-    sys.stdout.write("\n".join(["Each tells its flags with --help.", *lines]) + "\n")
+    sys.stdout.write("\n".join(["Each command lists its flags with --help.", *lines]) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Plays the newest checkpoint of a run on environments of its own and prints the scores as one JSON line.
+"""Plays the newest checkpoint of a run in new environments and prints the scores as one JSON line.
 
-The run is only read, but for the GIF that --video writes into its videos/: it may be training meanwhile.
-`load` gives its agent to a notebook.
+The run may be training meanwhile: it is only read, except that --video writes a GIF into its videos/. In a notebook,
+`load` returns the agent.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
-"""Where the time of an update goes: runs updates on random replay data and prints the share of every phase and op.
+"""Shows where the time of an update goes: runs updates on random replay data and prints the share of each phase and op.
 
-Every other flag is one of `hdfast.train`, so what is measured is the update of that run: suite, task, sizes, device,
-precision. The times of a quiet run without the profiler come first, because profiling costs time itself.
+All other flags are those of `hdfast.train`: what is measured is the update of that run (suite, task, sizes, device,
+precision). The first line is timed without the profiler, because profiling itself costs time.
 """
 
 import contextlib
@@ -188,14 +188,12 @@ def tables(found: Profile, top: int) -> list[Table]:
 def main() -> None:
     parser = Arguments("python -m hdfast.profile", __doc__)
     parser.usage = "%(prog)s [options] [flags of hdfast.train]"
-    parser.add_argument("--updates", type=positive, default=10, help="updates that are measured")
-    parser.add_argument("--warmup", type=natural, default=3, help="updates before them")
-    parser.add_argument("--top", type=positive, default=15, help="ops that are listed")
+    parser.add_argument("--updates", type=positive, default=10, help="updates to measure")
+    parser.add_argument("--warmup", type=natural, default=3, help="updates to run first, unmeasured")
+    parser.add_argument("--top", type=positive, default=15, help="ops to list")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--trace", type=given_path, help="write a Chrome trace to this file")
-    either.add_argument(
-        "--plain", action="store_true", help="no profiler of our own: to run under nsys or ncu"
-    )
+    either.add_argument("--plain", action="store_true", help="run without this profiler, for nsys or ncu")
     args, flags = parser.parse_known_args()
     learner, update = build(configs.parse(flags, "python -m hdfast.profile", parser.own()))
     for _ in range(args.warmup):

@@ -1,7 +1,7 @@
-"""Prints the tables of the suites that have runs, from those that are finished, beside the published scores.
+"""Prints a table of the finished runs of every suite, beside the published scores.
 
-Or those of several folders side by side (--logdir A B), such as of learned harmony and of none. Or writes the
-learning curves of all runs, finished or not (--curves).
+Several folders, such as runs with and without harmony, are compared side by side (--logdir A B). --curves writes the
+learning curves of all runs, finished or not.
 """
 
 import argparse
@@ -267,7 +267,7 @@ def _print(heading: str, view: Table | str) -> None:
 
 def main() -> None:
     parser = Arguments("python -m hdfast.report", __doc__)
-    parser.add_argument("--suite", help="which suite, all that have runs if left out")
+    parser.add_argument("--suite", help="suite to report; all that have runs if left out")
     parser.add_argument(
         "--logdir",
         type=given_path,
@@ -280,7 +280,7 @@ def main() -> None:
     instead.add_argument(
         "--json",
         action="store_true",
-        help="print JSON instead: one suite, or a list of them; of several folders a list with the suites of each",
+        help="print JSON instead: a suite, a list of suites, or for several folders a list with those of each",
     )
     instead.add_argument(
         "--curves",

@@ -1,7 +1,7 @@
-"""Trains every task of a suite with several seeds, each run as a process of its own, and prints the suite's table.
+"""Trains every task of a suite with several seeds, each run in a process of its own, and prints the suite's table.
 
-What follows `--` goes to `hdfast.train` as it is. The output of a run is in train.log of its directory. The same
-command again goes on with what is not finished. Ctrl-C stops all runs with a checkpoint each, and a kill, too.
+Flags after `--` are passed on to `hdfast.train`. A run's output goes to train.log in its directory. The same command
+resumes whatever is not finished. Ctrl-C, or killing the sweep, stops all runs, each with a checkpoint.
 """
 
 import contextlib
@@ -275,13 +275,15 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def main() -> None:
     parser = Arguments("python -m hdfast.sweep", __doc__)
     parser.usage = "%(prog)s [options] [-- flags of hdfast.train]"
-    parser.add_argument("--suite", default="atari100k", help="which suite")
-    parser.add_argument("--tasks", nargs="+", help="some of its tasks, all if left out")
+    parser.add_argument("--suite", default="atari100k", help="suite to train")
+    parser.add_argument("--tasks", nargs="+", help="tasks to train; all of the suite if left out")
     parser.add_argument("--seed", type=natural, default=0, help="first seed")
-    parser.add_argument("--seeds", type=positive, default=5, help="seeds of each task, counting up")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time")
-    parser.add_argument("--devices", nargs="+", default=(), help="devices that the runs take in turn")
-    parser.add_argument("--ray", metavar="ADDRESS", help="run as tasks of this ray cluster")
+    parser.add_argument(
+        "--seeds", type=positive, default=5, help="seeds of each task, counting up from --seed"
+    )
+    parser.add_argument("--jobs", type=positive, default=1, help="runs trained at a time")
+    parser.add_argument("--devices", nargs="+", default=(), help="devices that the runs are spread over")
+    parser.add_argument("--ray", metavar="ADDRESS", help="train on this ray cluster")
     own, flags = _split(sys.argv[1:])
     of_train = {config_file.FLAG, *(f"--{name.replace('_', '-')}" for name in field_names(config.Config()))}
     for flag in (arg.partition("=")[0] for arg in own):

@@ -1,7 +1,7 @@
-"""Finds which kernels, and whether CUDA graphs, are right and fastest for a run on this machine, and remembers it.
+"""Finds the kernels, and whether to use CUDA graphs, that are correct and fastest for a run on this machine.
 
-On CUDA a first run does this by itself. On the CPU it is done only here; what is found is then used there, too. Every
-flag but --again is one of `hdfast.train`, so what is tried is the update of that run.
+The result is remembered and used by later runs. On CUDA the first run does this by itself, on the CPU only this command
+does. All flags but --again are those of `hdfast.train`: what is tried is the update of that run.
 """
 
 import os
@@ -119,7 +119,7 @@ def table(choice: Choice) -> Table:
 def main() -> None:
     parser = Arguments("python -m hdfast.tune", __doc__)
     parser.usage = "%(prog)s [options] [flags of hdfast.train]"
-    parser.add_argument("--again", action="store_true", help="try again what is remembered")
+    parser.add_argument("--again", action="store_true", help="search again, even if a result is remembered")
     args, flags = parser.parse_known_args()
     config = configs.parse(flags, "python -m hdfast.tune", parser.own())
     console = Console()

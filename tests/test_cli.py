@@ -264,6 +264,6 @@ def test_the_package_itself_lists_its_doors(monkeypatch, capsys):
 def test_the_list_of_doors_is_no_door(argument, code, out, err, monkeypatch, capfd):
     got, printed, told = door(package.main, [argument, "more"], monkeypatch, capfd)
     assert got == code
-    assert printed.startswith("Each tells its flags") if out is None else printed == out
+    assert printed.startswith("Each command lists its flags") if out is None else printed == out
     assert told.startswith(err)
     assert told.count("\n") == bool(err)
