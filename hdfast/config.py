@@ -156,10 +156,10 @@ def check_no_dry_run(config: Config) -> None:
 
 
 def _from_file(file: Path, suite: str | None, size: str | None) -> Config:
-    """What the fields in a file make of the defaults; its task, and what gym alone has, are not for another suite.
+    """The defaults of the file's suite and size with the fields of the file on top.
 
-    suite, size: of the command line, which win over those in the file; where the file has no suite, the defaults are
-    those of this one.
+    suite, size: of the command line; they win over those in the file. A file without a suite gets the defaults of this
+    one. With another suite than its own, the file's task and the settings that gym alone has are dropped.
 
     Raises: ConfigError.
     """

@@ -86,7 +86,7 @@ def load(
 ) -> Trained:
     """The agent of the run in directory `run`, with its newest checkpoint, and environments to act in.
 
-    The run is only read. Of the first episode, by the way of a notebook::
+    The run is only read. One episode, in a notebook::
 
         with load("runs/demo/Catch/seed0") as trained:
             step = trained.env.reset()
@@ -97,7 +97,7 @@ def load(
         num_envs: environments stepped together.
         seed: of the environments and of the sampled latents and actions; not those of training.
         greedy: act with the actor's likeliest action instead of a sample; latents are sampled all the same.
-        drawn: the environments of a run that sees vectors alone show images, too, which its policy passes over.
+        drawn: where the run sees vectors alone, its environments give images too, which the policy ignores.
 
     Raises:
         RunError: there is no run. CheckpointError: it has no checkpoint yet, all are damaged, or they do not fit its

@@ -38,8 +38,10 @@ class Decision(NamedTuple):
 class Trajectory(NamedTuple):
     """An imagined rollout.
 
-    latent: (H+1, N, ...) states, the first being the start. log_prob, entropy: (H, N) of the actions in between;
-    log_prob is zero for continuous ones, whose gradient goes through the action itself.
+    latent: (H+1, N, ...) states, the first being the start.
+    action: (H, N) int64 or (H, N, A) float32, taken in states 0..H-1.
+    log_prob, entropy: (H, N) of those, in nats; log_prob is zero where they are continuous, whose gradient goes through
+    the action itself.
     cont: (H+1, N), 0 where the episode is over, first the truth, then the mode of the head.
     reward: (H, N), received on arriving at states 1..H.
     """

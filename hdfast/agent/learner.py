@@ -29,7 +29,7 @@ class ModelStep(NamedTuple):
     """What the world model's half of an update leaves to the behavior's half.
 
     latent: (N, ...) posterior states. cont: (N,) float32, 1 - is_terminal of their rows. applied: scalar bool, whether
-    the world model has learnt. starts: (B,) of the batch. metrics: scalars.
+    the world model has learnt. starts: (B,) int64, where the batch's windows begin in storage. metrics: scalars.
     """
 
     latent: Latent

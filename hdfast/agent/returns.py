@@ -21,6 +21,7 @@ class ReturnRange(nn.Module):
 
     Args:
         decay: weight of the old value at each update.
+        low, high: the percentiles, as shares in [0, 1].
     """
 
     def __init__(self, decay: float = 0.99, low: float = 0.05, high: float = 0.95):

@@ -130,7 +130,7 @@ def warn(text: str) -> None:
 
 @contextlib.contextmanager
 def closed_terminal() -> Iterator[None]:
-    """Passes over what a closed terminal answers to a write in the block; SIGHUP, not an error, tells of it."""
+    """Ignores the EIO of a write to a closed terminal in the block: SIGHUP tells of that, not an error."""
     try:
         yield
     except OSError as error:

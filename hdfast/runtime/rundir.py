@@ -83,7 +83,7 @@ class RunDir:
         ignore: dotted fields that may differ on resuming ("device", "log.every"); "log" covers all below it.
         growing: top-level numbers that may be larger on resuming; a finished run goes on then. They are the run's,
             and it is finished no more, from `grow` on.
-        defaults: what a field meant before there was one: its value in a saved config that does not hold it.
+        defaults: values of the fields that a saved config lacks, because they are newer than it.
         device: `describe_device(...)`, kept with the provenance.
 
         Raises: ConfigError when the run has checkpoints of another config, one detail line per field; RunError

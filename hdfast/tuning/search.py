@@ -66,8 +66,8 @@ def search(
     """Tries all that could be chosen, and returns what is right and fastest.
 
     check: called while waiting; what it raises ends the search. tell: is given every line.
-    limit, budget: seconds for one trial and for all; what is not done by then has failed. What all are compared with
-        has at least LIMIT.
+    limit, budget: seconds for one trial and for all; what is not done by then has failed. The first trial, of plain
+        PyTorch, with which all others are compared, has at least LIMIT.
 
     Raises: TuningError.
     """
