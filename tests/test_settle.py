@@ -158,6 +158,14 @@ def test_a_choice_is_used(own_defaults):
     assert dispatch._DEFAULTS["cpu"] == dispatch.CPU_DEFAULT, "nothing of the run before is left"
 
 
+def test_a_choice_leaves_ops_without_the_forced_backend_to_their_defaults(own_defaults, monkeypatch):
+    """A search under HDFAST_BACKEND finds no ops to choose, which is no reason to run the others on the reference."""
+    monkeypatch.setenv("HDFAST_BACKEND", "fused")
+    Choice({}).use(CPU)
+    found = {op: dispatch.resolve_name(op, None, torch.zeros(1)) for op in ("linear", "kl_balance")}
+    assert found == {"linear": "fused", "kl_balance": dispatch.CPU_DEFAULT["kl_balance"]}
+
+
 def test_the_door_says_that_it_waits_for_another(monkeypatch, capfd):
     waited = []
 

@@ -43,9 +43,12 @@ class Choice:
     report: Mapping[str, Any] = field(default_factory=dict)
     overlap: bool = False
 
-    def use(self, device: torch.device) -> None:
-        """Has the ops of this process run so on devices of this type, from now on."""
-        dispatch.use(device.type, self.ops)
+    def use(self, device: torch.device) -> dict[str, str]:
+        """Has the ops of this process run so on devices of this type, from now on; returns the defaults before.
+
+        Where HDFAST_BACKEND is set, ops that have no such backend run by default.
+        """
+        return dispatch.use(device.type, None if os.environ.get("HDFAST_BACKEND") else self.ops)
 
 
 def key_of(

@@ -72,7 +72,7 @@ def summary(choice: Choice) -> str:
     if choice.ops is None:
         return "no update could be timed, so ops run as by default"
     fused, forced = Counter(choice.ops.values()), os.environ.get("HDFAST_BACKEND")
-    plain = f"HDFAST_BACKEND={forced}" if forced else DEFINITION  # which is then what every op ran on
+    plain = f"HDFAST_BACKEND={forced}" if forced else DEFINITION  # what ops ran on that have it
     parts = [
         f"{count} {'op' if count == 1 else 'ops'} in {backend}" for backend, count in sorted(fused.items())
     ] or [plain]

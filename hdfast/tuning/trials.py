@@ -30,6 +30,7 @@ from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
 from hdfast.replay import Replay
 from hdfast.replay.contents import random_row, replay_specs
 from hdfast.runtime.graphs import WARMUP
+from hdfast.tuning.choice import Choice
 from hdfast_kernels import dispatch
 
 # What is tried beside the definition, of an op the first that it has, and what may take the place of that.
@@ -265,8 +266,8 @@ class Run(NamedTuple):
 
 @contextmanager
 def using(device: torch.device, ops: Ops) -> Iterator[None]:
-    """Inside, every op runs as in `ops`, and those that it does not name on their definition."""
-    before = dispatch.use(device.type, ops)
+    """Inside, every op runs as in `ops`, and those that it does not name on their definition; see `Choice.use`."""
+    before = Choice(ops).use(device)
     try:
         yield
     finally:
