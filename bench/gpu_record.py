@@ -155,7 +155,7 @@ def main() -> int:
         record.step(name, weight, sum(step[1] for step in steps[at:]), do)
     from hdfast_kernels import dispatch
 
-    found, ops = record.found, {op: tuple(dispatch._ops[op].implementations) for op in dispatch.ops()}
+    found, ops = record.found, {op: dispatch.backends_registered(op) for op in dispatch.ops()}
     rows, benches = (found["rows"], found.get("benchmarks", [])) if on_gpu else ([], [])
     found["predictions"] = compared(about["name"], rows, benches)
     found["cuda_default"] = proposal(found, ops)

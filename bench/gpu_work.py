@@ -76,7 +76,7 @@ def backend(name: str) -> Iterator[None]:
                 "triton": ("triton", "fused"),
                 "triton-persistent": ("persistent", "triton", "fused"),
             }.get(name, (name,))
-            have = {op: dispatch._ops[op].implementations for op in dispatch.ops()}
+            have = {op: dispatch.backends_registered(op) for op in dispatch.ops()}
             chosen = {
                 op: next(b for b in wanted if b in own) for op, own in have.items() if {*wanted} & {*own}
             }

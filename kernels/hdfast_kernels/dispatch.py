@@ -159,6 +159,12 @@ def resolve_name(op: str, backend: str | None, tensor: torch.Tensor) -> str:
     return wish
 
 
+def backends_registered(op: str) -> tuple[str, ...]:
+    """The backends that `op` has, whether they can run here or not. Raises BackendError if there is no such op."""
+    _check_op(op)
+    return tuple(name for name in BACKENDS if name in _ops[op].implementations)
+
+
 def backends_available(op: str, tensor: torch.Tensor) -> tuple[str, ...]:
     """The backends of `op` that can run on a tensor like this one, on this machine, now.
 
@@ -217,8 +223,7 @@ def _lacking(op: str, backend: str) -> str:
     """What to say of a backend that `op` does not have."""
     if backend not in BACKENDS:
         return f"there is no such backend; choose one of {', '.join(BACKENDS)}"
-    have = ", ".join(name for name in BACKENDS if name in _ops[op].implementations)
-    return f"{op} has no {backend} implementation; it has {have}"
+    return f"{op} has no {backend} implementation; it has {', '.join(backends_registered(op))}"
 
 
 def _obstacle(op: str, backend: str, tensor: torch.Tensor) -> str | None:
