@@ -147,6 +147,17 @@ def test_a_resumed_run_has_one_history(tmp_path, monkeypatch):
     assert lines(tmp_path / "metrics.jsonl")[2]["seconds"] >= 50
 
 
+def test_a_clock_that_was_set_back_does_not_bring_the_past_behind_the_present(tmp_path, monkeypatch):
+    for now, steps, value, resumed_at in (
+        (2_000_000_000, [100, 200, 300], 1.0, None),
+        (1_700_000_000, [250, 300], 2.0, 200),  # TensorBoard reads the files of a directory by name
+        (1_700_000_000, [300], 3.0, 250),
+    ):
+        monkeypatch.setattr(tensorboard.time, "time", lambda now=now: now)
+        write_history(tmp_path, steps, value, resumed_at=resumed_at)
+    assert curve(tmp_path, "x") == [(100, 1.0), (200, 1.0), (250, 2.0), (300, 3.0)]
+
+
 def test_an_evaluation_that_comes_again_is_shown_once(tmp_path):
     """And nothing else of its step is lost."""
     frames = np.zeros((2, 16, 16, 3), np.uint8)

@@ -13,6 +13,8 @@ from typing import Any
 from hdfast.runtime.errors import MissingLibraryError, disk_errors
 from hdfast.runtime.files import write_all
 
+_PREFIX = "events.out.tfevents."
+
 
 class TensorBoard:
     """A new event file in `directory`.
@@ -32,11 +34,11 @@ class TensorBoard:
             hint = "pip install tensorboard, or --log.no-tensorboard"
             raise MissingLibraryError(f"cannot import tensorboard: {error}", hint=hint) from error
         self._event, self._summary = event_pb2, summary_pb2
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self.path = directory / name
         with disk_errors(directory, "write TensorBoard files"):
             directory.mkdir(parents=True, exist_ok=True)
             earlier = any(directory.iterdir())
+            name = f"{_PREFIX}{_next_number(directory):010d}.{socket.gethostname()}.{os.getpid()}"
+            self.path = directory / name
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._records = RecordWriter(_Whole(self._file))
         self._write(file_version="brain.Event:2")
@@ -70,6 +72,12 @@ class TensorBoard:
         event = self._event.Event(wall_time=time.time(), step=agent_steps, **content)
         with disk_errors(self.path, "write TensorBoard files"):
             self._records.write(event.SerializeToString())
+
+
+def _next_number(directory: Path) -> int:
+    """The time in seconds, or more where earlier files have it: they are read by name, and a clock may be set back."""
+    numbers = (path.name.removeprefix(_PREFIX).partition(".")[0] for path in directory.glob(f"{_PREFIX}*"))
+    return max([int(time.time()), *(int(number) + 1 for number in numbers if number.isdecimal())])
 
 
 class _Whole:
