@@ -42,12 +42,14 @@ def test_lines_and_curves(tmp_path, monkeypatch):
         returned = logger.log(500, 20, {"loss/image": torch.tensor(0.1), "loss/kl": 2.5})
         logger.score("episode", agent_steps=510, score=-20.0, length=800, env=1)
         logger.score("evaluation", agent_steps=600, score=-19.5, length=810.5, scores=[-20.0, -19.0])
+        logger.score("episode", agent_steps=610, score=1.0, length=9, success=True)
+        logger.score("evaluation", agent_steps=700, score=1.0, length=9, success=0.75)
         assert logger.seconds == 101.25
     assert returned == {"loss/image": 0.1, "loss/kl": 2.5}
     (metric,) = lines(tmp_path / "metrics.jsonl")
     assert metric.pop("seconds") == 101.25
     assert metric == {"agent_steps": 500, "frames": 2000, "updates": 20, "loss/image": 0.1, "loss/kl": 2.5}
-    episode, evaluation = lines(tmp_path / "scores.jsonl")
+    episode, evaluation, *_ = lines(tmp_path / "scores.jsonl")
     assert {**episode, "seconds": 0} == {
         "kind": "episode",
         "agent_steps": 510,
@@ -60,8 +62,10 @@ def test_lines_and_curves(tmp_path, monkeypatch):
     assert evaluation["scores"] == [-20.0, -19.0]
     assert curve(tmp_path, "loss/kl") == [(500, 2.5)]
     assert curve(tmp_path, "updates") == [(500, 20.0)]
-    assert curve(tmp_path, "score/evaluation") == [(600, -19.5)]
-    assert curve(tmp_path, "length/episode") == [(510, 800.0)]
+    assert curve(tmp_path, "score/evaluation") == [(600, -19.5), (700, 1.0)]
+    assert curve(tmp_path, "length/episode") == [(510, 800.0), (610, 9.0)]
+    assert curve(tmp_path, "success/episode") == [(610, 1.0)]
+    assert curve(tmp_path, "success/evaluation") == [(700, 0.75)]
 
 
 def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):

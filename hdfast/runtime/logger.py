@@ -160,7 +160,9 @@ class Logger:
 def _points(line: Mapping[str, Any]) -> dict[str, float]:
     """The curves that have a point in a line of a log, and the point."""
     if kind := line.get("kind"):
-        return {f"{name}/{kind}": float(line[name]) for name in ("score", "length") if name in line}
+        return {
+            f"{name}/{kind}": float(line[name]) for name in ("score", "length", "success") if name in line
+        }
     return {name: float(value) for name, value in line.items() if name not in _WHEN}
 
 
