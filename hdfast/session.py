@@ -26,7 +26,7 @@ from hdfast.replay.contents import replay_specs
 from hdfast.runtime import checkpoint, errors
 from hdfast.runtime.console import say
 from hdfast.runtime.device import resolve_precision, restore_generator
-from hdfast.runtime.errors import EnvError, Interrupted, NonFiniteError
+from hdfast.runtime.errors import EnvError, Interrupted, NonFiniteError, OutputFullError
 from hdfast.runtime.logger import Logger
 from hdfast.runtime.profiling import annotate
 from hdfast.runtime.progress import Progress
@@ -178,7 +178,7 @@ class Session:
         Raises:
             Interrupted: a signal came; the run is saved.
             EnvError: an environment misbehaves; the run is saved.
-            BrokenPipeError: nobody reads the output any more (`... | head`); the run is saved.
+            BrokenPipeError, OutputFullError: nobody reads the output (`... | head`), its disk is full; the run is saved
             NonFiniteError: too many updates were skipped; the run and the offending batch are saved.
         """
         total = self.config.total_agent_steps
@@ -193,7 +193,7 @@ class Session:
                 self.train(total)
             if self.evaluation is None or self.evaluated_at != self.agent_steps:
                 self._evaluate()
-        except (Interrupted, NonFiniteError, EnvError, BrokenPipeError):
+        except (Interrupted, NonFiniteError, EnvError, BrokenPipeError, OutputFullError):
             self._save()
             raise
         self._save()

@@ -25,7 +25,7 @@ from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, natural, positive
 from hdfast.runtime.console import Console
 from hdfast.runtime.device import resolve_device
-from hdfast.runtime.errors import ConfigError, MissingLibraryError, RunError
+from hdfast.runtime.errors import ConfigError, MissingLibraryError, OutputFullError, RunError
 from hdfast.runtime.rundir import path_of
 from hdfast.runtime.signals import StopRequest
 
@@ -182,12 +182,12 @@ def run(
         if running:  # a signal, a job that could not be started, or nobody to say it to
             for _, _, handle, _ in running.values():
                 pool.stop(handle)
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(BrokenPipeError, OutputFullError):
                 runs = f"{len(running)} run{'s' * (len(running) > 1)}"
                 say(f"stopping {runs}, each with a checkpoint")
         while running:
             time.sleep(POLL_SECONDS)
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(BrokenPipeError, OutputFullError):
                 reap()
     stop.check()
     return failed

@@ -204,5 +204,29 @@ def test_main_ends_silently_when_its_reader_has_gone(count):
     assert run_unread(f"print('x' * {count})") == (141, "")
 
 
+@pytest.mark.parametrize("body", ["print('x')", "print('x' * 200_000)", "print('x'); raise SystemExit(0)"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_main_tells_in_one_line_that_stdout_has_no_room(body, unbuffered):
+    code = f"from hdfast.runtime.errors import *\ndef door():\n {body}\nmain(door)"
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 4
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith("No space left on device; make room and run it again\n")
+
+
+def test_what_was_wrong_is_told_even_when_stdout_has_no_room():
+    code = (
+        "from hdfast.runtime.errors import *\ndef door():\n print('x'); raise ConfigError('no')\nmain(door)"
+    )
+    with open("/dev/full", "w") as full:
+        environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (2, "error: no\n")
+
+
 def test_an_error_is_told_even_when_the_reader_of_stdout_has_gone():
     assert run_unread("print('x'); raise ConfigError('no')") == (141, "error: no\n")

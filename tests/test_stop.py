@@ -1,13 +1,16 @@
 """A run that is asked to stop: by a signal, by its terminal, by whoever reads its output."""
 
+import errno
+import io
 import os
 import signal
+import sys
 import threading
 
 import pytest
 
 from hdfast import session, train
-from hdfast.runtime.errors import EnvError, Interrupted
+from hdfast.runtime.errors import EnvError, Interrupted, OutputFullError
 from hdfast.runtime.signals import StopRequest
 from tests import loop_cases
 from tests.loop_cases import (
@@ -171,6 +174,20 @@ def test_a_reader_of_the_output_that_goes_leaves_a_checkpoint(tmp_path):
     assert any("phase=evaluate" in line for line in process.stdout)
     process.stdout.close()  # as `| head -1`, or as `| tee log` after Ctrl-C
     assert (process.stderr.read(), process.wait(60)) == ("", 141)
+    assert 0 < saved(config).meta["agent_steps"] < 10_000
+
+
+def test_an_output_on_a_full_disk_leaves_a_checkpoint(tmp_path, monkeypatch, capsys):
+    class Filling(io.StringIO):
+        def flush(self):
+            if "phase=evaluate" in self.getvalue():
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = tiny(tmp_path, agent_steps=10_000, eval={"every": 20})
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Filling())
+        with pytest.raises(OutputFullError, match="cannot be written: No space left on device; make room"):
+            loop_cases.train(config)
     assert 0 < saved(config).meta["agent_steps"] < 10_000
 
 

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from hdfast import suites, sweep
-from hdfast.runtime.errors import Interrupted, MissingLibraryError
+from hdfast.runtime.errors import Interrupted, MissingLibraryError, OutputFullError
 from hdfast.runtime.signals import StopRequest
 from tests import loop_cases
 from tests.loop_cases import (
@@ -175,15 +175,16 @@ with StopRequest() as stop:
     told("saved by SIGHUP\n")
 
 
-def test_sweep_stops_its_runs_when_nobody_reads_what_it_says(tmp_path):
+@pytest.mark.parametrize("error", [BrokenPipeError(), OutputFullError("no room")], ids=["closed", "full"])
+def test_sweep_stops_its_runs_when_what_it_says_cannot_be_written(tmp_path, error):
     made = jobs(tmp_path, *["import time; time.sleep(60)"] * 2)
     said = []
 
     def say(line):
         said.append(line)
-        raise BrokenPipeError
+        raise error
 
-    with StopRequest() as stop, pytest.raises(BrokenPipeError):
+    with StopRequest() as stop, pytest.raises(type(error)):
         sweep.run(sweep.LocalPool(2), made, 2, stop, say)
     assert [line.partition(" after ")[0] for line in said] == [
         f"[1/2] job 0: started, output in {made[0].log}",

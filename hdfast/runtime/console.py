@@ -1,15 +1,17 @@
 """rich's console on an output that may not be there, go away while a run goes on, or lack a character."""
 
+import contextlib
 import errno
 import io
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 from rich import console
 from rich.text import Text
 
-from hdfast.runtime.errors import closed_terminal
+from hdfast.runtime.errors import OutputFullError, writing_output
 from hdfast.runtime.output import encodable
 
 
@@ -23,7 +25,8 @@ def say(text: str) -> None:
 class Console(console.Console):
     """What is printed when nobody can read it any more does not harm a run.
 
-    A pipe that is closed (`... | head`, `... | tee` after Ctrl-C) raises BrokenPipeError once, later output is dropped.
+    A pipe that is closed (`... | head`, `... | tee` after Ctrl-C) raises BrokenPipeError once, a file on a full disk
+    OutputFullError; later output is dropped.
     Of a terminal that is closed nothing is said at all: SIGHUP tells it, to those that do not ignore it.
     What the encoding of the output lacks is put in ASCII, before it is laid out where it is a str.
 
@@ -56,12 +59,21 @@ class _Lasting:
         self._stream = _Nowhere() if stream is None else stream
 
     def write(self, text: str) -> None:
-        with closed_terminal():
+        with self._until_full():
             self._stream.write(encodable(text, getattr(self._stream, "encoding", None) or "utf-8"))
 
     def flush(self) -> None:
-        with closed_terminal():
+        with self._until_full():
             self._stream.flush()
+
+    @contextlib.contextmanager
+    def _until_full(self) -> Iterator[None]:
+        try:
+            with writing_output():
+                yield
+        except OutputFullError:
+            self._stream = _Nowhere()
+            raise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

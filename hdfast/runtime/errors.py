@@ -28,6 +28,7 @@ PACKAGES = {"PIL": "pillow"} | {
     name: name
     for name in ("envpool", "gymnasium", "numpy", "rich", "safetensors", "tensorboard", "torch", "tyro")
 }
+_MAKE_ROOM = "make room and run it again"
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -81,6 +82,10 @@ class DiskFullError(HdfastError):
     exit_code = 4
 
 
+class OutputFullError(DiskFullError):
+    """No room for what the process says, in the file that takes it."""
+
+
 class NonFiniteError(HdfastError):
     """Losses stayed NaN or infinite beyond the limit."""
 
@@ -123,17 +128,23 @@ def warn(text: str) -> None:
     """Print one warning line to stderr, where there is one."""
     if sys.stderr is None:
         return
-    with closed_terminal():
+    with writing_output():
         sys.stderr.write(f"warning: {' '.join(text.split())}\n")
         sys.stderr.flush()
 
 
 @contextlib.contextmanager
-def closed_terminal() -> Iterator[None]:
-    """Ignores the EIO of a write to a closed terminal in the block: SIGHUP tells of that, not an error."""
+def writing_output() -> Iterator[None]:
+    """Ignores the EIO of a write to a closed terminal in the block: SIGHUP tells of that, not an error.
+
+    Raises: OutputFullError where the output goes into a file for which the disk has no room.
+    """
     try:
         yield
     except OSError as error:
+        if error.errno in NO_ROOM:
+            what = f"what this process says cannot be written: {error.strerror}"
+            raise OutputFullError(what, hint=_MAKE_ROOM) from error
         if error.errno != errno.EIO:
             raise
 
@@ -149,9 +160,7 @@ def disk_errors(path: str | Path, doing: str, *, hint: str = "") -> Iterator[Non
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in NO_ROOM:
-            raise DiskFullError(
-                f"cannot {doing}: {reason}", where=path, hint="make room and run it again"
-            ) from error
+            raise DiskFullError(f"cannot {doing}: {reason}", where=path, hint=_MAKE_ROOM) from error
         raise RunError(f"cannot {doing}: {reason}", where=path, hint=hint) from error
 
 
@@ -219,9 +228,10 @@ class _Warnings(logging.Handler):
 def main(door: Callable[[], int | None]) -> NoReturn:
     """Run a door and exit with its return value (None is 0), or after one line with its HdfastError's code.
 
-    A full disk, too little memory, a missing package: one line wherever they are met. Ctrl-C gives 130, a closed pipe
-    (`... | head`) silently with 141; a closed terminal changes nothing. Every other exception keeps its
-    traceback. Python's warnings, and log records of level WARNING and above, of any package, are a line each.
+    A full disk, also that of a file which takes the output, too little memory, a missing package: one line wherever
+    they are met. Ctrl-C gives 130, a closed pipe (`... | head`) silently with 141; a closed terminal changes nothing.
+    Every other exception keeps its traceback. Python's warnings, and log records of level WARNING and above, of any
+    package, are a line each.
     What stdout and stderr cannot take, see `output.prepare`, is no error.
     """
     output.prepare()
@@ -229,21 +239,27 @@ def main(door: Callable[[], int | None]) -> NoReturn:
     logging.basicConfig(handlers=[_Warnings()], level=logging.WARNING)
     try:
         code = _code_of(door)
-        with closed_terminal():
+        with contextlib.suppress(OutputFullError), writing_output():  # which was told
             sys.stdout.flush()
     except BrokenPipeError:
         if not _is_broken(sys.stdout):
             raise
         code = 128 + signal.SIGPIPE
     for stream in (sys.stdout, sys.stderr):
-        if _is_broken(stream):
+        if not _is_flushed(stream) or _is_broken(stream):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # so that the flush at exit works
     sys.exit(code)
 
 
 def _code_of(door: Callable[[], int | None]) -> int:
     try:
-        return door() or 0
+        try:
+            code = door() or 0
+        except SystemExit as ended:  # of --help
+            code = ended.code or 0
+        with writing_output():
+            sys.stdout.flush()
+        return code
     except HdfastError as error:
         return _report(error)
     except ImportError as error:
@@ -259,17 +275,24 @@ def _code_of(door: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        where = error.filename or ""
-        return _report(DiskFullError(f"{error.strerror}", where=where, hint="make room and run it again"))
+        return _report(DiskFullError(f"{error.strerror}", where=error.filename or "", hint=_MAKE_ROOM))
 
 
 def _report(error: HdfastError) -> int:
-    with contextlib.suppress(BrokenPipeError), closed_terminal():
+    with contextlib.suppress(BrokenPipeError, OutputFullError), writing_output():
         sys.stdout.flush()  # so that what came before the error is read before it
-    with contextlib.suppress(BrokenPipeError), closed_terminal():
+    with contextlib.suppress(BrokenPipeError, OutputFullError), writing_output():
         sys.stderr.write("".join([f"error: {error}\n", *(f"  {line}\n" for line in error.details)]))
         sys.stderr.flush()
     return error.exit_code
+
+
+def _is_flushed(stream: TextIO) -> bool:
+    try:
+        stream.flush()
+    except OSError:
+        return False
+    return True
 
 
 def _is_broken(stream: TextIO) -> bool:

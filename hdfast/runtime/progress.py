@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from hdfast.runtime.console import Console
+from hdfast.runtime.errors import OutputFullError
 
 WINDOW_SECONDS = 60.0  # rates and the time left are measured over this much of the past, and
 WINDOW_UPDATES = 20  # at least so many updates, once there are any
@@ -25,7 +26,8 @@ _BAR = (10, 40)  # narrowest and widest, in cells
 class Progress:
     """Shows one run; a context manager, and cheap to tell: `update` may be called at every agent step.
 
-    `update` and `message` raise BrokenPipeError, once, where the output is a pipe that nobody reads any more.
+    `update` and `message` raise BrokenPipeError, once, where the output is a pipe that nobody reads any more, and
+    OutputFullError where it is a file without room.
 
     total_agent_steps: agent steps of the whole run. action_repeat: frames per agent step.
     title: names the run, such as "Pong seed 0".
@@ -108,7 +110,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(BrokenPipeError):  # what ends the block is what to tell
+        with contextlib.suppress(BrokenPipeError, OutputFullError):  # what ends the block is what to tell
             if self._live or self.plain_line() != self._said:
                 self._draw(self._clock())
             if self._live:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
-from hdfast.runtime.errors import Interrupted
+from hdfast.runtime.errors import Interrupted, OutputFullError
 
 
 class StopRequest:
@@ -58,7 +58,7 @@ class StopRequest:
             if signum != signal.SIGHUP:  # whose terminal is gone
                 name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
                 # It may come in the midst of other output, or find no reader: neither is an error of the run.
-                with contextlib.suppress(OSError, RuntimeError):
+                with contextlib.suppress(OSError, RuntimeError, OutputFullError):
                     self.say(f"stopping with a checkpoint; a second {name} stops it at once, without one")
         elif signum == signal.SIGINT:
             self._at_once = True
