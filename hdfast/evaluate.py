@@ -104,7 +104,7 @@ def load(
         configuration or environments. ConfigError: a directory of several runs, no such device, a number of
         environments or a seed out of range.
     """
-    run = Path(run)
+    run = Path(run).expanduser()
     if not 1 <= num_envs <= MOST_ENVS:
         raise ConfigError(f"--num-envs {num_envs} is out of range: right is 1 to {MOST_ENVS:,}")
     if seed < 0:
@@ -178,7 +178,7 @@ def evaluate(
         As `load`. ConfigError: no episodes, a video of a task that shows and draws no images. RunError,
         DiskFullError: the video cannot be written.
     """
-    run = Path(run)
+    run = Path(run).expanduser()
     if episodes < 1:
         raise ConfigError(f"--episodes {episodes} is out of range: right is 1 or more")
     envs = min(num_envs, episodes)

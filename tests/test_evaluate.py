@@ -291,6 +291,14 @@ def test_evaluate_knows_success_and_wants_images_for_a_video(tmp_path, monkeypat
         evaluate.evaluate(path_of(config), episodes=1, video=True)
 
 
+def test_a_notebook_may_write_the_home_directory_as_a_tilde(run, monkeypatch):
+    monkeypatch.setenv("HOME", str(run.logdir.parent))
+    at = Path("~") / path_of(run).relative_to(run.logdir.parent)
+    with evaluate.load(str(at)) as trained:
+        assert trained.checkpoint.meta["agent_steps"] == 40
+    assert evaluate.evaluate(at, episodes=1)["run"] == str(path_of(run))
+
+
 def test_evaluate_tells_what_is_wrong_in_one_line(run, tmp_path, monkeypatch, capfd):
     with loop.RunDir.open(tmp_path, "demo", "Catch", 0, run.to_dict()) as new:
         pass
@@ -305,6 +313,12 @@ def test_evaluate_tells_what_is_wrong_in_one_line(run, tmp_path, monkeypatch, ca
         ([], 2, "the following arguments are required: run"),
         (["x" * 300], 1, f"{'x' * 300}: cannot read the run: File name too long"),
         ([""], 2, "argument run: it is empty; '.' is the current folder"),
+        (["~/no"], 1, f"{Path.home() / 'no'}: there is no run here (no config.json)"),
+        (
+            ["~nobody-of-this-name/no"],
+            2,
+            "argument run: ~nobody-of-this-name/no: there is no such home directory",
+        ),
         (
             [str(path_of(run)), "--episodes", "0"],
             2,

@@ -66,10 +66,13 @@ def natural(text: str) -> int:
 
 
 def given_path(text: str) -> Path:
-    """A path that is not empty, as the `type` of a flag."""
+    """A path that is not empty, its `~` resolved (no shell does that behind `--flag=`), as the `type` of a flag."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty; '.' is the current folder")
-    return Path(text)
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: there is no such home directory") from None
 
 
 def _at_least(low: int, text: str) -> int:
