@@ -252,10 +252,12 @@ def watched(
         reason, text = execute([path, *options, *command], seconds, grace=3, **environment)
         record.log(text)
         record.found[name] = gpu_tools.ncu_rows(text) if tool == "ncu" else gpu_tools.sanitizer_row(text)
-        if obstacle := gpu_tools.tool_obstacle(text):
+        counted = tool == "ncu" and bool(record.found[name])
+        # ncu calls the kernel that is under way when its time ends a failure.
+        if (obstacle := gpu_tools.tool_obstacle(text)) and not (counted and reason):
             return obstacle
         if tool == "ncu":
-            return reason if record.found[name] else reason or "no kernel was seen"
+            return reason if counted else reason or "no kernel was seen"
         errors = record.found[name]["errors"]
         return f"{errors} errors: {record.found[name]['kinds']}" if errors else reason
 

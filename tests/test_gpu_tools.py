@@ -1,10 +1,11 @@
 """What the record of a GPU makes of the output of ncu and compute-sanitizer."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
 
-from bench import gpu_tests, gpu_tools
+from bench import gpu_steps, gpu_tests, gpu_tools
 from tests.gpu_samples import BROKEN_LINES, DETAILS, FORBIDDEN, MEMCHECK, NO_CALLS, RACECHECK, RAW
 
 
@@ -84,3 +85,16 @@ def test_after_which_error_tests_go_on_in_another_process(error, lasts, tmp_path
     told = {"when": "call", "passed": False, "failed": True, "outcome": "failed", "nodeid": "a"}
     outcomes.pytest_runtest_logreport(SimpleNamespace(**told, longrepr=None, longreprtext=f"E   {error}"))
     assert outcomes.lasting == lasts
+
+
+def test_where_the_time_of_ncu_ends_it_has_not_failed(tmp_path, monkeypatch):
+    over, last = "partial: ended at its limit of 36 s", '==ERROR== Failed to profile "adam_step_forward"\n'
+    said = RAW + last
+    record = gpu_steps.Record(tmp_path, time.monotonic() + 60, on_gpu=True)
+    monkeypatch.setattr(gpu_tools, "find_tool", lambda name: name)
+    monkeypatch.setattr(gpu_steps, "execute", lambda *args, **kwargs: (over, said))
+    ncu = gpu_steps.watched(record, "ncu", "ncu", [], "once")
+    assert ncu(30) == over
+    assert record.found["ncu"]
+    said = last
+    assert ncu(30).startswith("Failed to profile")
