@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import dispatch, native
 from ._triton import tl, triton
-from .numerics import check_device
+from .numerics import check_device, check_tensor
 
 # Words that a program copies: two 16-byte loads a thread of 4 warps; of short rows one a thread, which divides for it.
 TILE, WARPS = 1024, 4
@@ -114,6 +114,8 @@ def gather_windows(
     contiguous, since a copy would be of all of it; on the CPU, IndexError where a start lies outside the storage. On
     CUDA, where nothing synchronises, that is a device-side assertion of the reference, and zeros from triton.
     """
+    check_tensor("gather_windows", "storage", storage)
+    check_tensor("gather_windows", "starts", starts)
     if starts.ndim != 1 or starts.dtype != torch.int64:
         got = f"{starts.dtype} {tuple(starts.shape)}"
         raise ValueError(f"gather_windows: starts must be int64 of shape (B,), got {got}")

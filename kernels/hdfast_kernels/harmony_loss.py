@@ -22,7 +22,7 @@ from . import dispatch
 from ._triton import tl, triton
 from .autograd import once_differentiable
 from .harmony_loss_native import harmony_loss_native
-from .numerics import as_contiguous, check_device, check_shape, compute_dtype
+from .numerics import as_contiguous, check_device, check_shape, check_tensor, compute_dtype
 
 # Forward is one program, so that one launch gives the whole sum: 1,024 rows are one block of 4 numbers a
 # thread, all losses' loads in flight together. Tens of thousands of rows would want a program for each loss
@@ -200,6 +200,7 @@ def harmony_loss(
             "as many of each, and at least 1"
         )
     check_shape("harmony_loss", "log_sigma", log_sigma, (len(regularizer),))
+    check_tensor("harmony_loss", "losses[0]", losses[0])
     if not losses[0].numel():
         raise ValueError("harmony_loss: the losses are empty and have no mean")
     device = log_sigma.device

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import dispatch, image_blocks
 from .image_deconv_native import CHANNELS, image_deconv_native
 from .library_conv import in_safe_type
-from .numerics import check_device, check_shape
+from .numerics import check_device, check_shape, check_tensor
 
 
 def image_deconv_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -47,6 +47,8 @@ def image_deconv(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None
 
     Raises ValueError on shapes or devices that do not fit; `dispatch.BackendError` if the backend cannot run here.
     """
+    check_tensor("image_deconv", "x", x)
+    check_tensor("image_deconv", "weight", weight)
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(
             f"image_deconv: x has shape {tuple(x.shape)}, expected (N, H, W, K), H, W and K at least 1"

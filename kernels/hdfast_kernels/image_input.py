@@ -13,6 +13,7 @@ from torch import Tensor
 from . import dispatch
 from ._triton import tl, triton
 from .image_input_native import image_input_native
+from .numerics import check_tensor
 
 BLOCK, WARPS = 4096, 4  # 16 pixels a thread are one 16-byte load; two of them
 
@@ -52,6 +53,7 @@ def image_input(image: Tensor, dtype: torch.dtype, *, backend: str | None = None
 
     Raises TypeError if image is not uint8; `dispatch.BackendError` if the backend cannot run here.
     """
+    check_tensor("image_input", "image", image)
     if image.dtype != torch.uint8:
         raise TypeError(f"image_input: image has dtype {image.dtype}, expected uint8")
     like = torch.empty(0, dtype=dtype, device=image.device)

@@ -16,7 +16,7 @@ from . import dispatch
 from ._triton import tl, triton
 from .autograd import once_differentiable
 from .lambda_return_native import lambda_return_native
-from .numerics import as_contiguous, check_device, check_shape, compute_dtype
+from .numerics import as_contiguous, check_device, check_shape, check_tensor, compute_dtype
 
 DISCOUNT = 1 - 1 / 333
 
@@ -156,6 +156,7 @@ def lambda_return(
     Raises ValueError on shapes or devices that do not fit or a discount outside (0, 1]; `dispatch.BackendError`
     if the backend cannot run here.
     """
+    check_tensor("lambda_return", "reward", reward)
     if reward.ndim != 2 or not reward.shape[0]:
         raise ValueError(
             f"lambda_return: reward has shape {tuple(reward.shape)}, expected (H, N) with H >= 1"

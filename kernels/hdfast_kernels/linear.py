@@ -6,7 +6,7 @@ from torch import Tensor
 from . import dispatch
 from .linear_fused import linear_fused
 from .linear_native import linear_native
-from .numerics import check_axes, check_device, check_shape
+from .numerics import check_axes, check_device, check_shape, check_tensor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -23,6 +23,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     one; `dispatch.BackendError` if the backend cannot run here.
     """
     check_axes("linear", "x", x, "...", "K")
+    check_tensor("linear", "weight", weight)
     check_shape("linear", "weight", weight, (*weight.shape[:1], *x.shape[-1:]))
     if bias is not None:
         check_shape("linear", "bias", bias, weight.shape[:1])

@@ -12,14 +12,25 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def check_tensor(op: str, name: str, value: Tensor) -> None:
+    """Raise TypeError naming the op, the argument and its type unless it is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected a tensor")
+
+
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    """Raise ValueError naming the op, the argument, its shape and the shape it needs."""
+    """Raise ValueError naming the op, the argument, its shape and the shape it needs; as `check_tensor`."""
+    check_tensor(op, name, tensor)
     if tuple(tensor.shape) != tuple(expected):
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)}")
 
 
 def check_axes(op: str, name: str, tensor: Tensor, *axes: str) -> None:
-    """Raise ValueError unless a tensor has these axes; where the first is "...", also any number before them."""
+    """Raise ValueError unless a tensor has these axes; where the first is "...", also any number before them.
+
+    As `check_tensor`, too.
+    """
+    check_tensor(op, name, tensor)
     right = tensor.ndim >= len(axes) - 1 if axes[0] == "..." else tensor.ndim == len(axes)
     if not right:
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected ({', '.join(axes)})")
@@ -28,8 +39,11 @@ def check_axes(op: str, name: str, tensor: Tensor, *axes: str) -> None:
 def check_device(op: str, **tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors, but for those that are None, are on the device of the first.
 
-    PyTorch itself answers some mixtures with numbers that nobody computed.
+    PyTorch itself answers some mixtures with numbers that nobody computed. As `check_tensor`, too.
     """
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_tensor(op, name, tensor)
     (first, like), *others = tensors.items()
     device = like.device
     for name, tensor in others:

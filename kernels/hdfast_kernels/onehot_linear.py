@@ -17,7 +17,7 @@ from torch import Tensor
 from . import dispatch
 from ._triton import tl, triton
 from .autograd import once_differentiable, plainly
-from .numerics import as_contiguous, check_axes, check_device, check_shape, compute_dtype
+from .numerics import as_contiguous, check_axes, check_device, check_shape, check_tensor, compute_dtype
 from .onehot_linear_native import onehot_linear_native
 from .tiles import as_rows, row_tile
 
@@ -267,6 +267,7 @@ def onehot_linear(
     backend cannot run here.
     """
     check_axes("onehot_linear", "index", index, "...", "S")
+    check_tensor("onehot_linear", "weight", weight)
     groups = index.shape[-1]
     if index.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"onehot_linear: index has dtype {index.dtype}, expected int64 or int32")

@@ -25,7 +25,7 @@ from torch import Tensor
 from hdfast_kernels import dispatch
 from hdfast_kernels.layer_norm_gru import layer_norm_gru_reference
 from hdfast_kernels.layer_norm_silu import layer_norm_silu_reference
-from hdfast_kernels.numerics import check_axes, check_device, check_shape, compute_dtype
+from hdfast_kernels.numerics import check_axes, check_device, check_shape, check_tensor, compute_dtype
 from hdfast_kernels.rssm_observe_native import rssm_observe_native
 from hdfast_kernels.rssm_observe_triton import fits_one_launch, rssm_observe_triton
 from hdfast_kernels.sample_onehot import sample_onehot_reference
@@ -144,6 +144,7 @@ def rssm_observe(
         IndexError: from native, if a class of initial_index is not in [0, K).
         dispatch.BackendError: if the backend cannot run on these tensors.
     """
+    check_tensor("rssm_observe", "gru", gru)
     check_axes("rssm_observe", "uniform", uniform, "T", "B", "S")
     check_axes("rssm_observe", "post_deter", post_deter, "U", "D")
     check_axes("rssm_observe", "in_stoch", in_stoch, "S*K", "U")

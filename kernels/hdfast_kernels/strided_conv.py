@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import dispatch, image_blocks
 from .library_conv import in_safe_type
-from .numerics import check_device
+from .numerics import check_device, check_tensor
 from .strided_conv_native import strided_conv_native
 
 
@@ -48,6 +48,8 @@ def strided_conv(
 
     Raises ValueError on shapes or devices that do not fit; `dispatch.BackendError` if the backend cannot run here.
     """
+    check_tensor("strided_conv", "x", x)
+    check_tensor("strided_conv", "weight", weight)
     least = 1 if transposed else 2
     if x.ndim != 4 or min(x.shape[1:3]) < least:
         right = f"(N, H, W, C), H and W at least {least}"

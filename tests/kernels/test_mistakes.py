@@ -3,6 +3,9 @@
 PyTorch itself computes with some of them: a product with a meta tensor is what was in memory before.
 """
 
+import re
+
+import numpy as np
 import pytest
 import torch
 
@@ -307,6 +310,21 @@ def test_one_of_many_tensors_is_on_another_device(name):
         ValueError, match=rf"^adam_step: {name}\[1\] is on meta, params\[0\] on cpu; expected one"
     ):
         call("adam_step", {}, "reference", **{name: wrong})
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.Tensor.tolist], ids=["array", "list"])
+@pytest.mark.parametrize(("op", "name"), [one for one in TENSORS if one[0] != "adam_step"])
+def test_what_is_no_tensor(op, name, kind):
+    """A NumPy array has shape, dtype and device of its own, and is on no device that PyTorch knows."""
+    if isinstance(OPS[op][name], list):
+        value = [kind(one) for one in make(OPS[op][name], "cpu")]
+        name, (one, *_) = f"{name}[0]", value
+    else:
+        value = one = kind(make(OPS[op][name], "cpu"))
+    with pytest.raises(
+        TypeError, match=rf"^{op}: {re.escape(name)} is a {type(one).__name__}, expected a tensor$"
+    ):
+        call(op, {}, "reference", **{name.partition("[")[0]: value})
 
 
 @pytest.mark.parametrize("op", OPS)
