@@ -9,7 +9,7 @@ from hdfast.runtime.errors import ConfigError
 
 DOORS = {
     "train": "trains the tasks of a suite",
-    "evaluate": "plays the newest checkpoint of a run",
+    "evaluate": "plays the newest checkpoint of a run, or another",
     "report": "prints the tables of finished runs",
     "sweep": "trains several tasks and seeds at a time",
     "profile": "shows where the time of an update goes",

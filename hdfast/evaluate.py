@@ -1,4 +1,4 @@
-"""Plays the newest checkpoint of a run in new environments and prints the scores as one JSON line.
+"""Plays the newest checkpoint of a run, or one that is named, in new environments and prints the scores as JSON.
 
 The run may be training meanwhile: it is only read, except that --video writes a GIF into its videos/. In a notebook,
 `load` returns the agent.
@@ -86,6 +86,7 @@ def load(
 ) -> Trained:
     """The agent of the run in directory `run`, with its newest checkpoint, and environments to act in.
 
+    `run` may also be one of its checkpoints, such as runs/demo/Catch/seed0/checkpoints/0000009000.safetensors.
     The run is only read. One episode, in a notebook::
 
         with load("runs/demo/Catch/seed0") as trained:
@@ -104,12 +105,12 @@ def load(
         configuration or environments. ConfigError: a directory of several runs, no such device, a number of
         environments or a seed out of range.
     """
-    run = Path(run).expanduser()
+    run, one = _split(run)
     if not 1 <= num_envs <= MOST_ENVS:
         raise ConfigError(f"--num-envs {num_envs} is out of range: right is 1 to {MOST_ENVS:,}")
     if seed < 0:
         raise ConfigError(f"--seed {seed} is out of range: right is 0 or more")
-    saved = rundir.newest(run)
+    saved = rundir.newest(run) if one is None else checkpoint.load(one)
     config = dataclasses.replace(config_of(run), seed=seed)
     task = suites.get(config.suite).task(config.task)
     where = resolve_device(device)
@@ -136,6 +137,14 @@ def load(
     except BaseException:
         env.close()
         raise
+
+
+def _split(run: str | Path) -> tuple[Path, Path | None]:
+    """The directory of a run, and the file of the checkpoint if `run` is one of those that it has."""
+    path = Path(run).expanduser()
+    if path.suffix != checkpoint.SUFFIX:
+        return path, None
+    return (path if path.parent.name else path.absolute()).parent.parent, path
 
 
 def config_of(run: Path) -> Config:
@@ -166,7 +175,7 @@ def evaluate(
     greedy: bool = False,
     tell: Callable[[int], object] = lambda done: None,
 ) -> dict[str, Any]:
-    """Scores of `episodes` episodes with the newest checkpoint of the run in directory `run`.
+    """Scores of `episodes` episodes with the newest checkpoint of the run in directory `run`, or with the one it names.
 
     Args:
         episodes: at least 1.
@@ -178,11 +187,11 @@ def evaluate(
         As `load`. ConfigError: no episodes, a video of a task that shows and draws no images. RunError,
         DiskFullError: the video cannot be written.
     """
-    run = Path(run).expanduser()
+    given, (run, _) = run, _split(run)
     if episodes < 1:
         raise ConfigError(f"--episodes {episodes} is out of range: right is 1 or more")
     envs = min(num_envs, episodes)
-    with load(run, num_envs=envs, seed=seed, device=device, greedy=greedy, drawn=video) as trained:
+    with load(given, num_envs=envs, seed=seed, device=device, greedy=greedy, drawn=video) as trained:
         agent_steps = trained.checkpoint.meta["agent_steps"]
         film = None
         if video:
@@ -253,7 +262,11 @@ def _telling(episodes: int) -> Iterator[Callable[[int], object]]:
 
 def main() -> None:
     parser = Arguments("python -m hdfast.evaluate", __doc__)
-    parser.add_argument("run", type=given_path, help="directory of a run, such as runs/atari100k/Pong/seed0")
+    parser.add_argument(
+        "run",
+        type=given_path,
+        help="directory of a run, such as runs/atari100k/Pong/seed0, or one of its checkpoints",
+    )
     parser.add_argument("--episodes", type=positive, default=100, help="episodes to play")
     parser.add_argument("--seed", type=natural, default=0, help="of environments and policy")
     parser.add_argument("--num-envs", type=positive, default=8, help="environments stepped together")

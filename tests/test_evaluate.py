@@ -90,6 +90,34 @@ def test_evaluate_plays_the_newest_checkpoint_and_only_reads(run, monkeypatch, c
     assert others != [scores] * 3
 
 
+def test_evaluate_plays_an_older_checkpoint_that_is_named(tmp_path, monkeypatch, capfd):
+    run = tiny(tmp_path / "runs", eval={"every": 20})  # each evaluation is of a checkpoint
+    loop_cases.train(run)
+    older, newest = sorted(path_of(run).glob("checkpoints/*.safetensors"))
+    capfd.readouterr()
+    with evaluate.load(older) as trained:
+        assert (trained.checkpoint.path, trained.config.task) == (older, "Catch")
+        assert trained.checkpoint.meta["agent_steps"] < 40
+    scores = evaluate.evaluate(str(older), episodes=2, video=True)
+    assert (scores["checkpoint"], scores["run"]) == (older.name, str(path_of(run)))
+    assert scores["video"] == str(path_of(run) / f"videos/evaluate_{scores['agent_steps']:010d}.gif")
+    monkeypatch.chdir(older.parent)
+    assert evaluate.evaluate(older.name, episodes=2) == {
+        **{name: value for name, value in scores.items() if name != "video"},
+        "run": str(path_of(run)),
+    }
+    absent = older.with_name("1.safetensors")
+    there = f"there are {newest.name}, {older.name}"
+    damaged = tmp_path / "seed0/checkpoints" / older.name
+    shutil.copytree(path_of(run), tmp_path / "seed0")
+    damaged.write_bytes(older.read_bytes()[:-1])
+    for path, text in (
+        (absent, f"{absent}: there is no such checkpoint; {there}"),
+        (damaged, f"{damaged}: checkpoint is damaged (its checksum does not match)"),
+    ):
+        assert door(evaluate.main, [str(path)], monkeypatch, capfd) == (3, "", f"error: {text}\n")
+
+
 def test_evaluate_meets_episodes_that_training_did_not(run, tmp_path, monkeypatch):
     seeds, make = [], loop.envs.make
     monkeypatch.setattr(

@@ -47,7 +47,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load_latest` found."""
+    """What `load_latest` or `load` found."""
 
     tensors: dict[str, torch.Tensor]
     meta: dict[str, Any]
@@ -115,8 +115,7 @@ def load_latest(
     while rest := {n: path for n, path in numbered(directory).items() if path not in damaged}:
         number, path = next(iter(rest.items()))
         try:
-            meta = _verify(path)
-            tensors = safetensors.torch.load_file(path)
+            return _load(path, number, device)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             if isinstance(error, FileNotFoundError) and not os.path.lexists(path):
                 continue  # among those that there are now
@@ -124,13 +123,34 @@ def load_latest(
             before = "; trying the one before" if len(rest) > 1 else ""
             warn(f"{path}: checkpoint is damaged ({error}){before}")
             continue
-        return Checkpoint({name: t.to(device) for name, t in tensors.items()}, meta, number, path)
     if damaged:
         hint = "restore one from a copy, or remove the run's directory to start anew"
         raise CheckpointError(
             "no checkpoint can be loaded", where=directory, hint=hint, details=list(damaged.values())
         )
     return None
+
+
+def load(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
+    """The checkpoint in the file `path`, on `device`.
+
+    Raises: CheckpointError where it is damaged, and where there is none, with those that there are.
+    """
+    match = _NAME.fullmatch(path.name)
+    try:
+        return _load(path, int(match[1]) if match else 0, device)
+    except FileNotFoundError:
+        there = [other.name for other in numbered(path.parent).values()]
+        hint = f"there are {', '.join(there)}" if there else ""
+        raise CheckpointError("there is no such checkpoint", where=path, hint=hint) from None
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"checkpoint is damaged ({error})", where=path) from None
+
+
+def _load(path: Path, number: int, device: str | torch.device) -> Checkpoint:
+    meta = _verify(path)
+    tensors = safetensors.torch.load_file(path)
+    return Checkpoint({name: t.to(device) for name, t in tensors.items()}, meta, number, path)
 
 
 def numbered(directory: Path) -> dict[int, Path]:
