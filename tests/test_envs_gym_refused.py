@@ -119,7 +119,7 @@ def test_what_the_agent_cannot_take_is_refused_with_what_is_right(name, obs, mes
             "Qwkz/Xjyqq-v0",
             r"no environment 'Qwkz/Xjyqq-v0' .*; those of a package are named with its module",
         ),
-        ("tests.gym_envs:Coumt-v0", r"no environment 'Coumt-v0' .*did you mean 'Count-v0'"),
+        ("tests.gym_envs:Coumt-v0", r"no environment 'Coumt-v0' .*did you mean 'tests.gym_envs:Count-v0'"),
         (
             "tests.no_such:Count-v0",
             r"no module 'tests.no_such' to import for .*; install it, .* the folder that holds tests.py or tests/$",

@@ -20,6 +20,7 @@ import dataclasses
 import importlib
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import warnings
@@ -68,6 +69,8 @@ def find(env_id: str) -> EnvSpec:
         return gymnasium.spec(name)
     except gymnasium.error.Error:
         hint = suggest(name, gymnasium.registry)
+        if module and "did you mean" in hint:
+            hint = re.sub(r"'(.+?)'", rf"'{module}:\1'", hint)  # so that it can be given as it is
         if not module and "did you mean" not in hint:
             names = "ale_py:ALE/Pong-v5 or my_envs:Maze-v0"
             hint = f"; those of a package are named with its module before a colon, such as {names}"
