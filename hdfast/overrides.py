@@ -46,7 +46,13 @@ def apply_overrides(config: Any, overrides: dict[str, Any], where: str = "config
     changes = {}
     for key, value in overrides.items():
         if key not in kinds:
-            raise ConfigError(f"{where} has no field {key!r}{suggest(key, kinds)}")
+            section, dot, inner = key.partition(".")
+            hint = (
+                f'; right is {{"{section}": {{"{inner}": ...}}}}'
+                if dot and section in kinds
+                else suggest(key, kinds)
+            )
+            raise ConfigError(f"{where} has no field {key!r}{hint}")
         nested = dataclasses.is_dataclass(kinds[key]) and isinstance(value, dict)
         name = f"{where}.{key}"
         changes[key] = (

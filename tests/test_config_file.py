@@ -49,6 +49,7 @@ def test_a_run_s_configuration_is_where_the_next_begins(tmp_path):
         ([1], "it holds [1], right is an object of fields"),
         ({"config": 3}, "it holds 3, right is an object of fields"),
         ({"rssm": {"detr": 3}}, "config.rssm has no field 'detr'; did you mean 'deter'"),
+        ({"rssm.deter": 3}, 'config has no field \'rssm.deter\'; right is {"rssm": {"deter": ...}}'),
         ({"rssm": {"deter": "many"}}, "config.rssm.deter cannot be 'many'; right is a whole number"),
         ({"agent_steps": 1e5}, "config.agent_steps cannot be 100000.0; right is a whole number"),
         ({"train": {"ratio": "512"}}, "config.train.ratio cannot be '512'; right is a number"),
