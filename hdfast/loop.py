@@ -53,7 +53,8 @@ def replay_errors() -> Iterator[None]:
     except ReplayError as error:
         if error.errno in NO_ROOM:
             raise DiskFullError(str(error), hint="make room and run it again") from error
-        hint = "" if error.errno else "restore it from a copy, or remove the run's directory to start anew"
+        anew = "restore it from a copy, or begin another run from what this one has learnt, by --init-from"
+        hint = "" if error.errno else anew
         raise RunError(str(error), hint=hint) from error
 
 
