@@ -315,6 +315,7 @@ for name, kind, settings in (
     ("Growing", Growing, {"observation": box(3, high=9)}),
     ("Drawn", Count, {"observation": box(3, high=9)}),
     ("Undrawn", Count, {"observation": box(3, high=9)}),
+    ("UndrawnFrames", Count, {"observation": box(4, 8, 8, 3, high=9)}),
     ("Stacked", Count, {"observation": pixels(4, 84, 84)}),
     ("Float", Count, {"observation": box(8, 8, 3)}),
     (
@@ -373,4 +374,5 @@ gymnasium.register(
     max_episode_steps=6,
     additional_wrappers=(Skip.wrapper_spec(),),
 )
-gymnasium.registry["Undrawn-v0"].entry_point = type("Undrawn", (Count,), {"metadata": {"render_modes": []}})
+for _name in ("Undrawn", "UndrawnFrames"):
+    gymnasium.registry[f"{_name}-v0"].entry_point = type(_name, (Count,), {"metadata": {"render_modes": []}})

@@ -22,6 +22,11 @@ from tests.test_envs_gym import make
             r"Undrawn-v0: there is no image in its observations, and it draws none; let it observe",
         ),
         (
+            "UndrawnFrames",
+            "both",
+            r"the images in state do not stand alone in its observations, and it draws none; let it observe",
+        ),
+        (
             "Stacked",
             "image",
             r"'image' is \(4, 84, 84\) uint8; an image is \(H, W, 3\), \(H, W, 1\) or \(H, W\) uint8",

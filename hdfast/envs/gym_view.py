@@ -168,11 +168,10 @@ class Maker:
             drawn = obs != "state" and not pictured
             if drawn:
                 if "rgb_array" not in env.metadata.get("render_modes", ()):
-                    raise ConfigError(
-                        "there is no image in its observations, and it draws none",
-                        where=self.spec.id,
-                        hint=_TO_SEE,
-                    )
+                    inside = [key for key, part in parts.items() if holds_image(part)]
+                    lack = f"the images in {inside[0]} do not stand alone" if inside else "there is no image"
+                    what = f"{lack} in its observations, and it draws none"
+                    raise ConfigError(what, where=self.spec.id, hint=_TO_SEE)
                 env.close()
                 try:
                     env = self._make(render_mode="rgb_array")
