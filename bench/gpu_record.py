@@ -56,19 +56,25 @@ def machine() -> dict[str, Any]:
         import triton
 
         versions["triton"] = triton.__version__
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    driver = subprocess.run(
-        [gpu_tools.find_tool("nvidia-smi") or "true", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    driver = first_line(
+        gpu_tools.find_tool("nvidia-smi"), "--query-gpu=driver_version", "--format=csv,noheader"
+    )
     return {
         **describe_device(resolve_device("auto")),
         **versions,
         "python": sys.version.split()[0],
         "compiler": compiler(),
-        "driver": driver.stdout.strip().splitlines()[0] if driver.stdout.strip() else None,
-        "commit": git.stdout.strip() or None,
+        "driver": driver,
+        "commit": first_line(shutil.which("git"), "rev-parse", "HEAD"),
     }
+
+
+def first_line(program: str | None, *arguments: str) -> str | None:
+    """The first line that a program prints; None if it fails or there is no such program."""
+    if program is None:
+        return None
+    done = subprocess.run([program, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return next(iter(done.stdout.strip().splitlines()), None) if done.returncode == 0 else None
 
 
 def compiler() -> str | None:

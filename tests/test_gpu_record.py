@@ -374,27 +374,3 @@ def test_ncu_looks_at_every_kernel_but_those_of_the_scan():
         "observe_forward",
         "observe_backward",
     }
-
-
-def test_compiled_kernels_are_kept_where_home_cannot_be_written(tmp_path, monkeypatch):
-    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    gpu_record.keep_compiled_kernels()
-    assert "TRITON_CACHE_DIR" not in os.environ
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("HOME", str(tmp_path / "file"))  # no folder can be made in it
-    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # to be forgotten at the end
-    del os.environ["TRITON_CACHE_DIR"]
-    gpu_record.keep_compiled_kernels()
-    assert os.path.isdir(os.environ["TRITON_CACHE_DIR"])
-    os.rmdir(os.environ["TRITON_CACHE_DIR"])
-
-
-def test_what_triton_cannot_build_its_launchers_with(monkeypatch):
-    monkeypatch.setenv("CC", "/usr/bin/some-cc")
-    monkeypatch.setattr(gpu_record.sysconfig, "get_path", lambda name: "/nowhere")
-    assert gpu_record.compiler() == "no /nowhere/Python.h"
-    monkeypatch.delenv("CC")
-    monkeypatch.setattr(gpu_record.shutil, "which", lambda name: None)
-    assert gpu_record.compiler() is None
