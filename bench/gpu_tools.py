@@ -159,6 +159,7 @@ def outcomes_of(op: str, tests: Iterable[dict[str, str]], persistent: bool = Fal
     short = op.removesuffix("_loss").removesuffix("_mean").removesuffix("_step")
     files = {f"test_{op}", f"test_{op}_triton", f"test_{short}", f"test_native_{short}"}
     files |= {"test_image_blocks"} if op in ("image_deconv", "strided_conv") else set()
+    files |= {"test_sample_onehot"} if op == "sample_index" else set()
     mine = [
         test
         for test in tests
