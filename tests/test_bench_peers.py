@@ -205,6 +205,9 @@ def test_a_peer_can_run_on_the_python_that_runs_ours(tmp_path, monkeypatch, caps
     assert found.variables["PYTHONPATH"] == "/carried"
     found = places.program(peers.BY_NAME["dreamerv3-torch"], tmp_path, tmp_path, "cuda", here=True)
     assert found.variables["PYTHONPATH"] == f"{tmp_path / 'dreamerv3-torch'}:/carried"
+    monkeypatch.setattr(places, "interpreter", lambda folder, packages, name: folder / "python")
+    found = places.program(peers.BY_NAME["sheeprl"], tmp_path, tmp_path, "cuda")
+    assert "PYTHONPATH" not in found.variables  # with an environment of its own it must not see our packages
     monkeypatch.undo()
     with pytest.raises(SystemExit) as end:
         errors.main(lambda: peers.main(["--device", "cpu", "--here"]))

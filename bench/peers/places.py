@@ -105,10 +105,12 @@ def program(peer: Peer, place: Path, checkouts: Path, device: str, *, here: bool
     Raises: MissingLibraryError if it cannot be installed, is not installed here or has no checkout.
     """
     variables, version = dict(os.environ), installed_here(peer) if here else peer.version
+    if not here:  # its own environment is to supply all its packages
+        variables.pop("PYTHONPATH", None)
     if peer.checkout:
         folder = checked_out(peer.checkout, checkouts / peer.checkout.name, peer.name)
         places = [str((folder / path).resolve()) for path in peer.paths]
-        places += [variables["PYTHONPATH"]] if here and variables.get("PYTHONPATH") else []
+        places += filter(None, [variables.get("PYTHONPATH")])
         variables["PYTHONPATH"] = os.pathsep.join(places)
     python = (
         sys.executable
