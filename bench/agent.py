@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hdfast.agent.learner import Learner
 from hdfast.agent.policy import Policy
+from hdfast.agent.rounding import rounded
 from hdfast.agent.updates import captured_updates
 from hdfast.config import Config, default_config
 from hdfast.envs.base import ArraySpec, DiscreteActions
@@ -126,7 +127,8 @@ class Bench:
         parameters = list(learner.model.parameters())
 
         def run() -> None:
-            loss = learner.model.loss(batch, uniform, learner.dtype).loss
+            with rounded(learner.optimizers["model"], learner.dtype):  # as in an update
+                loss = learner.model.loss(batch, uniform, learner.dtype).loss
             torch.autograd.grad(loss, parameters, allow_unused=True)
 
         return run
@@ -139,7 +141,12 @@ class Bench:
             start = learner.model.observe(batch, uniform, learner.dtype).latent.flatten(0, 1).detach()
         cont = torch.ones(start.deter.shape[0], device=self.device)
         draws = learner.draws(cont.shape[0])
-        return lambda: learner.behavior.imagine(learner.model, start, cont, draws, learner.dtype)
+
+        def run() -> None:
+            with rounded(learner.optimizers["actor"], learner.dtype):  # as in an update
+                learner.behavior.imagine(learner.model, start, cont, draws, learner.dtype)
+
+        return run
 
     def act(self, num_envs: int = 1, *, graph: bool = False) -> Run:
         """One action for each of N environments, from images on the host to actions on the host."""

@@ -22,8 +22,15 @@ SELDOM = {
 
 
 def config_of(suite: str, task: str, logdir: Path, prefill: int) -> Config:
-    """The suite's own configuration, but for what a run does seldom and for how much is collected before learning."""
-    config = apply_overrides(default_config(suite), {**SELDOM, "train": {"prefill": prefill}})
+    """The suite's own configuration with a prefill of `prefill`, without what a run does seldom, and without tuning.
+
+    What tuning found would depend on this machine's past, and would stay in force for all later benchmarks.
+    """
+    graph = (
+        "on" if resolve_device("auto").type == "cuda" else "auto"
+    )  # what tuning nearly always chooses on CUDA
+    train = {"prefill": prefill, "tune": False, "graph": graph}
+    config = apply_overrides(default_config(suite), {**SELDOM, "train": train})
     return validate(apply_overrides(config, {"task": task, "logdir": logdir}))
 
 
