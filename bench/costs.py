@@ -1,9 +1,9 @@
 """What a size, a batch, a window or a horizon costs: `python -m bench.costs` prints two tables in Markdown.
 
 One factor is varied at a time around size small, B16 x T64, H15; acting is varied over the number of environments.
-Every point is measured in a process of its own, so that its peak memory is its own: on a CPU all of the process's
-(about half a gigabyte of it libraries), on CUDA what the allocator handed out. Times are medians of `--rounds`
-after one warm-up; a share is of the matrix product that this machine reaches at its best.
+Each point is measured in a process of its own, so that its peak memory is its own: on a CPU that of the whole process
+(libraries take about half a gigabyte), on CUDA what the allocator handed out. Times are medians of `--rounds` after a
+warm-up, on CUDA those of CUDA graphs; a share is of the best rate that this machine reaches in a matrix product.
 
 On two idle CPU cores with bfloat16 the default points take 2 minutes (on busy ones 4): a point costs the start of a
 process (5 s), one update more than `--rounds`, and the measurement of the peak. In
@@ -30,6 +30,7 @@ from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, positive
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import RunError
+from hdfast.runtime.graphs import WARMUP
 from hdfast.sizes import SIZES
 
 ACTS = 50  # rounds of acting, which takes milliseconds
@@ -74,8 +75,11 @@ def measure(point: Point, device: str, precision: str, rounds: int) -> dict[str,
     config = config_of(point.size, batch=point.batch, length=point.length, horizon=point.horizon)
     prepare_device(where, config.little_work)
     bench = Bench(config, where, dtype)
-    run = synchronised(bench.act(point.num_envs) if point.num_envs else bench.update(), where)
-    run()
+    graph = where.type == "cuda"  # as a run has it there
+    update = bench.graph if graph else bench.update
+    run = synchronised(bench.act(point.num_envs, graph=graph) if point.num_envs else update(), where)
+    for _ in range(WARMUP + 3 if graph else 1):
+        run()
     times = [seconds(run) for _ in range(ACTS if point.num_envs else rounds)]
     if where.type == "cuda":
         peak = torch.cuda.max_memory_allocated(where)

@@ -1,12 +1,15 @@
 """bench.costs: which points it takes, that a point is measured in a process of its own, and its tables."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bench import costs
 from bench.costs import Point
 from hdfast.runtime.errors import ConfigError, RunError
+from hdfast.runtime.graphs import WARMUP
 
 
 def row(point: Point, **values) -> dict:
@@ -48,6 +51,30 @@ def test_a_point_is_measured_in_a_process_of_its_own(num_envs):
     assert measured["rounds"] == (costs.ACTS if num_envs else 2)
     assert 1e8 < measured["peak_bytes"] < 4e9
     assert measured["gflop_per_second"] == pytest.approx(measured["gflop"] / measured["seconds"])
+
+
+@pytest.mark.parametrize("point", [Point(), Point(num_envs=2)], ids=["update", "act"])
+def test_on_cuda_a_graph_is_measured_when_it_has_been_captured(point, monkeypatch):
+    calls, timed = [], []
+    act = lambda num_envs, graph: lambda: calls.append(("act", num_envs, graph))  # noqa: E731
+    learner = SimpleNamespace(parameter_counts=lambda: {"total": 1})
+    bench = SimpleNamespace(graph=lambda: lambda: calls.append("graph"), act=act, learner=learner)
+    fakes = {
+        "resolve_device": torch.device,
+        "prepare_device": lambda *_: None,
+        "Bench": lambda *_: bench,
+        "synchronised": lambda run, where: run,
+        "seconds": lambda run: timed.append(len(calls)) or 1.0,
+        "gflop": lambda *_: 1.0,
+        "gemm_gflop_per_second": lambda *_: 4.0,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(costs, name, fake)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda where: 5)
+    row = costs.measure(point, "cuda", "float32", 2)
+    assert (row["peak_bytes"], row["share_of_peak"]) == (5, 0.5 if point.num_envs else 0.25)
+    assert min(timed) > WARMUP
+    assert set(calls) == {("act", 2, True)} if point.num_envs else {"graph"}
 
 
 def test_a_point_that_fails_is_told_in_one_line():
