@@ -286,7 +286,7 @@ def training(record: Record, name: str, *flags: str) -> Callable[[float], str | 
     """The step of a real run with these flags; its curve is kept as `name` where it ends, or is ended."""
 
     def do(seconds: float) -> str | None:
-        if absent := missing("envpool", "tyro", "safetensors", "rich"):
+        if absent := missing("envpool", "tyro", "safetensors", "rich", "tensorboard", "PIL"):
             return absent
         with tempfile.TemporaryDirectory() as folder:
             command = ["-m", "hdfast.train", *flags, "--logdir", folder]
