@@ -1,6 +1,6 @@
-"""A learner with a replay of random rows, whose parts can be run one by one, and what each part has to compute.
+"""A learner with a replay of random rows: its parts, to be run one by one, and the work that each of them takes.
 
-Axes: N environments that `act` serves, B windows of an update. Images are 64 x 64 x 3, actions six discrete ones.
+Axes: N environments that `act` serves, B windows of an update. Images are 64 x 64 x 3; there are six discrete actions.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def config_of(size: str, *, batch: int = 16, length: int = 64, horizon: int = 15
 
 
 def random_row(rng: np.random.Generator, t: int, num_envs: int = 1) -> dict[str, np.ndarray]:
-    """Row t of `num_envs` environments with episodes of 100 rows: noise, which is the worst for caches and disks."""
+    """Row t of `num_envs` environments with episodes of 100 rows: noise, the worst case for caches and disks."""
     last = np.full(num_envs, t % 100 == 99)
     return {
         "image": rng.integers(256, size=(num_envs, SIDE, SIDE, 3), dtype=np.uint8),
@@ -63,7 +63,7 @@ def random_row(rng: np.random.Generator, t: int, num_envs: int = 1) -> dict[str,
 
 @contextlib.contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """Has every op run on one backend inside the block; None leaves the choice to the ops."""
+    """Runs every op on one backend inside the block; None leaves the choice to the ops."""
     before = os.environ.pop("HDFAST_BACKEND", None)
     if name is not None:
         os.environ["HDFAST_BACKEND"] = name
@@ -77,7 +77,7 @@ def backend(name: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def threads_of_a_run(config: Config, device: torch.device) -> Iterator[None]:
-    """As many CPU threads inside the block as a run of this configuration has."""
+    """Inside the block, as many CPU threads as a run of this configuration has."""
     before = torch.get_num_threads()
     prepare_device(device, config.little_work)
     try:
@@ -87,9 +87,9 @@ def threads_of_a_run(config: Config, device: torch.device) -> Iterator[None]:
 
 
 class Bench:
-    """A learner of one configuration, and what a run calls of it; every part is a function of no arguments.
+    """A learner of one configuration, and the parts of it that a run calls, as functions without arguments.
 
-    rows: of replay, or four windows if that is more.
+    rows: how many the replay holds, but at least four windows.
     """
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype, rows: int = 1_000):
@@ -102,7 +102,7 @@ class Bench:
             self.replay.add(random_row(rng, t))
 
     def sample(self) -> dict[str, torch.Tensor]:
-        """A batch, as an update reads it."""
+        """A batch as an update reads it."""
         return self.replay.sample(self.config.replay.batch, self.config.replay.length)
 
     def update(self) -> Run:
@@ -110,14 +110,14 @@ class Bench:
         return lambda: self.learner.update(self.replay.sample)
 
     def graph(self, *, overlap: bool = False) -> Run:
-        """The whole update as one CUDA graph, captured at the fourth call. Raises: ConfigError without CUDA.
+        """The whole update as one CUDA graph, captured in the fourth call. Raises: ConfigError without CUDA.
 
-        overlap: halves of two updates beside each other, captured at the fifth.
+        overlap: halves of two updates run side by side; captured in the fifth call.
         """
         return captured_updates(self.learner, self.replay.sample, self.replay.generators, overlap=overlap)
 
     def overlap(self) -> Run:
-        """`graph` with halves of two updates beside each other."""
+        """`graph` with halves of two updates side by side."""
         return self.graph(overlap=True)
 
     def observe(self) -> Run:
@@ -149,7 +149,7 @@ class Bench:
         return run
 
     def act(self, num_envs: int = 1, *, graph: bool = False) -> Run:
-        """One action for each of N environments, from images on the host to actions on the host."""
+        """An action for each of N environments, from images on the host to actions on the host."""
         policy = Policy(self.learner, num_envs, seed=0, graph=graph)
         obs, first = {"image": np.zeros((num_envs, SIDE, SIDE, 3), np.uint8)}, np.zeros(num_envs, bool)
         return lambda: policy(obs, first)
@@ -158,14 +158,14 @@ class Bench:
 def gflop(config: Config, part: str, device: torch.device) -> float:
     """GFLOP of matrix products and convolutions in one run of a part (`act`: for one environment).
 
-    A multiplication and an addition count as two. It is what the definition of the model needs (backend `reference`,
-    where one-hot latents are gathered, not multiplied), whatever the backend that is timed does instead.
+    A multiplication and an addition count as two. Counted is what the definition of the model needs (the backend
+    `reference`, which gathers rows for one-hot latents instead of multiplying), whatever the timed backend does.
 
     Raises: ValueError for a part that does not exist.
     """
     if part not in PARTS:
-        raise ValueError(f"there is no part {part!r}, right are {', '.join(PARTS)}")
-    # Every product has the windows among its rows: one window is counted, B are told.
+        raise ValueError(f"there is no part {part!r}; the parts are {', '.join(PARTS)}")
+    # The rows of every product are proportional to the windows: one window is counted, and multiplied by B.
     one = apply_overrides(config, {"replay": {"batch": 1}})
     return _gflop(one, part, device) * (1 if part == "act" else config.replay.batch)
 

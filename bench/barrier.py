@@ -1,4 +1,4 @@
-"""What one grid barrier costs: a kernel that does nothing but meet, over and over."""
+"""What one grid barrier costs, measured by a kernel that does nothing but wait at barriers."""
 
 import torch
 import triton
@@ -9,7 +9,7 @@ from hdfast_kernels.rssm_observe_kernels import grid_barrier
 
 @triton.jit
 def barrier_loop(counter, BARRIERS: tl.constexpr):
-    """Every program of the grid meets all others BARRIERS times."""
+    """Every program of the grid waits for all others BARRIERS times."""
     programs = tl.num_programs(0)
     for i in range(BARRIERS):
         grid_barrier(counter, (i + 1) * programs)
@@ -19,7 +19,7 @@ def barrier_us(programs: int = 64, barriers: int = 2_000, repeats: int = 5) -> f
     """Median µs of one barrier among `programs` co-resident programs of 8 warps, on the current CUDA device."""
     counter = torch.zeros(1, dtype=torch.int32, device="cuda")
     times = []
-    for _ in range(repeats + 1):  # the first compiles
+    for _ in range(repeats + 1):  # the first one compiles
         counter.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -1,4 +1,4 @@
-"""What benchmarks share: a comparison whose rounds interleave, and the tables of what was compared at the end."""
+"""What benchmarks share: a comparison with interleaved rounds, and the tables of all comparisons at the end."""
 
 import statistics
 from collections import defaultdict
@@ -13,10 +13,10 @@ from bench.machine import copy_gb_per_second, gemm_gflop_per_second, in_a_row, s
 from hdfast.runtime.device import prepare_device, resolve_device
 
 DEVICE = resolve_device("auto")
-prepare_device(DEVICE, little_work=False)  # with the memory of a run: no implementation pays for new pages
-# About as long as one implementation of one case is timed, where no number of rounds is given.
+prepare_device(DEVICE, little_work=False)  # memory is kept as in a run: no implementation pays for new pages
+# About how long an implementation of a case is timed where no number of rounds is given.
 SECONDS = 0.25 if DEVICE.type == "cpu" else 0.05
-NOISE = 1.1  # a difference below this is not told
+NOISE = 1.1  # a smaller ratio is not reported
 HEAD = [
     "group",
     "",
@@ -34,7 +34,7 @@ HEAD = [
 
 @pytest.fixture
 def compare(benchmark) -> Callable[..., None]:
-    """Times a function between rounds of what it is compared with, so that both see one machine; see `timed`."""
+    """Times a function in turns with another, so that both meet the machine in the same state; see `timed`."""
 
     def timed(
         run: Callable[[], Any],
@@ -52,14 +52,14 @@ def compare(benchmark) -> Callable[..., None]:
         graph: bool = False,
         **info: Any,
     ) -> None:
-        """Times `run`, and before each of its rounds `beside`, to the end of what they start on the device.
+        """Times `run`, and before each of its rounds `beside`, until all that they start on the device is done.
 
-        implementation, against: what `run` and `beside` are called.
-        default: `run` is what runs where nothing is asked for.
-        nbytes: what has to move at the least; its rate is told, and the rate's share of that of a large copy.
-        gflop, dtype: GFLOP of the matrix work; its rate is told, and the rate's share of that of a large product.
-        count: what `run` gets done, told per second.
-        graph: on CUDA as replays of a CUDA graph, as `in_a_row` does it.
+        implementation, against: the names of `run` and `beside`.
+        default: whether `run` is what runs if nothing is chosen.
+        nbytes: the least that has to move; reported as a rate, and as a share of the rate of a large copy.
+        gflop, dtype: of the matrix work; reported as a rate, and as a share of the rate of a large product.
+        count: what `run` gets done, reported per second.
+        graph: whether on CUDA both run as replays of a CUDA graph, see `in_a_row`.
         rounds: by default as many as take about SECONDS, between 7 and 100.
         """
         prepare = in_a_row if graph else lambda function, device: (synchronised(function, device), 1)
@@ -124,7 +124,7 @@ def row(bench: Any) -> list[str]:
 
 
 def not_the_fastest(rows: list[Any]) -> list[str]:
-    """A line for every op at which something else that dispatch could choose, or eager PyTorch, is faster here."""
+    """A line for every op whose default is beaten here by another backend or by eager PyTorch."""
     groups = defaultdict(list)
     for bench in rows:
         if bench.extra_info["implementation"] != "compile":
@@ -136,13 +136,14 @@ def not_the_fastest(rows: list[Any]) -> list[str]:
             times, most = (one.get("times_beside", 1.0) for one in (info, best))
             if info["default"] and most > NOISE * times:
                 lines.append(
-                    f"{group}: {info['implementation']} runs, {best['implementation']} is {most / times:.2f} x it"
+                    f"{group}: {info['implementation']} runs, "
+                    f"{best['implementation']} is {most / times:.2f} x as fast"
                 )
     return lines
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """For everything that was compared with one thing a table: times, how many times faster, rates, shares of peaks."""
+    """Prints a table for each thing compared with: times, ratios, rates, and shares of the machine's peaks."""
     session = getattr(config, "_benchmarksession", None)
     sections = defaultdict(list)
     for bench in session.benchmarks if session else []:
@@ -158,5 +159,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             lines = not_the_fastest(rows)
             terminalreporter.write_line("")
             terminalreporter.write_line(
-                "what runs by default is the fastest everywhere" if not lines else "\n".join(lines)
+                "the default is the fastest everywhere" if not lines else "\n".join(lines)
             )

@@ -5,9 +5,8 @@ Each point is measured in a process of its own, so that its peak memory is its o
 (libraries take about half a gigabyte), on CUDA what the allocator handed out. Times are medians of `--rounds` after a
 warm-up, on CUDA those of CUDA graphs; a share is of the best rate that this machine reaches in a matrix product.
 
-On two idle CPU cores with bfloat16 the default points take 2 minutes (on busy ones 4): a point costs the start of a
-process (5 s), one update more than `--rounds`, and the measurement of the peak. In
-float32 they take twice as long.
+On two idle CPU cores the default points take 2 minutes in bfloat16 (4 on busy cores), twice as long in float32: each
+point costs the start of a process (5 s), `--rounds` updates and one more, and the measurement of the peak.
 """
 
 import argparse
@@ -33,13 +32,13 @@ from hdfast.runtime.errors import RunError
 from hdfast.runtime.graphs import WARMUP
 from hdfast.sizes import SIZES
 
-ACTS = 50  # rounds of acting, which takes milliseconds
+ACTS = 50  # timed actions, each of which takes milliseconds
 FACTORS = {"size": "size", "batch": "B", "length": "T", "horizon": "H", "num_envs": "environments"}
 
 
 @dataclass(frozen=True)
 class Point:
-    """What is measured: the update, or with `num_envs` one action for each of so many environments."""
+    """What is measured: an update, or if `num_envs` is not zero an action for each of that many environments."""
 
     size: str = "small"
     batch: int = 16
@@ -59,7 +58,7 @@ def points(
     horizons: Sequence[int],
     envs: Sequence[int],
 ) -> Iterator[tuple[str, Point]]:
-    """Factor and point, the centre once and first, every other differing from it in that factor alone."""
+    """Factor and point: the centre first, then points that differ from it in one factor each."""
     centre = Point()
     yield "", centre
     for factor, values in zip(FACTORS, (sizes, batches, lengths, horizons, envs), strict=True):
@@ -69,7 +68,7 @@ def points(
 
 
 def measure(point: Point, device: str, precision: str, rounds: int) -> dict[str, Any]:
-    """Seconds, peak bytes and GFLOP of a point, in this process."""
+    """Seconds, peak bytes and GFLOP of a point, measured in this process."""
     where = resolve_device(device)
     dtype = resolve_precision(precision, where)
     config = config_of(point.size, batch=point.batch, length=point.length, horizon=point.horizon)
@@ -85,7 +84,7 @@ def measure(point: Point, device: str, precision: str, rounds: int) -> dict[str,
         peak = torch.cuda.max_memory_allocated(where)
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before anything else is measured
-        dtype = torch.float32 if point.num_envs else dtype  # in which the policy acts there
+        dtype = torch.float32 if point.num_envs else dtype  # the policy acts in float32 on a CPU
     work = gflop(config, point.part, where) * (point.num_envs or 1)
     rate = work / statistics.median(times)
     return {
@@ -104,7 +103,7 @@ def measure(point: Point, device: str, precision: str, rounds: int) -> dict[str,
 
 
 def measure_alone(point: Point, device: str, precision: str, rounds: int) -> dict[str, Any]:
-    """`measure` in a process of its own. Raises: RunError with the last line that it said."""
+    """`measure` in a process of its own. Raises: RunError with the last line of its stderr."""
     call = json.dumps([asdict(point), device, precision, rounds])
     command = [sys.executable, "-m", "bench.costs", "--point", call]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
@@ -165,21 +164,25 @@ def parser() -> Arguments:
     flags = Arguments("python -m bench.costs", __doc__)
     flags.formatter_class = argparse.RawDescriptionHelpFormatter
     flags.add_argument(
-        "--sizes", nargs="*", default=["tiny", "small", "medium"], choices=list(SIZES), metavar="SIZE"
+        "--sizes",
+        nargs="*",
+        default=["tiny", "small", "medium"],
+        choices=list(SIZES),
+        metavar="SIZE",
+        help="sizes of the model (tiny small medium)",
     )
-    for name, values in (
-        ("batches", [4, 32]),
-        ("lengths", [16, 128]),
-        ("horizons", [5, 30]),
-        ("envs", [1, 8, 64]),
+    for name, values, what in (
+        ("batches", [4, 32], "windows per update"),
+        ("lengths", [16, 128], "rows per window"),
+        ("horizons", [5, 30], "imagined steps"),
+        ("envs", [1, 8, 64], "environments to act in"),
     ):
-        flags.add_argument(
-            f"--{name}", nargs="*", type=positive, default=values, metavar="N", help=f"{values}"
-        )
+        about = f"{what} ({' '.join(map(str, values))})"
+        flags.add_argument(f"--{name}", nargs="*", type=positive, default=values, metavar="N", help=about)
     flags.add_argument("--rounds", type=positive, default=3, help="timed updates at each point (3)")
     flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     flags.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
-    flags.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    flags.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     flags.add_argument("--point", help=argparse.SUPPRESS)
     return flags
 

@@ -1,21 +1,21 @@
-"""Which backend of every op should run by default on CUDA, from a record of bench/gpu_record.py."""
+"""Which backend of each op should be the default on CUDA, from a record of bench/gpu_record.py."""
 
 from typing import Any
 
 from bench.gpu_tools import outcomes_of
 from hdfast.tuning.trials import FUSED
 
-NOISE = 0.03  # of a ratio; some backends do the same as the reference at some shapes
+NOISE = 0.03  # of a ratio: at some shapes a backend does just what the reference does
 
 
 def proposal(record: dict[str, Any], ops: dict[str, tuple[str, ...]]) -> list[dict[str, Any]]:
-    """For every op the backend that should run by default on CUDA, and why.
+    """For each op the backend that should be the default on CUDA, and why.
 
-    Triton, or what else is fused, where its tests on a GPU ran and all passed, and it was slower than the reference at
-    no shape and dtype that was timed, and faster at some; the reference otherwise. Where there is one for a single
-    launch, that has to be faster than the fused one again.
+    That is the fused backend (Triton or another) if all its tests on a GPU ran and passed and it was faster than the
+    reference at some of the shapes and dtypes timed and slower at none; else the reference. A persistent backend, which
+    does all in one launch, has to beat the fused one in the same way.
 
-    ops: the backends of every op.
+    ops: the backends of each op.
     """
     rows = []
     for op, have in sorted(ops.items()):
@@ -30,7 +30,7 @@ def proposal(record: dict[str, Any], ops: dict[str, tuple[str, ...]]) -> list[di
                 times.setdefault(group, {})[backend] = row["us"]
         fused = next((name for name in FUSED["cuda"] if name in have), None)
         chosen, why = _judged(record, op, fused, times, "reference")
-        if chosen == fused and "persistent" in have:  # one launch for what takes many otherwise
+        if chosen == fused and "persistent" in have:  # one launch in place of many
             other, reason = _judged(record, op, "persistent", times, fused)
             chosen, why = (other, reason) if other == "persistent" else (chosen, why)
         rows.append({"op": op, "backend": chosen, "why": why})
@@ -40,7 +40,7 @@ def proposal(record: dict[str, Any], ops: dict[str, tuple[str, ...]]) -> list[di
 def _judged(
     record: dict[str, Any], op: str, backend: str | None, times: dict[str, dict[str, float]], before: str
 ) -> tuple[str, str]:
-    """`backend` if it is right, faster than `before` somewhere and slower nowhere, else `before`; and why."""
+    """`backend` if it is right, faster than `before` somewhere and slower nowhere, else `before`; and the reason."""
     if backend is None:
         return before, "has no fused kernel"
     outcomes = outcomes_of(op, record.get("tests", []), persistent=backend == "persistent")

@@ -1,4 +1,4 @@
-"""What the design expects of a GPU, worked out from its rates before it is measured, beside what is measured.
+"""What the design expects of a GPU, worked out from its rates before any measurement, beside what is measured.
 
 Axes: T time, B windows, H imagined steps.
 """
@@ -12,7 +12,7 @@ T, B, H = 64, 16, 15
 
 @dataclass(frozen=True)
 class Rates:
-    """Of a data sheet: memory in GB/s, dense tensor-core products of bfloat16 and float32's own in TFLOP/s."""
+    """From a data sheet: memory in GB/s, dense bfloat16 products on tensor cores and plain float32 in TFLOP/s."""
 
     memory: float
     bfloat16: float
@@ -24,41 +24,43 @@ RATES = {
     "H200": Rates(4800, 990, 67),
     "A100": Rates(2039, 312, 19.5),
 }
-ASSUMED = "H100"  # where the card is none of these
+ASSUMED = "H100"  # if the card is none of these
 
-# Assumptions, each of which the table puts to the test.
-COPY, PRODUCT = 0.90, 0.70  # of the data sheet, by a large copy and by a product of 8,192 x 8,192
-NARROW = 0.35  # of the data sheet, by the update's products: rows of 1,024, widths of 512
-STREAM = 0.80  # of the memory rate, by a kernel that reads and writes each number once
+# Assumptions, which the table puts to the test.
+COPY, PRODUCT = 0.90, 0.70  # of the data sheet: a large copy, a product of 8,192 x 8,192
+NARROW = 0.35  # of the data sheet: the update's products, with 1,024 rows and widths of 512
+STREAM = 0.80  # of the memory rate: a kernel that reads and writes each number once
 GRAPH_US = 2.0  # from one kernel of a graph to the next
-LAUNCH_US = 20.0  # of the host for an eager launch, autograd and Python included; 6 were too few for a virtual machine
-CALL_US = 6.0  # for an op in a graph, forward and backward: three launches
+LAUNCH_US = (
+    20.0  # host time of an eager launch with autograd and Python; 6 was too little for a virtual machine
+)
+CALL_US = 6.0  # an op in a graph, forward and backward: three launches
 WAIT_US = 20.0  # two copies over PCIe and a wake-up
 BARRIER_US = 1.1
 
-# What the small model needs, counted on a CPU: calls of aten that are not views, with every op on its reference, in a
-# step of the scan and of imagination (forward and backward), in the rest of the update and in an action; the same with
-# every op one call a direction, some more for the sums of partial sums and for Adam, and in a whole rollout (forward);
-# GFLOP of matrix products, as bench.agent.gflop tells them; parameters.
+# What the small model needs, counted on a CPU. First the aten calls that are not views, with every op on its
+# reference: in a step of the scan, in a step of imagination (both forward and backward), in the rest of the update, in
+# an action. Then with fused ops, one call per direction and some for adding up partial sums and for Adam: in a step of
+# imagination, in the rest of the update, in a whole rollout (forward). GFLOP are those of bench.agent.gflop.
 SCAN_LAUNCHES, IMAGINE_LAUNCHES, OTHER_LAUNCHES, ACT_LAUNCHES = 110, 64, 1018, 87
 FUSED_IMAGINE_LAUNCHES, FUSED_OTHER_LAUNCHES, FUSED_ROLLOUT_LAUNCHES = 18, 502, 331
 UPDATE_GFLOP, IMAGINE_GFLOP = 633.0, 141.1
 PARAMETER_BYTES = 4 * 17.9e6
-# µs a step of the scan at B16, D = U = 512, S = K = 32, forward and backward: fused, six and seven launches in a graph;
-# persistent, as many barriers and the weights from L2. From the times of single stages on an H200, of which the first
-# predictions (11.5 + 13.0 and 8.0 + 9.0) were a third: no stage takes less than 1.8 µs, and those with a norm took 8.
+# µs per step of the scan at B16, D = U = 512, S = K = 32, forward and backward. Fused: six and seven launches in a
+# graph; persistent: as many barriers, and weights from L2. Derived from times of single stages on an H200, three times
+# those first predicted (11.5 + 13.0 and 8.0 + 9.0): every stage takes 1.8 µs or more, and those with a norm took 8.
 SCAN_US = {"graph": 18.5 + 20.3, "persistent": 20.5 + 20.5}
 IMAGE_BYTES = T * B * 64 * 64 * 3
 # Encoder and decoder each hold 1,024 images of 32 x 32 x 32, 16 x 16 x 64, ... in bfloat16, which pass through memory
-# 11 times: written and read by product and norm (4), and backward by both with their gradients (7). Adam passes 11
-# times over the parameters (3 to lay the gradients out and for their norm), casts 1.5 times.
+# 11 times: product and norm read and write them (4), and their backward passes do so with the gradients (7). Adam
+# passes 11 times over the parameters (3 of them to lay out the gradients and take their norm), casts 1.5 times.
 LAYER_BYTES = 2 * T * B * sum(32**2 * 32 >> i for i in range(4))
 UPDATE_BYTES = 2 * 11 * LAYER_BYTES + 12.5 * PARAMETER_BYTES
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """`value` of `what` in `unit`, and how it comes about; `key` finds its measurement."""
+    """The `value` of `what` in `unit` and the reason for it; `key` finds the measurement."""
 
     what: str
     unit: str
@@ -68,7 +70,7 @@ class Prediction:
 
 
 def rates_of(card: str) -> tuple[str, Rates]:
-    """The name and the data sheet of a card, or of ASSUMED."""
+    """Name and data sheet of a card, or those of ASSUMED."""
     name = next((name for name in RATES if name in card), ASSUMED)
     return name, RATES[name]
 
@@ -128,7 +130,7 @@ def predictions(card: str) -> list[Prediction]:
         ),
         Prediction(
             "update, eager reference", "µs", LAUNCH_US * launches,
-            f"{launches:,} launches of {LAUNCH_US:g} µs: the host is what it waits for",
+            f"{launches:,} launches of {LAUNCH_US:g} µs: bound by the host",
             part("update", "reference", False),
         ),
         Prediction(
@@ -143,7 +145,7 @@ def predictions(card: str) -> list[Prediction]:
         ),
         Prediction(
             "update that overlaps the next", "µs", rest + scan["persistent"] - imagine,
-            "the same with imagination beside the scan, which leaves most of the chip to it",
+            "the same, with imagination beside the scan, which leaves most of the chip free",
             part("overlap", "triton-persistent", True),
         ),
         Prediction(
@@ -164,14 +166,14 @@ def predictions(card: str) -> list[Prediction]:
 
 
 def op_prediction(row: dict[str, Any], card: str) -> float | None:
-    """µs of a Triton op, forward and backward, from the `bytes` it has to move: streaming, but no less than CALL_US."""
+    """µs of a Triton op, forward and backward: the time to stream the `bytes` it moves, but no less than CALL_US."""
     if not row.get("bytes"):
         return None
     return max(CALL_US, row["bytes"] / (STREAM * rates_of(card)[1].memory * 1e3))
 
 
 def measured(key: tuple[Any, ...], rows: Iterable[dict[str, Any]]) -> float | None:
-    """What belongs to a prediction among the rows of bench.gpu_work, of the small model in bfloat16."""
+    """The measurement of a prediction among the rows of bench.gpu_work (small model, bfloat16)."""
     for row in rows:
         if "error" in row or row["kind"] != key[0]:
             continue
@@ -184,7 +186,7 @@ def measured(key: tuple[Any, ...], rows: Iterable[dict[str, Any]]) -> float | No
 
 
 def compared(card: str, rows: list[dict[str, Any]], benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Predictions with what was measured (None where nothing was) and the ratio of the two."""
+    """Predictions with what was measured (None if nothing was) and the ratio of the two."""
     out = []
     for one in predictions(card):
         found = measured(one.key, rows)

@@ -2,13 +2,13 @@
 
 Rates of the machine and of the grid barrier; update, scan, imagination, acting and replay on every backend, eager and
 as CUDA graphs; the tests marked `gpu`; every op beside eager PyTorch; what torch.profiler, ncu and compute-sanitizer
-see; sheeprl's DreamerV3 where it is installed; a short training; predictions beside measurements; and which backends
-should run by default.
+see; sheeprl's DreamerV3 if it is installed; a short training; predictions beside measurements; and which backends
+should be the defaults.
 
-Writes `record.json` after every step, and at the end `record.md`, to `bench/results/<device>/`, beside what all its
-commands said (`log.txt`) and timelines for a browser's tracing page (`trace-*.json.gz`). Needs no network.
-Every step has a time limit and a process of its own; one that fails, or whose tool or package is not there, is
-recorded with its reason, and what it had found by then is kept. On a CPU it runs to the end, too.
+Writes `record.json` after every step and `record.md` at the end to `bench/results/<device>/`, beside all output of its
+commands (`log.txt`) and timelines for a browser's tracing page (`trace-*.json.gz`). Needs no network. Every step has a
+time limit and processes of its own; a step that fails, or lacks its tool or package, is recorded with the reason, and
+what it had found by then is kept. It also runs to the end on a CPU.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":  # run by its path, from wherever, in a clone or where hdfast is not installed
+if __name__ == "__main__":  # run by its path from any folder, whether or not hdfast is installed
     sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from bench import gpu_tools  # noqa: E402
@@ -46,7 +46,7 @@ from bench.gpu_steps import (  # noqa: E402
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on, and with what."""
+    """The machine and the software that the record is made with."""
     import torch
 
     from hdfast.runtime.device import describe_device, resolve_device
@@ -78,21 +78,21 @@ def first_line(program: str | None, *arguments: str) -> str | None:
 
 
 def compiler() -> str | None:
-    """What Triton builds its launchers with, or what it will not find: a C compiler and Python's headers."""
+    """The C compiler that Triton builds its launchers with; "no <path>" if Python's headers are missing."""
     found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     header = Path(sysconfig.get_path("include")) / "Python.h"
     return f"no {header}" if found and not header.exists() else found
 
 
 def keep_compiled_kernels() -> None:
-    """Has all steps compile a kernel once, also where the home folder cannot be written to."""
+    """Makes all steps share compiled kernels, even if the home folder cannot be written to."""
     if "TRITON_CACHE_DIR" in os.environ or "TRITON_HOME" in os.environ:
         return
     try:
         (Path.home() / ".triton" / "cache").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=Path.home() / ".triton" / "cache"):
             pass
-    except (OSError, RuntimeError):  # RuntimeError: there is no home
+    except (OSError, RuntimeError):  # RuntimeError: no home folder is known
         os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-")
 
 
@@ -105,9 +105,7 @@ def main() -> int:
         "--select", default="not compile", help="pytest -k expression for the benchmarks of ops"
     )
     parser.add_argument("--seconds", type=float, default=460, help="time limit of the whole record")
-    parser.add_argument(
-        "--steps", default="", help="regular expression: only the steps whose name it is found in"
-    )
+    parser.add_argument("--steps", default="", help="regular expression: only steps whose name it matches")
     args = parser.parse_args()
     began = time.monotonic()
     heed_interrupts()
@@ -115,22 +113,22 @@ def main() -> int:
     about = machine()
     on_gpu = about["device"].startswith("cuda")
     if not on_gpu:
-        sys.stderr.write("no GPU here: recording what there is of this CPU\n")
+        sys.stderr.write("no GPU here: recording this CPU\n")
     folder = args.out / re.sub(r"[^a-z0-9]+", "-", str(about["name"]).lower()).strip("-")
     record = Record(folder, began + args.seconds, on_gpu)
     record.found["machine"] = about
-    gpu = 1 if on_gpu else 0  # what is only for a GPU takes no time from the rest
+    gpu = 1 if on_gpu else 0  # on a CPU, steps for a GPU alone get no time
     metrics = ",".join(gpu_tools.NCU_METRICS.values())
-    # Our own kernels, at the clock of a run, not the base clock; not the 640 launches of the scan, which torch.profiler
-    # sees. In base units, since one line of units stands for a column.
+    # Our own kernels, at the clock of a run, not at the base clock; without the 640 launches of the scan, which
+    # torch.profiler sees. In base units, because a column has one unit for all its lines.
     ncu = ["--csv", "--page", "raw", "--print-units", "base", "--metrics", metrics, "--clock-control", "none"]
     ncu += ["--profile-from-start", "off", "--kernel-name", f"regex:{gpu_tools.NCU_KERNELS}"]
-    # Without API errors: torch and Triton ask the driver for what it may not have, and each "no" would count.
+    # Without API errors: torch and Triton ask the driver for what it may not have, and each "no" would count as one.
     sanitizer = ["--report-api-errors", "no", "--print-limit", "200", "--tool"]
-    # What runs by default first, with the time to compile what no test has compiled.
+    # What runs by default comes first, with time to compile what no test has compiled.
     backends = {"triton-persistent": 9, "triton": 6, "reference": 5} if on_gpu else {"default": 5}
     profiled = {"triton-persistent": 5, "reference": 3} if on_gpu else {"default": 3}
-    # With how much of the time, beside each other. The tests, side by side, compile kernels for all that follow.
+    # Name, share of the time, what to do. The tests, which run side by side, compile kernels for all that follow.
     steps: list[tuple[str, float, Callable[[float], str | None]]] = [
         ("rates", 3, work(record, "peaks")),
         ("tests", 26, tests(record)),
@@ -139,7 +137,7 @@ def main() -> int:
         *([("choice", 16, work(record, "choice"))] if on_gpu else []),
         ("ops", 13, benchmarks(record, args.select)),
         ("ncu", 8 * gpu, watched(record, "ncu", "ncu", ncu, "once")),
-        # First without the tools, so that under them nothing has to be compiled.
+        # First without the sanitizer, so that nothing has to be compiled under it.
         *([("kernels", 2, work(record, "kernels", "triton"))] if on_gpu else []),
         (
             "memcheck",
@@ -152,7 +150,7 @@ def main() -> int:
             watched(record, "compute-sanitizer", "racecheck", [*sanitizer, "racecheck"], "kernels"),
         ),
         ("peers", 4 * gpu, peers(record)),
-        # The suite that learns soonest, and a game of Atari 100k for as long as there is time.
+        # The suite that learns soonest, and a game of Atari 100k for the rest of the time.
         ("training", 6, training(record, "training", "--suite", "demo")),
         ("game", 4, training(record, "game", "--suite", "atari100k", "--task", "Boxing")),
     ]

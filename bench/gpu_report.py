@@ -1,4 +1,4 @@
-"""A record of bench/gpu_record.py as Markdown, for whoever wants to know what a GPU makes of hdfast."""
+"""A record of bench/gpu_record.py as Markdown: how hdfast does on a GPU."""
 
 import re
 import statistics
@@ -21,11 +21,11 @@ MODES = [
 ]
 UPDATES = ("update", "overlap")  # parts that are whole updates
 NAME = 70  # characters of a kernel's name
-SHOWN = 12  # kernels of a table
+SHOWN = 12  # kernels in a table
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """All sections that the record has anything for, in the order in which one would ask."""
+    """All sections that the record has anything for, the most wanted first."""
     about = record["machine"]
     sections: list[tuple[str, Callable[[dict[str, Any]], list[str]]]] = [
         ("In short", summary),
@@ -64,12 +64,12 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def cell(text: str) -> str:
-    """Text that does not break a table."""
+    """The text in a form that does not break a table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def short(name: str) -> str:
-    """A kernel's name without what C++ adds to it."""
+    """A kernel's name without C++'s additions, shortened to NAME."""
     name = name.removeprefix("void ").replace("at::native::", "").replace("(anonymous namespace)::", "")
     return cell(name if len(name) <= NAME else name[: NAME - 1] + "…")
 
@@ -79,7 +79,7 @@ def percent(value: float | None) -> str:
 
 
 def summary(record: dict[str, Any]) -> list[str]:
-    """What one would tell a friend."""
+    """The main results, a line each."""
     lines = []
     updates = [
         row
@@ -98,13 +98,13 @@ def summary(record: dict[str, Any]) -> list[str]:
     if counts["passed"] or counts["failed"]:
         lines.append(f"- {counts['passed']} tests on the GPU passed, {counts['failed']} failed.")
     chosen = [row["op"] for row in record["cuda_default"] if row["backend"] != "reference"]
-    lines.append(f"- Right and faster fused: {', '.join(chosen) or 'nothing that was seen here'}.")
+    lines.append(f"- Right and faster when fused: {', '.join(chosen) or 'nothing that was seen here'}.")
     rest = [f"{name} ({step['status']})" for name, step in record["steps"].items() if step["status"] != "ok"]
     return lines + ([f"- Not complete: {', '.join(rest)}."] if rest else [])
 
 
 def mode(row: dict[str, Any]) -> str:
-    """Backend of a row, and whether it is a graph, in which halves of two updates overlap."""
+    """A row's backend, whether it is a graph, and whether halves of two updates overlap in it."""
     overlap = " that overlaps the next" if row["part"] == "overlap" else ""
     return f"{row['backend']}{' in a graph' if row['graph'] else ''}{overlap}"
 
@@ -179,7 +179,7 @@ def defaults(record: dict[str, Any]) -> list[str]:
 
 
 def choices(record: dict[str, Any]) -> list[str]:
-    """A line for each model: its fastest update, and what became of its ops."""
+    """A line for each model: its updates' times, the ops that run fused, and those that are not right."""
     rows = []
     for row in record["rows"]:
         if row["kind"] != "choice":
@@ -293,7 +293,7 @@ def tests(record: dict[str, Any]) -> list[str]:
 
 
 def training(record: dict[str, Any], name: str = "training", bins: int = 12) -> list[str]:
-    """Evaluations, or where there are few, the mean score of episodes in as many parts of the run as `bins`."""
+    """Evaluations, or if there are fewer than three, mean scores of the episodes in `bins` parts of the run."""
     lines = record.get(name, [])
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
     if len(evaluations) < 3:
@@ -308,5 +308,5 @@ def training(record: dict[str, Any], name: str = "training", bins: int = 12) -> 
 
 
 def game(record: dict[str, Any]) -> list[str]:
-    """The same of the game of Atari 100k."""
+    """The same for the game of Atari 100k."""
     return training(record, "game")

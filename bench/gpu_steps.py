@@ -21,18 +21,19 @@ from typing import Any
 from bench import gpu_tools
 
 ROOT = Path(__file__).resolve().parent.parent
-# What tells most comes first, if time ends before all are done: graphs, and every kernel at the rows of training.
+# Most important first, in case time ends before all are done: graphs, and every kernel at the shapes of training.
 TESTS = ("tests/test_cuda.py", "tests/kernels/test_training_shapes.py", "tests/kernels", "tests")
-GRACE = 15  # seconds between a request to end, at which reports are written, and the end
-WORKERS = 14  # processes that test side by side, most of their time compiling
-ALONE, TESTS_GRACE = 0.15, 4  # of the tests' time, for what failed beside others; as GRACE
+GRACE = 15  # seconds from the request to end, upon which reports are written, to the kill
+WORKERS = 14  # processes that test side by side; they spend most of their time compiling
+ALONE = 0.15  # share of the tests' time for trying alone what failed beside others
+TESTS_GRACE = 4  # like GRACE, for tests
 
 
 @dataclass
 class Record:
-    """What is known so far, and the steps by which it came: status, seconds, and the reason where it is not "ok".
+    """What is known so far, and the steps that found it: status, seconds, and the reason if the status is not "ok".
 
-    A step whose time was over is "partial", one that something is missing for "skipped".
+    A step that ran out of time is "partial", one that lacks something it needs "skipped".
     """
 
     folder: Path
@@ -41,16 +42,17 @@ class Record:
     found: dict[str, Any] = field(default_factory=lambda: {"steps": {}, "rows": []})
 
     def step(self, name: str, weight: float, left: float, do: Callable[[float], str | None]) -> None:
-        """Does one step in its share of the time: `do` takes its limit in seconds and returns why it is not "ok".
+        """Does one step in its share of the time.
 
-        weight, left: of this step, and of it and all that follow.
+        weight, left: the weight of this step, and the sum of its weight and those of all later steps.
+        do: is given its limit in seconds; returns None, or why the step is not "ok".
         """
         limit = max(5.0, (self.until - time.monotonic() - 5) * (weight / left if left else 1.0))
         print(f"== {name}: at most {limit:.0f} s", flush=True)
         began = time.monotonic()
         try:
             reason = do(limit)
-        except Exception as error:  # one step must not cost the others; its reason is in the record
+        except Exception as error:  # a step must not end the others; its reason is recorded
             reason = f"{type(error).__name__}: {error}"
         status, colon, why = (reason or "ok").partition(": ")
         if not colon or status not in ("skipped", "partial"):
@@ -63,13 +65,13 @@ class Record:
         self.write()
 
     def log(self, text: str) -> None:
-        """Keeps all that a command said beside the record."""
+        """Appends the output of a command to the log beside the record."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "log.txt").open("a") as file:
             file.write(text)
 
     def write(self) -> None:
-        """The record as it is, whole or not at all."""
+        """Writes the record as it is now, atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         draft = self.folder / "record.json.part"
         draft.write_text(json.dumps(self.found, indent=1) + "\n")
@@ -79,9 +81,9 @@ class Record:
 def execute(
     command: list[str], seconds: float, grace: float = GRACE, **environment: str
 ) -> tuple[str | None, str]:
-    """Why a command failed (None: it did not), and all that it said.
+    """Why a command failed (None if it did not), and all of its output.
 
-    `grace` seconds before its limit, or for short limits a third of them, it is asked to end, at the limit killed.
+    It is asked to end `grace` seconds before its limit (or a third of the limit, if that is less), and killed at it.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryFile("w+", errors="replace") as said:
@@ -113,24 +115,24 @@ def execute(
 
 
 def heed_interrupts() -> None:
-    """Has what this process starts heed SIGINT, also where it was started in the background of a shell."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # which is inherited, a handler is not
+    """Makes processes started from here heed SIGINT, even if this one runs in the background of a shell."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # inherited by children, which a handler is not
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def missing(*packages: str) -> str | None:
-    """The reason to skip what needs these packages; None if they are there."""
+    """Why to skip what needs these packages; None if all are installed."""
     absent = [package for package in packages if importlib.util.find_spec(package) is None]
     return f"skipped: not installed: {', '.join(absent)}" if absent else None
 
 
 def work(record: Record, what: str, backend: str = "default") -> Callable[[float], str | None]:
-    """The step that has bench.gpu_work do something, and takes in its rows."""
+    """The step that runs a kind of work of bench.gpu_work and adds its rows to the record."""
 
     def do(seconds: float) -> str | None:
         with tempfile.TemporaryDirectory() as folder:
             rows = Path(folder) / "rows"
-            own = 0.7 * seconds  # no row is begun later
+            own = 0.7 * seconds  # after which no row is begun
             command = [
                 "-m",
                 "bench.gpu_work",
@@ -157,7 +159,7 @@ def work(record: Record, what: str, backend: str = "default") -> Callable[[float
 
 
 def tests(record: Record) -> Callable[[float], str | None]:
-    """The step of the tests that need a GPU, side by side; what fails there is tried once more, alone."""
+    """The step of the tests that need a GPU, side by side; those that fail are tried once more, alone."""
 
     def do(seconds: float) -> str | None:
         if absent := missing("pytest"):
@@ -167,7 +169,7 @@ def tests(record: Record) -> Callable[[float], str | None]:
         command += ["--continue-on-collection-errors", "-p", "bench.gpu_tests"]
 
         def share(path: Path, *options: str, until: float = until) -> str | None:
-            """What a process does of the tests, and where a test ended it, another one with those behind it."""
+            """Runs a share of the tests in a process; if a test ends it, another process goes on behind that test."""
             found = -1
             while True:
                 left = max(5.0, until - time.monotonic())
@@ -181,7 +183,7 @@ def tests(record: Record) -> Callable[[float], str | None]:
                 if gpu_tools.finished(path):
                     return None
                 if over or found == before:
-                    return reason or "pytest came to no end"
+                    return reason or "pytest did not finish"
 
         with tempfile.TemporaryDirectory() as folder:
             workers = min(WORKERS, max(1, (os.cpu_count() or 1) - 2)) if record.on_gpu else 1
@@ -211,7 +213,7 @@ def tests(record: Record) -> Callable[[float], str | None]:
 
 
 def benchmarks(record: Record, select: str) -> Callable[[float], str | None]:
-    """The step of the benchmarks of ops, beside eager PyTorch."""
+    """The step that times every op beside eager PyTorch."""
 
     def do(seconds: float) -> str | None:
         if absent := missing("pytest", "pytest_benchmark"):
@@ -238,7 +240,7 @@ def benchmarks(record: Record, select: str) -> Callable[[float], str | None]:
 def watched(
     record: Record, tool: str, name: str, options: list[str], what: str
 ) -> Callable[[float], str | None]:
-    """The step that runs work of bench.gpu_work under an Nvidia tool, and keeps what `name` makes of its output."""
+    """The step that runs work of bench.gpu_work under an Nvidia tool; its findings are recorded as `name`."""
 
     def do(seconds: float) -> str | None:
         if not record.on_gpu:
@@ -246,7 +248,7 @@ def watched(
         path = gpu_tools.find_tool(tool)
         if path is None:
             return f"skipped: {tool} is not installed"
-        # Memory that torch keeps for later is valid memory to the tool: only without its cache an overrun shows.
+        # Memory in torch's cache is valid memory to the tool: overruns show only without the cache.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "compute-sanitizer" else {}
         command = [sys.executable, "-m", "bench.gpu_work", what, "--backend", "triton", "--out", os.devnull]
         reason, text = execute([path, *options, *command], seconds, grace=3, **environment)
@@ -265,7 +267,7 @@ def watched(
 
 
 def peers(record: Record) -> Callable[[float], str | None]:
-    """The step that has sheeprl's DreamerV3 do updates in turns with ours, in its own precision and in bfloat16."""
+    """The step that times updates of sheeprl's DreamerV3 in turns with ours, by default and in bfloat16."""
 
     def do(seconds: float) -> str | None:
         if absent := missing("sheeprl", "tyro"):
@@ -283,14 +285,14 @@ def peers(record: Record) -> Callable[[float], str | None]:
 
 
 def training(record: Record, name: str, *flags: str) -> Callable[[float], str | None]:
-    """The step of a real run with these flags; its curve is kept as `name` where it ends, or is ended."""
+    """The step of a real run with these flags; its curve is recorded as `name`, also if the run is ended early."""
 
     def do(seconds: float) -> str | None:
         if absent := missing("envpool", "tyro", "safetensors", "rich", "tensorboard", "PIL"):
             return absent
         with tempfile.TemporaryDirectory() as folder:
             command = ["-m", "hdfast.train", *flags, "--logdir", folder]
-            if record.on_gpu:  # what `choice` does would take all of the time
+            if record.on_gpu:  # tuning would take all of the time; the step `choice` does it
                 command += ["--train.no-tune", "--train.graph", "on"]
             reason, said = execute([sys.executable, *command], seconds)
             record.log(said)

@@ -1,11 +1,12 @@
-"""A pytest plugin for tests that may take their process along: `pytest -p bench.gpu_tests --outcomes FILE`.
+"""A pytest plugin for tests that may crash or hang their process: `pytest -p bench.gpu_tests --outcomes FILE`.
 
-`--share 2/12` leaves all but every twelfth test to others, `--among FILE` all but those whose ids are its lines.
+`--share 2/12` runs every twelfth test and leaves the rest to others; `--among FILE` runs only tests whose ids are lines
+of FILE.
 
-Every test's begin and outcome is a JSON line of FILE as soon as it is known, and tests that are in it are left out: the
-same command once more goes on behind the test that crashed or hung. A test that takes longer than LONGEST, or than the
-seconds of its mark `gpu(seconds)`, ends the process, even where it waits for a kernel that never ends; so does an error
-after which nothing works on the device, or nothing can be captured there.
+The start and the outcome of every test are written to FILE at once, as JSON lines, and tests already in it are left
+out: the same command once more goes on behind the test that crashed or hung. A test that takes longer than LONGEST, or
+than the seconds of its mark `gpu(seconds)`, ends the process, even while it waits for a kernel that never ends; so does
+an error after which nothing works on the device, or nothing can be captured there.
 """
 
 import faulthandler
@@ -21,17 +22,17 @@ import pytest
 
 from bench.gpu_tools import CAPTURE, FINISHED, LASTING
 
-# Seconds: several times what compiling all kernels takes.
+# In seconds: several times what it takes to compile all kernels.
 LONGEST = float(os.environ.get("HDFAST_LONGEST_TEST", 60))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--outcomes", type=Path, help="file of outcomes, a JSON line each")
+    parser.addoption("--outcomes", type=Path, help="file of outcomes, one JSON line each")
     parser.addoption("--share", default="0/1", help="I/N: the tests I, I + N, I + 2 N, ...")
     parser.addoption(
-        "--left", type=float, default=1e9, help="seconds: tests that may take longer are skipped"
+        "--left", type=float, default=1e9, help="skip tests that may take longer than these seconds"
     )
-    parser.addoption("--among", type=Path, help="file of tests, an id a line: only these")
+    parser.addoption("--among", type=Path, help="file of test ids, one per line: run only these")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Outcomes:
-    """Writes outcomes to `path`, and leaves out the tests that are there."""
+    """Writes outcomes to `path`, and leaves out the tests already there."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -48,7 +49,7 @@ class Outcomes:
         self.known = {json.loads(line)["test"] for line in lines}
         self.lasting = False
 
-    @pytest.hookimpl(trylast=True)  # of those that the mark selects
+    @pytest.hookimpl(trylast=True)  # after the selection by mark
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         share, shares = map(int, config.getoption("share").split("/"))
         path = config.getoption("among")
@@ -73,11 +74,11 @@ class Outcomes:
         finally:
             faulthandler.cancel_dump_traceback_later()
         if self.lasting:
-            item.session.shouldstop = "what follows would fail in this process"
+            item.session.shouldstop = "later tests would fail in this process"
         return result
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        # A test that fails when it is torn down has passed before: the later line counts.
+        # A test that fails in its teardown has passed before: the later line counts.
         if report.when == "call" or not report.passed:
             self._write(report.nodeid, report.outcome, _reason(report))
             self.lasting |= report.failed and _lasts(report.longreprtext)
@@ -101,7 +102,7 @@ class Outcomes:
 
 
 def _lasts(error: str) -> bool:
-    """Whether other tests would fail after it in this process."""
+    """Whether later tests in this process would fail because of this error."""
     return re.search(f"{LASTING}|{CAPTURE}", error) is not None
 
 
@@ -112,10 +113,10 @@ def _limit(item: pytest.Item) -> float:
 
 
 def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
-    """Why a test failed or was skipped, in a line."""
+    """Why a test failed or was skipped, in one line."""
     if report.passed:
         return ""
-    if isinstance(report.longrepr, tuple):  # of a skip: file, line and what it says
+    if isinstance(report.longrepr, tuple):  # a skip: file, line and message
         text = report.longrepr[2].removeprefix("Skipped: ")
     else:
         crash = getattr(report.longrepr, "reprcrash", None)

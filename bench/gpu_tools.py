@@ -1,4 +1,4 @@
-"""What other tools say, as rows: ncu's CSV, compute-sanitizer, outcomes of pytest, torch.profiler's spans."""
+"""Rows from the output of tools: ncu's CSV, compute-sanitizer, outcomes of tests, torch.profiler's spans."""
 
 import csv
 import io
@@ -17,22 +17,27 @@ NCU_METRICS = {
     "occupancy_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
     "registers": "launch__registers_per_thread",
 }
-# The kernels of the ops but for those of the scan, some hundred launches of an update.
+# All kernels of the ops except those of the scan: some hundred launches in an update.
 NCU_KERNELS = (
     "^(adam_step|gather_windows|layer_norm|onehot_linear|sample_onehot|kl_balance|two_hot|image|harmony_loss"
     "|lambda_return)_"
 )
-MICROSECONDS = {"n": 1e-3, "u": 1.0, "m": 1e3, "": 1e6}  # of ncu's units of time, "usecond" or "us"
-# What an error says after which nothing works on the device in this process.
+MICROSECONDS = {
+    "n": 1e-3,
+    "u": 1.0,
+    "m": 1e3,
+    "": 1e6,
+}  # by the prefix of ncu's unit of time, "usecond" or "us"
+# Errors after which nothing works on the device in this process.
 LASTING = "illegal memory access|illegal instruction|misaligned address|launch failure|device-side assert"
-# And after which nothing can be captured: PyTorch's allocator stays in a capture that has failed.
+# Errors after which nothing can be captured: PyTorch's allocator remains in the capture that failed.
 CAPTURE = "during capture|stream is capturing|capturing (blocking )?stream|captures_underway"
 ENDED, FINISHED = "the process crashed or hung in it", "all tests are done"
 TOOLS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/nvidia/nsight-compute/*")
 
 
 def find_tool(name: str) -> str | None:
-    """Path of an Nvidia tool, from PATH or from where CUDA installs it."""
+    """Path of an Nvidia tool, from PATH or where CUDA installs it; None if it is not there."""
     places = [
         place for pattern in TOOLS for place in sorted(Path("/").glob(pattern.lstrip("/")), reverse=True)
     ]
@@ -40,12 +45,12 @@ def find_tool(name: str) -> str | None:
 
 
 def ncu_rows(text: str) -> list[dict[str, Any]]:
-    """Kernels by total time, from the output of `ncu --csv` with NCU_METRICS.
+    """Kernels in order of total time, from the output of `ncu --csv` with NCU_METRICS.
 
-    Both pages are understood: `raw`, a line per launch, and `details`, a line per launch and metric. Times are in µs,
-    the others means over a kernel's launches, weighted by their time.
+    Both pages are understood: `raw`, a line per launch, and `details`, a line per launch and metric. Times are in µs;
+    the other metrics are means over a kernel's launches, weighted by time.
     """
-    # The program's own output and ncu's notes come before the table.
+    # The table follows the program's own output and notes of ncu.
     begin = re.search(r'^"ID",', text, re.MULTILINE)
     if begin is None:
         return []
@@ -54,7 +59,7 @@ def ncu_rows(text: str) -> list[dict[str, Any]]:
     for line in csv.DictReader(io.StringIO(text[begin.start() :])):
         if line["ID"] == "":  # the second line of the raw page
             units = line
-        elif not line["ID"].isdecimal():  # what is printed after the table
+        elif not line["ID"].isdecimal():  # output after the table
             break
         elif "Metric Name" in line:
             launch = launches.setdefault(line["ID"], {"name": line["Kernel Name"]})
@@ -88,7 +93,7 @@ def _number(value: str, unit: str | None) -> float | None:
 
 
 def tool_obstacle(text: str) -> str | None:
-    """Why ncu or compute-sanitizer could not look, where it says so."""
+    """Why ncu or compute-sanitizer could not do its work, if it says so."""
     for line in text.splitlines():
         if re.match(r"==ERROR==|========= (Internal|Target application|Error: (?!Race))", line):
             return line.strip("= ").removeprefix("ERROR==").strip()
@@ -96,12 +101,12 @@ def tool_obstacle(text: str) -> str | None:
 
 
 def sanitizer_row(text: str) -> dict[str, Any]:
-    """Errors that compute-sanitizer counted (None: it came to no end) and the kinds with their kernels, most first."""
+    """The errors counted by compute-sanitizer (None if it did not finish), and their kinds with kernels, most first."""
     found = re.search(r"^========= (?:ERROR|RACECHECK) SUMMARY: (\d+)", text, re.MULTILINE)
     kinds: Counter[str] = Counter()
     start = r"^========= (?=Invalid|Misaligned|Uninitialized|Barrier error|(?:\w+: )?Race)"
     for report in re.split(start, text, flags=re.MULTILINE)[1:]:
-        flat = re.sub(r"\s*\n=========\s+", " ", report)  # long lines are broken behind "at"
+        flat = re.sub(r"\s*\n=========\s+", " ", report)  # long lines are broken after "at"
         kind = re.split(r" (?:between|at) ", flat)[0].strip()
         # "at kernel(...)+0x170 in file.py:36", in older versions "at 0x160 in file.py:36:kernel(...)", without line
         # numbers "at 0x160 in kernel(...)".
@@ -111,10 +116,10 @@ def sanitizer_row(text: str) -> dict[str, Any]:
 
 
 def outcomes(*paths: Path) -> list[dict[str, str]]:
-    """id, name, file, outcome (passed, failed, skipped) and reason of every test that bench.gpu_tests wrote of.
+    """id, name, file, outcome (passed, failed, skipped) and reason of every test that bench.gpu_tests recorded.
 
-    A test that was begun and has no outcome took its process along: it failed. Of several files the last one counts in
-    which it was not skipped.
+    A test that was begun and has no outcome crashed or hung its process: it failed. Of several files, the last one in
+    which a test was not skipped counts.
     """
     last: dict[str, dict[str, str]] = {}
     for path in paths:
@@ -133,28 +138,28 @@ def outcomes(*paths: Path) -> list[dict[str, str]]:
 
 
 def cut_off(path: Path, end: float) -> None:
-    """Has what was under way at `end` (time.monotonic()) count as skipped: it was asked to stop, and then killed."""
+    """Makes what was running at `end` (time.monotonic()) count as skipped: it was asked to stop, and then killed."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     last = {row["test"]: row for row in lines if row["outcome"] != FINISHED}
     under_way = [t for t, row in last.items() if row["outcome"] == "failed" and row["at"] >= end]
     under_way += [lines[-1]["test"]] if lines and lines[-1]["outcome"] is None else []
     with path.open("a") as file:
         for test in under_way:
-            row = {"test": test, "outcome": "skipped", "reason": "the time was over", "at": end}
+            row = {"test": test, "outcome": "skipped", "reason": "time was over", "at": end}
             file.write(json.dumps(row) + "\n")
 
 
 def finished(path: Path) -> bool:
-    """Whether bench.gpu_tests came to the end of all its tests."""
+    """Whether bench.gpu_tests got through all its tests."""
     return path.exists() and any(
         json.loads(line)["outcome"] == FINISHED for line in path.read_text().splitlines()
     )
 
 
 def outcomes_of(op: str, tests: Iterable[dict[str, str]], persistent: bool = False) -> Counter[str]:
-    """Outcomes of the tests of an op's fused kernels on a GPU, by file or by the name of the op in the test's.
+    """Outcomes of the tests of an op's fused kernels on a GPU, found by their file or by the op's name in theirs.
 
-    persistent: of those in one launch alone.
+    persistent: only of the kernels that take one launch; else only of the others.
     """
     short = op.removesuffix("_loss").removesuffix("_mean").removesuffix("_step")
     files = {f"test_{op}", f"test_{op}_triton", f"test_{short}", f"test_native_{short}"}
@@ -171,12 +176,12 @@ def outcomes_of(op: str, tests: Iterable[dict[str, str]], persistent: bool = Fal
 
 
 def _names(op: str, test: str) -> bool:
-    """Whether the name of a test has that of an op, and not of one whose name ends with it."""
+    """Whether a test's name contains the op's, and not that of an op whose name ends with it."""
     return re.search(rf"(?:^test_|[\[-]){op}(?![a-z])", test) is not None
 
 
 def benchmark_rows(path: Path) -> list[dict[str, Any]]:
-    """A row per comparison of pytest-benchmark's report, times in µs; none if there is no report."""
+    """A row for each comparison in pytest-benchmark's report, times in µs; none if there is no report."""
     if not path.exists() or not path.stat().st_size:
         return []
     return [
@@ -189,15 +194,15 @@ def benchmark_rows(path: Path) -> list[dict[str, Any]]:
             **row["extra_info"],
         }
         for row in json.loads(path.read_text())["benchmarks"]
-        if "implementation" in row["extra_info"]  # the one that was being timed when time was over has none
+        if "implementation" in row["extra_info"]  # the one being timed when time ran out has none
     ]
 
 
 def occupied(spans: list[tuple[str, float, float]], updates: int, top: int = 60) -> dict[str, Any]:
-    """What kernels do in an update: how many run, how long any of them does, and how long none.
+    """How many kernels run in an update, how long at least one of them runs, and how long none.
 
-    spans: name, begin and end in µs of everything that ran in `updates` updates. The idle share is of the time from
-    the first begin to the last end.
+    spans: name, begin and end in µs of everything that ran in `updates` updates. The idle share is that of the time
+    from the first begin to the last end.
     """
     if not spans:
         return {"kernels": 0}

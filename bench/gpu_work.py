@@ -1,8 +1,8 @@
-"""What a GPU is given to do, in processes of their own: `python -m bench.gpu_work timings --backend triton --out rows`.
+"""The work of a GPU record, each kind in a process: `python -m bench.gpu_work timings --backend triton --out rows`.
 
-A kernel that goes wrong takes its process along: `bench/gpu_record.py` starts one for each kind of work and reads the
-rows that it has written by then, one JSON object a line, those that failed with their `error`. On a CPU the same work
-is done at a smaller size, without graphs.
+A kernel that goes wrong can crash or hang its process: `bench/gpu_record.py` starts one for each kind of work and reads
+the rows that it has written by its end, one JSON object per line, with an `error` if the work failed. On a CPU the same
+work is done at a smaller size, without graphs.
 
 Axes: T time, B windows, N environments.
 """
@@ -34,7 +34,7 @@ from hdfast.tuning.search import Job, search
 from hdfast_kernels import dispatch
 
 BACKENDS = ("default", "reference", "triton", "triton-persistent")
-# Size and precision, the most telling first: time may end before the list does.
+# Size and precision, the most important first, in case time ends before the list does.
 ON_CUDA = [
     ("small", "bfloat16"),
     ("small", "float32"),
@@ -44,11 +44,11 @@ ON_CUDA = [
 ]
 ON_CPU = [("tiny", "float32")]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# The graph of two branches comes last: PyTorch's allocator stays in a capture that fails, and the process can then make
-# no other.
+# The graph of two branches comes last: if its capture fails, PyTorch's allocator remains in it, and the process can
+# make no other graph.
 PARTS = ("update", "scan", "observe", "imagine", "act 1", "act 8", "sample", "add", "overlap")
 ROUNDS, ROUND_SECONDS = 5, 0.1
-# Every kernel runs in it, and compute-sanitizer takes some thousand times as long.
+# A model in which every kernel runs, small because compute-sanitizer takes some thousand times as long.
 SMALL = {
     "replay": {"batch": 2, "length": 3},
     "rssm": {"deter": 32, "units": 32, "stoch": 4, "classes": 8},
@@ -60,15 +60,15 @@ Run = Callable[[], Any]
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Has every op that implements backend `name` run on it by default, and every other one on its reference.
+    """Makes `name` the default backend of every op that has it, and the reference that of all others.
 
-    "default" changes nothing; "triton" takes the fused formulation of ops without a Triton kernel, too, and
-    "triton-persistent" the observe scan in one launch a direction besides.
+    "default" changes nothing; "triton" includes the fused formulation of ops without a Triton kernel, and
+    "triton-persistent" also the observe scan in one launch per direction.
 
     Raises: ValueError for another name.
     """
     if name not in BACKENDS:
-        raise ValueError(f"no backend {name!r}, right are {', '.join(BACKENDS)}")
+        raise ValueError(f"no backend {name!r}; the backends are {', '.join(BACKENDS)}")
     before: dict[str, dict[str, str]] = {}
     try:
         if name != "default":
@@ -88,13 +88,13 @@ def backend(name: str) -> Iterator[None]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for all that was enqueued."""
+    """Waits for everything enqueued on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(run: Run, device: torch.device, warmup: int) -> dict[str, float]:
-    """Median and least time of a call in µs, calls enqueued back to back and awaited together, as in a run."""
+    """Median and least time of a call in µs; calls are enqueued back to back and awaited together, as in a run."""
     for _ in range(warmup):
         run()
     synchronize(device)
@@ -116,7 +116,7 @@ def scan(bench: Bench) -> Run:
     """The observe scan, forward and backward, with the prior head that follows it."""
     rssm, config = bench.learner.model.rssm, bench.config
     T, B, device = config.replay.length, config.replay.batch, bench.device
-    # Of its own: that of the device may be of no more use where a capture has failed.
+    # A generator of its own: the device's may be unusable after a capture that failed.
     random = {"device": device, "generator": torch.Generator(device).manual_seed(0)}
     embed = torch.randn(T, B, rssm.post_embed.shape[1], **random)
     action = torch.randint(ACTIONS.count, (T, B), **random)
@@ -134,14 +134,14 @@ def scan(bench: Bench) -> Run:
 
 
 def act(bench: Bench, num_envs: int, graph: bool) -> Run:
-    """Actions for N environments, from images on the host to actions on the host."""
+    """An action for each of N environments, from images on the host to actions on the host."""
     policy = Policy(bench.learner, num_envs, seed=0, graph=graph)
     obs = {key: np.zeros((num_envs, *spec.shape), spec.dtype) for key, spec in IMAGE.items()}
     return lambda: policy(obs, np.zeros(num_envs, bool))
 
 
 def part(bench: Bench, name: str, graph: bool) -> Run:
-    """One part as a function of no arguments."""
+    """One part as a function without arguments."""
     if name.startswith("act"):
         return act(bench, int(name.split()[1]), graph)
     if name == "add":
@@ -158,7 +158,7 @@ def part(bench: Bench, name: str, graph: bool) -> Run:
 
 
 def timings(device: torch.device, name: str, write: "Rows") -> None:
-    """A row for every part, size and precision, eager and as a graph; halves overlap with a scan of one launch only."""
+    """A row for every part, size and precision, eager and as a graph; halves overlap only with a scan in one launch."""
     on_cuda, persistent = device.type == "cuda", name == "triton-persistent"
     for size, precision in (ON_CUDA if on_cuda else ON_CPU)[: 1 if persistent else None]:
         config = config_of(size)
@@ -175,12 +175,12 @@ def timings(device: torch.device, name: str, write: "Rows") -> None:
                         "gflop": gflop(config, "update", device),
                         "parameters": bench.learner.parameter_counts()["total"],
                     }
-            if graph and "error" in row:  # a capture that failed leaves its generators unusable
+            if graph and "error" in row:  # a failed capture leaves its generators unusable
                 bench = Bench(config, device, DTYPES[precision])
 
 
 def profiles(device: torch.device, name: str, write: "Rows") -> None:
-    """Kernels, busy and idle time of an update of the small model in bfloat16, eager and captured."""
+    """Kernels and busy and idle time in an update of the small model in bfloat16, eager and captured."""
     on_cuda, updates = device.type == "cuda", 3
     size, precision = ("small", torch.bfloat16) if on_cuda else ("tiny", torch.float32)
     bench = Bench(config_of(size), device, precision)
@@ -194,7 +194,7 @@ def profiles(device: torch.device, name: str, write: "Rows") -> None:
             for _ in range(WARMUP + 3 if graph else 2):
                 run()
             synchronize(device)
-            # Not both: what the host does of thousands of launches takes the profiler longer than all else here.
+            # Not both: recording the host's part of thousands of launches would take longer than all else here.
             with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as found:
                 for _ in range(updates):
                     run()
@@ -210,9 +210,9 @@ def profiles(device: torch.device, name: str, write: "Rows") -> None:
 
 
 def once(device: torch.device, name: str, write: "Rows") -> None:
-    """One update of the small model, between cudaProfilerStart and Stop: for ncu, which repeats each launch.
+    """One update of the small model between cudaProfilerStart and Stop, for ncu, which repeats each launch.
 
-    With a third of the imagined steps, which are all alike.
+    It imagines only a third of the steps, which are all alike.
     """
     size, precision = ("small", torch.bfloat16) if device.type == "cuda" else ("tiny", torch.float32)
     with write.row(kind="once", backend=name), backend(name):
@@ -226,17 +226,19 @@ def once(device: torch.device, name: str, write: "Rows") -> None:
 
 
 def kernels(device: torch.device, name: str, write: "Rows") -> None:
-    """One update and one action at sizes as small as can be: for compute-sanitizer."""
+    """One update and one action at the smallest sizes, for compute-sanitizer."""
     config: Config = apply_overrides(config_of("tiny"), SMALL)
     with write.row(kind="kernels", backend=name), backend(name):
-        bench = Bench(config, device, torch.float32, rows=0)  # each is as slow as an update's kernels
+        bench = Bench(
+            config, device, torch.float32, rows=0
+        )  # adding a row is as slow as the kernels of an update
         part(bench, "update", False)()
         part(bench, "act 1", False)()
         synchronize(device)
 
 
 def peaks(device: torch.device, name: str, write: "Rows") -> None:
-    """What a copy and matrix products reach here, and what a grid barrier costs."""
+    """The rates of a copy and of matrix products here, and the cost of a grid barrier."""
     with write.row(kind="peak", what="copy", unit="GB/s") as row:
         row["value"] = copy_gb_per_second(device)
     for dtype in (torch.bfloat16, torch.float32):
@@ -254,7 +256,7 @@ def peaks(device: torch.device, name: str, write: "Rows") -> None:
 
 
 def choice(device: torch.device, name: str, write: "Rows") -> None:
-    """What a run would find out for itself of the model most used: which ops are right, and fastest together."""
+    """What tuning would find for the most used model: which ops are right, and which are fastest together."""
     size, precision = (ON_CUDA if device.type == "cuda" else ON_CPU)[0]
     with write.row(kind="choice", size=size, precision=precision) as row:
         job = Job(IMAGE, ACTIONS, config_of(size), device, DTYPES[precision])
@@ -264,19 +266,19 @@ def choice(device: torch.device, name: str, write: "Rows") -> None:
 
 
 class Rows:
-    """Appends rows to a file, each as soon as it is there, until the time is over."""
+    """Appends rows to a file, each as soon as it is complete, until time is over."""
 
     def __init__(self, path: Path, seconds: float, traces: Path | None = None):
         self.path, self.traces, self.until = path, traces, time.monotonic() + seconds
 
     @contextlib.contextmanager
     def row(self, **about: Any) -> Iterator[dict[str, Any]]:
-        """A row to fill; what is raised inside becomes its `error`. Raises TimeoutError when the time is over."""
+        """A row to fill; what is raised inside becomes its `error`. Raises TimeoutError if time is over."""
         self.check()
         row = dict(about)
         try:
             yield row
-        except TimeoutError:  # broken off by the end of its time
+        except TimeoutError:  # time ran out
             raise
         except Exception as error:
             lines = str(error).strip().splitlines()
@@ -289,7 +291,7 @@ class Rows:
             self._write(row)
 
     def check(self) -> None:
-        """Raises TimeoutError when the time is over."""
+        """Raises TimeoutError if time is over."""
         if time.monotonic() > self.until:
             raise TimeoutError
 
@@ -308,7 +310,7 @@ def main() -> None:
     parser.add_argument("work", choices=WORK)
     parser.add_argument("--backend", choices=BACKENDS, default="default")
     parser.add_argument("--out", type=Path, required=True, help="file to append rows to")
-    parser.add_argument("--seconds", type=float, default=60, help="begin no row after so long")
+    parser.add_argument("--seconds", type=float, default=60, help="begin no row after this long")
     parser.add_argument("--traces", type=Path, help="folder for the timelines of profiles")
     args = parser.parse_args()
     with contextlib.suppress(TimeoutError):

@@ -1,4 +1,4 @@
-"""What this machine reaches at its best, measured: the rates that benchmarks are a share of."""
+"""The best rates of this machine, measured: benchmarks are reported as a share of them."""
 
 import contextlib
 import functools
@@ -11,13 +11,13 @@ import torch.nn.functional as F
 
 from hdfast_kernels import linear
 
-TRIES = 10  # the best of them counts
+TRIES = 10  # of which the best counts
 WARMUPS, REPLAYS = 3, 20  # calls before a capture, and replays in a row
-THREADS = torch.get_num_threads()  # before a narrow model limits them: peaks are those of the machine
+THREADS = torch.get_num_threads()  # before a narrow model limits them: peaks are measured with all
 
 
 def synchronised(function: Callable[[], Any], device: torch.device) -> Callable[[], None]:
-    """`function`, to the end of what it starts on the device."""
+    """`function`, followed by a wait for all that it starts on the device."""
 
     def run() -> None:
         function()
@@ -28,23 +28,23 @@ def synchronised(function: Callable[[], Any], device: torch.device) -> Callable[
 
 
 def in_a_row(function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], int]:
-    """`function` as a run has it, and how often it is done in one call, which ends when all is done.
+    """`function` as in a run, and how many times one call does it; the call waits for the device.
 
-    On CUDA several replays of a CUDA graph, so that neither launches nor the wait for the end count; once, launch by
-    launch, where it cannot be captured. What it works on is then in the second-level cache if it fits there.
+    On CUDA a call is several replays of a CUDA graph, so that launches and the wait hardly count; data that fits stays
+    in the second-level cache. If it cannot be captured, a call does it once, launch by launch.
     """
     if device.type != "cuda":
         return synchronised(function, device), 1
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    torch.cuda.synchronize(device)  # what it works on is there
+    torch.cuda.synchronize(device)  # its inputs are complete
     try:
         with torch.cuda.stream(stream):
             for _ in range(WARMUPS):
                 function()
             torch.cuda.synchronize(device)
-            with _no_waiting():  # a capture that fails would leave PyTorch's own generator of no more use
+            with _no_waiting():  # a failed capture would make PyTorch's own generator unusable
                 function()
-            with torch.cuda.graph(graph, stream=stream):  # the outer block goes back to the stream before
+            with torch.cuda.graph(graph, stream=stream):  # the outer block restores the previous stream
                 function()
     except RuntimeError:
         torch.cuda.synchronize(device)
@@ -54,7 +54,7 @@ def in_a_row(function: Callable[[], Any], device: torch.device) -> tuple[Callabl
 
 @contextlib.contextmanager
 def _no_waiting() -> Iterator[None]:
-    """Inside, a RuntimeError is raised where the host would wait for the device, as it does in multinomial."""
+    """Inside the block, operations for which the host waits, such as multinomial, raise RuntimeError."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -82,7 +82,7 @@ def all_threads() -> Iterator[None]:
 @functools.cache
 @all_threads()
 def copy_gb_per_second(device: torch.device) -> float:
-    """What a copy of more than the caches hold moves, reads and writes together; measured once in a process."""
+    """GB/s of a copy larger than the caches, reads plus writes; measured once per process."""
     source = torch.ones(256 << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy, calls = in_a_row(lambda: target.copy_(source), device)
@@ -93,10 +93,10 @@ def copy_gb_per_second(device: torch.device) -> float:
 @functools.cache
 @all_threads()
 def gemm_gflop_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """What a product of two large square matrices reaches; a multiplication and an addition count as two.
+    """GFLOP/s of a product of two large square matrices; a multiplication and an addition count as two.
 
-    The best of PyTorch's product, ours and a 1x1 convolution of the same size: on a CPU they go to different libraries.
-    Measured once in a process.
+    The best of PyTorch's product, ours, and a 1x1 convolution of the same size, which on a CPU use different libraries.
+    Measured once per process.
     """
     n = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))

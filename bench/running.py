@@ -1,4 +1,4 @@
-"""A run of the real loop that goes on by as many agent steps as one asks for: act, store, learn, log."""
+"""A run of the real loop (act, store, learn, log) that goes on by as many agent steps as it is asked to."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from hdfast.runtime.rundir import RunDir
 from hdfast.runtime.signals import StopRequest
 from hdfast.session import Session
 
-# Left out, because a run spends its time on them seldom: evaluation, videos, checkpoints.
+# Evaluation, videos and checkpoints are left out: a run spends little time on them.
 SELDOM = {
     "eval": {"every": 0},
     "log": {"video_every": 0, "tensorboard": False},
@@ -36,7 +36,7 @@ def config_of(suite: str, task: str, logdir: Path, prefill: int) -> Config:
 
 @contextlib.contextmanager
 def sessions(configs: Sequence[tuple[Config, str | None]]) -> Iterator[list[Callable[[int], None]]]:
-    """For every configuration and backend (None: what runs by default) a new run, as a function of agent steps.
+    """A new run for each configuration and backend (None: the default), as a function that takes agent steps.
 
     Raises: HdfastError, as a run of the configuration would.
     """

@@ -6,7 +6,7 @@ Rows = Sequence[Sequence[str]]
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """`value` with about as many significant digits and no exponent; empty for None."""
+    """`value` with about that many significant digits and no exponent; empty for None."""
     if value is None:
         return ""
     whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
@@ -20,7 +20,7 @@ def filled(head: Sequence[str], rows: Rows) -> tuple[list[str], list[list[str]]]
 
 
 def aligned(head: Sequence[str], rows: Rows, texts: int = 1) -> list[str]:
-    """Lines of equal width; the first `texts` columns are set to the left, the others to the right."""
+    """Lines with aligned columns: the first `texts` to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     return [
         "  ".join(

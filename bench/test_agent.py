@@ -1,9 +1,9 @@
-"""The parts of a run beside the same parts with `reference`, and whole runs: `-k "update and small"` selects some.
+"""The parts of a run, and whole runs, beside the same with `reference`: `-k "update and small"` selects some.
 
 Groups: update, observe (world-model loss and gradients), imagine, act, replay (sample, append), environments, loop.
-B16 x T64, H15, images of 64 x 64; GFLOP are those of the definition, whatever a backend does instead. On CUDA also
-Triton, update and act as one captured graph, and halves of two updates beside each other in one. A large update takes
-minutes on a CPU: there it is marked `slow`.
+B16 x T64, H15, images of 64 x 64; GFLOP are those of the definition, whatever a backend does. On CUDA also Triton,
+update and act as one captured graph, and a graph with halves of two updates side by side. A large update takes minutes
+on a CPU: there it is marked `slow`.
 """
 
 import functools
@@ -26,13 +26,13 @@ BEST = str(resolve_precision("auto", DEVICE)).removeprefix("torch.")
 ROUNDS = {"tiny": 5, "small": 3, "medium": 1, "large": 1}
 SIZES = ["tiny", "small", "medium", pytest.param("large", marks=() if CUDA else pytest.mark.slow)]
 BACKENDS = ("default", "triton") if CUDA else ("default",)
-GRAPHS = ("graph", "triton-graph") if CUDA else ()  # of the default backends, and of Triton
-OVERLAPS = ("overlap", "triton-overlap") if CUDA else ()  # the same, halves of two updates beside each other
+GRAPHS = ("graph", "triton-graph") if CUDA else ()  # with the default backends, and with Triton
+OVERLAPS = ("overlap", "triton-overlap") if CUDA else ()  # the same, halves of two updates side by side
 APPENDS, ENV_STEPS = 100, 200
 
 
 def on(name: str | None, run: Run) -> Run:
-    """`run` with every op on that backend; None and "default" leave the choice to the ops."""
+    """`run` with every op on one backend; None and "default" leave the choice to the ops."""
 
     def there() -> None:
         with backend(None if name == "default" else name):
@@ -43,7 +43,7 @@ def on(name: str | None, run: Run) -> Run:
 
 @pytest.fixture(scope="module")
 def benches() -> Callable[[str, str], Bench]:
-    """Benches by size and precision, each made once: parts only change its parameters."""
+    """Benches by size and precision, each made once: parts change nothing but its parameters."""
     return functools.cache(
         lambda size, precision: Bench(config_of(size), DEVICE, resolve_precision(precision, DEVICE))
     )
@@ -51,7 +51,7 @@ def benches() -> Callable[[str, str], Bench]:
 
 @pytest.fixture
 def part(compare, benches, benchmark) -> Callable[..., None]:
-    """Times one part of a bench, given as a function of it, beside the same with `reference`."""
+    """Times a part of a bench (`of` makes it from a bench) beside the same with `reference`."""
 
     def timed(
         name: str,
@@ -68,7 +68,7 @@ def part(compare, benches, benchmark) -> Callable[..., None]:
         name_of_backend = (
             implementation.removesuffix("graph").removesuffix("overlap").removesuffix("-") or "default"
         )
-        # What a graph has captured stays its own.
+        # A captured graph keeps a bench of its own.
         own = Bench(bench.config, DEVICE, bench.dtype) if graph else bench
         benchmark.group = f"{name} {size} {SHORT[precision]}"
         with threads_of_a_run(bench.config, DEVICE):
@@ -113,7 +113,7 @@ def test_imagine(part, size, precision, implementation):
 
 
 @pytest.mark.parametrize("implementation", [*BACKENDS, *GRAPHS])
-@pytest.mark.parametrize("precision", [BEST if CUDA else "float32"])  # in which the policy acts there
+@pytest.mark.parametrize("precision", [BEST if CUDA else "float32"])  # the policy acts in float32 on a CPU
 @pytest.mark.parametrize("size", ["tiny", "small", "medium", "large"])
 @pytest.mark.parametrize("num_envs", [1, 8])
 def test_act(part, size, precision, implementation, num_envs):
@@ -148,7 +148,7 @@ def test_replay_sample(compare, benches, benchmark, implementation):
 @pytest.mark.parametrize("log", ["memory", "log"])
 @pytest.mark.parametrize("num_envs", [1, 8])
 def test_replay_append(compare, benchmark, num_envs, log, tmp_path):
-    """A row of every environment to the ring, and for `log` to the log on disk."""
+    """Adds a row of every environment to the ring, and with `log` to the log on disk."""
     directory = tmp_path if log == "log" else None
     replay = Replay(ROW, num_envs=num_envs, capacity=2_000 * num_envs, device=DEVICE, directory=directory)
     rng = np.random.default_rng(0)
@@ -180,7 +180,7 @@ def test_replay_append(compare, benchmark, num_envs, log, tmp_path):
     ],
 )
 def test_environments(compare, benchmark, suite, task, source, num_envs):
-    """Steps with random actions; `per s` counts those of every environment."""
+    """Steps with random actions; `per s` counts the steps of all environments."""
     try:
         env = envs.make(suite, task, num_envs=num_envs, seed=0, source=source)
     except MissingLibraryError as error:
@@ -206,13 +206,13 @@ def test_environments(compare, benchmark, suite, task, source, num_envs):
     ],
 )
 def test_loop(compare, benchmark, tmp_path, suite, task, prefill, warmup, agent_steps, rounds):
-    """Whole runs, going on by some agent steps at a time; `per s` counts agent steps."""
+    """Whole runs, a few agent steps at a time; `per s` counts agent steps."""
     running = pytest.importorskip("bench.running", reason="a run needs more packages", exc_type=ImportError)
     names = (None, "reference")
     configs = [(running.config_of(suite, task, tmp_path / str(name), prefill), name) for name in names]
     config = configs[0][0]
     flops = {}
-    if suite == "atari100k":  # its images and actions are those of a bench
+    if suite == "atari100k":  # its images and actions are like those of a bench
         per_step = gflop(config, "update", DEVICE) * config.updates_per_step + gflop(config, "act", DEVICE)
         flops = {"gflop": agent_steps * per_step, "dtype": resolve_precision(config.precision, DEVICE)}
     try:

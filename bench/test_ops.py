@@ -1,9 +1,9 @@
 """Every op at the shapes of training, forward and backward, beside eager PyTorch in the same rounds.
 
-`eager` is what one would write without the op, in the dtype of the activations; `reference`, `native` and `triton`
-are the op's backends; `compile` is torch.compile of eager, for a few. Groups are op, role and dtype: `observe` is
-B16 x T64 rows, `imagine` 1,024 x 16, `conv` the activations of an encoder layer of 1,024 images
-(`strided_conv`: what it halves), `images` the images themselves.
+`eager` is what one would write without the op, in the dtype of the activations; `reference`, `native`, `triton` and so
+on are the op's backends; `compile` is torch.compile of eager, for a few ops. Groups are op, role and dtype: `observe`
+has B16 x T64 rows, `imagine` 1,024 x 16, `conv` the activations of an encoder layer for 1,024 images (for
+`strided_conv` those that it halves), `images` the images themselves.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def eager_layer_norm_gru(gates, deter, weight, bias):
 
 
 def eager_two_hot_loss(logits, target):
-    """As in the PyTorch ports of DreamerV3: a dense two-hot code and its cross-entropy."""
+    """As in the PyTorch ports of DreamerV3: cross-entropy with a dense two-hot code."""
     bins = torch.linspace(-20, 20, BINS, device=logits.device)
     x = (torch.sign(target) * torch.log1p(target.abs())).unsqueeze(-1)
     below = ((bins <= x).sum(-1) - 1).clamp(0, BINS - 1)
@@ -94,9 +94,8 @@ def eager_kl_balance(post, prior):
     return kl(post.detach(), prior), kl(post, prior.detach())
 
 
-def eager_sample_onehot(
-    logits, uniform
-):  # as torch.distributions draws; `reference` draws as all backends do
+def eager_sample_onehot(logits, uniform):
+    """Draws as torch.distributions does, while all backends draw with `uniform`."""
     probs = 0.99 * torch.softmax(logits.float(), -1) + 0.01 / K
     index = torch.multinomial(probs.detach().flatten(0, -2), 1).view(logits.shape[:-1])
     stoch = F.one_hot(index, K) + probs - probs.detach()
@@ -137,7 +136,7 @@ def eager_lambda_return(reward, cont, value, discount=1 - 1 / 333, lam=0.95):
 
 @dataclass(frozen=True)
 class Case:
-    """An op at one shape: its inputs, and what it would be without the op."""
+    """An op at one shape: its inputs, and what one would write without the op."""
 
     op: str
     role: str
@@ -260,7 +259,7 @@ def tensors(values: Any) -> list[Tensor]:
 
 
 def both_directions(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Callable[[], None]:
-    """Forward, and backward from fixed gradients of every differentiable output to every input that wants one."""
+    """Forward, and backward from fixed gradients of all differentiable outputs to all inputs that require one."""
     leaves = [x for x in tensors(inputs) if x.requires_grad]
     if not leaves:
         return lambda: function(*inputs)
@@ -274,7 +273,7 @@ def both_directions(function: Callable[..., Any], inputs: tuple[Tensor, ...]) ->
 
 
 def least_bytes(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> int:
-    """Every direction there is reads the inputs; forward writes the outputs; backward reads and writes gradients."""
+    """Forward and (if there is one) backward read the inputs; outputs are written; gradients are read and written."""
     inputs, outputs = tensors(inputs), tensors(function(*inputs))
     directions = 2 if any(x.requires_grad for x in inputs) else 1
     moved = directions * sum(x.nbytes for x in inputs) + sum(y.nbytes for y in outputs)
@@ -282,7 +281,7 @@ def least_bytes(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> int
 
 
 def by_default(op: str, dtype: torch.dtype) -> str:
-    """The backend that runs where none is asked for."""
+    """The backend that runs if none is chosen."""
     with backend(None):
         return dispatch.resolve_name(op, None, torch.empty(0, device=DEVICE, dtype=dtype))
 
@@ -305,7 +304,7 @@ def beside_eager(
 
 
 def implementations() -> list[Any]:
-    """op, role, dtype, implementation: all that runs on this machine, eager first."""
+    """Parameters of test_op: all implementations of all cases on this machine, eager first."""
     made = []
     for case in CASES:
         for dtype in case.dtypes:
@@ -367,7 +366,7 @@ ADAM = ["eager", "torch.optim", *backends_available("adam_step", torch.empty(0, 
 @pytest.mark.parametrize("name", ADAM)
 @pytest.mark.benchmark(group="adam_step small fp32")
 def test_adam_step(compare, name):
-    """The parameters of the small model, with its clip; `eager` and `torch.optim`: its Adam, foreach and fused."""
+    """With the small model's parameters and clip; `eager` and `torch.optim` are PyTorch's Adam, foreach and fused."""
     shapes = [(3 * D, D + U), *[(1024, 512)] * 12, (4096, 1536), (256, 128, 4, 4), *[(512,)] * 40]
     params = [number(*shape, scale=0.02) for shape in shapes]
     grads = [torch.randn_like(param) for param in params]
@@ -392,5 +391,7 @@ def test_adam_step(compare, name):
     else:
         values = [param.detach() for param in params]
         run = partial(hk.adam_step, values, grads, *zeros, step, 1e-4, max_norm=1000.0, backend=name)
-    nbytes = 8 * sum(param.nbytes for param in params)  # gradients twice, three tensors read and written
+    nbytes = 8 * sum(
+        param.nbytes for param in params
+    )  # gradients read twice; parameters and moments read and written
     beside_eager(compare, run, eager, nbytes, name=name, op="adam_step", dtype=torch.float32)

@@ -52,7 +52,7 @@ def test_a_worker_tells_about_itself_and_takes_turns():
     ("wrong", "what"),
     [
         ({"start": "raise ImportError('no module')"}, "peer: ended with exit code 1: ImportError: no module"),
-        ({"start": "sys.exit(3)"}, "peer: ended with exit code 3: it said nothing"),
+        ({"start": "sys.exit(3)"}, "peer: ended with exit code 3: no output"),
         ({"start": "time.sleep(60)", "limit_s": 0.2}, "peer: no answer within 0.2 seconds"),
     ],
 )

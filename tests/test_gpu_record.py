@@ -286,7 +286,7 @@ def test_a_backend_is_forced_where_it_exists():
     with gpu_work.backend("reference"):
         assert dispatch.resolve_name("kl_balance", None, torch.zeros(1)) == "reference"
     with (
-        pytest.raises(ValueError, match="no backend 'tritn', right are default, reference"),
+        pytest.raises(ValueError, match="no backend 'tritn'; the backends are default, reference"),
         gpu_work.backend("tritn"),
     ):
         pass

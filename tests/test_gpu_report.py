@@ -208,5 +208,5 @@ def test_the_markdown_of_nothing():
     text = markdown(record)
     assert "nothing is measured without a GPU" in text
     assert "CUDA_DEFAULT: dict[str, str] = {}" in text
-    assert "- Right and faster fused: nothing that was seen here." in text
+    assert "- Right and faster when fused: nothing that was seen here." in text
     assert "## Training" not in text

@@ -1,14 +1,14 @@
 """An update of other people's programs and one of ours, in turns on this machine.
 
 The model is that of Atari 100k (small; 17.9 million parameters in ours), with images of 64 x 64 x 3 and six actions.
-What a peer needs is installed by pip, as pip is configured here, into an environment of its own in `.venv-peers/`,
-beside the torch that runs ours. A peer that is no package is imported from a checkout that you have cloned. Each
-runs in a process of its own and gets the same number of threads. Ours is the whole update, with sampling and the slow
+What a peer needs is installed by pip, as pip is configured here, into an environment of its own in `.venv-peers/`, with
+the version of torch that runs ours. A peer that is not a package is imported from a checkout that you have cloned. Each
+runs in a process of its own with the same number of threads. Ours is the whole update, with sampling and the slow
 critic; what a peer's own training function leaves out of that is said in its worker, `bench/peers/*_update.py`. GFLOP
-are those of matrix products and convolutions: a PyTorch peer's as counted while it runs, ours those of the definition.
+are those of matrix products and convolutions: of PyTorch peers counted while they run, of ours those of the definition.
 
-On two CPU cores five rounds of three PyTorch peers take three minutes a precision, three rounds of one in JAX two to
-three; an installation takes half a minute and 0.7 to 1.5 GB of disk, a process 1 to 5 GB of memory.
+On two CPU cores five rounds of three PyTorch peers take three minutes per precision, three rounds of one JAX peer two
+to three; an installation takes half a minute and 0.7 to 1.5 GB of disk, a process 1 to 5 GB of memory.
 """
 
 import argparse
@@ -40,13 +40,13 @@ OURS = Program("hdfast", [sys.executable, "-m", "bench.peers.hdfast_update"], __
 def report(
     names: Sequence[str], abouts: Sequence[Mapping[str, Any]], times: Sequence[Sequence[float]]
 ) -> str:
-    """A Markdown table of the programs, each beside the last: the ratio of the medians, and those of single rounds."""
+    """A Markdown table of the programs, each beside the last: ratio of medians and range of the rounds' ratios."""
     head = ["", "version", "precision", "median s", "min s", "max s", f"x {names[-1]}", "in rounds"]
     head += ["GFLOP", "GFLOP/s", "parameters", "threads", "on"]
     ours, rows = statistics.median(times[-1]), []
     for name, about, taken in zip(names, abouts, times, strict=True):
         median, work = statistics.median(taken), about["gflop"]
-        # All of a round met the same machine.
+        # All updates of a round met the machine in the same state.
         ratios = [one / other for one, other in zip(taken, times[-1], strict=True)]
         rows.append(
             [
@@ -69,7 +69,7 @@ def report(
 def compare(
     settings: Mapping[str, Any], programs: Sequence[Program], rounds: int
 ) -> tuple[str, dict[str, Any]]:
-    """The report of one precision, and its numbers. Raises: RunError if one of the processes ends."""
+    """The report of one precision, and its numbers. Raises: RunError if one of the processes ends early."""
     with ExitStack() as stack:
         workers = [
             stack.enter_context(
@@ -106,33 +106,33 @@ def parser() -> Arguments:
         type=Path,
         default=PLACE / "checkouts",
         metavar="DIR",
-        help="folder of the clones of peers that are no packages (.venv-peers/checkouts)",
+        help="folder of the clones of peers that are not packages (.venv-peers/checkouts)",
     )
-    flags.add_argument("--rounds", type=positive, default=5, help="updates of each that are timed (5)")
+    flags.add_argument("--rounds", type=positive, default=5, help="timed updates of each (5)")
     flags.add_argument(
         "--precision",
         nargs="+",
         choices=["default", *PRECISIONS],
         default=["default", *PRECISIONS],
-        help="each as it is by default, or all that have it in one (all three)",
+        help="default: each program's own; else all that support it in that one (all three)",
     )
-    flags.add_argument("--batch", type=positive, default=16, help="windows of an update (16)")
-    flags.add_argument("--length", type=positive, default=64, help="rows of a window (64)")
+    flags.add_argument("--batch", type=positive, default=16, help="windows per update (16)")
+    flags.add_argument("--length", type=positive, default=64, help="rows per window (64)")
     flags.add_argument("--horizon", type=positive, default=15, help="imagined steps (15)")
     flags.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     flags.add_argument(
         "--compile",
         action="store_true",
         help="sheeprl and r2dreamer with their own option for torch.compile; on two CPU cores "
-        "sheeprl is not done with it in three minutes",
+        "sheeprl takes more than three minutes to compile",
     )
     flags.add_argument("--graph", action="store_true", help="ours as one CUDA graph")
     flags.add_argument(
         "--here",
         action="store_true",
-        help="peers on the Python that runs this, with what it has: where nothing can be installed",
+        help="run peers on this Python with the packages it has, where nothing can be installed",
     )
-    flags.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    flags.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     return flags
 
 

@@ -1,8 +1,8 @@
 """An update of NM512's dreamerv3-torch for `bench.peers`, imported from a checkout.
 
-Its own configuration of Atari 100k and its own `Dreamer._train` on one batch of noise, which includes the move of
-the slow critic and the metrics, fetched from the device. Sampling is left out. Its option for torch.compile, on by
-default, wraps modules whose `forward` an update does not call: it changes nothing here.
+Its own configuration of Atari 100k and its own `Dreamer._train` on one batch of noise, including the slow critic's
+move and the metrics, which are fetched from the device. Sampling is left out. Its option for torch.compile, on by
+default, wraps modules whose `forward` is not called in an update: it changes nothing here.
 """
 
 import types
@@ -15,7 +15,7 @@ from torch_peer import serve_torch
 
 
 def configuration(settings):
-    """Its defaults, and over them those of Atari 100k."""
+    """Its defaults, overridden by those of Atari 100k."""
     path = Path(dreamer.__file__).with_name("configs.yaml")
     known = ruamel.yaml.YAML(typ="safe").load(path.read_text())
     values = known["defaults"]

@@ -1,8 +1,8 @@
 """An update of danijar's dreamerv3 for `bench.peers`, in JAX, imported from a checkout.
 
 Its own defaults with our latents and widths, and its own `Agent.train` on one batch of noise that lies on the device,
-to the end of the new parameters. It is another architecture (GRU in eight blocks, RMSNorm, convolutions of stride 1, a
-critic that also learns from replay). Sampling and writing latents back are left out.
+until the new parameters are complete. It is another architecture (GRU in eight blocks, RMSNorm, convolutions of stride
+1, a critic that also learns from replay). Sampling and writing latents back are left out.
 """
 
 import itertools
@@ -56,7 +56,7 @@ def build(settings):
     }
     action = {"action": elements.Space(np.int32, (), 0, ACTIONS)}
     agent = dreamerv3.agent.Agent(observation, action, config)
-    # Rows before a window are those of the latent that it starts from.
+    # Some rows before a window give the latent that it starts from.
     rows = settings["length"] + config.replay_context
     batch = noise(settings["batch"], rows)
     batch["action"] = batch["action"].argmax(-1).astype(np.int32)

@@ -1,7 +1,7 @@
 """An update of the HarmonyDream authors' program of Atari 100k for `bench.peers`, in JAX, imported from a checkout.
 
 Its own configuration of Atari 100k, with harmony, and its own `Agent.train` on one batch of noise that lies on the
-device, to the end of the new parameters. Sampling is left out, and so is its training script, which imports TensorFlow.
+device, until the new parameters are complete. Sampling is left out, and its training script, which imports TensorFlow.
 """
 
 import sys

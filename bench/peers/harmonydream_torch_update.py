@@ -1,9 +1,9 @@
 """An update of the HarmonyDream authors' PyTorch program for `bench.peers`, imported from a checkout.
 
 Its own configuration of DreamerV3 at size small, with harmony, and its own `DreamerV2.train` on one batch of noise:
-world model, actor, critic, slow critic and metrics. As it is written all convolutions of the encoder have 32 channels,
-so it has fewer parameters. Sampling is left out, and so are its environments and its replay, whose modules import
-simulators and what reads video.
+world model, actor, critic, slow critic and metrics. As written, all convolutions of its encoder have 32 channels, so
+that it has fewer parameters. Sampling is left out, and so are its environments and replay, whose modules import
+simulators and video readers.
 """
 
 import sys
@@ -42,7 +42,7 @@ def configuration(settings):
 
 def build(settings):
     config = configuration(settings)
-    # As its training script does it, which ends where there is no CUDA: float16 is CUDA's alone.
+    # As in its training script, which needs CUDA: float16 is for CUDA alone.
     torch.backends.cudnn.deterministic = torch.backends.cudnn.benchmark = True
     half = settings["device"] == "cuda" and settings["precision"] == "default" and config.precision == 16
     wmlib.ENABLE_FP16 = half

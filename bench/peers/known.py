@@ -19,13 +19,13 @@ class Checkout:
 
 @dataclass(frozen=True)
 class Peer:
-    """A program, the worker that has it do one update, and where both run.
+    """A program, the worker that makes it do an update, and what both need to run.
 
     worker: a script beside this file.
-    packages: what pip installs, where {torch} is our version of it, and {cuda} what JAX adds for CUDA.
-    precisions: those that it can be told to take beside its own default.
-    checkout: the repository that it is imported from, from the folders `paths` of it; None: it is a package.
-    environment: the folder of its interpreter, which peers of the same packages share.
+    packages: what pip installs; {torch} stands for our version of it, {cuda} for JAX's extra for CUDA.
+    precisions: those that it can be told to use, besides its own default.
+    checkout: the repository that it is imported from, by way of its folders `paths`; None: it is a package.
+    environment: the folder of its interpreter, shared by peers with the same packages; "" for its name.
     options: more settings of its worker.
     """
 
@@ -59,7 +59,7 @@ PEERS = (
     ),
     Peer(
         "harmonydream-torch",
-        "the HarmonyDream authors' PyTorch program; its convolutions do not widen in the encoder",
+        "the HarmonyDream authors' PyTorch program; its encoder's convolutions do not widen",
         "harmonydream_torch_update.py",
         ("torch=={torch}", "numpy", "torchtyping", "typeguard<3", "ruamel.yaml"),
         precisions=("float32",),

@@ -1,6 +1,6 @@
-"""The batch that every peer updates on: noise, with episodes of 100 rows. It runs on a peer's interpreter.
+"""The batch that every peer updates on: noise, in episodes of 100 rows. This runs on a peer's interpreter.
 
-Axes: B windows, T rows of a window. Only NumPy is imported, because that is all that the peers share.
+Axes: B windows, T rows of a window. Only NumPy is imported, all that the peers have in common.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ SIDE = 64
 
 
 def noise(batch, length):
-    """(B, T, ...) of what a replay hands out: image bytes, one-hot float32 action, float32 reward, three flags."""
+    """(B, T, ...) of all that a replay returns: image bytes, one-hot float32 action, float32 reward, three flags."""
     rng = np.random.default_rng(0)
     t = np.broadcast_to(np.arange(length), (batch, length))
     ends = t % 100 == 99

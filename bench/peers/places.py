@@ -1,4 +1,4 @@
-"""Where peers live: an interpreter with what one needs, and the checkout it is imported from."""
+"""Where peers live: an interpreter with the packages that a peer needs, and the checkout it is imported from."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from hdfast.runtime.errors import MissingLibraryError
 
 @dataclass(frozen=True)
 class Program:
-    """What can be started: the command of a worker, its environment variables (None: ours) and settings of its own."""
+    """What is started: the command of a worker, its environment variables (None: ours), and settings of its own."""
 
     name: str
     command: list[str]
@@ -28,7 +28,7 @@ class Program:
 
 
 def said(done: subprocess.CompletedProcess[str]) -> str:
-    """The last line of what a command said that names an error, or its last line."""
+    """The last line of a command's output that begins with ERROR, or else its last line."""
     lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
     return next(
         (line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no word"
@@ -43,9 +43,9 @@ def requirements(peer: Peer, device: str) -> list[str]:
 
 
 def interpreter(folder: Path, packages: Sequence[str], name: str) -> Path:
-    """The Python of an environment with exactly these packages asked for; makes it where it is not there yet.
+    """The Python of an environment for which exactly these packages were asked; made if it does not exist yet.
 
-    Raises: MissingLibraryError with what pip said, or that an environment cannot be made.
+    Raises: MissingLibraryError if the environment cannot be made or pip fails, with pip's message.
     """
     python, installed = folder / "bin" / "python", folder / "installed.txt"
     wanted = "\n".join(packages) + "\n"
@@ -61,17 +61,17 @@ def interpreter(folder: Path, packages: Sequence[str], name: str) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise MissingLibraryError(f"cannot be installed: {said(done)}", where=name, hint=hint)
-    installed.write_text(wanted)  # last, so that half an environment is made anew
+    installed.write_text(wanted)  # last: an environment that is not complete is made anew
     return python
 
 
 def checked_out(checkout: Checkout, folder: Path, name: str) -> Path:
-    """The folder, if it is a clone of the repository at the commit.
+    """The folder, if it is a clone of the repository at that commit.
 
     Raises: MissingLibraryError with the commands that make it one.
     """
     switch = f"git -C {folder} checkout {checkout.commit}"
-    if not (folder / ".git").exists():  # git would look for one further up, and find ours
+    if not (folder / ".git").exists():  # git would search further up, and find ours
         raise MissingLibraryError(
             "no checkout of it", where=name, hint=f"git clone {checkout.url} {folder} && {switch}"
         )
@@ -85,7 +85,7 @@ def checked_out(checkout: Checkout, folder: Path, name: str) -> Path:
 
 
 def installed_here(peer: Peer) -> str:
-    """The version of a peer that the interpreter which runs this has: of its package, or its checkout's commit.
+    """The version of a peer on this interpreter: that of its package, or the commit of its checkout.
 
     Raises: MissingLibraryError if it has no such package.
     """
@@ -98,14 +98,14 @@ def installed_here(peer: Peer) -> str:
 
 
 def program(peer: Peer, place: Path, checkouts: Path, device: str, *, here: bool = False) -> Program:
-    """The program of a peer, whose interpreter is below `place`; installs what it needs.
+    """The program of a peer, with an interpreter below `place`, on which what it needs is installed.
 
-    here: on the interpreter that runs this, with what that has; nothing is installed.
+    here: use this interpreter and the packages it has; nothing is installed.
 
-    Raises: MissingLibraryError if it cannot be installed, is not installed here or has no checkout.
+    Raises: MissingLibraryError if it cannot be installed, is not installed here, or has no checkout.
     """
     variables, version = dict(os.environ), installed_here(peer) if here else peer.version
-    if not here:  # its own environment is to supply all its packages
+    if not here:  # all its packages are to come from its own environment
         variables.pop("PYTHONPATH", None)
     if peer.checkout:
         folder = checked_out(peer.checkout, checkouts / peer.checkout.name, peer.name)

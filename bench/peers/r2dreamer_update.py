@@ -1,11 +1,11 @@
 """An update of NM512's r2dreamer for `bench.peers`, imported from a checkout.
 
-Its own configuration of Atari 100k with our latents and widths, and its own `Dreamer.update` on one batch of noise,
-from which sampling and writing latents back are left out. It is another architecture (GRU in eight blocks, RMSNorm,
-convolutions of stride 1, a critic that also learns from replay), by default without a decoder; `rep_loss` gives it one.
-Its update is written in float16, in which two CPU cores do not get three updates done in 200 seconds: on a CPU its
-default is timed in bfloat16. For another precision than float16 the type in its call of `autocast` is replaced. It
-also compiles its update by default, here only with `--compile`.
+Its own configuration of Atari 100k with our latents and widths, and its own `Dreamer.update` on one batch of noise;
+sampling and writing latents back are left out. It is another architecture (GRU in eight blocks, RMSNorm, convolutions
+of stride 1, a critic that also learns from replay), by default without a decoder; `rep_loss` gives it one. Its update
+is written for float16, in which two CPU cores do not finish three updates in 200 seconds: on a CPU its default is timed
+in bfloat16. For precisions other than float16 the type in its call of `autocast` is replaced. By default it also
+compiles its update; here only with `--compile`.
 """
 
 import types

@@ -1,7 +1,7 @@
-"""An update of sheeprl's DreamerV3 for `bench.peers`, run by the interpreter that has sheeprl.
+"""An update of sheeprl's DreamerV3 for `bench.peers`, run on the interpreter that has sheeprl.
 
 Its own configuration of Atari 100k (size S), its own `build_agent`, optimizers and metrics, and its own `train` on
-one batch of noise. Sampling and the move of the target critic, which its loop does outside of `train`, are left out.
+one batch of noise. Sampling and the target critic's move, which its loop does outside of `train`, are left out.
 """
 
 import logging
@@ -38,7 +38,7 @@ def configuration(settings):
 
 
 def batch_of(settings):
-    """A batch as its loop hands it to `train`: float32, time-major, channels first."""
+    """A batch as its loop passes it to `train`: float32, time-major, channels first."""
     rows = {key: value.transpose(0, 1) for key, value in tensors(settings).items()}
     batch = {
         "rgb": rows["image"].permute(0, 1, 4, 2, 3),

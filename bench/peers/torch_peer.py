@@ -13,8 +13,8 @@ from turns import serve
 class Counter(TorchDispatchMode):
     """Floating-point operations of matrix products and convolutions.
 
-    PyTorch's own FlopCounterMode counts the same, by module; that fails where a module without gradients is
-    given what has some.
+    PyTorch's own FlopCounterMode counts the same by module, but fails if a module without gradients is given tensors
+    with gradients.
     """
 
     total = 0

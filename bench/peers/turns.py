@@ -1,4 +1,4 @@
-"""The side of a process that is timed: it answers every line it reads with the seconds of one update.
+"""The side of the process that is timed: it answers every line it reads with the seconds of one update.
 
 Only the standard library is imported, because a peer's interpreter has nothing of ours.
 """
@@ -12,12 +12,12 @@ from typing import Any
 
 
 def serve(build: Callable[[dict[str, Any]], tuple[Callable[[], None], dict[str, Any]]]) -> None:
-    """Builds what is timed from the settings, JSON in the first argument, says what it is, and takes turns.
+    """Builds what is timed from the settings (JSON, the first argument), answers what it is, and takes turns.
 
-    build: settings -> an update, to the end of what it starts on a device, and what is to be known about it.
+    build: settings -> an update, which waits for all that it starts on a device, and facts about it.
     """
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what libraries print must not look like an answer
 
     def answer(values: dict[str, Any]) -> None:
         answers.write(json.dumps(values) + "\n")

@@ -1,4 +1,4 @@
-"""Starting a process that is timed, and taking turns with it; see `turns` for its side."""
+"""Starting processes that are timed, and taking turns with them; `turns` has their side."""
 
 import contextlib
 import json
@@ -15,15 +15,15 @@ from hdfast.runtime.errors import RunError
 
 
 class Worker:
-    """A process that does one update whenever it is asked to; a context manager that ends it.
+    """A process that does an update whenever it is asked to; as a context manager it is ended at last.
 
     Args:
-        name: what errors call it.
+        name: its name in errors.
         command, cwd, env: how it is started; `settings` become its last argument, as JSON.
-        limit_s: seconds that it may take to build, and to answer.
+        limit_s: seconds that it may take to start, and for each answer.
 
     Raises:
-        RunError: it cannot be started, ends, or does not answer in time; with the last line that it said.
+        RunError: it cannot be started, ends (told with the last line of its output), or does not answer in time.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class Worker:
             raise
 
     def update(self) -> float:
-        """Has it do one update. Returns: the seconds it took."""
-        with contextlib.suppress(BrokenPipeError):  # what has become of it is told by its answer
+        """Makes it do an update. Returns: the seconds it took."""
+        with contextlib.suppress(BrokenPipeError):  # `_answer` finds out what has become of it
             self._process.stdin.write(b"update\n")
         return self._answer()["seconds"]
 
     def close(self, wait_s: float = 5.0) -> None:
-        """Ends the process; by force if it does not end itself within `wait_s` seconds."""
-        self._process.stdin.close()  # after which it has no more turns
+        """Ends the process, by force if it has not ended by itself within `wait_s` seconds."""
+        self._process.stdin.close()  # which ends its turns
         try:
             self._process.wait(wait_s)
         except subprocess.TimeoutExpired:
@@ -98,11 +98,11 @@ class Worker:
     def _last(self) -> str:
         self._said.seek(0)
         lines = [line for line in self._said.read().splitlines() if line.strip()]
-        return lines[-1].strip() if lines else "it said nothing"
+        return lines[-1].strip() if lines else "no output"
 
 
 def take_turns(workers: Sequence[Worker], rounds: int, warmups: int) -> list[list[float]]:
-    """Seconds of `rounds` updates of every worker, one of each in every round; the order turns around each time."""
+    """Seconds of `rounds` updates of every worker, one each per round; every other round is in reverse order."""
     times: list[list[float]] = [[] for _ in workers]
     for number in range(warmups + rounds):
         order = list(enumerate(workers))
