@@ -28,7 +28,7 @@ SMALL = {
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Import it to run a module's tests on one thread: small models wait longer than they compute."""
+    """Importing it runs a module's tests on one thread: with small models threads wait longer than they compute."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -47,7 +47,7 @@ def make_actions(continuous: bool, width: int = 3) -> ContinuousActions | Discre
 def make_learner(
     continuous: bool = False, specs=SPECS, seed: int = 0, spread: bool = True, **overrides
 ) -> Learner:
-    """A small learner, on the CPU in float32, or as `device` and `dtype` say.
+    """A small learner, in float32 on the CPU unless `dtype` and `device` are given.
 
     `spread` moves every parameter off its initial value, so that none is zero or one.
     """
@@ -62,7 +62,7 @@ def make_learner(
 
 
 def make_batch(learner: Learner, seed: int = 0) -> dict[str, Tensor]:
-    """A random time-major batch that fits the learner, with seams inside windows."""
+    """A random time-major batch for the learner, with episodes that begin inside windows."""
     rng = np.random.default_rng(seed)
     replay, actions = learner.config.replay, learner.actions
     lead = (replay.length, replay.batch)

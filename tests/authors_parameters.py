@@ -1,8 +1,8 @@
-"""Where each parameter of the authors' program (thuml/HarmonyDream, dreamerv3-jax) lies in hdfast's modules.
+"""Where hdfast keeps each parameter of the authors' program (thuml/HarmonyDream, dreamerv3-jax).
 
 Layouts: a dense kernel is (inputs, outputs), a convolution's (height, width, inputs, outputs), a
-deconvolution's (height, width, outputs, inputs) and not flipped; hdfast keeps torch's layouts, splits the
-layers that read a latent, and has the three harmony scalars in one vector.
+deconvolution's (height, width, outputs, inputs) and not flipped; hdfast has torch's layouts, splits the
+layers that read a latent, and keeps the three harmony scalars in one vector.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,13 +19,13 @@ HARMONY = {"har_s1": "reward", "har_s2": "image", "har_s3": "kl"}
 
 
 class Part(NamedTuple):
-    """A tensor of hdfast's, and how to bring one of its shape into the authors' layout."""
+    """A tensor of hdfast's, and how to bring a tensor of its shape into the authors' layout."""
 
     ours: Tensor
     to_theirs: Callable[[Tensor], Tensor] = lambda x: x
 
 
-# By the authors' name; an array of theirs is one part, or several along its first axis.
+# By the authors' names; an array of theirs is one part, or several along its first axis.
 Counterparts = dict[str, tuple[Part, ...]]
 
 
@@ -108,7 +108,7 @@ def counterparts(model: WorldModel, behavior: Behavior) -> Counterparts:
 
 
 def in_their_layout(parts: tuple[Part, ...], of: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-    """`of` each part's tensor (itself, its gradient, ...), as one array of the authors'."""
+    """`of` each part's tensor (itself, its gradient, ...), as one array in the authors' layout."""
     pieces = [part.to_theirs(of(part.ours)) for part in parts]
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 

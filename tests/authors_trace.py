@@ -2,9 +2,9 @@
 
 Run: python -m tests.authors_trace [FILE]
 
-The trace's parameters are loaded into hdfast's modules, the uniform and normal numbers are chosen so that
-hdfast draws the trace's latents and actions, and one line per quantity and per gradient says how far
-apart the two are. Exit code 0: all agree; 1: something does not; 2: FILE is not a trace.
+The trace's parameters are loaded into hdfast's modules, and uniform and normal numbers are chosen with which
+hdfast draws the trace's latents and actions; a line for each quantity and each gradient says how far apart
+the two are. Exit code 0: all agree; 1: something does not; 2: FILE is not a trace.
 
 Axes: T time, B batch, H horizon, N = B*T starting states in the trace's order, D deter, S groups, K classes,
 A action width. The trace's batches are (B, T, ...), hdfast's (T, B, ...).
@@ -33,8 +33,8 @@ from tests.traces import AUTHORS, Trace, TraceError, load
 
 DTYPE = torch.float32
 VALUE_BOUND = 1e-4  # of max(1, largest entry)
-GRADIENT_BOUND = 1e-3  # of the largest entry,
-SMALLEST = 1e-6  # or of this, where all entries are smaller
+GRADIENT_BOUND = 1e-3  # of the largest entry, or of SMALLEST if all entries are smaller
+SMALLEST = 1e-6
 ROW_KEYS = ("action", "reward", "is_first", "is_last", "is_terminal")
 NOT_COMPARED = {
     "initial_logit": "zeros in the authors' state, which nothing reads",
@@ -46,7 +46,7 @@ def build(trace: Trace) -> tuple[WorldModel, Behavior]:
     """hdfast's modules in the sizes of the trace, with hdfast's own initial parameters.
 
     Raises:
-        TraceError: the sizes are none that hdfast can have.
+        TraceError: hdfast cannot have these sizes.
     """
     p = trace.parameters
 
@@ -99,8 +99,8 @@ def middle(logp: Tensor, drawn: Tensor) -> Tensor:
 class Report:
     """What agrees and what does not.
 
-    lines: (name, error, bound) each. faults: what no number expresses. left_out: what was not compared,
-    and why.
+    lines: name, error and bound of everything compared. faults: what no error can express. left_out: what was
+    not compared, and why.
     """
 
     lines: list[tuple[str, float, float]] = field(default_factory=list)
@@ -145,7 +145,7 @@ class Report:
 
 
 class Comparison:
-    """One trace and hdfast's modules with its parameters; `run` compares them."""
+    """A trace and hdfast's modules with the trace's parameters; `run` compares them."""
 
     def __init__(self, trace: Trace):
         self.trace, self.report = trace, Report()
@@ -155,7 +155,7 @@ class Comparison:
         self._load_parameters()
 
     def run(self) -> Report:
-        """Compares everything that the trace has."""
+        """Compares everything in the trace."""
         self._world_model()
         rollouts = {k: self._imagine(k) for k in ("traj", "traj2") if f"{k}_deter" in self.trace.outputs}
         if "traj" in rollouts:
@@ -198,7 +198,7 @@ class Comparison:
             self.report.value(name, ours, self.trace.outputs[name])
 
     def _gradients(self, loss: Tensor, module: nn.Module, prefix: str) -> None:
-        """Compares all gradients of `loss` in `module`, whose names in the trace begin with `prefix`."""
+        """Compares the gradients of `loss` in `module`, whose names in the trace begin with `prefix`."""
         parameters = list(module.parameters())
         found = torch.autograd.grad(
             loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -251,7 +251,7 @@ class Comparison:
         self._gradients(result.loss, model, "wm/")
 
     def _policy(self, latent: Latent) -> dict[str, Tensor]:
-        """What the actor says of each state, by the trace's names."""
+        """The actor's outputs for each state, by the trace's names."""
         actor = self.behavior.actor
         out = actor.mlp(latent.detach(), DTYPE)
         if self.trace.continuous:
@@ -261,7 +261,7 @@ class Comparison:
         return {"actor_logits": unimix_log_probs(out["logits"], actor.unimix)}
 
     def _imagine(self, key: str) -> tuple[Trajectory, Scores]:
-        """hdfast's rollout from the trace's starts, with draws that choose its latents and actions."""
+        """hdfast's rollout from the trace's starting states, with draws that lead to its latents and actions."""
         out, rssm, behavior = self.trace.outputs, self.model.rssm, self.behavior
         deter, stoch, action = (out[f"{key}_{part}"] for part in ("deter", "stoch", "action"))
         with torch.no_grad():
@@ -284,7 +284,7 @@ class Comparison:
         drawn = trajectory.action if self.trace.continuous else F.one_hot(trajectory.action, action.shape[-1])
         self.used |= {f"{key}_action", f"{key}_logit"}
         self.report.value(f"{key}_action", drawn, action[:-1])
-        if f"{key}_logit" in out:  # the first is the posterior's, and was compared there
+        if f"{key}_logit" in out:  # the first is the posterior's, compared above
             self.report.value(f"{key}_logit", unimix_log_probs(logits, rssm.unimix), out[f"{key}_logit"][1:])
         self._value(f"{key}_cont", trajectory.cont)
         self._value(f"{key}_weight", scores.weight)
@@ -308,7 +308,7 @@ class Comparison:
 
     def _actor(self, trajectory: Trajectory, scores: Scores) -> None:
         behavior, out = self.behavior, self.trace.outputs
-        if "retnorm_before" in out:  # an input: what the authors' loss found there
+        if "retnorm_before" in out:  # an input of the authors' loss
             self.used.add("retnorm_before")
             behavior.return_range.bounds.copy_(out["retnorm_before"])
         bounds = behavior.return_range.updated(scores.returns)

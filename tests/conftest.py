@@ -1,9 +1,9 @@
-"""What holds for every test: OpenMP threads that wait asleep, float32 that is float32, no GPU tests without a GPU."""
+"""For all tests: OpenMP threads sleep while they wait, float32 is not TF32, GPU tests are skipped without a GPU."""
 
 import os
 
-# Before torch is imported. Threads that spin at every barrier make the suite many times slower wherever something
-# else runs on the machine: a small torch op took 1.7 ms against 0.4 ms on two busy cores.
+# Before torch is imported. Threads that spin at every barrier make the suite many times slower if anything else runs on
+# the machine: on two busy cores a small torch op took 1.7 ms instead of 0.4 ms.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ torch.backends.cudnn.allow_tf32 = False  # as in a run, see `hdfast.runtime.devi
 
 @pytest.fixture(autouse=True, scope="session")
 def _nothing_remembered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What hdfast.tune found on this machine decides no test."""
+    """Tests do not depend on what hdfast.tune found on this machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HDFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

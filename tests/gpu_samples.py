@@ -1,4 +1,4 @@
-"""What Nvidia's tools say, shortened."""
+"""Output of Nvidia's tools, shortened."""
 
 RAW = """\
 ==PROF== Connected to process 4242 (/usr/bin/python3.11)

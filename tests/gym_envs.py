@@ -1,6 +1,6 @@
-"""Environments as users write them, registered with gymnasium; importing this registers them.
+"""Environments as users write them; importing this module registers them with gymnasium.
 
-`tests.gym_envs:Count-v0` and so on are tasks of the suite gym.
+`tests.gym_envs:Count-v0` and the others are tasks of the suite gym.
 """
 
 import multiprocessing
@@ -17,7 +17,7 @@ from gymnasium import spaces
 
 
 class Count(gymnasium.Env):
-    """Every pixel is the age of the episode, the reward the age plus the action / 100; ends at age `length`, if any."""
+    """Every pixel is the episode's age, the reward is the age plus action / 100; ends at age `length`, if given."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012 (gymnasium's own way)
 
@@ -29,7 +29,8 @@ class Count(gymnasium.Env):
         render_mode: str | None = None,
     ) -> None:
         self.observation_space = observation or spaces.Box(0, 255, (16, 16, 3), np.uint8)
-        self.action_space = spaces.Discrete(3) if action is None else action  # a space has a length, or warns
+        # Not `or`, which would ask a space for its length, or warn.
+        self.action_space = spaces.Discrete(3) if action is None else action
         self.length, self.render_mode, self.age = length, render_mode, 0
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -53,7 +54,7 @@ class Count(gymnasium.Env):
 
 
 class Pictured(Count):
-    """Observes `picture(16, 16, C)`, with the channels first if `first`, in numbers of 0 to `white`."""
+    """Observes `picture(16, 16, C)`, channels first if `first`, scaled to 0 to `white`."""
 
     def __init__(self, observation: spaces.Box, *, first: bool = False, white: float = 255) -> None:
         super().__init__(observation)
@@ -68,11 +69,11 @@ class Pictured(Count):
 
 
 class Many(gymnasium.vector.VectorEnv):
-    """Many environments in one."""
+    """A vector environment."""
 
 
 class Broken(Count):
-    """Raises, dies or waits at age 3, as action 0, 1 and 2 say."""
+    """At age 3 it raises, dies or waits, depending on the action (0, 1, 2)."""
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         if self.age == 2:
@@ -85,7 +86,7 @@ class Broken(Count):
 
 
 class Hangs(Count):
-    """Never comes back: from being made, from its step at age 2 or from being closed, as `where` says."""
+    """Never returns from its constructor, its step at age 2, or `close`, as `where` says."""
 
     def __init__(self, where: str, **settings: Any) -> None:
         super().__init__(**settings)
@@ -109,14 +110,14 @@ class Hangs(Count):
 
 
 class Blind(Count):
-    """Needs a package to draw with."""
+    """Needs a package to render."""
 
     def render(self) -> np.ndarray:
         raise gymnasium.error.DependencyNotInstalled('no brush, run `pip install "brush"`')
 
 
 class Undrawable(Count):
-    """Declares to be drawn and is not."""
+    """Declares that it can be rendered, but cannot."""
 
     def render(self) -> np.ndarray:
         raise NotImplementedError
@@ -130,14 +131,14 @@ class Masked(Count):
 
 
 class Growing(Count):
-    """Drawn larger and larger."""
+    """Its rendered images grow."""
 
     def render(self) -> np.ndarray:
         return np.full((40 + self.age, 60, 3), 10 * self.age, np.uint8)
 
 
 class Wrong(Count):
-    """From age 2 on it does something wrong; `how` says what."""
+    """Does something wrong at age 2, or when it is made or closed; `how` says what."""
 
     def __init__(self, how: str, **settings: Any) -> None:
         arm = {"arm": box(2, high=9)} if how in ("nan", "long") else {}
@@ -182,7 +183,7 @@ class Wrong(Count):
 
 
 class Solved(Count):
-    """Its `info` tells success as `tell` says; a row of every second episode succeeds, the one at age 2."""
+    """Tells success in `info` in the way `tell`; every second episode succeeds, in its row of age 2."""
 
     def __init__(self, tell: str = "success", **settings: Any) -> None:
         super().__init__(**settings)
@@ -190,7 +191,7 @@ class Solved(Count):
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         self.episode, self.solved = self.episode + 1, False
-        return super().reset(seed=seed)[0], {"success": True}  # of no episode
+        return super().reset(seed=seed)[0], {"success": True}  # belongs to no episode
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         *row, info = super().step(action)
@@ -208,17 +209,17 @@ class Solved(Count):
 
 
 def clipped(action: spaces.Box, outside: Any = gymnasium.wrappers.RecordEpisodeStatistics) -> gymnasium.Env:
-    """As CleanRL wraps one: its actions are clipped, and wrappers outside of that have no actions of their own."""
+    """Wrapped as in CleanRL: actions are clipped, and the wrappers outside have no action space of their own."""
     return outside(gymnasium.wrappers.ClipAction(Count(action=action)))
 
 
 def doubled(env: gymnasium.Env) -> gymnasium.Env:
-    """Actions are twice what they were, and still without bounds."""
+    """Doubles actions, which remain unbounded."""
     return gymnasium.wrappers.TransformAction(env, lambda action: 2 * action, None)
 
 
 class Skip(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
-    """Two steps of the environment are one."""
+    """Takes two steps of the environment in one."""
 
     def __init__(self, env: gymnasium.Env) -> None:
         gymnasium.utils.RecordConstructorArgs.__init__(self)
@@ -230,7 +231,7 @@ class Skip(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
 
 
 def limited() -> gymnasium.Env:
-    """Has a time limit that it was not registered with."""
+    """Has a time limit that was not registered."""
     return gymnasium.wrappers.TimeLimit(Count(length=None), 4)
 
 
@@ -251,7 +252,7 @@ def pixels(*shape: int) -> spaces.Box:
 
 
 def picture(*shape: int) -> np.ndarray:
-    """Bytes that count up."""
+    """Bytes that count up, in this shape."""
     return (np.arange(np.prod(shape)) % 256).astype(np.uint8).reshape(shape)
 
 
@@ -274,7 +275,7 @@ GOALS = spaces.Dict(
     {"image": pixels(30, 20, 3), "depth": pixels(64, 64, 1), "arm": box(2, 2), "goal": spaces.Discrete(7)}
 )
 
-NAMES = {  # of a vector beside an image called "image": what an environment is called -> what the vector is
+NAMES = {  # name of the environment -> name of the vector that it observes beside "image"
     **{f"Named{i}": name for i, name in enumerate(("keys", "training", "type", "to", "t 1-a_b", "a/b"))},
     **{f"Misnamed{i}": name for i, name in enumerate(("a.b", "", "../../x", "new\nline", 7))},
     **{f"Lost{name.title()}": name for name in ("dyn", "rep", "cont")},

@@ -25,7 +25,9 @@ from hdfast.runtime import checkpoint, errors
 from hdfast.runtime.checkpoint import Checkpoint
 
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-PYTHONPATH = os.pathsep.join(filter(None, sys.path))  # a process of its own finds what this one has found
+PYTHONPATH = os.pathsep.join(
+    filter(None, sys.path)
+)  # other processes import from the same places as this one
 
 # Learning begins at 10 agent steps (two environments, windows of four rows); then one update every two.
 TINY: dict[str, Any] = {
@@ -46,7 +48,7 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Import it to run a module's tests on one thread: small models wait longer than they compute."""
+    """Importing it runs a module's tests on one thread: with small models threads wait longer than they compute."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -60,7 +62,7 @@ def tiny(logdir: Path, **overrides: Any) -> Config:
 
 
 def train(config: Config) -> dict[str, Any]:
-    """The run of a config, as `hdfast.train` does it."""
+    """Does the run of a config as `hdfast.train` does."""
     return loop.run(config)
 
 
@@ -76,13 +78,13 @@ def saved(config: Config) -> Checkpoint:
 
 
 def lines(config: Config, name: str, **equal: Any) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl or scores.jsonl whose columns have these values."""
+    """The lines of metrics.jsonl or scores.jsonl in which these columns have these values."""
     rows = [json.loads(line) for line in (path_of(config) / f"{name}.jsonl").read_text().splitlines()]
     return [row for row in rows if all(row[key] == value for key, value in equal.items())]
 
 
 def differing(a: Checkpoint, b: Checkpoint) -> set[str]:
-    """Names of the tensors and meta that are not bit-identical, times apart."""
+    """Names of the tensors and meta that are not bit-identical, except times."""
     keys = a.tensors.keys() | b.tensors.keys()
     wrong = {
         k for k in keys if k not in a.tensors or k not in b.tensors or not a.tensors[k].equal(b.tensors[k])
@@ -92,7 +94,7 @@ def differing(a: Checkpoint, b: Checkpoint) -> set[str]:
 
 
 def assert_one_history(config: Config, updates: int = 15) -> None:
-    """The logs of a finished run read as if it had never been stopped."""
+    """Checks that the logs of a finished run read as if it had never been stopped."""
     metrics, scores = lines(config, "metrics"), lines(config, "scores")
     steps = [line["agent_steps"] for line in metrics]
     assert steps == sorted(set(steps))
@@ -115,7 +117,7 @@ def assert_one_history(config: Config, updates: int = 15) -> None:
 
 
 def stop_in(monkeypatch: pytest.MonkeyPatch, update: int, signum: int = signal.SIGTERM) -> list[int]:
-    """Sends this process a signal in the midst of that update; returns a list with an entry for every update."""
+    """Sends this process a signal in that update; returns a list that gets an entry for every update."""
     step, seen = Learner.step, []
 
     def interrupted(self: Learner, sample: Any) -> None:
@@ -147,7 +149,7 @@ def flags(**overrides: Any) -> list[str]:
 def door(
     main: Callable[[], int | None], argv: list[str], monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a door called with these arguments."""
+    """Exit code, stdout and stderr of a command's `main`, called with these arguments."""
     monkeypatch.setattr(sys, "argv", ["door", *argv])
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
@@ -163,18 +165,18 @@ def start(
     streams: Mapping[str, int] = PIPES,
     **options: Any,
 ) -> subprocess.Popen[str]:
-    """`python -m hdfast.train`, or another `program`, as a process of its own, on one thread."""
+    """Starts `python -m hdfast.train`, or another `program`, as a process with one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     command = [sys.executable, *program, *argv]
     return subprocess.Popen(command, env=environment, text=True, **streams, **options)
 
 
 class Scripted(BatchEnv):
-    """Counts: environment n has episodes of 3 + n rows after the reset row, of which odd ones end by a time limit.
+    """Environment n has episodes of 3 + n rows after the reset row; every second one ends by a time limit.
 
-    Everything in a row says where it comes from: every pixel is the row's number (all rows since the first
-    reset, modulo 256), the reward is that number plus the first component of the action that led to it / 100.
-    `events` keeps the order of calls, `sent` the actions.
+    A row says where it comes from: every pixel is the row's number (rows since the first reset, modulo 256), and
+    the reward is that number plus 1/100 of the first component of the action that led to it. `events` keeps the
+    order of calls, `sent` the actions.
     """
 
     source = "scripted"
@@ -236,7 +238,7 @@ class Scripted(BatchEnv):
 
 
 def script(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, list[Scripted]]:
-    """Lets every run meet Scripted environments; returns those made, by stream ("train", "eval")."""
+    """Gives every run Scripted environments; returns those made, by stream ("train", "eval")."""
     made: dict[str, list[Scripted]] = {}
 
     def make(config: Config, task: suites.Task, *, num_envs: int, stream: str, **_: Any) -> Scripted:

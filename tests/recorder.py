@@ -1,8 +1,8 @@
 """A stand-in for CUDA-graph capture on the CPU: a step is recorded as aten calls on fixed storages, and replayed.
 
-What a CUDA graph would freeze, this freezes too: Python numbers, and tensors that were made outside of the
-step. What it cannot hold is refused: a look at a value from Python, a tensor made from a Python constant, a draw
-from a generator that is not registered.
+It freezes what a CUDA graph would freeze: Python numbers, and tensors made outside of the step. It refuses what
+a graph cannot hold: reading a value in Python, a tensor made from a Python constant, a draw from a generator that
+is not registered.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,9 +27,9 @@ class CaptureError(RuntimeError):
 
 
 class Recording(TorchDispatchMode):
-    """Runs `step` once while recording it; `replay` runs the same calls on the same storages again.
+    """Runs `step` once and records it; `replay` runs the same calls on the same storages again.
 
-    Drawing from a generator that is not among `generators`, where they are given, is refused.
+    If `generators` are given, drawing from any other is refused.
     """
 
     def __init__(self, step: Callable[[], None], generators: Iterable[torch.Generator] | None = None):
@@ -44,13 +44,13 @@ class Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
         if name in SYNCHRONISING:
-            raise CaptureError(f"aten::{name} looks at a value from the host")
+            raise CaptureError(f"aten::{name} reads a value on the host")
         if name in _FROM_HOST:
             raise CaptureError(f"aten::{name} copies a Python constant to the device")
         draws = self._registered is not None and torch.Tag.nondeterministic_seeded in func.tags
         if draws and getattr(kwargs.get("generator"), "_cdata", None) not in self._registered:
             raise CaptureError(f"aten::{name} draws from a generator that is not registered")
-        # Aliases keep today's shape, whatever in-place views (unsqueeze_) make of the tensors later.
+        # Aliases keep the present shape, even if in-place views (unsqueeze_) change that of the tensors later.
         alias = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
         out = func(*args, **kwargs)
         inputs = {_storage(t) for t in tree_leaves(alias) if isinstance(t, torch.Tensor)}
@@ -64,7 +64,7 @@ class Recording(TorchDispatchMode):
         return out
 
     def replay(self) -> None:
-        """The recorded calls once more; random generators advance as they did."""
+        """Repeats the recorded calls; random generators advance as they did."""
         with torch.no_grad():
             for func, args, kwargs, outputs in self._calls:
                 out = func(*args, **kwargs)
@@ -76,7 +76,7 @@ class Recording(TorchDispatchMode):
 
 
 class RecordedStep:
-    """Stands in for `CapturedStep` on the CPU: eager calls first, then one that is recorded, then its replays."""
+    """Stands in for `CapturedStep` on the CPU: eager calls, then one that is recorded, then replays of it."""
 
     def __init__(
         self,
@@ -100,9 +100,9 @@ class RecordedStep:
 
 
 def record_instead_of_capturing(monkeypatch: pytest.MonkeyPatch, *others: ModuleType) -> list[RecordedStep]:
-    """Has everything that would be captured recorded, by the agent and by `others`, and returns what was.
+    """Records whatever the agent and `others` would capture; returns the list of what was recorded.
 
-    Ops run on their definitions: a native op is a single call that a recording of aten calls does not see.
+    Ops run on their definitions: a native op is a single call, which a recording of aten calls does not see.
     """
     made: list[RecordedStep] = []
 

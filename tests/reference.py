@@ -1,9 +1,9 @@
-"""HarmonyDream once more, in float64 and without hdfast: the witness that the tests hold the agent against.
+"""HarmonyDream once more, in float64 and without hdfast: the reference that the tests compare the agent with.
 
-It takes parameters by the names and in the layouts of the authors' program (thuml/HarmonyDream,
-dreamerv3-jax) and computes every quantity of one update and every gradient. Given the draws of an
-authors' trace it reproduces that trace; with draws of its own it serves for any sizes, for discrete and
-continuous actions, for an image alone and for an image with a vector `state`.
+It takes parameters with the names and layouts of the authors' program (thuml/HarmonyDream, dreamerv3-jax)
+and computes every quantity and every gradient of one update. Given the draws of an authors' trace it
+reproduces that trace; with its own draws it works for any sizes, for discrete and continuous actions, for an
+image alone and for an image with a vector `state`.
 
 Axes, batch-major as in the authors' program: B batch, T time, H horizon, N = B*T starting states, D deter,
 S groups, K classes, A action width.
@@ -32,15 +32,15 @@ def run(
     horizon: int,
     draws: np.random.Generator | Mapping[str, np.ndarray],
 ) -> tuple[Arrays, Arrays]:
-    """One update without its optimizers.
+    """One update without the optimizers.
 
     Args:
         parameters: by the authors' names without `agent/`.
         batch: (B, T, ...) as read from replay, action one-hot or continuous.
         groups: S. horizon: H.
         draws: what was sampled, `post_stoch` (B, T, S, K), `traj_stoch` (H+1, N, S, K), `traj_action`
-            (H+1, N, A) and for continuous actions `traj2_stoch`, `traj2_action`; or a generator to draw
-            them with.
+            (H+1, N, A) and for continuous actions `traj2_stoch`, `traj2_action`; or a generator that draws
+            them.
 
     Returns:
         outputs and gradients by name, float64.
@@ -52,7 +52,7 @@ def run(
 
 
 class Program:
-    """The computation; `model` and then `behavior` fill `out` and `grad`."""
+    """The computation: `model`, then `behavior`, fill `out` and `grad`."""
 
     def __init__(self, parameters, batch, groups, draws):
         self.p = {k: torch.tensor(v, dtype=torch.float64, requires_grad=True) for k, v in parameters.items()}
@@ -117,9 +117,8 @@ class Program:
             kernel, side = self.p[f"{name}/kernel"], x.shape[1]
             canvas = x.new_zeros(x.shape[0], 2 * side + 2, 2 * side + 2, kernel.shape[2])
             for i in range(4):
-                for j in range(
-                    4
-                ):  # the authors' deconvolution does not flip its kernel: tap i paints row 3 - i
+                # The authors' deconvolution does not flip its kernel: tap i paints row 3 - i.
+                for j in range(4):
                     tap = torch.einsum("nyxc,oc->nyxo", x, kernel[i, j])
                     canvas[:, 3 - i : 3 - i + 2 * side : 2, 3 - j : 3 - j + 2 * side : 2] += tap
             x = canvas[:, 1:-1, 1:-1]
@@ -148,7 +147,7 @@ class Program:
         return deter + update * (torch.tanh(torch.sigmoid(reset) * cand) - deter)
 
     def sample(self, key: str, position: tuple, probs: Tensor) -> Tensor:
-        """The one-hot drawn there, by the file or now, with the gradient of its probabilities."""
+        """The one-hot sample there, from the trace or drawn now, with the gradient of its probabilities."""
         if isinstance(self.draws, np.random.Generator):
             race = probs.detach().log().numpy() + self.draws.gumbel(size=tuple(probs.shape))
         else:
@@ -157,7 +156,7 @@ class Program:
         return hot + probs - probs.detach()
 
     def model(self) -> None:
-        """Posterior, losses, their harmony, and its gradients."""
+        """Posterior, losses, their harmonized sum, and its gradients."""
         p, batch, out = self.p, self.batch, self.out
         B, T = batch["reward"].shape
         embed = [self.encode_image(batch["image"])]
@@ -338,7 +337,7 @@ def harmonious(loss: Tensor, s: Tensor) -> Tensor:
 
 
 def two_hot_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy with the code of symlog(target), which the two nearest bins share by nearness."""
+    """Cross-entropy with the two-hot code of symlog(target): its two nearest bins, weighted by nearness."""
     bins = torch.linspace(-20, 20, logits.shape[-1], dtype=torch.float64)
     spacing = bins[1] - bins[0]
     x = symlog(target).clamp(-20, 20)
@@ -353,7 +352,7 @@ def two_hot_mean(logits: Tensor) -> Tensor:
 
 
 def mixed_return(reward: Tensor, discount: Tensor, value: Tensor) -> Tensor:
-    """The lambda-return as what it is, a geometric mixture of n-step returns.
+    """The lambda-return by its definition, a geometric mixture of n-step returns.
 
     reward: (H, N). discount, value: (H+1, N).
     """

@@ -1,4 +1,4 @@
-"""Replays with a log of rows that are the same whoever makes them.
+"""Replays with a log, and rows that depend on nothing but the agent step.
 
 Axes: N environments.
 """
@@ -25,7 +25,7 @@ SPECS = {
 
 
 def make_row(agent_step: int) -> dict[str, np.ndarray]:
-    """The row of this agent step, always the same one; it varies slowly, but for some random bits."""
+    """The row of an agent step, always the same; rows vary slowly, except for some random bits."""
     rng = np.random.default_rng(agent_step)
     image = np.full((NUM_ENVS, 8, 8, 3), agent_step // 5 % 256, np.uint8)
     image[:, agent_step % 8] = rng.integers(256, size=(8, 3), dtype=np.uint8)
@@ -56,7 +56,7 @@ def loaded(directory: Path, state: dict[str, torch.Tensor], *, ring: int = 20) -
 
 
 def check_content(replay: Replay, rows: int) -> None:
-    """The ring holds the newest rows up to `rows`, bit for bit."""
+    """Checks that the ring holds the newest rows up to `rows`, bit for bit."""
     assert replay.rows_added == int(replay._rows_added) == rows
     for agent_step in range(max(rows - replay.ring, 0), rows):
         for key, array in make_row(agent_step).items():

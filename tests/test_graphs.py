@@ -90,7 +90,7 @@ def test_a_look_at_a_value_is_refused():
         learner.step(lambda b, t: dict(static))
         learner.skipped.item()
 
-    with pytest.raises(CaptureError, match="from the host"):
+    with pytest.raises(CaptureError, match="on the host"):
         Recording(step)
 
 
@@ -223,7 +223,7 @@ class Unregistered(Policy):
         torch.rand((), generator=self.learner.generator)
 
 
-@pytest.mark.parametrize(("kind", "message"), [(Peeking, "from the host"), (Unregistered, "not registered")])
+@pytest.mark.parametrize(("kind", "message"), [(Peeking, "on the host"), (Unregistered, "not registered")])
 def test_an_act_that_cannot_be_captured_is_refused(kind, message, monkeypatch):
     record_instead_of_capturing(monkeypatch)
     learner = make_learner()

@@ -1,10 +1,10 @@
-"""Trace files: one update of an agent, written down with everything that went in and came out.
+"""Trace files: one update of an agent, with all of its inputs and outputs.
 
 A trace is an .npz of `param:agent/<name>` (the parameters, by the authors' names), `in:<key>` (the batch,
 (B, T, ...)), `out:<quantity>` and `grad:agent/<name>`. Two were written by the authors' own program
-(thuml/HarmonyDream, dreamerv3-jax, under JAX on a CPU): `AUTHORS`, of discrete actions and an image, and
-`AUTHORS_CONTINUOUS`, of continuous actions, an image and a vector. `make_trace` writes such files of other
-sizes and kinds with the float64 reference.
+(thuml/HarmonyDream, dreamerv3-jax, under JAX on a CPU): `AUTHORS`, with discrete actions and an image, and
+`AUTHORS_CONTINUOUS`, with continuous actions, an image and a vector. `make_trace` writes such files for other
+sizes and kinds, with the float64 reference.
 
 Axes: B batch, T time.
 """
@@ -57,7 +57,7 @@ class Trace:
 
     @property
     def observations(self) -> dict[str, Tensor]:
-        """The inputs that the trace's model sees: uint8 images, and vectors for which it has a decoder."""
+        """The inputs that the trace's model observes: uint8 images, and vectors for which it has a decoder."""
         images = {k: v for k, v in self.inputs.items() if v.dtype == torch.uint8 and v.ndim == 5}
         vectors = {
             k: v for k, v in self.inputs.items() if f"wm/dec/mlp/dist_{k}/out/kernel" in self.parameters
@@ -108,7 +108,7 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class Sizes:
-    """All that a trace's shapes follow from; `state` is the width of the vector observation, 0 for none."""
+    """What determines a trace's shapes; `state` is the width of the vector observation, 0 for none."""
 
     image: tuple[int, int, int] = (16, 16, 3)
     state: int = 0
@@ -130,7 +130,7 @@ class Sizes:
 
 
 def make_parameters(sizes: Sizes, rng: np.random.Generator) -> Arrays:
-    """Random float32 parameters, none of them at a special value: nothing is zero, one, or symmetric."""
+    """Random float32 parameters without special values: nothing is zero, one, or symmetric."""
     out: Arrays = {}
 
     def draw(name: str, *shape: int, scale: float, mean: float = 0.0) -> None:
@@ -196,7 +196,7 @@ def make_parameters(sizes: Sizes, rng: np.random.Generator) -> Arrays:
 
 
 def make_batch(sizes: Sizes, rng: np.random.Generator) -> Arrays:
-    """A random batch (B, T, ...): seams inside windows, episode ends, continuous actions beyond [-1, 1]."""
+    """A random batch (B, T, ...): episodes begin and end inside windows, continuous actions exceed [-1, 1]."""
     lead = (sizes.batch, sizes.length)
     is_first = rng.random(lead) < 0.25
     is_first[:, 0] = True

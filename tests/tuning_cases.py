@@ -1,4 +1,4 @@
-"""What the tests of tuning have in common: a small job, and a cache of each test's own."""
+"""What the tests of tuning have in common: sizes of a small job, and a cache for each test."""
 
 import pytest
 
@@ -7,6 +7,6 @@ SIZES = {"replay": {"batch": 4, "length": 8}}
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
-    """What is found is remembered in the test's own folder, and no backend is forced. For a module that imports it."""
+    """Importing it gives each test of a module a cache of its own, and no forced backend."""
     monkeypatch.setenv("HDFAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HDFAST_BACKEND", raising=False)

@@ -1,4 +1,4 @@
-"""What tests of replay do where the C++ module is not built."""
+"""For tests of replay on machines where the C++ module is not built."""
 
 from collections.abc import Iterator
 
@@ -10,9 +10,9 @@ from hdfast_kernels import dispatch
 
 @pytest.fixture(autouse=True)
 def definitions_on_the_host() -> Iterator[None]:
-    """Import it where a replay on the host gathers: without the C++ module it then does so by definition.
+    """Importing it lets a replay on the host gather with the op's definition if the C++ module is missing.
 
-    On a machine with a GPU, torch and little else; where there is no GPU, a missing module is a fault to be seen.
+    Only on a machine with a GPU, which may have torch and little else; elsewhere a missing module must show.
     """
     if dispatch.native_built() or not torch.cuda.is_available():
         yield

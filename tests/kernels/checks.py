@@ -1,7 +1,7 @@
-"""How the ops are tested: error budgets against float64, poisoned memory, the backends that run here.
+"""What the tests of ops share: error budgets against float64, poisoned memory, the backends that run here.
 
-`check_against_fp64` is the one judge of accuracy: an implementation may err at most twice as much, against the
-reference in float64, as the reference itself errs in the dtype of the inputs.
+`check_against_fp64` is the one judge of accuracy: measured against the reference in float64, an implementation may err
+at most twice as much as the reference in the dtype of the inputs.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ if dispatch.triton_interpreted():
     interpreter_approximations.patch()
     interpreter_bf16.patch()
 
-BUDGET = 2.0  # times what plain PyTorch errs
-# Units in the last place of the largest value, allowed on top: where few numbers are, plain PyTorch may have luck.
+BUDGET = 2.0  # times the error of plain PyTorch
+# Units in the last place of the largest value, allowed on top: with few numbers plain PyTorch may be lucky.
 FLOOR = 1.0
-# The same of float32 for kernels with a GPU's exp, division and root: each errs up to 2 units, PyTorch's half a unit.
+# The same for float32 kernels with a GPU's exp, division and root: each errs up to 2 units, PyTorch's half a unit.
 FAST_FLOOR = 10.0
 
 
 def floor_of(dtype: torch.dtype, device: str | torch.device) -> float:
-    """The floor for results of that type that are computed on `device`."""
+    """The floor for results of this dtype that are computed on `device`."""
     fast = torch.device(device).type == "cuda" or dispatch.triton_interpreted()
     return FAST_FLOOR if fast and dtype == torch.float32 else FLOOR
 
@@ -49,7 +49,7 @@ class Backend:
 
 
 def backends(op: str, *, reference: bool = True) -> list[Any]:
-    """pytest parameters: every backend of `op` that runs here, of those in HDFAST_TEST_BACKENDS if it is set."""
+    """pytest parameters: every backend of `op` that runs here, and is in HDFAST_TEST_BACKENDS if that is set."""
     wanted = os.environ.get("HDFAST_TEST_BACKENDS", "reference,triton,fused,native").split(",")
     out = []
     for device in ("cpu", "cuda"):
@@ -63,7 +63,7 @@ def backends(op: str, *, reference: bool = True) -> list[Any]:
 
 
 class Calls(TorchDispatchMode):
-    """Inside the block, what PyTorch is asked to do: (operation, arguments) of every call, in `made`."""
+    """Records in `made` all that PyTorch is asked to do inside the block: (operation, arguments) of every call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,13 +90,13 @@ def check_against_fp64(
 ) -> dict[str, Tensor]:
     """Compare op(**inputs) and all its gradients with reference(**inputs) in float64; AssertionError names what errs.
 
-    `inputs` are tensors and constants in the dtypes that `op` is to take; the floating-point tensors that require
-    a gradient get one, for a random linear function of all differentiable outputs. `reference` runs twice, on the
-    same inputs and on their float64 copies; the error of the first is the measure of what `op` may err, by the
-    largest and by the root mean square, beside `floor` units in the last place of the largest value (None: `floor_of`).
-    Memory that `op` takes is filled with NaN beforehand. Integer outputs must be equal.
+    `inputs` are tensors and constants in the dtypes that `op` is to take; gradients for the floating-point tensors that
+    require one are those of a random linear function of all differentiable outputs. `reference` runs twice, on the same
+    inputs and on float64 copies; `op` may err `budget` times as much as the first does, plus `floor` units in the last
+    place of the largest value (None: `floor_of`), both by the largest error and by the root mean square. Memory that
+    `op` allocates is filled with NaN beforehand. Integer outputs must be equal.
 
-    Returns what `op` gave: outputs by their position ("0", "1", ...), gradients as "grad " and their input's name.
+    Returns the results of `op`: outputs by their position ("0", "1", ...), gradients as "grad " and the input's name.
     """
     with poisoned_memory():
         got = _outputs_and_gradients(op, inputs)
@@ -126,7 +126,7 @@ def check_against_fp64(
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Inside the block, torch.empty gives NaN (integers: the largest): what is never written shows."""
+    """Inside the block, torch.empty gives NaN (integers: the largest), so that what is never written shows."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -164,7 +164,7 @@ def _outputs_and_gradients(function: Callable[..., Any], inputs: dict[str, Any])
 
 
 def _transposed(tensor: Tensor) -> Tensor:
-    """The same numbers, but the last two axes the other way round in memory: gradients come as they like."""
+    """The same numbers with the last two axes swapped in memory: gradients may come in any layout."""
     return tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor
 
 

@@ -1,9 +1,9 @@
 """Gives Triton's interpreter the errors of a GPU's fast arithmetic, which numpy rounds correctly.
 
-A kernel's exp is `ex2.approx` of a rounded product, exp2 the same without the product, `/` is `div.full`, sqrt and
-rsqrt are approximations too: each errs by up to the bound of the PTX manual, here by a share of it that hangs on the
-bits of the result, so that what is computed twice comes out the same. What asks for correct rounding (tl.div_rn,
-tl.sqrt_rn) keeps it.
+A kernel's exp is `ex2.approx` of a rounded product, exp2 the same without the product, `/` is `div.full`, and sqrt
+and rsqrt are approximations too: each errs by up to the bound in the PTX manual. Here each errs by a share of that
+bound that depends on the bits of the result, so that the same computation gives the same result. Operations with
+correct rounding (tl.div_rn, tl.sqrt_rn) keep it.
 """
 
 import numpy as np
@@ -29,7 +29,7 @@ def patch() -> None:
 def exp(x: np.ndarray) -> np.ndarray:
     x = np.asarray(x)
     power = np.exp2((x * LOG2_E).astype(np.float64)).astype(x.dtype)
-    return np.where(x == 0, power, off_by(power, 2**-22.5))  # of zero it is one
+    return np.where(x == 0, power, off_by(power, 2**-22.5))  # exp(0) is exactly one
 
 
 def rsqrt(x: np.ndarray) -> np.ndarray:
@@ -42,13 +42,13 @@ def off_by(x: np.ndarray, share: float) -> np.ndarray:
 
 
 def off_by_units(x: np.ndarray, units: float) -> np.ndarray:
-    """float32 x with an error of at most `units` in its last place; zero, infinity and NaN stay."""
+    """float32 x with an error of at most `units` in the last place; zero, infinity and NaN stay."""
     size = np.where(np.isfinite(x) & (x != 0), np.spacing(np.abs(x)), 0.0)
     return (x + units * _noise(x) * size.astype(np.float64)).astype(x.dtype)
 
 
 def _noise(x: np.ndarray) -> np.ndarray:
-    """Float64 numbers in [-1, 1) that follow from the bits of float32 x."""
+    """Float64 numbers in [-1, 1), a function of the bits of float32 x."""
     assert x.dtype == np.float32, x.dtype
     bits = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64) * 2654435761 % 2**32
     return bits.astype(np.float64).reshape(x.shape) / 2**31 - 1

@@ -1,6 +1,6 @@
-"""Grid barriers in Triton's interpreter, which runs programs one after another and would wait for ever.
+"""Grid barriers in Triton's interpreter, which runs programs one after another and would wait forever.
 
-Every program becomes a greenlet; at a barrier it hands over to the next, and all go on when all have come.
+Every program becomes a greenlet; at a barrier it hands over to the next, and all go on once all have arrived.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from triton.runtime import interpreter
 class _Grid(interpreter.GridExecutor):
     """Runs the programs of a launch side by side, from barrier to barrier."""
 
-    barriers: ClassVar[list[int]] = []  # met in each launch that met any
+    barriers: ClassVar[list[int]] = []  # how many each launch met, of those that met any
 
     def __call__(self, *args, **kwargs):
         known = inspect.getfullargspec(self.fn).args
@@ -43,7 +43,7 @@ class _Grid(interpreter.GridExecutor):
                     builder.set_grid_idx(*place)
                     program.switch()
                 met += 1
-                order.reverse()  # so that a missing barrier shows, whichever program it would have held back
+                order.reverse()  # so that a missing barrier shows, whichever program should have waited
             _Grid.barriers += [met] if met else []
         finally:
             if scope is not None:
@@ -52,7 +52,7 @@ class _Grid(interpreter.GridExecutor):
 
 @contextlib.contextmanager
 def cooperative(module: ModuleType) -> Iterator[type[_Grid]]:
-    """Inside the block the kernels of `module` run side by side, and its `grid_barrier` is a hand-over."""
+    """Inside the block, programs of `module`'s kernels take turns, handing over at `grid_barrier`."""
     executor, barrier = interpreter.GridExecutor, module.grid_barrier
     interpreter.GridExecutor, _Grid.barriers = _Grid, []
     module.grid_barrier = lambda counter, target: greenlet.getcurrent().parent.switch()

@@ -1,4 +1,4 @@
-"""Mends bfloat16 in Triton's interpreter, which truncates where it should round and multiplies bits in tl.dot.
+"""Mends bfloat16 in Triton's interpreter, which truncates instead of rounding and multiplies raw bits in tl.dot.
 
 Works on Triton 3.6 to 3.9, checked by test_triton_interpreter.py.
 """

@@ -1,4 +1,4 @@
-"""Inputs for rssm_observe, and its mathematics once more, written independently of the op and in float64.
+"""Inputs for rssm_observe, and its mathematics written independently of the op, in float64.
 
 Axes: T time, B batch, D deter, U units, S groups, K classes.
 """
@@ -30,16 +30,16 @@ class Sizes(NamedTuple):
 def make_case(
     sizes: Sizes, seed: int = 0, likely: bool = False, unimix: float = UNIMIX
 ) -> dict[str, Tensor | float]:
-    """Float64 arguments of rssm_observe whose samples do not hang on rounding.
+    """Float64 arguments of rssm_observe whose samples do not depend on rounding.
 
-    Each uniform number lies in the middle of its class's interval of the distribution function in float64;
-    `likely` takes the most probable class, whose interval is wide enough for bfloat16.
+    Each uniform number lies in the middle of its class's interval of the float64 distribution function; `likely`
+    takes the most probable class, whose interval is wide enough for bfloat16.
     """
     T, B, D, U, S, K = sizes
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        # what bfloat16 can represent, so that every dtype starts from the same numbers
+        # Numbers that bfloat16 can represent, so that every dtype starts from the same ones.
         return (torch.randn(*shape, generator=generator) * scale).bfloat16().double()
 
     case = {
@@ -69,9 +69,9 @@ def make_case(
 
 
 def level_case(sizes: Sizes) -> dict[str, Tensor | float]:
-    """A case for float32 in which every layer norm meets rows of equal, large numbers, so that it gives its bias.
+    """A case for float32 in which every layer norm gets rows of equal, large numbers, and so returns its bias.
 
-    Each sequence begins anew at each step, from a deter of one number, by which the gates' sums are exact.
+    Each sequence begins anew at each step, from a deter with a single nonzero number: the gates' sums are exact.
     """
     T, B, D, U = sizes[:4]
     case, generator = make_case(sizes), torch.Generator().manual_seed(1)
@@ -88,7 +88,7 @@ def level_case(sizes: Sizes) -> dict[str, Tensor | float]:
 
 
 def check_level_case(function: Callable[[dict], dict], run: Callable[..., dict], sizes: Sizes) -> None:
-    """What the mean misses by rounding is not to be divided by a deviation of nothing, which is 1/32 with eps."""
+    """The rounding error of the mean must not be divided by a deviation of zero, which eps makes 1/32."""
     case = level_case(sizes)
     ours, theirs = run(function, cast(case, torch.float32)), run(expected, case)
     assert torch.equal(ours["index"], theirs["index"])
@@ -99,7 +99,7 @@ def check_level_case(function: Callable[[dict], dict], run: Callable[..., dict],
 
 
 def cast(case: dict[str, Tensor | float], dtype: torch.dtype) -> dict[str, Tensor | float]:
-    """The case as an agent passes it: matrices, embed, action in `dtype`, the rest at least float32."""
+    """The case as an agent passes it: matrices, embed and action in `dtype`, the rest at least in float32."""
     wide = torch.promote_types(dtype, torch.float32)
     out = {}
     for name, value in case.items():
@@ -117,9 +117,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def expected(
     case: dict[str, Tensor | float], likely: bool = False, recentre: bool = False
 ) -> dict[str, Tensor]:
-    """deter, stoch, index, logp of the case, dense one-hot by dense one-hot, sequence by sequence.
+    """deter, stoch, index, logp of the case, computed with dense one-hots, one sequence after another.
 
-    With `recentre` samples are drawn anew (by case["uniform"], or the most likely); `uniform` is returned too.
+    Samples are drawn with case["uniform"], or with `likely` are the most probable classes. `uniform` is returned too,
+    with `recentre` the middle of each sampled class's interval.
     """
     c = case
     T, B, S = c["uniform"].shape
