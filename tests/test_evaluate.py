@@ -1,4 +1,4 @@
-"""Playing a run's newest checkpoint: the door, the video, the agent for a notebook."""
+"""Playing a checkpoint of a run: the command, and the agent for a notebook."""
 
 import dataclasses
 import io
@@ -6,18 +6,16 @@ import json
 import re
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from hdfast import evaluate, loop, session
 from hdfast.envs.base import ContinuousActions
-from hdfast.runtime.errors import ConfigError, RunError
+from hdfast.runtime.errors import ConfigError
 from tests import loop_cases
 from tests.loop_cases import (
     door,
@@ -175,57 +173,6 @@ def test_numbers_out_of_range_are_one_line_in_a_notebook_too(run):
         with pytest.raises(ConfigError) as error:
             call(path_of(run))
         assert str(error.value) == text
-
-
-def test_evaluate_writes_a_video_of_the_first_episode(run):
-    found = evaluate.evaluate(path_of(run), episodes=3, num_envs=2, video=True, device="cpu")
-    path = Path(found["video"])
-    assert path == path_of(run) / "videos" / "evaluate_0000000040.gif"
-    with Image.open(path) as image:
-        assert image.n_frames == 10  # the reset row and nine more
-        assert image.size == (256, 256)
-    path.unlink()
-
-
-@pytest.mark.parametrize("obs", ["state", "auto"])
-def test_a_video_of_a_run_from_vectors_is_drawn_and_changes_no_score(tmp_path, obs):
-    config = tiny(
-        tmp_path,
-        suite="gym",
-        task="tests.gym_envs:Drawn-v0",
-        env={"num_envs": 1, "obs": obs},
-        agent_steps=12,
-    )
-    loop_cases.train(config)
-    run = next(tmp_path.glob("gym/*/seed0"))
-    film, plain = (evaluate.evaluate(run, episodes=2, video=video, device="cpu") for video in (True, False))
-    assert film["scores"] == plain["scores"]
-    with Image.open(film["video"]) as image:
-        ages = []
-        for frame in range(image.n_frames):
-            image.seek(frame)
-            ages.append(image.convert("RGB").getpixel((100, 100)))
-    assert ages == [(10 * age,) * 3 for age in range(6)]
-
-
-def test_a_video_of_a_long_episode_is_cut_and_told(run, monkeypatch, capfd):
-    monkeypatch.setattr(evaluate.Film, "LONGEST", 4)
-    path = Path(evaluate.evaluate(path_of(run), episodes=3, num_envs=2, video=True, device="cpu")["video"])
-    with Image.open(path) as image:
-        assert image.n_frames == 4
-    assert capfd.readouterr().err == f"warning: {path}: the first 4 rows of an episode that goes on\n"
-    path.unlink()
-
-
-def test_a_video_that_cannot_be_written_is_told_after_its_episode_not_after_all(run, tmp_path):
-    copy = tmp_path / "seed0"
-    shutil.copytree(path_of(run), copy)
-    shutil.rmtree(copy / "videos")
-    (copy / "videos").touch()
-    began = time.monotonic()
-    with pytest.raises(RunError, match="cannot write the video"):
-        evaluate.evaluate(copy, episodes=1_000_000, num_envs=2, video=True, device="cpu")
-    assert time.monotonic() - began < 30
 
 
 def test_a_trained_agent_acts_in_a_notebook(run):
@@ -428,15 +375,3 @@ def test_what_it_cannot_act_on_is_told(run):
     several = evaluate.load(path_of(run), num_envs=2, device="cpu")
     with several, pytest.raises(ValueError, match=r"act\(\) is for one environment, this was loaded for 2"):
         several.act(np.zeros((16, 16, 3), np.uint8))
-
-
-def test_what_is_drawn_for_a_video_is_nothing_that_it_acts_on(tmp_path):
-    loop_cases.train(
-        tiny(tmp_path, agent_steps=4, suite="gym", task="tests.gym_envs:Drawn-v0", env={"obs": "state"})
-    )
-    (folder,) = tmp_path.glob("gym/*/seed0")
-    drawn = evaluate.load(folder, device="cpu", drawn=True)
-    with drawn, pytest.raises(ValueError, match="load it without drawn=True"):
-        drawn.act(np.zeros(3, np.float32))
-    with evaluate.load(folder, device="cpu") as trained:
-        assert trained.act(np.zeros(3, np.float32)) in (0, 1, 2)

@@ -1,0 +1,89 @@
+"""The video of an evaluation: the first episode, as a GIF in the run's directory."""
+
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hdfast import evaluate
+from hdfast.runtime.errors import RunError
+from tests import loop_cases
+from tests.loop_cases import (
+    one_thread,  # noqa: F401
+    path_of,
+    tiny,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of Catch."""
+    config = tiny(tmp_path_factory.mktemp("runs"))
+    loop_cases.train(config)
+    return config
+
+
+def test_evaluate_writes_a_video_of_the_first_episode(run):
+    found = evaluate.evaluate(path_of(run), episodes=3, num_envs=2, video=True, device="cpu")
+    path = Path(found["video"])
+    assert path == path_of(run) / "videos" / "evaluate_0000000040.gif"
+    with Image.open(path) as image:
+        assert image.n_frames == 10  # the reset row and nine more
+        assert image.size == (256, 256)
+    path.unlink()
+
+
+@pytest.mark.parametrize("obs", ["state", "auto"])
+def test_a_video_of_a_run_from_vectors_is_drawn_and_changes_no_score(tmp_path, obs):
+    config = tiny(
+        tmp_path,
+        suite="gym",
+        task="tests.gym_envs:Drawn-v0",
+        env={"num_envs": 1, "obs": obs},
+        agent_steps=12,
+    )
+    loop_cases.train(config)
+    run = next(tmp_path.glob("gym/*/seed0"))
+    film, plain = (evaluate.evaluate(run, episodes=2, video=video, device="cpu") for video in (True, False))
+    assert film["scores"] == plain["scores"]
+    with Image.open(film["video"]) as image:
+        ages = []
+        for frame in range(image.n_frames):
+            image.seek(frame)
+            ages.append(image.convert("RGB").getpixel((100, 100)))
+    assert ages == [(10 * age,) * 3 for age in range(6)]
+
+
+def test_a_video_of_a_long_episode_is_cut_and_told(run, monkeypatch, capfd):
+    monkeypatch.setattr(evaluate.Film, "LONGEST", 4)
+    path = Path(evaluate.evaluate(path_of(run), episodes=3, num_envs=2, video=True, device="cpu")["video"])
+    with Image.open(path) as image:
+        assert image.n_frames == 4
+    assert capfd.readouterr().err == f"warning: {path}: the first 4 rows of an episode that goes on\n"
+    path.unlink()
+
+
+def test_a_video_that_cannot_be_written_is_told_after_its_episode_not_after_all(run, tmp_path):
+    copy = tmp_path / "seed0"
+    shutil.copytree(path_of(run), copy)
+    shutil.rmtree(copy / "videos")
+    (copy / "videos").touch()
+    began = time.monotonic()
+    with pytest.raises(RunError, match="cannot write the video"):
+        evaluate.evaluate(copy, episodes=1_000_000, num_envs=2, video=True, device="cpu")
+    assert time.monotonic() - began < 30
+
+
+def test_what_is_drawn_for_a_video_is_nothing_that_it_acts_on(tmp_path):
+    loop_cases.train(
+        tiny(tmp_path, agent_steps=4, suite="gym", task="tests.gym_envs:Drawn-v0", env={"obs": "state"})
+    )
+    (folder,) = tmp_path.glob("gym/*/seed0")
+    drawn = evaluate.load(folder, device="cpu", drawn=True)
+    with drawn, pytest.raises(ValueError, match="load it without drawn=True"):
+        drawn.act(np.zeros(3, np.float32))
+    with evaluate.load(folder, device="cpu") as trained:
+        assert trained.act(np.zeros(3, np.float32)) in (0, 1, 2)
