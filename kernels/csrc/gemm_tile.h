@@ -45,11 +45,11 @@ HDFAST_INLINE void multiply_tile(const float* left, int64_t left_step, const flo
 // Asks for what lies ahead, a few lines at each of `calls` calls, while products leave the memory idle: the hardware
 // does not foresee what is taken in another order than it lies in.
 template <class T>
-class Ahead {
+class Prefetcher {
  public:
-  Ahead(const T* next, const T* end, int64_t calls) : next_(next), end_(end), step_((end - next) / calls + 1) {}
+  Prefetcher(const T* next, const T* end, int64_t calls) : next_(next), end_(end), step_((end - next) / calls + 1) {}
 
-  HDFAST_INLINE void go_on() {
+  HDFAST_INLINE void advance() {
     for (const T* const to = std::min(next_ + step_, end_); next_ < to; next_ += group<T>)
       __builtin_prefetch(next_, 0, 2);
   }

@@ -150,8 +150,8 @@ void weight_grad(const Shape& shape, const T* images, const T* maps, float* grad
     for (int64_t n = shape.images * mine / all; n < last; n++) {
       image.take(images + n * shape.of_image());
       const T *next = maps + (n + 1) * shape.of_map(), *end = maps + std::min(n + 2, last) * shape.of_map();
-      Ahead<T> ahead(next, std::max(next, end), 4 * ((shape.S + vectors * W - 1) / (vectors * W)));
-      add_grad(shape, source, source.take(image, maps + n * shape.of_map()), total, [&] { ahead.go_on(); });
+      Prefetcher<T> ahead(next, std::max(next, end), 4 * ((shape.S + vectors * W - 1) / (vectors * W)));
+      add_grad(shape, source, source.take(image, maps + n * shape.of_map()), total, [&] { ahead.advance(); });
       if (sums) add_pixels(shape, image, columns, total + size);
     }
   }

@@ -107,7 +107,7 @@ class Grad {
         lay_right(at(lines.at(h, 0), depth, q), at(lines.at(h, 0), depth, q + 1), out, wide);
     const int64_t last = shape_.S + (pixels_too ? wide : 0);
     const bf16* const next = map + shape_.of_map();
-    Ahead<bf16> ahead(next, std::min(next + shape_.of_map(), end), last / wide * 2 * steps_);
+    Prefetcher<bf16> ahead(next, std::min(next + shape_.of_map(), end), last / wide * 2 * steps_);
     for (int64_t s = 0; s < last; s += wide)
       for (int64_t h = 0; h < 2; h++, total += sums_size) {
         const bool weights = s < shape_.S;
@@ -115,7 +115,7 @@ class Grad {
         zero_sums();
         for (int64_t step = 0; step < steps_; step++, a += weights ? area : 0, b += tile * wide) {
           add_products(a, weights ? steps_ * area * 4 : 0, 64, b, 64, wide * 4);
-          ahead.go_on();
+          ahead.advance();
         }
         alignas(64) float sums[sums_size];
         store_sums(sums, 2 * area, area);

@@ -74,16 +74,18 @@ void rectangle(const Layout& at, const float* grad, const float* x, Span k, Span
     const Span block = {first, std::min(first + deep, k.last)}, next = {block.last, std::min(block.last + deep, k.last)};
     const int64_t groups = (block.last - first + group<float> - 1) / group<float>;
     lay<panel, panel>(x, at.N, block, p, right);
-    Ahead<float> of_grad(grad + next.first * at.M, grad + (t.last - t.first == at.tiles ? next.last : next.first) * at.M,
-                         (t.last - t.first) * (p.last - p.first));
-    Ahead<float> of_x(x + next.first * at.N, x + (p.last - p.first == at.panels ? next.last : next.first) * at.N,
-                      (t.last - t.first) * (p.last - p.first));
+    Prefetcher<float> of_grad(grad + next.first * at.M,
+                              grad + (t.last - t.first == at.tiles ? next.last : next.first) * at.M,
+                              (t.last - t.first) * (p.last - p.first));
+    Prefetcher<float> of_x(x + next.first * at.N,
+                           x + (p.last - p.first == at.panels ? next.last : next.first) * at.N,
+                           (t.last - t.first) * (p.last - p.first));
     for (Span some = {t.first, 0}; some.first < t.last; some.first = some.last) {
       some.last = std::min(some.first + tiles_of_block, t.last);
       lay<tile_rows, slot>(grad, at.M, block, some, left);
       for (int64_t j = p.first; j < p.last; j++)
         for (int64_t i = some.first; i < some.last; i++) {
-          of_grad.go_on(), of_x.go_on();
+          of_grad.advance(), of_x.advance();
           const float* const a = left + (i - some.first) * deep * slot;
           const float* const b = right + (j - p.first) * deep * panel;
           float* const sum = sums + at.sums_at(0, i, j);

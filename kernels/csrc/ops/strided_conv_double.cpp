@@ -84,14 +84,14 @@ HDFAST_INLINE void double_tile(const Layout& at, const bf16* inputs, const uint3
 
 template <bool far>
 void double_block(const Layout& at, const bf16* inputs, const uint32_t* weights, int64_t count, bf16* y,
-                  const int64_t* to, Ahead<bf16>& ahead) {
+                  const int64_t* to, Prefetcher<bf16>& ahead) {
   for (int64_t phase = 0; phase < phases; phase++)
     for (int64_t p = 0; p < at.weights.panels(); p++)
       for (int64_t m = 0; m < count; m += tile_rows) {
         const bf16* const left = inputs + m * group<bf16>;
         const uint32_t* const right = weights + at.weights.at(phase, p, 0);
         bf16* const out = y + (phase / 2 * 2 * at.width + phase % 2) * at.O + p * panel;
-        ahead.go_on();
+        ahead.advance();
         if (at.O - p * panel >= panel)
           double_tile<2, far>(at, left, right, phase, count - m, out, to + m);
         else
@@ -124,7 +124,7 @@ bool strided_conv_double(const void* x, const void* weight, void* y, int64_t ima
           to[m] = ((first + m) / at.width * 4 * at.width + (first + m) % at.width * 2) * at.O;
         const int64_t seen = std::min(first + count + at.width + 1, at.pixels);
         const int64_t next = std::min(seen + block, at.pixels);
-        Ahead<bf16> ahead(from + seen * at.C, from + next * at.C, phases * at.weights.panels() * tiles);
+        Prefetcher<bf16> ahead(from + seen * at.C, from + next * at.C, phases * at.weights.panels() * tiles);
         double_block<far>(at, inputs, weights, count, out, to, ahead);
       }
       fence();

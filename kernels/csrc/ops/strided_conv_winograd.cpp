@@ -102,14 +102,14 @@ const float* start_of(const Layout& at, const float* x, int64_t t) {
 }
 
 void multiply(const Layout& at, const float* inputs, const float* weights, int64_t phase, int64_t count, bool fresh,
-              float* products, Ahead<float>& ahead) {
+              float* products, Prefetcher<float>& ahead) {
   for (int64_t f = 0; f < products_of_tile; f++)
     for (int64_t p = 0; p < at.panels; p++)
       for (int64_t t = 0; t < count; t += tile_rows) {
         const float* const left = inputs + at.inputs_at(f) + t * group<float>;
         const float* const right = weights + at.weights_at(phase, f, p);
         float* const sums = products + at.products_at(f) + (p * at.block + t) * panel;
-        ahead.go_on();
+        ahead.advance();
         if (at.O - p * panel >= panel)
           multiply_tile<2>(left, at.block * group<float>, right, at.C / group<float>, sums, fresh);
         else
@@ -161,8 +161,8 @@ bool strided_conv_winograd(const float* x, const float* weight, float* y, int64_
       for (int64_t first = at.tiles.count * mine / team; first < last; first += at.block) {
         const int64_t count = std::min(at.block, last - first), next = first + count;
         const int64_t whole = (count + tile_rows - 1) / tile_rows * tile_rows;
-        Ahead<float> ahead(start_of(at, x, next), start_of(at, x, std::min(next + at.block, last)),
-                           phases * products_of_tile * at.panels * (whole / tile_rows));
+        Prefetcher<float> ahead(start_of(at, x, next), start_of(at, x, std::min(next + at.block, last)),
+                                phases * products_of_tile * at.panels * (whole / tile_rows));
         for (int64_t phase = 0; phase < phases; phase++) {
           transform_block(at, x, phase, first, whole, zeros, inputs);
           multiply(at, inputs, weights, phase, whole, doubling || phase == 0, products, ahead);

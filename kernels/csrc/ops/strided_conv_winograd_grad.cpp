@@ -138,15 +138,15 @@ bool strided_conv_winograd_grad(const float* large, const float* small, float* g
       const int64_t calls = phases * products_of_tile * (at.large / tall) * ((at.small + broad * W - 1) / (broad * W));
       const auto ahead_of = [&](const float* map, int64_t scale, int64_t channels) {
         const int64_t numbers = scale * at.width * channels;
-        return Ahead<float>(start_of(at, map, scale, numbers, next),
-                            start_of(at, map, scale, numbers, std::min(next + block, last)), calls);
+        return Prefetcher<float>(start_of(at, map, scale, numbers, next),
+                                 start_of(at, map, scale, numbers, std::min(next + block, last)), calls);
       };
-      Ahead<float> of_large = ahead_of(large, 2, at.large), of_small = ahead_of(small, 1, at.small);
+      Prefetcher<float> of_large = ahead_of(large, 2, at.large), of_small = ahead_of(small, 1, at.small);
       transform_small(at, small, first, count, gradients);
       for (int64_t phase = 0; phase < phases; phase++) {
         transform_large(at, large, phase, first, count, zeros, inputs);
         multiply(at, inputs, gradients, count, total + at.sums_at(phase, 0),
-                 [&] { of_large.go_on(), of_small.go_on(); });
+                 [&] { of_large.advance(), of_small.advance(); });
       }
     }
 #pragma omp barrier
