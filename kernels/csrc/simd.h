@@ -59,7 +59,7 @@ HDFAST_INLINE Vi lane_numbers() {
 }
 
 // The vector with `other` in the lanes that take no part.
-HDFAST_INLINE Vf keep(Vf v, Whole, float = 0) { return v; }
+HDFAST_INLINE Vf keep(Vf v, Whole) { return v; }
 HDFAST_INLINE Vf keep(Vf v, Part part, float other = 0) { return lane_numbers() < part.n ? v : splat(other); }
 
 template <class T>
@@ -111,7 +111,7 @@ HDFAST_INLINE Vh narrow(Vf v, bf16) {
 }
 
 template <class T>
-HDFAST_INLINE Vf load(const T* p, Whole, float = 0) {
+HDFAST_INLINE Vf load(const T* p, Whole) {
   typename Raw<T>::type raw;
   std::memcpy(&raw, p, sizeof(raw));
   return widen(raw);

@@ -1,5 +1,3 @@
-#include <omp.h>
-
 #include "../image_conv.h"
 #include "../ops.h"
 #include "../simd.h"
