@@ -209,7 +209,7 @@ class Barrier {
       round_.store(round + 1, std::memory_order_release);
       return;
     }
-    for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
+    for (unsigned spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
       if (spins > 200) sched_yield();
 #if defined(__x86_64__)
       __builtin_ia32_pause();
