@@ -1,4 +1,4 @@
-// Tiles of the processor: products of 16 rows of 32 bfloat16 numbers with 32 rows of 16, summed in float32.
+// The processor's AMX tiles: products of 16 rows of 32 bfloat16 numbers with 32 rows of 16, summed in float32.
 #pragma once
 
 #if defined(__AMX_BF16__)
@@ -10,11 +10,11 @@ namespace HDFAST_ISA {
 namespace {
 
 constexpr int64_t tile = 16;   // rows and columns of a tile of sums
-constexpr int64_t depth = 32;  // numbers that a product sums: a row of the left tile, two rows a line of the right one
+constexpr int64_t depth = 32;  // terms of a sum: a row of the left tile; a line of the right one holds two of its rows
 constexpr int64_t wide = 2 * tile;
 
-// While it lives, the thread's eight tiles are whole ones. What was configured before is put back, for libraries
-// remember what they configured.
+// Configures the thread's eight tiles to their full size while it lives, then restores the previous configuration,
+// because libraries remember theirs.
 class Tiles {
  public:
   Tiles() {
@@ -42,8 +42,8 @@ class Tiles {
   Config before_;
 };
 
-// The sums of 2 x 2 tiles, in tile registers 0 to 3: nothing else may use them, nor 4 to 7, until they are stored. Each
-// tile lies by itself, rows of 16 numbers; `down` and `across` are the distances of neighbours.
+// The sums of 2 x 2 tiles, in tile registers 0 to 3. Nothing else may use these, nor 4 to 7, until they are stored. In
+// memory each tile is contiguous, rows of 16 numbers; `down` and `across` are the distances between neighbours.
 HDFAST_INLINE void zero_sums() {
   _tile_zero(0);
   _tile_zero(1);
@@ -63,7 +63,8 @@ HDFAST_INLINE void store_sums(float* sums, int64_t down, int64_t across) {
   _tile_stored(3, sums + down + across, 64);
 }
 
-// Adds the products of two tiles on the left, `down` apart, with two on the right, `across` apart; lines of bytes apart.
+// Adds the products of two left tiles, `down` bytes apart, with two right ones, `across` bytes apart; `left_line` and
+// `right_line` are the bytes from one line to the next.
 HDFAST_INLINE void add_products(const void* left, int64_t down, int64_t left_line, const void* right, int64_t across,
                                 int64_t right_line) {
   _tile_loadd(4, left, left_line);
@@ -76,7 +77,7 @@ HDFAST_INLINE void add_products(const void* left, int64_t down, int64_t left_lin
   _tile_dpbf16ps(3, 5, 7);
 }
 
-// Row m of sums that were stored with a distance of two tiles down and one across, to 32 numbers.
+// Rounds the 32 numbers of row m of sums that were stored with `down` of two tiles and `across` of one.
 template <bool far>
 HDFAST_INLINE void round_sums(const float* sums, int64_t m, bf16* out) {
   const float* const row = sums + m / tile * 2 * tile * tile + m % tile * tile;
@@ -87,9 +88,9 @@ HDFAST_INLINE void round_sums(const float* sums, int64_t m, bf16* out) {
     _mm512_storeu_si512(out, line);
 }
 
-// Operands of a sum over many rows, such as a gradient of weights: what is multiplied lies in the columns.
+// Operands of a sum over many rows, such as a weight gradient, where the factors are columns of the two matrices.
 
-// A left tile: a line for each of 16 columns from c on, with its numbers of 32 rows; null is a row of zeros.
+// A left tile: a line for each of the 16 columns from c on, with its numbers from 32 rows; a null row is all zeros.
 HDFAST_INLINE void lay_left(const bf16* const (&rows)[depth], int64_t c, uint32_t* out) {
   const auto numbers = [&](const bf16* row) {
     return row ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + c)))
@@ -118,7 +119,7 @@ HDFAST_INLINE void lay_left(const bf16* const (&rows)[depth], int64_t c, uint32_
   }
 }
 
-// A line of right tiles, from two rows, of which null is zeros: columns, a multiple of 32, in an order of their own.
+// A line of right tiles from two rows; a null row is all zeros. The columns, a multiple of 32, are permuted.
 HDFAST_INLINE void lay_right(const bf16* a, const bf16* b, uint32_t* out, int64_t columns) {
   for (int64_t c = 0; c < columns; c += wide) {
     const __m512i above = a ? _mm512_loadu_si512(a + c) : _mm512_setzero_si512();
@@ -127,7 +128,7 @@ HDFAST_INLINE void lay_right(const bf16* a, const bf16* b, uint32_t* out, int64_
     _mm512_store_si512(out + c + tile, _mm512_unpackhi_epi16(above, below));
   }
 }
-// Where column c of 32 is then.
+// Where that puts column c of 32.
 constexpr int64_t column_at(int64_t c) { return c / 8 * 4 + c % 4 + c / 4 % 2 * tile; }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Python's view of the ops: pointers and sizes in, nothing checked here. hdfast_kernels/native.py and the op files see
-// to shapes, dtypes, contiguity and lifetime; a data pointer costs far less per call than an array protocol.
+// The Python bindings of the ops: they take addresses and sizes and check nothing. hdfast_kernels/native.py and the op
+// files check shapes, dtypes, contiguity and lifetime; an address costs far less per call than an array protocol.
 //
 // The instruction set is chosen once, when the module is loaded, and can be forced (tests compare them).
 
@@ -76,14 +76,14 @@ const Table amx_table = {"amx", HDFAST_OPS(HDFAST_ENTRY) HDFAST_STRUCT_OPS(HDFAS
 
 #if defined(HDFAST_HAS_avx512) || defined(HDFAST_HAS_amx)
 bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bf16");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
 }
 #endif
 
 #ifdef HDFAST_HAS_amx
-// Whether the processor multiplies tiles of bfloat16 and the system lets this process use them.
+// Whether the processor can multiply bfloat16 tiles and the system lets this process use them.
 bool has_amx() {
   unsigned a, b, c, d = 0;
   constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
@@ -111,7 +111,7 @@ std::vector<const Table*> runnable() {
 
 const Table* ops = runnable().back();
 
-// Tells glibc's allocator to keep what is freed instead of returning it to the system. False where there is no glibc.
+// Tells glibc's allocator to keep freed memory instead of returning it to the system. False without glibc.
 bool keep_freed_memory() {
 #if defined(__GLIBC__)
   return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, -1) == 1 && mallopt(M_TOP_PAD, 64 << 20) == 1;
@@ -120,7 +120,7 @@ bool keep_freed_memory() {
 #endif
 }
 
-// How an argument comes from Python: a pointer as its address, a list of pointers as a list of addresses.
+// How Python passes an argument: a pointer as its address, a list of pointers as a list of addresses.
 template <class T>
 struct Wire {
   using type = T;
@@ -148,7 +148,7 @@ auto call(Result (*Table::*op)(Args...)) {
   };
 }
 
-// Addresses and sizes by name; KeyError for a missing one, TypeError for one too many.
+// Addresses and sizes by name; KeyError if one is missing, TypeError if there are more than expected.
 template <bool backward>
 RssmObserve rssm_observe_fields(const nb::kwargs& given) {
   RssmObserve p = {};

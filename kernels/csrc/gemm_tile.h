@@ -1,5 +1,5 @@
 // The inner loops of a product of matrices whose operands were laid out for it, near the peak of the machine: a tile of
-// sums stays in the registers, and every distance within it is a constant, so that one pointer reaches each operand.
+// sums stays in registers, and all distances within it are constants, so that each operand needs only one pointer.
 #pragma once
 
 #include <algorithm>
@@ -9,17 +9,17 @@
 namespace HDFAST_ISA {
 namespace {
 
-constexpr int tile_rows = W == 16 ? 14 : 6;  // with two vectors each, a row of `right` and a number: all registers
-constexpr int64_t panel = 2 * W;             // columns of `right` and `sums`, of which the last half may be empty
+constexpr int tile_rows = W == 16 ? 14 : 6;  // two vectors each; these fill the registers
+constexpr int64_t panel = 2 * W;             // columns of `right` and `sums`; the second half may be empty
 template <class T>
-constexpr int64_t group = 64 / sizeof(T);  // depths of `left` that lie together: a line of the cache
-// Groups that are summed by themselves: a sum's error grows with its length, and what it takes to add them is hidden.
+constexpr int64_t group = 64 / sizeof(T);  // consecutive depths of `left` stored together: a cache line
+// Groups that are summed separately: a sum's error grows with its length, and the cost of adding up the sums is hidden.
 constexpr int64_t chain = 2;
 
 // sums[m, n] = sum over k of left[k / group, m, k % group] * right[k, n]        m < tile_rows, n < vectors * W
 //
-// Of `left`, groups lie `left_step` apart, rows m and depths k of a group as the template says. The sums are added to
-// those there, unless `fresh`.
+// Groups of `left` are `left_step` apart; the template gives the steps between rows m and between depths k of a group.
+// The sums are added to those in `sums`, or overwrite them if `fresh`.
 template <int vectors, int64_t step_of_row = group<float>, int64_t step_of_depth = 1>
 HDFAST_INLINE void multiply_tile(const float* left, int64_t left_step, const float* right, int64_t groups, float* sums,
                                  bool fresh) {
@@ -42,8 +42,8 @@ HDFAST_INLINE void multiply_tile(const float* left, int64_t left_step, const flo
   }
 }
 
-// Asks for what lies ahead, a few lines at each of `calls` calls, while products leave the memory idle: the hardware
-// does not foresee what is taken in another order than it lies in.
+// Prefetches what is needed next, a few lines on each of `calls` calls, while products leave the memory idle: the
+// hardware does not predict data that is read in another order than it is stored in.
 template <class T>
 class Prefetcher {
  public:

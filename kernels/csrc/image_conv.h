@@ -1,12 +1,12 @@
-// What the convolution of kernel 4, stride 2 and padding 1 between images of few channels and a map of half their size has
-// in common with the gradient of its kernel. Convolution libraries work on blocks of 16 channels, an image has 3. But what a
-// row of the kernel meets, 4 pixels of an image, are 4 C numbers side by side:
+// Shared by the convolution of kernel 4, stride 2 and padding 1 between images of few channels and a map of half their
+// size, and the gradient of its kernel. Convolution libraries work on blocks of 16 channels, but an image has 3.
+// However, the 4 pixels of an image that a row of the kernel covers are 4 C numbers side by side:
 //
 //     map[y, x, s] = sum over i, k of rows[2 y + i][2 x C + k] * weight[i, k, s]        i < 4, k < 4 C
 //
-// with the rows of the image between pixels of zeros.
+// where `rows` is the image with a border of zeros.
 //
-// Axes: y, x pixels of the map; i row of the kernel, k column and channel; s channels of the map.
+// Axes: y, x pixels of the map; i row of the kernel, k its column and channel; s channels of the map.
 #pragma once
 
 #include <cstring>
@@ -26,7 +26,7 @@ struct Shape {
   int64_t of_map() const { return height * width * S; }
 };
 
-// An image between pixels of zeros, as numbers of type T.
+// An image with a border of zeros, as numbers of type T.
 template <class T>
 class Bordered {
  public:
@@ -45,12 +45,12 @@ class Bordered {
 
  private:
   const Shape& shape_;
-  std::vector<T> rows_;  // zeros; a vector that begins in it, ends in it
+  std::vector<T> rows_;  // initially zeros; padded so that vectors may start anywhere in the image
 };
 
 struct Singles {
   using Number = float;
-  static constexpr int64_t taken = 1;  // numbers of a row by a multiplication
+  static constexpr int64_t taken = 1;  // numbers of a row that one multiplication takes
 
   static float pack(const float* number, int64_t) { return *number; }
   static HDFAST_INLINE Vf spread(const float* number) { return splat(*number); }
@@ -77,7 +77,7 @@ struct Pairs {
 };
 #endif
 
-// f(s, V) for the tiles of V vectors of channels from s on, at most `vectors`.
+// f(s, V) for tiles of V vectors of channels starting at s, V at most `vectors`.
 template <int vectors, class F>
 HDFAST_INLINE void each_vectors(int64_t S, F f) {
   int64_t s = 0;

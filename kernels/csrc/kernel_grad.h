@@ -1,4 +1,4 @@
-// What the ways to the gradient of a 4 x 4 kernel have in common: the tile of sums, and how the gradient is stored.
+// Shared by the ways to compute the gradient of a 4 x 4 kernel: the tile of sums, and how the gradient is stored.
 #pragma once
 
 #include <algorithm>
@@ -10,9 +10,9 @@ namespace HDFAST_ISA {
 namespace {
 
 constexpr int tall = 4;                 // large channels of a tile
-constexpr int broad = W == 16 ? 4 : 2;  // vectors of small channels of a tile: what the registers hold
+constexpr int broad = W == 16 ? 4 : 2;  // vectors of small channels of a tile: as many as fit in the registers
 
-// f(l, s, K) for the tiles of tall large channels from l and K vectors of small channels from s on.
+// f(l, s, K) for tiles of `tall` large channels starting at l and K vectors of small channels starting at s.
 template <class F>
 HDFAST_INLINE void each_tile(int64_t large, int64_t small, F f) {
   for (int64_t s = 0; s < small; s += broad * W)
@@ -21,7 +21,7 @@ HDFAST_INLINE void each_tile(int64_t large, int64_t small, F f) {
     });
 }
 
-// A tile of sums, rows of `small` numbers, while products(tile) are added to it in the registers.
+// Has products(tile) add to a tile of `sums` in registers; `small` is the length of a row of `sums`.
 template <int K, class F>
 HDFAST_INLINE void add_to_tile(float* sums, int64_t small, F products) {
   Vf tile[tall][K];
@@ -33,7 +33,7 @@ HDFAST_INLINE void add_to_tile(float* sums, int64_t small, F products) {
 }
 
 #if defined(__AVX512BF16__)
-// out[c] = (a[c], b[c]) for `channels`, a multiple of W; zeros for null. `out` is aligned.
+// out[c] = (a[c], b[c]) for `channels`, a multiple of W; null stands for zeros. `out` is aligned.
 inline void lay_pairs(const bf16* a, const bf16* b, uint32_t* out, int64_t channels) {
   const auto wide = [](const bf16* from) {
     return from ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))
@@ -44,7 +44,8 @@ inline void lay_pairs(const bf16* a, const bf16* b, uint32_t* out, int64_t chann
 }
 #endif
 
-// The gradient of W small channels and a large one, numbers[4 * i + j] at row i and column j; grad is (small, large, 4, 4).
+// Stores the gradient for W small channels and one large channel, numbers[4 * i + j] at row i and column j of the
+// kernel; grad is (small, large, 4, 4).
 HDFAST_INLINE void store_kernels(float* grad, int64_t large, int64_t s, int64_t l, const Vf (&numbers)[16]) {
   for (int k = 0; k < W; k++) {
     float turned[16];

@@ -1,4 +1,4 @@
-// Sums over rows of any length, and their largest numbers.
+// Sums and maxima of rows of any length.
 #pragma once
 
 #include "simd.h"
@@ -6,7 +6,7 @@
 namespace HDFAST_ISA {
 namespace {
 
-// The sum of f(i, lanes) over a row; f is zero in the lanes that take no part. Four accumulators hide the latency.
+// The sum of f(i, lanes) over a row; f must be zero in inactive lanes. Four accumulators hide the latency.
 template <class F>
 HDFAST_INLINE float sum_lanes(int64_t n, F f) {
   Vf a = {}, b = {}, c = {}, d = {};
@@ -22,14 +22,16 @@ HDFAST_INLINE float sum_lanes(int64_t n, F f) {
   return sum((a + b) + (c + d));
 }
 
-// The same over long rows: in float within a block, in double over the blocks, since a float sum of a million terms stops
+// The same over long rows: in float within a block, in double across blocks, since a float sum of a million terms stops
 // growing.
 template <class F>
 HDFAST_INLINE double sum_blocks(int64_t n, F f) {
   constexpr int64_t block = 1024;
   double total = 0;
-  for (int64_t first = 0; first < n; first += block)
-    total += sum_lanes(n - first < block ? n - first : block, [&](int64_t i, auto lanes) { return f(first + i, lanes); });
+  for (int64_t first = 0; first < n; first += block) {
+    const int64_t count = n - first < block ? n - first : block;
+    total += sum_lanes(count, [&](int64_t i, auto lanes) { return f(first + i, lanes); });
+  }
   return total;
 }
 

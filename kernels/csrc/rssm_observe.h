@@ -1,7 +1,7 @@
-// What rssm_observe's C++ takes: named addresses and sizes, the same for every instruction set.
+// The arguments of rssm_observe's C++: named addresses and sizes, the same for every instruction set.
 //
-// Axes: T time, B batch, D deter, U units, S groups, K classes. `low` is the dtype of the matrices: float32, or bfloat16
-// where `is_bfloat16` is set. All arrays are contiguous, time-major.
+// Axes: T time, B batch, D deter, U units, S groups, K classes. Arrays named *_low have the dtype of the matrices:
+// bfloat16 if `is_bfloat16` is set, else float32. All arrays are contiguous, time-major.
 
 #pragma once
 
@@ -17,7 +17,7 @@
   X(const void, post_deter) X(const float, post_norm_weight) X(const float, post_norm_bias)            \
   X(const void, logit_weight) X(const float, logit_bias)
 
-// What forward computes and backward reads. *_sum are the inputs of the layer norms, *_low operands of the GEMMs.
+// Computed by forward, read by backward. *_sum are the inputs of the layer norms, *_low operands of the GEMMs.
 #define RSSM_OBSERVE_STATE(X)                                                                          \
   X(float, deter)     /* (T, B, D) */      X(int64_t, index)   /* (T, B, S) */                         \
   X(float, logp)      /* (T, B, S, K) */   X(float, in_sum)    /* (T, B, U) */                         \
@@ -29,8 +29,8 @@
   X(const float, embed) X(const float, action) X(const float, uniform)                                 \
   X(float, stoch)     /* (T, B, S, K): zero on entry */
 
-// Gradients of the outputs (a null one is zero), and of everything else. *_low are the operands of the weights' GEMMs;
-// grad_in_sum and grad_post_sum are also those of action and embed.
+// Gradients of the outputs (null means zero), then all others. *_low are operands of the GEMMs for the weights'
+// gradients; grad_in_sum and grad_post_sum are also the gradients of action and embed.
 #define RSSM_OBSERVE_BACKWARD(X)                                                                       \
   X(const float, grad_deter) X(const float, grad_stoch) X(const float, grad_logp)                      \
   X(float, grad_in_sum)    /* (T, B, U) */  X(float, grad_post_sum)  /* (T, B, U) */                   \
@@ -50,6 +50,6 @@ struct RssmObserve {
   RSSM_OBSERVE_BACKWARD(RSSM_OBSERVE_FIELD)
 #undef RSSM_OBSERVE_SIZE
 #undef RSSM_OBSERVE_FIELD
-  double unimix;  // not rounded before it is taken from one
+  double unimix;  // not rounded to float before 1 - unimix
   float eps;
 };

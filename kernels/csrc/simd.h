@@ -1,7 +1,7 @@
-// Vectors of W floats in the instruction set at hand, over GCC and clang vector extensions: loads and stores of
-// float, bfloat16 and uint8 rows with a masked last part, and reductions.
+// Vectors of W floats in the instruction set at hand, built on the vector extensions of GCC and clang: loads and stores
+// of float, bfloat16 and uint8 rows with a masked last part, and reductions.
 //
-// Everything has internal linkage: the same header is compiled once per instruction set.
+// Everything has internal linkage, as this header is compiled once per instruction set.
 #pragma once
 
 #include <cmath>
@@ -46,7 +46,7 @@ HDFAST_INLINE To bit_cast(From from) {
 
 HDFAST_INLINE Vf splat(float value) { return Vf{} + value; }
 
-// Which lanes of a vector take part: all, or the first n.
+// Which lanes of a vector are active: all, or the first n.
 struct Whole {};
 struct Part {
   int n;
@@ -58,7 +58,7 @@ HDFAST_INLINE Vi lane_numbers() {
   return lanes;
 }
 
-// The vector with `other` in the lanes that take no part.
+// The vector with `other` in the inactive lanes.
 HDFAST_INLINE Vf keep(Vf v, Whole) { return v; }
 HDFAST_INLINE Vf keep(Vf v, Part part, float other = 0) { return lane_numbers() < part.n ? v : splat(other); }
 
@@ -117,7 +117,7 @@ HDFAST_INLINE Vf load(const T* p, Whole) {
   return widen(raw);
 }
 
-// Lanes that take no part read nothing and get `other`.
+// Inactive lanes read nothing and get `other`.
 template <class T>
 HDFAST_INLINE Vf load(const T* p, Part part, float other = 0) {
   typename Raw<T>::type raw = {};
@@ -157,8 +157,8 @@ HDFAST_INLINE Vf load(const float* p, Part part, float other = 0) {
 HDFAST_INLINE void store(float* p, Vf v, Part part) { _mm256_maskstore_ps(p, __m256i(lane_numbers() < part.n), v); }
 #endif
 
-// Stores past the caches, for what is larger than they are: a line is not read first only to be overwritten. The address
-// is a multiple of the vector's size; fence() makes the thread's stores visible to others.
+// Stores that bypass the caches, for outputs larger than they are: a line is not read first only to be overwritten. The
+// address must be a multiple of the stored size; fence() makes the thread's stores visible to others.
 #if defined(__AVX512F__)
 HDFAST_INLINE void stream(float* p, Vf v) { _mm512_stream_ps(p, v); }
 HDFAST_INLINE void stream(bf16* p, Vf v) {
@@ -179,9 +179,9 @@ HDFAST_INLINE void stream(T* p, Vf v) {
 HDFAST_INLINE void fence() {}
 #endif
 
-constexpr int64_t far_bytes = 32 << 20;  // an output as large as this will not be found in the caches by who reads it
+constexpr int64_t far_bytes = 32 << 20;  // an output this large will have left the caches before it is read
 
-// Whether rows of `width` elements from p on may be streamed, and should be.
+// Whether rows of `width` elements starting at p can and should be streamed.
 template <class T>
 HDFAST_INLINE bool is_far(const T* p, int64_t rows, int64_t width) {
   return rows * width * int64_t(sizeof(T)) >= far_bytes && reinterpret_cast<uintptr_t>(p) % 64 == 0 && width % W == 0;
@@ -195,8 +195,8 @@ HDFAST_INLINE void put(T* p, Vf v, Lanes lanes) {
     store(p, v, lanes);
 }
 
-// Asks for a row's cache lines ahead of its time. Long rows that are read, worked on and written wait for memory otherwise:
-// the hardware foresees neither a new row nor what will be written.
+// Prefetches a row's cache lines. Otherwise long rows that are read, worked on and written wait for memory: the
+// hardware predicts neither a new row nor what will be written.
 template <class T>
 HDFAST_INLINE void prefetch_to_read(const T* p, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 0);
@@ -262,7 +262,7 @@ HDFAST_INLINE double sum_in_double(Vf v) {
   return total[0];
 }
 
-// The sums of W vectors, lane k that of v[k]: fewer operations than to reduce one after the other, and none waits.
+// The sums of W vectors, that of v[k] in lane k: fewer operations than reducing one after the other, and no waiting.
 HDFAST_INLINE Vf sums(const Vf* v) {
 #if defined(__AVX2__)
   Vf quarter[4];  // partial sums, four lanes for each of W / 4 rows
@@ -331,11 +331,11 @@ class Scratch {
   T* data_;
 };
 
-// Fewer threads for little work: waking them costs as much as some ten thousand elements.
+// One thread for little work: waking the others costs as much as some ten thousand elements.
 HDFAST_INLINE int threads_for(int64_t elements, int threads) { return elements < 1 << 14 ? 1 : threads; }
 
-// Calls f with the number of vectors in a row where that is small, so that a row can stay in registers, and with zero
-// for every other width: with_vectors(width, [&](auto vectors) { op<vectors>(...) }).
+// Calls f with the number of vectors in a row if it is 2 or 4, so that a row can stay in registers, and with zero for
+// every other width: with_vectors(width, [&](auto vectors) { op<vectors>(...) }).
 template <class F>
 HDFAST_INLINE void with_vectors(int64_t width, F f) {
   if (width == 2 * W)
@@ -346,7 +346,7 @@ HDFAST_INLINE void with_vectors(int64_t width, F f) {
     f(std::integral_constant<int, 0>{});
 }
 
-// Calls f with a number from one to four that the compiler knows; a smaller one counts as one, a larger one as four.
+// Calls f with `number`, clamped to between one and four, as a compile-time constant.
 template <class F>
 HDFAST_INLINE void with_one_to_four(int64_t number, F f) {
   if (number >= 4)

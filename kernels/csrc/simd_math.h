@@ -1,4 +1,4 @@
-// The few functions of vectors that the ops need: inverse, exponentials, logarithm, sigmoid, tanh.
+// The few vector functions that the ops need: reciprocal, exponentials, logarithms, sigmoid, tanh.
 #pragma once
 
 #include <limits>
@@ -69,7 +69,7 @@ HDFAST_INLINE Vf log(Vf x) {
   return x < std::numeric_limits<float>::infinity() ? result : x;
 }
 
-// log(1 + x) within 2 ulp for finite x >= 0: what rounding took from the sum, all of a small x, is put back.
+// log(1 + x) within 2 ulp for finite x >= 0: what the sum lost to rounding (all of a small x) is added back.
 HDFAST_INLINE Vf log1p(Vf x) {
   const Vf above = 1.f + x, lost = x - (above - 1.f);
   const Vi bits = bit_cast<Vi>(above) - 0x3f3504f3, e = bits >> 23;
@@ -77,15 +77,15 @@ HDFAST_INLINE Vf log1p(Vf x) {
   return log_of_parts(m + lost * bit_cast<Vf>((127 - e) << 23), __builtin_convertvector(e, Vf));
 }
 
-// Of a minimax polynomial of 2^f on [-1/2, 1/2], what is times f^2.
+// A minimax polynomial of 2^f on [-1/2, 1/2] is 1 + exp2_slope * f + exp2_rest * f^2.
 HDFAST_INLINE Vf exp2_rest(Vf f, Vf square) {
   return (1.5353361816e-4f * square + (1.3398874445e-3f * f + 9.6184373583e-3f)) * square +
          (5.5503324710e-2f * f + 2.4022647914e-1f);
 }
-constexpr float exp2_slope = 6.9314720286e-1f;  // and times f
+constexpr float exp2_slope = 6.9314720286e-1f;
 
-// 2^t for -126 <= t <= 126 (on AVX-512 for any t below), by that polynomial: within 1 ulp, or with a relative error of 3e-6
-// where it is `rough`.
+// 2^t for -126 <= t <= 126 (with AVX-512, for any t <= 126): within 1 ulp by that polynomial, or with a relative error
+// of 3e-6 if `rough`.
 template <bool rough>
 HDFAST_INLINE Vf exp2(Vf t) {
 #if defined(__AVX512F__)
@@ -113,7 +113,7 @@ HDFAST_INLINE Vf exp2(Vf t) {
 #endif
 }
 
-// The argument of 2^t for e^-x, such that neither 2^t nor 1 / (1 + 2^t) is denormal, which would be slow. NaN stays.
+// t with 2^t = e^-x, limited so that neither 2^t nor 1 / (1 + 2^t) is denormal, which would be slow. NaN stays.
 HDFAST_INLINE Vf sigmoid_exponent(Vf x) {
   const Vf t = x * -1.44269504088896341f;
 #if defined(__AVX512F__)
@@ -126,7 +126,7 @@ HDFAST_INLINE Vf sigmoid_exponent(Vf x) {
 // 1 / (1 + e^-x), never below 2^-126.
 HDFAST_INLINE Vf sigmoid(Vf x) { return reciprocal(1.f + exp2<false>(sigmoid_exponent(x))); }
 
-// The same with a relative error below 1e-4: a thirtieth of what rounding to bfloat16 takes, for two thirds of the work.
+// The same with a relative error below 1e-4: a thirtieth of bfloat16's rounding error, for two thirds of the work.
 HDFAST_INLINE Vf rough_sigmoid(Vf x) {
   const Vf below = 1.f + exp2<true>(sigmoid_exponent(x));
 #if defined(__AVX512F__)
@@ -140,9 +140,9 @@ struct Tanh {
   Vf value, slope;
 };
 
-// tanh(x) = (1 - e) / (1 + e) with e = 2^t = scale + change, never beyond 1, within 4 ulp: near zero 1 - e would be rounding,
-// but there scale is one and falls out. Its derivative has a relative error below 1e-6: better than 1 - tanh(x)^2, which
-// cancels where tanh saturates. NaN stays.
+// tanh(x) = (1 - e) / (1 + e) with e = 2^t = scale + change, within 4 ulp and never beyond 1. Near zero 1 - e would be
+// mostly rounding error, but scale is one there, so 1 - scale vanishes. The derivative has a relative error below 1e-6:
+// better than 1 - tanh(x)^2, which cancels where tanh saturates. NaN stays.
 HDFAST_INLINE Tanh tanh(Vf x) {
   const Vf t = sigmoid_exponent(2.f * abs(x));
 #if defined(__AVX512F__)

@@ -1,8 +1,8 @@
 // Products of a few rows with a weight matrix that is used many times: C (rows, N) = A (rows, depth) W (depth, N).
 //
-// The weight is packed once into panels of `columns` columns, each contiguous, so that a product streams it from cache
-// in order; threads own panels, hence keep reading the same part of the weight. bfloat16 panels hold pairs of
-// consecutive depths side by side, which is what vdpbf16ps and the AMX tiles read. Sums are float32.
+// The weight is packed once into contiguous panels of `columns` columns, so that a product streams it from cache in
+// order; each thread owns some panels, so it keeps reading the same part of the weight. bfloat16 panels hold pairs of
+// consecutive depths side by side, as vdpbf16ps and the AMX tiles read them. Sums are float32.
 
 #pragma once
 
@@ -30,8 +30,8 @@ constexpr int lanes = 8, tile_rows = 4;
 #else
 constexpr int lanes = 4, tile_rows = 4;
 #endif
-constexpr int columns = 2 * lanes;  // of a panel
-constexpr int64_t depth_block = 128;  // of a panel that stays in the first cache while the rows pass
+constexpr int columns = 2 * lanes;    // of a panel
+constexpr int64_t depth_block = 128;  // depths of a panel: they stay in the L1 cache while the rows pass
 
 typedef float Lane __attribute__((vector_size(4 * lanes)));
 typedef uint32_t LaneBits __attribute__((vector_size(4 * lanes)));
@@ -43,20 +43,21 @@ inline V load(const void* p) {
   return v;
 }
 
-// A weight (depth, N) whose element (k, n) lies at source[k * depth_stride + n * column_stride].
+// A weight (depth, N) whose element (k, n) is source[k * depth_stride + n * column_stride].
 template <class E>
 struct Packed {
   const E* source = nullptr;
   int64_t depth, N, depth_stride, column_stride;
   std::vector<E>* memory = nullptr;
 
-  Packed(const void* source, int64_t depth, int64_t N, int64_t depth_stride, int64_t column_stride, std::vector<E>* memory)
+  Packed(const void* source, int64_t depth, int64_t N, int64_t depth_stride, int64_t column_stride,
+         std::vector<E>* memory)
       : source(static_cast<const E*>(source)), depth(depth), N(N), depth_stride(depth_stride),
         column_stride(column_stride), memory(memory) {
     memory->resize(panels() * panel_size());
   }
 
-  static constexpr int64_t group = sizeof(E) == 2 ? 2 : 1;  // depths that lie side by side
+  static constexpr int64_t group = sizeof(E) == 2 ? 2 : 1;  // depths stored side by side
   int64_t panels() const { return (N + columns - 1) / columns; }
   int64_t panel_size() const { return (depth + group - 1) / group * group * columns; }
   const E* panel(int64_t i) const { return memory->data() + i * panel_size(); }
@@ -83,7 +84,7 @@ struct Packed {
   }
 };
 
-// One tile: `rows` rows and one panel over depths [0, depth), added to C or, if `fresh`, stored there.
+// One tile: `rows` rows times one panel over depths [0, depth), added to C or, if `fresh`, stored there.
 template <int rows>
 inline void tile(const float* A, int64_t lda, const float* panel, int64_t depth, float* C, int64_t ldc, bool fresh) {
   Lane sum[rows][2];
@@ -110,7 +111,8 @@ inline Lane add_products(Lane sum, uint32_t pair, LaneBits weights) {
 }
 
 template <int rows>
-inline void tile(const bfloat16* A, int64_t lda, const bfloat16* panel, int64_t depth, float* C, int64_t ldc, bool fresh) {
+inline void tile(const bfloat16* A, int64_t lda, const bfloat16* panel, int64_t depth, float* C, int64_t ldc,
+                 bool fresh) {
   Lane sum[rows][2];
   for (int m = 0; m < rows; m++)
     for (int v = 0; v < 2; v++) sum[m][v] = fresh ? Lane{} : load<Lane>(C + m * ldc + v * lanes);
@@ -129,7 +131,8 @@ inline void tile(const bfloat16* A, int64_t lda, const bfloat16* panel, int64_t 
 }
 
 template <class E, int rows = tile_rows>
-inline void tile_of(int64_t left, const E* A, int64_t lda, const E* panel, int64_t depth, float* C, int64_t ldc, bool fresh) {
+inline void tile_of(int64_t left, const E* A, int64_t lda, const E* panel, int64_t depth, float* C, int64_t ldc,
+                    bool fresh) {
   if constexpr (rows > 1)
     if (left < rows) return tile_of<E, rows - 1>(left, A, lda, panel, depth, C, ldc, fresh);
   tile<rows>(A, lda, panel, depth, C, ldc, fresh);
@@ -165,7 +168,7 @@ struct TileConfig {
   uint8_t rows[16] = {};
 };
 
-// `count` (1 or 2) panels, 16 rows at a time: tiles 0-3 sums, 4 rows of A, 5-6 weights.
+// `count` (1 or 2) panels, 16 rows at a time. Tiles 0-3 hold sums, 4 rows of A, 5-6 weights.
 __attribute__((target("amx-tile,amx-bf16"))) inline void amx_product(const bfloat16* A, int64_t lda, int64_t rows,
                                                                      const Packed<bfloat16>& W, int64_t i, int count,
                                                                      float* C, int64_t ldc) {
@@ -209,7 +212,8 @@ __attribute__((target("amx-tile"))) inline void amx_release() { _tile_release();
 
 // This thread's panels of C (rows, N) = A (rows, depth) W.
 template <class E>
-inline void product(const E* A, int64_t lda, int64_t rows, const Packed<E>& W, float* C, int64_t ldc, int thread, int threads) {
+inline void product(const E* A, int64_t lda, int64_t rows, const Packed<E>& W, float* C, int64_t ldc, int thread,
+                    int threads) {
   int64_t i = W.panels() * thread / threads;
   const int64_t end = W.panels() * (thread + 1) / threads, whole = W.N / columns;
 #ifdef HDFAST_AMX
@@ -226,7 +230,7 @@ inline void product(const E* A, int64_t lda, int64_t rows, const Packed<E>& W, f
   for (; i < end; i++) {
     if (i < whole) {
       panel_product(A, lda, rows, W, i, C + i * columns, ldc);
-    } else {  // the last columns: through a buffer of a whole panel's width
+    } else {  // the last columns, through a buffer as wide as a whole panel
       std::vector<float> wide(rows * columns);
       panel_product(A, lda, rows, W, i, wide.data(), columns);
       for (int64_t m = 0; m < rows; m++)

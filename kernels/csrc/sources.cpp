@@ -1,2 +1,2 @@
-// What the module was built from: the digest that CMakeLists.txt makes of this folder, for native.py to compare.
+// The sources the module was built from, as the digest of this folder by CMakeLists.txt, for native.py to compare.
 const char* sources_digest() { return HDFAST_SOURCES; }

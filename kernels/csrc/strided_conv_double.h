@@ -1,9 +1,9 @@
-// The transposed convolution of kernel 4, stride 2 and padding 1: in one dimension it has two phases,
+// The transposed convolution of kernel 4, stride 2 and padding 1. In one dimension it has two phases,
 //
 //     y[2t] = w1 x[t] + w3 x[t - 1]        y[2t + 1] = w0 x[t + 1] + w2 x[t],
 //
-// in two dimensions four, each a product of matrices over all channels of 4 of a pixel's 9 neighbours. Here is how its
-// weights are laid out for bfloat16.
+// in two dimensions four, each a product of matrices over all channels of 4 of the 3 x 3 pixels around a pixel. This is
+// how its weights are laid out for bfloat16.
 #pragma once
 
 #include "gemm_tile.h"
@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t phases = 4, taps = 4;
 
 #if defined(__AVX512BF16__)
-// (phase, panel of O, tap, pair of C, panel) of pairs. C channels of x, even, and O of y.
+// Pairs of neighbouring C, as (phase, panel of O, tap, pair of C, panel); C channels of x, an even number, O of y.
 struct DoubleWeights {
   int64_t C, O;
 
@@ -25,7 +25,7 @@ struct DoubleWeights {
   }
   int64_t size() const { return at(phases, 0, 0); }
 
-  // By all threads together. The weight is (C, 4, 4, O).
+  // Called by all threads together. The weight is (C, 4, 4, O).
   void lay(const bf16* weight, uint32_t* out) const {
     const auto wide = [](const bf16* p) {
       return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -1,6 +1,6 @@
 // Scalar functions that the compiler turns into vector code inside `#pragma omp simd` loops, and bfloat16.
 //
-// In the namespace of the instruction set, so that the linker never mixes them.
+// They are in the namespace of the instruction set, so that the linker never mixes those of two sets.
 
 #pragma once
 
@@ -33,8 +33,8 @@ struct Exp {
   float scale, excess;
 };
 
-// exp to about 1 ulp, for results that are normal numbers; beyond them it saturates. NaN stays NaN. In two parts, for
-// scale * (1 + excess): minus one, it can be had without cancelling.
+// exp(x) = scale * (1 + excess) to about 1 ulp where the result is a normal number; beyond that it saturates. NaN stays
+// NaN. The two parts give exp(x) - 1 without cancellation.
 inline Exp exp_parts(float x) {
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.0f ? -87.0f : x;
@@ -78,7 +78,7 @@ inline float log_of(float x) {
 }
 
 inline float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }
-inline float tanh_of(float x) {  // (1 - e) / (1 + e); near zero scale is one, and what would cancel falls out
+inline float tanh_of(float x) {  // (1 - e) / (1 + e); near zero scale is one, so 1 - scale vanishes
   const Exp e = exp_parts(-2.0f * x);
   const float change = e.scale * e.excess;
   return ((1.0f - e.scale) - change) / (1.0f + (e.scale + change));

@@ -1,7 +1,6 @@
-// What Winograd's algorithm makes of a tile of a convolution of kernel 4, stride 2 and padding 1: 9 multiplications in
-// place of 16.
+// Winograd's algorithm for a convolution of kernel 4, stride 2 and padding 1: 9 multiplications instead of 16.
 //
-// In one dimension, halving is a sum over two phases, odd and even pixels; doubling has two phases of its output:
+// In one dimension, halving is a sum over two phases, odd and even pixels; in doubling, the output has two phases:
 //
 //     y[t] = (w0 x[2t - 1] + w2 x[2t + 1]) + (w1 x[2t] + w3 x[2t + 2])
 //     y[2t] = w3 x[t - 1] + w1 x[t]        y[2t + 1] = w2 x[t] + w0 x[t + 1]
@@ -11,13 +10,13 @@
 //     y0 = g0 x0 + g1 x1 = m0 + m1         m0 = g0 (x0 - x1)
 //     y1 = g0 x1 + g1 x2 = m1 - m2         m1 = (g0 + g1) x1        m2 = g1 (x1 - x2)
 //
-// and so do the gradients of its taps, h being that of y:
+// and so do the gradients of its taps, where h is the gradient of y:
 //
 //     dg0 = p0 + p1        p0 = h0 (x0 - x1)
 //     dg1 = p1 + p2        p1 = (h0 + h1) x1        p2 = -h1 (x1 - x2)
 //
-// In two dimensions a tile of 2 x 2 results takes 9, each a product of matrices over all channels of many tiles. Only for
-// float: bfloat16 would round the differences. Where a number is infinite, all that is made of its tile is NaN.
+// In two dimensions a tile of 2 x 2 results takes 9, each a product of matrices over all channels of many tiles. Only
+// for float: bfloat16 would round the differences. An infinite number makes all results of its tile NaN.
 #pragma once
 
 #include "simd.h"
@@ -27,7 +26,7 @@ namespace {
 
 constexpr int64_t phases = 4, products_of_tile = 9;
 
-// Tiles of 2 x 2 pixels, of a map or of one phase of it.
+// The tiles of 2 x 2 pixels of a map, or of one phase of it.
 struct Tiles {
   int64_t down, across, count;
 
@@ -42,16 +41,18 @@ struct Tile {
       : image(t / of.across / of.down), down(t / of.across % of.down), across(t % of.across) {}
 };
 
-// Transforms the 3 x 3 pixels of channels C that a tile's products take of x: store(f, c, numbers) for each of the 9.
+// Transforms the 3 x 3 pixels of x, of C channels, that a tile's products take: store(f, c, numbers) for each of the 9.
 //
-// Element k of a row of three, or of a column, is pixel step * (2 tile + k) + odd - 1 of its dimension; `zeros` beyond.
+// Along each dimension, pixel k of the three is pixel step * (2 * tile + k) + odd - 1 of x, where `odd` is that
+// dimension's part of the phase. Pixels outside x are read from `zeros`.
 template <class Store>
 HDFAST_INLINE void transform_inputs(const float* x, const Tile& tile, int64_t height, int64_t width, int64_t C,
                                     int64_t step, int64_t phase, const float* zeros, Store store) {
   const float* pixel[3][3];
   for (int64_t i = 0; i < 3; i++)
     for (int64_t j = 0; j < 3; j++) {
-      const int64_t row = step * (2 * tile.down + i) + phase / 2 - 1, column = step * (2 * tile.across + j) + phase % 2 - 1;
+      const int64_t row = step * (2 * tile.down + i) + phase / 2 - 1;
+      const int64_t column = step * (2 * tile.across + j) + phase % 2 - 1;
       const bool inside = row >= 0 && row < height && column >= 0 && column < width;
       pixel[i][j] = inside ? x + ((tile.image * height + row) * width + column) * C : zeros;
     }
