@@ -4,7 +4,7 @@
 namespace HDFAST_ISA {
 namespace {
 
-constexpr int64_t block = 1 << 14;  // elements that one thread takes at a time
+constexpr int64_t block = 1 << 14;  // elements that a thread processes at a time
 
 // Calls f(tensor, first, count) for every block of every tensor, spread over the threads.
 template <class F>
@@ -29,7 +29,7 @@ void adam_step(float* const* params, const float* const* grads, float* const* ex
   for (int64_t j = 0; j < tensors; j++) blocks += (sizes[j] + block - 1) / block;
   threads = blocks < 2 ? 1 : threads;
 
-  // One partial sum per block, added in the order of the blocks: the same for any number of threads.
+  // One partial sum per block, added in block order: the result is the same for any number of threads.
   Scratch<double> squares(blocks);
   Scratch<int64_t> first_block(tensors);
   for (int64_t j = 0, b = 0; j < tensors; b += (sizes[j] + block - 1) / block, j++) first_block[j] = b;
@@ -48,9 +48,10 @@ void adam_step(float* const* params, const float* const* grads, float* const* ex
 
   *step += 1;
   const double bias1 = 1 - std::pow(beta1, double(*step)), bias2 = 1 - std::pow(beta2, double(*step));
-  const float rest1 = 1 - beta1, rest2 = 1 - beta2, keep2 = beta2;  // of a beta rounded first, little is left that is right
+  // Rounded after the subtraction: in 1 - beta, a beta rounded to float would leave few correct digits.
+  const float rest1 = 1 - beta1, rest2 = 1 - beta2, keep2 = beta2;
   const float clip = *norm > max_norm ? max_norm / *norm : 1.f;
-  const float rate = lr / bias1, inverse = 1 / std::sqrt(bias2);
+  const float rate = lr / bias1, inverse_root = 1 / std::sqrt(bias2);
   for_blocks(sizes, tensors, threads, [&](int64_t j, int64_t first, int64_t count) {
     float *p = params[j] + first, *m = exp_avg[j] + first, *v = exp_avg_sq[j] + first;
     const float* g = grads[j] + first;
@@ -61,7 +62,7 @@ void adam_step(float* const* params, const float* const* grads, float* const* ex
       const Vf variance = keep2 * square + rest2 * (grad * grad);
       store(m + i, mean, lanes);
       store(v + i, variance, lanes);
-      store(p + i, param - rate * mean / (sqrt(variance) * inverse + eps), lanes);
+      store(p + i, param - rate * mean / (sqrt(variance) * inverse_root + eps), lanes);
     });
   });
 }

@@ -13,8 +13,8 @@ int64_t gather_windows(const uint8_t* storage, int64_t row_bytes, int64_t rows, 
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < copies; i++) {
     const int64_t t = i / batch, start = starts[i % batch];
-    const int64_t base = start / ring * ring;
-    const int64_t row = base + (start - base + t) % ring;
+    const int64_t ring_start = start / ring * ring;
+    const int64_t row = ring_start + (start - ring_start + t) % ring;
     std::memcpy(out + i * row_bytes, storage + row * row_bytes, row_bytes);
   }
   return -1;

@@ -2,28 +2,29 @@
 #include "../ops.h"
 #include "../simd.h"
 
-// The convolution of images of few channels, see image_conv.h. In bfloat16 an instruction takes a pair of neighbours k.
+// The convolution of images of few channels, see image_conv.h. In bfloat16 an instruction takes two neighbouring k.
 
 namespace HDFAST_ISA {
 namespace {
 
-constexpr int vectors = 2;                 // of channels of the map in a tile
-constexpr int together = W == 16 ? 8 : 4;  // pixels in a tile
+constexpr int vectors = 2;                    // of the map's channels, in a tile
+constexpr int tile_pixels = W == 16 ? 8 : 4;  // of the map
 
-// weight (S, C, 4, 4) as (i, k, s), or with pairs of k.
+// Lays out weight (S, C, 4, 4) as (i, k, s), or (i, pair of k, s).
 template <class Of>
 void lay_weight(const Shape& shape, const float* weight, float* out) {
   std::vector<float> turned(shape.S * 4 * shape.depth());
   for (int64_t s = 0; s < shape.S; s++)
     for (int64_t c = 0; c < shape.C; c++)
       for (int64_t place = 0; place < 16; place++)
-        turned[(place / 4 * shape.depth() + place % 4 * shape.C + c) * shape.S + s] = weight[(s * shape.C + c) * 16 + place];
+        turned[(place / 4 * shape.depth() + place % 4 * shape.C + c) * shape.S + s] =
+            weight[(s * shape.C + c) * 16 + place];
   for (int64_t k = 0; k < 4 * shape.depth(); k += Of::taken)
     for (int64_t s = 0; s < shape.S; s++)
       out[k / Of::taken * shape.S + s] = Of::pack(turned.data() + k * shape.S + s, shape.S);
 }
 
-// P pixels of the map, V vectors of each.
+// P pixels of the map, V vectors of channels of each.
 template <class Of, bool far, int P, int V, class T>
 HDFAST_INLINE void halve_tile(const Shape& shape, const typename Of::Number* rows, const float* weight, T* map) {
   Vf sums[P][V] = {};
@@ -47,8 +48,9 @@ void halve(const Shape& shape, const Bordered<typename Of::Number>& image, const
     each_vectors<vectors>(shape.S, [&](int64_t s, auto count) {
       constexpr int V = count;
       int64_t x = 0;
-      for (; x + together <= shape.width; x += together)
-        halve_tile<Of, far, together, V>(shape, image.row(2 * y) + 2 * x * shape.C, weight + s, map + x * shape.S + s);
+      for (; x + tile_pixels <= shape.width; x += tile_pixels)
+        halve_tile<Of, far, tile_pixels, V>(shape, image.row(2 * y) + 2 * x * shape.C, weight + s,
+                                            map + x * shape.S + s);
       for (; x < shape.width; x++)
         halve_tile<Of, far, 1, V>(shape, image.row(2 * y) + 2 * x * shape.C, weight + s, map + x * shape.S + s);
     });
@@ -74,8 +76,8 @@ void halve_all(const Shape& shape, const T* images, const float* weight, T* map,
 
 }  // namespace
 
-void image_conv_forward(const void* images, const float* weight, void* map, int64_t count, int64_t height, int64_t width,
-                        int64_t channels, int64_t map_channels, bool is_bf16, int threads) {
+void image_conv_forward(const void* images, const float* weight, void* map, int64_t count, int64_t height,
+                        int64_t width, int64_t channels, int64_t map_channels, bool is_bf16, int threads) {
   const Shape shape = {count, height, width, channels, map_channels};
   threads = threads_for(count * shape.of_map(), threads);
   if (!is_bf16)

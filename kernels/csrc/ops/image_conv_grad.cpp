@@ -8,19 +8,20 @@
 #include "../ops.h"
 #include "../simd.h"
 
-// The gradient of the kernel that convolves images of few channels, see image_conv.h. In bfloat16 an instruction takes a
-// pair of neighbouring pixels of the map.
+// The gradient of the kernel that convolves images of few channels, see image_conv.h. In bfloat16 an instruction takes
+// two neighbouring pixels of the map.
 
 namespace HDFAST_ISA {
 namespace {
 
-constexpr int vectors = W == 16 ? 2 : 1;  // of channels of the map in a tile, with up to 12 numbers of the image
+constexpr int vectors = W == 16 ? 2 : 1;  // of the map's channels, in a tile with up to 12 numbers of the image
 
-// The gradient of a row of the kernel is the sum over y and x of left[y][x][k] * map[y][x][s]: what it meets of the image.
+// The gradient of a row of the kernel is the sum over y and x of left[y][x][k] * map[y][x][s]; `left` is what the row
+// covers of the image.
 struct Factors {
   const float* left;
-  int64_t row, step;  // from a y, an x, to the next
-  int64_t pixels;     // of a row of the map, or pairs of them
+  int64_t row, step;  // distances in `left` from one y to the next, from one x to the next
+  int64_t pixels;     // pixels in a row of the map, or pairs of them
 };
 
 class OfSingles {
@@ -77,7 +78,7 @@ class OfPairs {
 };
 #endif
 
-// R numbers of a row of the kernel, V vectors of channels.
+// Adds the gradient of R numbers of a row of the kernel, for V vectors of channels.
 template <class Of, int R, int V, class T>
 void grad_tile(const Shape& shape, const Factors& factors, int64_t k, const T* right, float* total) {
   Vf sums[R][V] = {};
@@ -116,7 +117,7 @@ void add_grad(const Shape& shape, const Source& source, const T* map, float* tot
     });
 }
 
-// The sums of all pixels, added to those there; rows of an image first, so that a sum's error grows slowly.
+// Adds an image's pixels to `sums`. The rows are added up first, so that the sums' error grows slowly.
 template <class T>
 void add_pixels(const Shape& shape, const Bordered<T>& image, float* columns, float* sums) {
   std::fill_n(columns, shape.row(), 0.f);
@@ -160,14 +161,16 @@ void weight_grad(const Shape& shape, const T* images, const T* maps, float* grad
   for (int64_t s = 0; s < shape.S; s++)
     for (int64_t c = 0; c < shape.C; c++)
       for (int64_t place = 0; place < 16; place++)
-        grad[(s * shape.C + c) * 16 + place] = totals[(place / 4 * shape.depth() + place % 4 * shape.C + c) * shape.S + s];
+        grad[(s * shape.C + c) * 16 + place] =
+            totals[(place / 4 * shape.depth() + place % 4 * shape.C + c) * shape.S + s];
   if (sums) std::copy_n(totals + size, shape.C, sums);
 }
 
 }  // namespace
 
-void image_conv_weight_grad(const void* images, const void* map, float* grad, float* sums, int64_t count, int64_t height,
-                            int64_t width, int64_t channels, int64_t map_channels, bool is_bf16, int threads) {
+void image_conv_weight_grad(const void* images, const void* map, float* grad, float* sums, int64_t count,
+                            int64_t height, int64_t width, int64_t channels, int64_t map_channels, bool is_bf16,
+                            int threads) {
   const Shape shape = {count, height, width, channels, map_channels};
   threads = threads_for(count * shape.of_map(), threads);
   const auto run = [&](auto* tag, auto* source) {

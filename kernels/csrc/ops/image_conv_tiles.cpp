@@ -9,15 +9,15 @@
 #include "../simd.h"
 
 // The convolution of images of few channels, see image_conv.h, in bfloat16 with the processor's tiles. What two rows of
-// the kernel meet, 2 x 16 numbers of which the last are another pixel's, is a line of 64 bytes: two of them, `width` pixels
-// apart, are all that a pixel of the map takes. An image's lines follow each other as the pixels of its map do.
+// the kernel cover is a line of 64 bytes: 2 x 16 numbers, the last of which belong to another pixel. A pixel of the map
+// takes just two lines, `width` lines apart. An image's lines are in the order of the pixels of its map.
 
 namespace HDFAST_ISA {
 
 #if defined(__AMX_BF16__)
 namespace {
 
-constexpr int64_t half = depth / 2;  // numbers of a line for a row of the kernel, of which 4 C count
+constexpr int64_t half = depth / 2;  // numbers in a line for a row of the kernel; the first 4 C count
 constexpr int64_t sums_size = wide * wide;
 
 bool fits(const Shape& shape) { return shape.depth() <= half && shape.S % wide == 0; }
@@ -35,7 +35,7 @@ class Lines {
         for (int64_t i = 0; i < 2; i++)
           std::memcpy(out + i * half, image_.row(2 * y + i) + 2 * x * shape_.C, half * sizeof(bf16));
   }
-  // What pixel q of the map meets with rows 2 h and 2 h + 1 of the kernel.
+  // The line that rows 2 h and 2 h + 1 of the kernel cover at pixel q of the map.
   const bf16* at(int64_t h, int64_t q) const { return lines_ + (h * shape_.width + q) * depth; }
 
  private:
@@ -44,13 +44,13 @@ class Lines {
   Scratch<bf16> lines_;
 };
 
-// Number k of line h: where it is in a kernel of C channels, (C, 4, 4), or -1.
+// The position in a kernel (C, 4, 4) that number k of line h belongs to, or -1.
 int64_t place(const Shape& shape, int64_t h, int64_t k) {
   const int64_t i = 2 * h + k / half, j = k % half / shape.C, c = k % half % shape.C;
   return j < 4 ? c * 16 + i * 4 + j : -1;
 }
 
-// weight (S, C, 4, 4) as right tiles (32 of s, h, pair of k, s).
+// Lays out weight (S, C, 4, 4) as right tiles (block of 32 s, h, pair of k, s).
 void lay_weight(const Shape& shape, const float* weight, uint32_t* out) {
   const auto number = [&](int64_t s, int64_t h, int64_t k) -> uint32_t {
     const int64_t at = place(shape, h, k);
@@ -77,10 +77,10 @@ void halve(const Shape& shape, const Lines& lines, const uint32_t* weight, bf16*
     }
 }
 
-// The sums of an image are added up by themselves: an error grows with the length of a sum.
+// Each image is summed separately, because a sum's error grows with its length.
 class Grad {
  public:
-  // sums (32 of s, or, last, of ones; h, 2 x 2 tiles)
+  // sums (block of 32 s, the last block being that of the ones; h; 2 x 2 tiles)
   explicit Grad(const Shape& shape)
       : shape_(shape),
         steps_((shape.height * shape.width + depth - 1) / depth),
@@ -90,7 +90,7 @@ class Grad {
   }
   static int64_t size(const Shape& shape) { return (shape.S / wide + 1) * 2 * sums_size; }
 
-  // `end` is that of all maps: the next one is asked for meanwhile.
+  // `end` is the end of all maps: the next map is prefetched meanwhile.
   void add(const Lines& lines, const bf16* map, const bf16* end, bool pixels_too, float* total) {
     const int64_t pixels = shape_.height * shape_.width, area = tile * tile;
     const auto at = [&](const bf16* first, int64_t distance, int64_t q) {
@@ -124,7 +124,7 @@ class Grad {
       }
   }
 
-  // Sum of channel s, of all after the last one that of ones, with number k of line h.
+  // The sum of channel s times number k of line h; s = S stands for the ones.
   static float sum(const float* total, int64_t s, int64_t h, int64_t k) {
     const int64_t column = column_at(k);
     return total[(s / wide * 2 + h) * sums_size + (s % wide / tile * 2 + column / tile) * tile * tile +
@@ -192,7 +192,7 @@ bool image_conv_tiles_grad(const void* images, const void* map, float* grad, flo
       const int64_t at = place(shape, h, k);
       if (at < 0) continue;
       for (int64_t s = 0; s < shape.S; s++) grad[s * channels * 16 + at] = Grad::sum(totals, s, h, k);
-      const int64_t i = at % 16 / 4, j = at % 4;  // the middle of the kernel meets every pixel once
+      const int64_t i = at % 16 / 4, j = at % 4;  // the middle of the kernel covers every pixel once
       if (sums && (i == 1 || i == 2) && (j == 1 || j == 2)) sums[at / 16] += Grad::sum(totals, shape.S, h, k);
     }
   return true;

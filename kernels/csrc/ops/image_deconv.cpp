@@ -6,17 +6,18 @@
 namespace HDFAST_ISA {
 namespace {
 
-// A pixel of the input reaches 4 x 4 pixels of the output: in each of 4 rows, 4 * C neighbouring numbers, a tile. Of an
-// input row, the tiles of the even pixels lie side by side without overlap, and so do those of the odd ones: they are stored
-// in a row each, not added up in memory. An output row is the sum of four such rows: of two input rows, even and odd.
+// An input pixel affects 4 x 4 output pixels: a tile of 4 * C neighbouring numbers in each of 4 rows. In an input row,
+// the tiles of the even pixels lie side by side without overlap, and so do those of the odd ones. Each set gets its
+// own rows, so nothing is added in memory. An output row is the sum of four such rows: even and odd, of two input rows.
 //
-// `Band`: what one input row gives, [even, odd][4 output rows][length]. Rows of it begin one output pixel left of the image.
+// A band is the contribution of one input row, [even, odd][4 output rows][length]. Its rows begin one output pixel to
+// the left of the image.
 template <int V>  // vectors that hold a tile
 struct Deconv {
-  static constexpr int together = W == 16 ? 4 : 1;  // pixels whose sums fit into the registers
+  static constexpr int tile_pixels = W == 16 ? 4 : 1;  // pixels whose sums fit in the registers
   int64_t height, width, inputs, channels;
   int64_t length = (2 * width + 2) * channels + V * W;
-  std::vector<float> weight = {};  // (inputs, 4, V * W): the rows of the kernel, zeros beyond 4 * channels
+  std::vector<float> weight = {};  // (inputs, 4, V * W): the rows of the kernel, padded with zeros
   std::vector<float> bias = {};    // of an output row
 
   template <int P>
@@ -34,14 +35,14 @@ struct Deconv {
         }
     for (int p = 0; p < P; p++)
       for (int k = 0; k < 4; k++)
-        for (int v = 0; v < V; v++)  // zeros beyond the tile: where the next one is written, or nothing
+        for (int v = 0; v < V; v++)  // zeros beyond the tile, which the next tile, if any, overwrites
           store(band + k * length + 2 * (x + 2 * p) * channels + v * W, sums[p][k][v], Whole{});
   }
 
   template <class T>
   void image(const T* x, T* y, float* row, float* bands) const {
     const int64_t out_width = 2 * width * channels;
-    const float* none = bands + 16 * length;  // of zeros
+    const float* none = bands + 16 * length;  // zeros
     const auto emit = [&](int64_t at, const float* upper, const float* lower) {
       const int64_t odd = 4 * length;
       for_lanes(out_width, [&](int64_t i, auto lanes) {
@@ -60,7 +61,7 @@ struct Deconv {
       for (int64_t parity = 0; parity < 2; parity++) {
         float* half = band + parity * 4 * length;
         int64_t at = parity;
-        for (; at + 2 * (together - 1) < width; at += 2 * together) tiles<together>(row, at, half);
+        for (; at + 2 * (tile_pixels - 1) < width; at += 2 * tile_pixels) tiles<tile_pixels>(row, at, half);
         for (; at < width; at += 2) tiles<1>(row, at, half);
       }
       if (r > 0) emit(2 * r - 1, above + 2 * length, band);

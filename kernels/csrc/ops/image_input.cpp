@@ -6,7 +6,7 @@
 namespace HDFAST_ISA {
 namespace {
 
-constexpr int64_t block = 1 << 14;  // pixels between which threads are changed; a multiple of all vectors
+constexpr int64_t block = 1 << 14;  // pixels that a thread takes at a time; a multiple of all vector lengths
 
 template <bool far, class T>
 void forward(const uint8_t* image, T* out, int64_t pixels, int threads) {
@@ -15,7 +15,7 @@ void forward(const uint8_t* image, T* out, int64_t pixels, int threads) {
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < pixels; first += block) {
       for_lanes(std::min(block, pixels - first), [&](int64_t i, auto lanes) {
-        // From the middle, where the difference is exact.
+        // Subtracting 127.5 first keeps the difference exact.
         put<far>(out + first + i, (load(image + first + i, lanes) - 127.5f) * (1 / 255.f), lanes);
       });
     }

@@ -4,7 +4,7 @@
 namespace HDFAST_ISA {
 namespace {
 
-// pred - image / 255, with 1/255 in two parts: closer to the quotient than a division, and much cheaper.
+// pred - image / 255, with 1/255 in two parts: more accurate than a division, and much cheaper.
 template <class T, class Lanes>
 HDFAST_INLINE Vf difference(const T* pred, const uint8_t* image, Lanes lanes) {
   const Vf pixel = load(image, lanes);

@@ -11,14 +11,14 @@ void forward(const T* post, const T* prior, float* kl, int64_t rows, int64_t wid
   for (int64_t r = 0; r < rows; r++) {
     kl[r] = sum_blocks(width, [&](int64_t i, auto lanes) {
       const Vf p = load(post + r * width + i, lanes), q = load(prior + r * width + i, lanes);
-      return exp(p) * (p - q);  // zero where both are zero, as in the lanes that take no part
+      return exp(p) * (p - q);  // zero where both are zero, as in inactive lanes
     });
   }
 }
 
 template <class T>
-void backward(const float* grad_dyn, const float* grad_rep, const T* post, const T* prior, const float* kl, T* grad_post,
-              T* grad_prior, int64_t rows, int64_t width, float free, int threads) {
+void backward(const float* grad_dyn, const float* grad_rep, const T* post, const T* prior, const float* kl,
+              T* grad_post, T* grad_prior, int64_t rows, int64_t width, float free, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; r++) {
     const bool clipped = kl[r] < free;

@@ -6,7 +6,7 @@ namespace HDFAST_ISA {
 void lambda_return_forward(const float* reward, const float* cont, const float* value, float* returns, float* weight,
                            int64_t horizon, int64_t columns, float discount, double lam, int threads) {
   threads = threads_for(horizon * columns, threads);
-  const float share = lam, rest = 1 - lam;  // of a lam rounded first, little is left that is right
+  const float share = lam, rest = 1 - lam;  // 1 - lam, with lam rounded to float first, would have few correct digits
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t start = 0; start < columns; start += W) {
     for_lanes(columns - start < W ? columns - start : W, [&](int64_t, auto lanes) {
@@ -30,7 +30,7 @@ void lambda_return_forward(const float* reward, const float* cont, const float* 
 void lambda_return_backward(const float* grad, const float* cont, float* grad_reward, float* grad_value,
                             int64_t horizon, int64_t columns, float discount, double lam, int threads) {
   threads = threads_for(horizon * columns, threads);
-  const float share = lam, rest = 1 - lam;  // of a lam rounded first, little is left that is right
+  const float share = lam, rest = 1 - lam;  // 1 - lam, with lam rounded to float first, would have few correct digits
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t start = 0; start < columns; start += W) {
     for_lanes(columns - start < W ? columns - start : W, [&](int64_t, auto lanes) {

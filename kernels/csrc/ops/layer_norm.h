@@ -1,4 +1,4 @@
-// What the two ops with a LayerNorm share: the moments of a row, and the gradients of weight and bias.
+// Shared by the two ops with a LayerNorm: the moments of a row, and the gradients of weight and bias.
 #pragma once
 
 #include <omp.h>
@@ -11,12 +11,12 @@
 namespace HDFAST_ISA {
 namespace {
 
-// Mean and 1 / deviation of R rows. Two passes over what is in the cache: the variance of the differences loses nothing
-// where the mean is large. Where the numbers of a row are almost equal, what the mean misses by rounding is as large as
-// what they differ by, so it is found and added.
+// Mean and 1 / deviation of R rows. Two passes over cached data, as the variance of the differences from the mean is
+// accurate even where the mean is large. If the numbers of a row are almost equal, the mean's rounding error is as
+// large as their differences, so it is measured and added.
 template <int R, class T>
 HDFAST_INLINE void moments_of_rows(const T* rows, int64_t width, float eps, float* mean, float* rstd) {
-  constexpr int K = R < 4 ? 4 / R : 1;  // accumulators of a row: four in all hide the latency
+  constexpr int K = R < 4 ? 4 / R : 1;  // accumulators per row: four in all hide the latency
   const auto averages = [&](auto f, float* out) __attribute__((always_inline)) {
     Vf part[R][K] = {};
     int64_t i = 0;
@@ -33,7 +33,7 @@ HDFAST_INLINE void moments_of_rows(const T* rows, int64_t width, float eps, floa
       out[r] = sum(total) / width;
     }
   };
-  float square[R], missed[R];
+  float square[R], mean_error[R];
   const auto difference = [&](int r, int64_t i, auto lanes) __attribute__((always_inline)) {
     return keep(load(rows + r * width + i, lanes) - mean[r], lanes);
   };
@@ -46,15 +46,15 @@ HDFAST_INLINE void moments_of_rows(const T* rows, int64_t width, float eps, floa
   bool close = false;
   for (int r = 0; r < R; r++) close |= square[r] < 1e-6f * mean[r] * mean[r];
   if (close) {
-    averages(difference, missed);
-    for (int r = 0; r < R; r++) mean[r] += missed[r];
+    averages(difference, mean_error);
+    for (int r = 0; r < R; r++) mean[r] += mean_error[r];
     averages(squared, square);
   }
   for (int r = 0; r < R; r++) rstd[r] = 1.f / std::sqrt(square[r] + eps);
 }
 
-// Column sums over many rows, one accumulator per thread: float over a block of rows, double over the blocks, so that
-// a million rows of a convolution lose no digits.
+// Column sums over many rows, one accumulator per thread: in float within a block of rows, in double across blocks, so
+// that no digits are lost over a convolution's million rows.
 class AffineGradients {
  public:
   static constexpr int64_t block_rows = 512;

@@ -4,7 +4,7 @@
 namespace HDFAST_ISA {
 namespace {
 
-// G the dtype of the gates, D that of the state.
+// G is the dtype of the gates, D that of the state.
 template <class G, class D>
 void forward(const G* gates, const D* deter, const float* weight, const float* bias, D* next, float* mean, float* rstd,
              int64_t rows, int64_t width, float eps, int threads) {

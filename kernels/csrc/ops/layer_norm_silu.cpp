@@ -4,7 +4,7 @@
 namespace HDFAST_ISA {
 namespace {
 
-// silu(z) as exactly as T can hold it.
+// silu(z), as accurately as T can hold it.
 template <class T>
 HDFAST_INLINE Vf silu(Vf z) {
   return z * (std::is_same_v<T, bf16> ? rough_sigmoid(z) : sigmoid(z));
@@ -16,7 +16,7 @@ HDFAST_INLINE Vf silu_slope(Vf z) {
   return gate * (1.f + z * (1.f - gate));
 }
 
-// R rows together, so that they share what they read of the weight and wait for their sums at the same time.
+// R rows together, so that they share the loads of weight and bias and wait for their sums at the same time.
 template <int R, bool far, class T>
 void forward_rows(const T* in, const float* weight, const float* bias, T* out, float* mean, float* rstd, int64_t width,
                   float eps) {
@@ -31,7 +31,7 @@ void forward_rows(const T* in, const float* weight, const float* bias, T* out, f
   });
 }
 
-// The same backwards: they add to the column sums together. d_normed is scratch of R rows.
+// The same for backward: the R rows also add to the column sums together. d_normed is scratch of R rows.
 template <int R, bool far, class T>
 void backward_rows(const T* grad, const T* in, const float* weight, const float* bias, const float* mean,
                    const float* rstd, T* out, int64_t width, float* d_normed, AffineGradients::Local& totals) {
@@ -40,7 +40,7 @@ void backward_rows(const T* grad, const T* in, const float* weight, const float*
     const Vf w = load(weight + i, lanes), b = load(bias + i, lanes);
     Vf d_weight = {}, d_bias = {};
     for (int r = 0; r < R; r++) {
-      // What is written soon and what is read next, a little at a time: there are few buffers for lines on their way.
+      // Prefetches what is written soon and read next, a little at a time: few cache lines can be in flight at once.
       if (!far) __builtin_prefetch(out + r * width + i, 1);
       __builtin_prefetch(in + (R + r) * width + i);
       __builtin_prefetch(grad + (R + r) * width + i);
@@ -63,7 +63,7 @@ void backward_rows(const T* grad, const T* in, const float* weight, const float*
   }
 }
 
-// W rows of V vectors, those of a convolution with few channels: their sums are one vector.
+// W rows of V vectors, as of a convolution with few channels: the sums of the rows fit in one vector.
 template <int V, bool far, class T>
 void forward_narrow(const T* x, const float* weight, const float* bias, T* y, float* mean, float* rstd, float eps) {
   constexpr int width = V * W;
@@ -122,7 +122,7 @@ void backward_narrow(const T* grad, const T* x, const float* weight, const float
     }
 }
 
-// f(first, count) for blocks of R rows, and of 1 for what is left; the count is a constant.
+// f(first, count) for blocks of R rows, then for single remaining rows; the count is a compile-time constant.
 template <int R, class F>
 HDFAST_INLINE void for_rows(int64_t rows, F f) {
 #pragma omp for schedule(static)
@@ -134,7 +134,7 @@ HDFAST_INLINE void for_rows(int64_t rows, F f) {
   }
 }
 
-constexpr int together = 4;  // wide rows: one alone waits for its sums
+constexpr int together = 4;  // wide rows: one alone would wait for its sums
 
 template <int V, bool far, class T>
 void forward_all(const T* x, const float* weight, const float* bias, T* y, float* mean, float* rstd, int64_t rows,

@@ -7,21 +7,21 @@
 #include "../simd.h"
 
 // The gradient of a linear layer's weight in float, out (M, N) = grad (K, M)^T x (K, N), over K rows of activations.
-// Libraries transpose one of the two first. Here both are what the tiles of gemm_tile.h want as they lie.
+// Libraries first transpose one of the two. Here both already have the layout that the tiles of gemm_tile.h need.
 //
-// A thread takes a rectangle of `out`, or, where K is long, some of the rows for all of it: then as many sums as there
-// are threads are added up in the end.
+// K is divided among groups of threads if it is long, and a group's threads take rectangles of `out`. With several
+// groups, their sums are added up at the end.
 //
 // Axes: m, n of `out`, k rows; t tiles of m, p panels of n.
 
 namespace HDFAST_ISA {
 namespace {
 
-constexpr int64_t deep = 128;              // rows of a block: a tile and a panel of them fit the first cache
-constexpr int64_t broad = 16 * tile_rows;  // of m in a block, which fits the second one
-constexpr int64_t deep_of_thread = 1024;   // rows that make up for sums of a thread's own
+constexpr int64_t deep = 128;              // rows of a block: a tile and a panel of that depth fit in the L1 cache
+constexpr int64_t broad = 16 * tile_rows;  // m of a block, which fits in the L2 cache
+constexpr int64_t deep_of_thread = 1024;   // least rows for which separate sums pay off
 constexpr int64_t tile_size = tile_rows * panel;
-constexpr int64_t slot = (tile_rows + W - 1) / W * W;  // what a row of a tile of m takes, in whole vectors
+constexpr int64_t slot = (tile_rows + W - 1) / W * W;  // a tile's m, rounded up to whole vectors
 
 struct Span {
   int64_t first, last;
@@ -32,20 +32,21 @@ struct Span {
 
 struct Layout {
   int64_t K, M, N, tiles, panels;
-  int64_t along, across, down;  // into how many parts K, the panels and the tiles are divided
+  int64_t along, across, down;  // how many parts K, the panels and the tiles are divided into
 
   Layout(int64_t K, int64_t M, int64_t N, int64_t team)
-      : K(K), M(M), N(N), tiles((M + tile_rows - 1) / tile_rows), panels((N + panel - 1) / panel), along(team), across(1) {
+      : K(K), M(M), N(N), tiles((M + tile_rows - 1) / tile_rows), panels((N + panel - 1) / panel), along(team),
+        across(1) {
     while (along > 1 && (team % along || K < along * deep_of_thread)) along--;
     down = team / along;
-    // Every thread of a row, or a column, of rectangles lays out the same: what they lay out is kept small.
+    // The threads of a row or column of rectangles all lay out the same operand, so operands are kept small.
     while (down % 2 == 0 && down / 2 * N > across * M && panels >= 2 * across) down /= 2, across *= 2;
   }
 
   int64_t sums_at(int64_t part, int64_t t, int64_t p) const { return ((part * tiles + t) * panels + p) * tile_size; }
 };
 
-// Of rows k, the `wide` columns from every `step` on: (piece, row, wide). Zeros beyond the matrix.
+// Copies rows k as (piece, row, wide): piece i is the `wide` columns from i * step on. Zeros beyond the matrix.
 template <int64_t step, int64_t wide>
 void lay(const float* matrix, int64_t columns, Span k, Span pieces, float* out) {
   for (int64_t i = pieces.first; i < pieces.last; i++)
@@ -65,21 +66,21 @@ void put_tile(const Layout& at, const float* sums, int64_t t, int64_t p, float* 
     });
 }
 
-// Sums over rows k of a rectangle: to `out` where no other thread adds to it, otherwise to `sums`.
+// The sums over rows k for a rectangle: to `out`, or only to `sums` if `out` is null as other threads add to it too.
 void rectangle(const Layout& at, const float* grad, const float* x, Span k, Span t, Span p, float* sums, float* out) {
-  if (t.first == t.last || p.first == p.last) return;  // more threads than there is work
+  if (t.first == t.last || p.first == p.last) return;  // more threads than work
   const int64_t tiles_of_block = broad / tile_rows;
   Scratch<float> left(tiles_of_block * deep * slot), right((p.last - p.first) * deep * panel);
   for (int64_t first = k.first; first < k.last; first += deep) {
-    const Span block = {first, std::min(first + deep, k.last)}, next = {block.last, std::min(block.last + deep, k.last)};
+    const Span block = {first, std::min(first + deep, k.last)};
+    const Span next = {block.last, std::min(block.last + deep, k.last)};
     const int64_t groups = (block.last - first + group<float> - 1) / group<float>;
     lay<panel, panel>(x, at.N, block, p, right);
+    const int64_t calls = (t.last - t.first) * (p.last - p.first);
     Prefetcher<float> of_grad(grad + next.first * at.M,
-                              grad + (t.last - t.first == at.tiles ? next.last : next.first) * at.M,
-                              (t.last - t.first) * (p.last - p.first));
+                              grad + (t.last - t.first == at.tiles ? next.last : next.first) * at.M, calls);
     Prefetcher<float> of_x(x + next.first * at.N,
-                           x + (p.last - p.first == at.panels ? next.last : next.first) * at.N,
-                           (t.last - t.first) * (p.last - p.first));
+                           x + (p.last - p.first == at.panels ? next.last : next.first) * at.N, calls);
     for (Span some = {t.first, 0}; some.first < t.last; some.first = some.last) {
       some.last = std::min(some.first + tiles_of_block, t.last);
       lay<tile_rows, slot>(grad, at.M, block, some, left);
@@ -102,8 +103,8 @@ void rectangle(const Layout& at, const float* grad, const float* x, Span k, Span
 }  // namespace
 
 void linear_weight_grad(const float* grad, const float* x, float* out, int64_t K, int64_t M, int64_t N, int threads) {
-  const int64_t parts = std::clamp<int64_t>(K / deep_of_thread, 1, threads);  // at most
-  Scratch<float> sums(Layout(K, M, N, threads).sums_at(parts, 0, 0));
+  const int64_t most_parts = std::clamp<int64_t>(K / deep_of_thread, 1, threads);
+  Scratch<float> sums(Layout(K, M, N, threads).sums_at(most_parts, 0, 0));
 #pragma omp parallel num_threads(threads)
   {
     const int64_t mine = omp_get_thread_num();

@@ -7,9 +7,9 @@ namespace HDFAST_ISA {
 namespace {
 
 constexpr int64_t tile = 8 * W;       // columns whose sums stay in registers
-constexpr int64_t block_rows = 2048;  // rows of the gradient whose tile stays in the second cache
+constexpr int64_t block_rows = 2048;  // rows of the gradient whose tile stays in the L2 cache
 
-// Sums of `tile` columns in registers, in an order of their own.
+// Sums of `tile` columns in registers, possibly permuted.
 template <class T>
 struct Sums {
   Vf v[8] = {};
@@ -23,9 +23,9 @@ struct Sums {
 };
 
 #if defined(__AVX512BF16__)
-// Even columns in one vector, odd ones in the next: pairs of neighbours times (1, 0) and (0, 1). It takes a third of the
-// instructions of widening them, and gives the same sums; next to an infinite weight they are NaN. Processors with AMX
-// are slow at these products: there a pair is cut in two.
+// Even columns in one vector, odd ones in the next: pairs of neighbours times (1, 0) and (0, 1). This takes a third of
+// the instructions of widening them and gives the same sums, except NaN next to an infinite weight. Processors with AMX
+// are slow at these products, so there a pair is split instead.
 template <>
 struct Sums<bf16> {
   Vf v[8] = {};
@@ -54,7 +54,7 @@ struct Sums<bf16> {
 };
 #endif
 
-// Tile by tile, so that a tile's part of the weight stays in the cache while all rows pass. `onto` may be null.
+// Goes tile by tile, so that a tile's part of the weight stays in the cache while all rows pass. `onto` may be null.
 template <class T>
 void forward(const int64_t* index, const T* weight, const T* onto, T* out, int64_t rows, int64_t groups,
              int64_t classes, int64_t units, int threads) {
@@ -81,8 +81,8 @@ void forward(const int64_t* index, const T* weight, const T* onto, T* out, int64
   }
 }
 
-// Sorts `rows` rows by the class of one group, given each row's index `stride` apart: `order` gets their numbers, `ends`
-// (classes,) where in it each class ends.
+// Sorts `rows` rows by their class in one group, found in `index` at steps of `stride`: `order` receives the row
+// numbers, `ends` (classes,) the position in `order` at which each class ends.
 void sort_by_class(const int64_t* index, int64_t stride, int64_t rows, int64_t classes, int32_t* order, int32_t* ends) {
   std::memset(ends, 0, classes * sizeof(int32_t));
   for (int64_t r = 0; r < rows; r++) ends[index[r * stride]]++;
@@ -94,8 +94,8 @@ void sort_by_class(const int64_t* index, int64_t stride, int64_t rows, int64_t c
   for (int64_t r = 0; r < rows; r++) order[ends[index[r * stride]]++] = r;  // begins become ends
 }
 
-// A row of the weight's gradient is the sum of the rows of the gradient whose class it belongs to. Each thread has some
-// of the groups; for a tile of columns it goes through the rows block by block, and sums in float.
+// A row of the weight's gradient is the sum of those rows of the gradient that have its class. Each thread takes some
+// of the groups; for each tile of columns it goes through the rows block by block, and sums in float.
 template <class T>
 void backward(const T* grad, const int64_t* index, T* grad_weight, int64_t rows, int64_t groups, int64_t classes,
               int64_t units, int threads) {
@@ -111,7 +111,8 @@ void backward(const T* grad, const int64_t* index, T* grad_weight, int64_t rows,
     for (int64_t start = 0; start < rows; start += block_rows) {
       const int64_t count = rows - start < block_rows ? rows - start : block_rows;
       for (int64_t s = 0; s < mine; s++)
-        sort_by_class(index + start * groups + first + s, groups, count, classes, order_of(s, start), ends_of(s, start));
+        sort_by_class(index + start * groups + first + s, groups, count, classes, order_of(s, start),
+                      ends_of(s, start));
     }
     for (int64_t column = 0; column < units; column += tile) {
       const int64_t width = units - column < tile ? units - column : tile;

@@ -1,5 +1,5 @@
-// The observe scan on the CPU: T steps in one parallel region. Products split the weights' columns over the threads, the
-// stages between them split the batch; a barrier stands between the two. Weight gradients are the caller's, after it.
+// The observe scan on the CPU: T steps in one parallel region. Products divide the weights' columns among the threads,
+// the stages between them divide the batch, with barriers in between. The caller then computes the weight gradients.
 
 #include "../ops.h"
 #include "../rssm_observe.h"
@@ -24,7 +24,7 @@ void copy_to(const float* in, int64_t n, E* out) {
   for (int64_t i = 0; i < n; i++) out[i] = from_float<E>(in[i]);
 }
 
-// What forward and backward share: where a step comes from, and the rows a thread owns.
+// The stages of a step, row by row, and where the step's inputs come from.
 template <class E>
 struct Scan : RssmObserve {
   explicit Scan(const RssmObserve& p) : RssmObserve(p) {}
@@ -38,7 +38,7 @@ struct Scan : RssmObserve {
   }
   E* low(void* array) const { return static_cast<E*>(array); }
 
-  // Forward, rows of one step. x = SiLU(LN(in_stoch[stoch] + action)), beside the deter it meets in the GRU.
+  // Forward. Writes the GRU's operand: the previous deter beside x = SiLU(LN(in_stoch[stoch] + action)).
   void enter(int64_t t, int64_t b) const {
     const int64_t row = t * B + b;
     const int64_t* chosen = index_before(t, b);
@@ -79,7 +79,7 @@ struct Scan : RssmObserve {
     norm_silu(sum, post_norm_weight, post_norm_bias, U, eps, low(post_low) + row * U);
   }
 
-  // logits -> logp, index, stoch of one row
+  // logits -> logp, index, stoch
   void sample(int64_t t, int64_t b, float* p) const {
     const int64_t row = t * B + b, n = K;
     const float floor = unimix / double(K), share = 1 - unimix;
@@ -104,7 +104,7 @@ struct Scan : RssmObserve {
           p[k] = p[k] * scale + floor;
           l[k] = log_of(p[k]);
         }
-      } else {  // stays finite where a probability underflows
+      } else {  // the logarithm stays finite where a probability underflows
         const float total = std::log(sum);
         for (int64_t k = 0; k < n; k++) {
           p[k] *= scale;
@@ -119,7 +119,7 @@ struct Scan : RssmObserve {
     }
   }
 
-  // Backward, rows of one step. carried: gradient of this step's stoch from the next step.
+  // Backward; of_x is the gradient of x. carried: the gradient of this step's stoch from the next step, or null.
   void sample_backward(int64_t t, int64_t b, const float* carried, float* p, float* grad_bias) const {
     const int64_t row = t * B + b, n = K;
     const float floor = unimix / double(K), share = 1 - unimix;
@@ -148,7 +148,7 @@ struct Scan : RssmObserve {
     }
   }
 
-  // grad: of deter on entry; of the deter before, but for the part that the GRU's product adds, on return.
+  // grad: on entry, of deter; on return, of the previous deter, without the part that the GRU's product adds.
   void gates_backward(int64_t t, int64_t b, float* grad, float* of_gates, float* grad_weight, float* grad_bias) const {
     const int64_t row = t * B + b, n = D;
     const float *g = gates_sum + row * 3 * D, *w = gru_norm_weight, *c = gru_norm_bias, *before = deter_before(t, b);
@@ -177,7 +177,7 @@ struct Scan : RssmObserve {
     copy_to(of_gates, 3 * D, low(grad_gates_low) + row * 3 * D);
   }
 
-  // This thread's columns of grad_in_stoch: each step's grad_in_sum added to the rows that were gathered.
+  // Adds each step's grad_in_sum to the rows of grad_in_stoch that forward gathered, in this thread's columns.
   void scatter(int thread, int threads) const {
     const int64_t begin = U * thread / threads, end = U * (thread + 1) / threads;
     for (int64_t t = 0; t < T; t++)
@@ -191,15 +191,15 @@ struct Scan : RssmObserve {
   }
 };
 
-// Packed weights are kept from call to call: fresh pages would cost as much as packing does.
+// Memory of packed weights, kept between calls: fresh pages would cost as much as the packing.
 template <class E>
 std::vector<E>* scratch(int which) {
   static thread_local std::vector<E> kept[4];
   return &kept[which];
 }
 
-// Stages take microseconds, so threads wait for each other actively; but where cores are shared, one that has waited for
-// some ten of them offers its core to others (OpenMP's own barrier spins on for milliseconds).
+// Stages take microseconds, so threads wait actively. But in case cores are shared, a thread that has waited for some
+// ten microseconds offers its core to others (OpenMP's own barrier keeps spinning for milliseconds).
 class Barrier {
  public:
   void wait(int threads) {
@@ -231,7 +231,7 @@ void forward(const RssmObserve& p, int threads) {
   const Packed<E> gru(p.gru, D + U, 3 * D, 1, D + U, scratch<E>(0));
   const Packed<E> post(p.post_deter, D, U, 1, D, scratch<E>(1));
   const Packed<E> logit(p.logit_weight, U, SK, 1, U, scratch<E>(2));
-  E* deter_low = static_cast<E*>(p.deter_low);  // for float32 the same array as deter
+  E* deter_low = static_cast<E*>(p.deter_low);  // for float32, the same array as deter
   Barrier barrier;
 #pragma omp parallel num_threads(team(p, threads))
   {
@@ -280,7 +280,8 @@ void backward(const RssmObserve& p, int threads) {
     const int thread = omp_get_thread_num(), count = omp_get_num_threads();
     const int64_t begin = B * thread / count, end = B * (thread + 1) / count;
     float* of_in = sums.data() + thread * vectors;
-    float *of_gru_norm = of_in + 2 * U, *of_post = of_gru_norm + 6 * D, *of_bias = of_post + 2 * U, *of_start = of_bias + SK;
+    float *of_gru_norm = of_in + 2 * U, *of_post = of_gru_norm + 6 * D, *of_bias = of_post + 2 * U;
+    float* of_start = of_bias + SK;
     std::vector<float> row(std::max(3 * D, 2 * p.K));
     logit.pack(thread, count);
     post.pack(thread, count);
@@ -297,8 +298,8 @@ void backward(const RssmObserve& p, int threads) {
       barrier.wait(count);
       for (int64_t b = begin; b < end; b++) {
         const int64_t at = (t * B + b) * U;
-        norm_silu_backward(p.post_sum + at, p.post_norm_weight, p.post_norm_bias, U, p.eps, p.grad_post_sum + at, of_post,
-                           of_post + U);
+        norm_silu_backward(p.post_sum + at, p.post_norm_weight, p.post_norm_bias, U, p.eps, p.grad_post_sum + at,
+                           of_post, of_post + U);
         if (sizeof(E) == 2) copy_to(p.grad_post_sum + at, U, post_low + at);
       }
       barrier.wait(count);
@@ -322,7 +323,8 @@ void backward(const RssmObserve& p, int threads) {
           std::fill_n(grad, D, 0.0f);
         }
         std::copy_n(add + D, U, p.grad_in_sum + at);
-        norm_silu_backward(p.in_sum + at, p.in_norm_weight, p.in_norm_bias, U, p.eps, p.grad_in_sum + at, of_in, of_in + U);
+        norm_silu_backward(p.in_sum + at, p.in_norm_weight, p.in_norm_bias, U, p.eps, p.grad_in_sum + at, of_in,
+                           of_in + U);
         copy_to(p.grad_in_sum + at, U, in_low.data() + b * U);
       }
       barrier.wait(count);

@@ -19,17 +19,17 @@ float mean_square(const float* x, int64_t n, float mean) {
   return squares / float(n);
 }
 
-// As moments_of_rows in layer_norm.h: where the numbers are almost equal, what the mean misses by rounding is found.
+// As moments_of_rows in layer_norm.h: if the numbers are almost equal, the mean's rounding error is measured and added.
 Stats stats_of(const float* x, int64_t n, float eps) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; i++) sum += x[i];
   float mean = sum / float(n), variance = mean_square(x, n, mean);
   if (variance < 1e-6f * mean * mean) {
-    float missed = 0;
-#pragma omp simd reduction(+ : missed)
-    for (int64_t i = 0; i < n; i++) missed += x[i] - mean;
-    mean += missed / float(n);
+    float differences = 0;
+#pragma omp simd reduction(+ : differences)
+    for (int64_t i = 0; i < n; i++) differences += x[i] - mean;
+    mean += differences / float(n);
     variance = mean_square(x, n, mean);
   }
   return {mean, 1.0f / std::sqrt(variance + eps)};
@@ -45,7 +45,7 @@ void norm_silu(const float* x, const float* weight, const float* bias, int64_t n
   }
 }
 
-// grad: of the normalised input on entry (that is, times weight already), of x on return.
+// grad: on entry, of the normalised x (already multiplied by the weight); on return, of x.
 void norm_backward(const float* x, Stats s, int64_t n, float* grad) {
   float sum = 0, product = 0;
 #pragma omp simd reduction(+ : sum, product)
@@ -58,7 +58,7 @@ void norm_backward(const float* x, Stats s, int64_t n, float* grad) {
   for (int64_t i = 0; i < n; i++) grad[i] = s.scale * (grad[i] - mean - (x[i] - s.mean) * slope);
 }
 
-// grad: of the output on entry, of x on return.
+// grad: on entry, of the output; on return, of x.
 void norm_silu_backward(const float* x, const float* weight, const float* bias, int64_t n, float eps, float* grad,
                         float* grad_weight, float* grad_bias) {
   const Stats s = stats_of(x, n, eps);

@@ -5,8 +5,8 @@
 namespace HDFAST_ISA {
 namespace {
 
-// The number of classes whose cumulated probability is at most `uniform`, at most classes - 1. Like PyTorch's cumsum
-// on the CPU: summed in double in the order of the classes, each sum rounded to float.
+// The number of classes whose cumulative probability is at most `uniform`, but no more than classes - 1. Like PyTorch's
+// cumsum on the CPU, it sums in double in the order of the classes and rounds each sum to float.
 HDFAST_INLINE int64_t draw(const float* probs, int64_t classes, float uniform) {
   double cdf = 0;
   int64_t index = 0;
@@ -20,11 +20,11 @@ HDFAST_INLINE int64_t draw(const float* probs, int64_t classes, float uniform) {
 HDFAST_INLINE void set_one(float* at) { *at = 1.f; }
 HDFAST_INLINE void set_one(bf16* at) { at->bits = 0x3f80; }
 
-// Without Distribution only `index` is written.
+// Without Distribution, only `index` is written.
 template <bool Distribution, class T>
 void forward(const T* logits, const float* uniform, T* stoch, int64_t* index, float* logp, int64_t rows,
              int64_t classes, double unimix, int threads) {
-  const float share = 1 - unimix, floor = unimix / classes;  // of a unimix rounded first, little is left that is right
+  const float share = 1 - unimix, floor = unimix / classes;  // a unimix rounded to float would cost accuracy
   if (Distribution && rows) std::memset(static_cast<void*>(stoch), 0, rows * classes * sizeof(T));
 #pragma omp parallel num_threads(threads)
   {
@@ -44,7 +44,7 @@ void forward(const T* logits, const float* uniform, T* stoch, int64_t* index, fl
       for_lanes(classes, [&](int64_t i, auto lanes) {
         const Vf p = load(probs + i, lanes) * scale + floor;
         store(probs + i, p, lanes);
-        // Without a mixture a probability may underflow where its logarithm does not.
+        // Without a mixture, a probability may underflow where its logarithm stays finite.
         if constexpr (Distribution)
           store(logp + r * classes + i, unimix > 0 ? log(p) : load(row + i, lanes) - top - log_z, lanes);
       });
@@ -78,7 +78,7 @@ void backward(const T* grad_stoch, const float* grad_logp, const T* logits, T* g
         const Vf softmax = load(probs + i, lanes) * scale;
         Vf d = share * load(grad_stoch + at, lanes) * softmax;
         const Vf d_logp = load(grad_logp + at, lanes);
-        // d log p / d softmax is (1 - unimix) / p; times softmax that is 1 where nothing is mixed in.
+        // d log p / d softmax is (1 - unimix) / p; times softmax, that is 1 without a mixture.
         d += unimix > 0 ? d_logp * (share * softmax / (share * softmax + floor)) : d_logp;
         d = keep(d, lanes);
         weighted += d;

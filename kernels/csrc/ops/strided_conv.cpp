@@ -6,13 +6,13 @@
 #include "../ops.h"
 #include "../simd.h"
 
-// The gradient of a kernel of 4 x 4, stride 2 and padding 1, between a large map and one of half its size: for each of
-// the 16 places of the kernel a matrix product over all pixels,
+// The gradient of a 4 x 4 kernel, stride 2 and padding 1, between a large map and one of half its size: for each of the
+// 16 places of the kernel, a matrix product over all pixels,
 //
 //     grad[s, l, i, j] = sum over n, y, x of small[n, y, x, s] * large[n, 2 y + i - 1, 2 x + j - 1, l].
 //
-// Libraries first transpose both maps. Here a block of pixels, small enough for the caches, is multiplied as it lies, a
-// tile of 4 large channels x a few vectors of small channels at a time, and its sums are added to those of the thread.
+// Libraries first transpose both maps. Here a block of pixels that fits in the caches is multiplied as it is, in tiles
+// of 4 large channels x a few vectors of small channels, and the results are added to the thread's sums.
 
 namespace HDFAST_ISA {
 namespace {
@@ -29,7 +29,7 @@ struct Shape {
 struct Block {
   int64_t image, images, top, rows;  // rows of the small map
 
-  // f(image of the block, row of the block, row of the large map) where row i of the kernel meets the large map.
+  // f(image of the block, row of the block, row of the large map) where row i of the kernel is inside the large map.
   template <class F>
   HDFAST_INLINE void each_row(const Shape& shape, int64_t i, F f) const {
     for (int64_t n = 0; n < images; n++)
@@ -40,7 +40,7 @@ struct Block {
   }
 };
 
-// float: products of numbers where they are.
+// float: multiplies the maps in place.
 class Direct {
  public:
   explicit Direct(const Shape& shape) : shape_(shape) {}
@@ -72,7 +72,7 @@ class Direct {
 };
 
 #if defined(__AVX512BF16__)
-// bfloat16: an instruction multiplies pairs of neighbours, so that those of two pixels are laid side by side.
+// bfloat16: an instruction multiplies pairs of neighbours, so the numbers of two pixels are interleaved.
 class Pairs {
  public:
   explicit Pairs(const Shape& shape)
@@ -91,8 +91,8 @@ class Pairs {
         for (int64_t p = 0; p < pairs_; p++)
           for (int64_t s = 0; s < shape_.small; s += broad * W)
             lay_pairs(pixel(row, 2 * p, width, shape_.small) + s,
-                 2 * p + 1 < width ? pixel(row, 2 * p + 1, width, shape_.small) + s : nullptr, small_at(n, r, p, s),
-                 std::min<int64_t>(broad * W, shape_.small - s));
+                      2 * p + 1 < width ? pixel(row, 2 * p + 1, width, shape_.small) + s : nullptr,
+                      small_at(n, r, p, s), std::min<int64_t>(broad * W, shape_.small - s));
       }
       for (int64_t k = 0; k < 2 * block.rows + 2; k++) {
         const int64_t y = 2 * block.top + k - 1;
@@ -129,7 +129,7 @@ class Pairs {
     return x >= 0 && x < width ? row + x * channels : nullptr;
   }
 
-  // Small channels [s, s + broad * W) of all pixels lie together.
+  // Small channels [s, s + broad * W) of all pixels are stored together.
   uint32_t* small_at(int64_t n, int64_t r, int64_t p, int64_t s) const {
     const int64_t wide = std::min<int64_t>(broad * W, shape_.small - s);
     return small_ + s * shape_.images() * shape_.rows() * pairs_ + ((n * shape_.rows() + r) * pairs_ + p) * wide;
@@ -193,9 +193,10 @@ bool strided_conv_weight_grad(const void* large, const void* small, float* grad,
   threads = std::min<int64_t>(threads_for(images * height * width * large_channels, threads),
                               std::max<int64_t>(1, images / shape.images()));
   if (!is_bf16) {
-    const float *from = static_cast<const float*>(large), *to = static_cast<const float*>(small);
-    if (!strided_conv_winograd_grad(from, to, grad, images, height, width, large_channels, small_channels, threads))
-      weight_grad<Direct>(from, to, grad, images, shape, threads);
+    const float *of_large = static_cast<const float*>(large), *of_small = static_cast<const float*>(small);
+    if (!strided_conv_winograd_grad(of_large, of_small, grad, images, height, width, large_channels, small_channels,
+                                    threads))
+      weight_grad<Direct>(of_large, of_small, grad, images, shape, threads);
     return true;
   }
 #if defined(__AMX_BF16__)

@@ -7,10 +7,10 @@
 #include "../simd.h"
 #include "../strided_conv_double.h"
 
-// The transposed convolution in bfloat16. The neighbours of a block of pixels are laid side by side once for all phases;
-// sums are rounded and stored from the registers.
+// The transposed convolution in bfloat16. The 3 x 3 pixels around each pixel of a block are laid out once for all
+// phases; sums are rounded and stored straight from the registers.
 //
-// Axes: phase (4), tap (4) of a phase, n neighbours (9), m pixels of x, C channels of x, O of y.
+// Axes: phase (4), tap (4) of a phase, n neighbours (9, with the pixel itself), m pixels of x, C channels of x, O of y.
 
 namespace HDFAST_ISA {
 
@@ -18,18 +18,18 @@ namespace HDFAST_ISA {
 namespace {
 
 constexpr int64_t neighbours = 9;
-constexpr int64_t block = 4 * tile_rows;         // pixels
-constexpr int64_t least_pixels_of_thread = 64;  // fewer do not make up for laying out the weights
+constexpr int64_t block = 4 * tile_rows;        // pixels
+constexpr int64_t least_pixels_of_thread = 64;  // for fewer, laying out the weights does not pay off
 
 struct Layout {
   int64_t height, width, pixels, C, O;  // of x; channels of both
   DoubleWeights weights;
 
-  // inputs (n, group of C, m, group), with a gap, lest the nine be a multiple of a page apart
+  // inputs (n, group of C, m, group), with a gap so that the nine are not a multiple of a page apart
   int64_t inputs_at(int64_t n) const { return n * (C * block + 8 * group<bf16>); }
 };
 
-// Of pixels [first, first + count); beyond the last one, that one again.
+// Lays out pixels [first, first + count), repeating the last pixel of x beyond its end.
 void lay_inputs(const Layout& at, const bf16* x, int64_t first, int64_t count, const bf16* zeros, bf16* inputs) {
   for (int64_t m = 0; m < count; m++) {
     const int64_t pixel = std::min(first + m, at.pixels - 1);
@@ -45,7 +45,7 @@ void lay_inputs(const Layout& at, const bf16* x, int64_t first, int64_t count, c
   }
 }
 
-// Panels of the first `count` pixels of a tile, to y + to[m].
+// A panel of the first `count` pixels of a tile, at most tile_rows; pixel m is stored at y + to[m].
 template <int vectors, bool far>
 HDFAST_INLINE void double_tile(const Layout& at, const bf16* inputs, const uint32_t* right, int64_t phase,
                                int64_t count, bf16* y, const int64_t* to) {
@@ -135,7 +135,8 @@ bool strided_conv_double(const void* x, const void* weight, void* y, int64_t ima
 
 #else
 
-// What does not fill tiles is for libraries, which have them too, or have nothing faster.
+// Left to libraries: shapes that do not fill tiles, as libraries use AMX too; without bfloat16 instructions,
+// everything, as nothing here is faster.
 bool strided_conv_double(const void* x, const void* weight, void* y, int64_t images, int64_t height, int64_t width,
                          int64_t channels_in, int64_t channels_out, int threads) {
   return strided_conv_tiles_double(x, weight, y, images, height, width, channels_in, channels_out, threads);

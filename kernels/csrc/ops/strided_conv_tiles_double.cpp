@@ -7,17 +7,18 @@
 #include "../simd.h"
 #include "../strided_conv_double.h"
 
-// The transposed convolution in bfloat16 with the processor's tiles. A block of images, or of rows of one, is laid out
-// three times, one column to the left, as it is and one to the right, with a row of zeros or of neighbours above and
-// below. Rows come before images there, so that a pixel's neighbours are at the same distances wherever it is.
+// The transposed convolution in bfloat16 with the processor's tiles. A block of images, or of rows of one image, is
+// laid out three times, with each pixel replaced by its left neighbour, as it is, and replaced by its right one, always
+// between rows of zeros or neighbours. Rows come before images there, so that the distances to a pixel's neighbours are
+// the same everywhere.
 
 namespace HDFAST_ISA {
 
 #if defined(__AMX_BF16__)
 namespace {
 
-constexpr int64_t numbers_of_block = 1 << 16;  // three times of which fit into the second cache
-constexpr int64_t depth_of_chunk = 512;        // of which 32 columns of weights fit into the first cache
+constexpr int64_t numbers_of_block = 1 << 16;  // three copies of a block fit in the L2 cache
+constexpr int64_t depth_of_chunk = 512;        // 32 columns of weights of this depth fit in the L1 cache
 
 struct Shape {
   int64_t height, width, C, O;  // of x; channels of both
@@ -25,7 +26,7 @@ struct Shape {
   int64_t pixels() const { return std::max<int64_t>(wide, numbers_of_block / C); }
   int64_t rows() const { return std::clamp<int64_t>(pixels() / width, 1, height); }
   int64_t images() const { return std::max<int64_t>(1, pixels() / (height * width)); }
-  int64_t copy() const { return (images() * (rows() + 2) * width + wide) * C; }  // products of the last pixels overrun
+  int64_t copy() const { return (images() * (rows() + 2) * width + wide) * C; }  // the last tile overruns
 };
 
 struct Block {

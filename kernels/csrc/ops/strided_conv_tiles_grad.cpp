@@ -6,22 +6,22 @@
 #include "../ops.h"
 #include "../simd.h"
 
-// The gradient of a kernel of 4 x 4, stride 2 and padding 1 (strided_conv.cpp) in bfloat16 with the processor's tiles:
-// for each of the 16 places (i, j) of the kernel a product of matrices over all pixels,
+// The gradient of a 4 x 4 kernel, stride 2 and padding 1 (strided_conv.cpp) in bfloat16 with the processor's tiles: for
+// each of the 16 places (i, j) of the kernel, a product of matrices over all pixels,
 //
 //     grad[s, l, i, j] = sum over y, n, x of small[n, y, x, s] * large[n, 2 y + i - 1, 2 x + j - 1, l].
 //
-// A block of images, or of rows of one, is laid out so that the pixels of both maps follow each other at the same
-// distances: the small map with its channels as rows, once; of the large map the rows of one parity and the columns that
-// j meets, in pairs of pixels, which serve two values of i. Rows come before images there, so that the next row is at
-// the same distance wherever one is.
+// A block of images, or of rows of one image, is laid out so that corresponding pixels of both maps follow each other
+// at constant distances: the small map once, with its channels as rows; the large map as pairs of pixels, for one
+// parity of its rows and the columns that j covers, which serves two values of i. Rows come before images there, so
+// that the distance to the next row is the same everywhere.
 
 namespace HDFAST_ISA {
 
 #if defined(__AMX_BF16__)
 namespace {
 
-constexpr int64_t pixels_of_block = 512;  // 32 channels of the small map for them fit into the first cache
+constexpr int64_t pixels_of_block = 512;  // 32 channels of that many pixels of the small map fit in the L1 cache
 
 struct Shape {
   int64_t height, width, large, small;  // of the small map; channels of both
@@ -45,7 +45,7 @@ class Layout {
 
   int64_t steps(const Block& block) const { return (block.images * block.rows * shape_.pairs() + tile - 1) / tile; }
 
-  // Tiles (16 channels of the small map, step): a row per channel, 32 pixels in it.
+  // Tiles (16 channels of the small map, step): a row per channel, of 32 pixels.
   const uint32_t* small_at(int64_t s) const { return small_ + s * steps_ * tile; }
   // Rows of pairs of pixels.
   const uint32_t* large_at(const Block& block, int64_t i) const {
@@ -69,7 +69,7 @@ class Layout {
     }
   }
 
-  // Of the rows 2 y + parity - 1 the columns 2 x + j - 1.
+  // Lays out columns 2 x + j - 1 of rows 2 y + parity - 1.
   void lay_large(const bf16* large, const Block& block, int64_t parity, int64_t j) {
     const int64_t width = 2 * shape_.width, pairs = shape_.pairs();
     uint32_t* out = large_;
@@ -85,7 +85,7 @@ class Layout {
         }
       }
     }
-    // What the last step reads beyond the block is multiplied with zeros.
+    // What the last step reads beyond the block is multiplied by zeros, so it must be finite.
     const int64_t end = steps(block) * tile + block.images * pairs;
     std::fill(out, large_ + end * shape_.large, 0);
   }

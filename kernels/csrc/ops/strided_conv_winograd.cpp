@@ -7,37 +7,37 @@
 #include "../simd.h"
 #include "../winograd.h"
 
-// Halving and doubling of maps by Winograd's F(2 x 2, 2 x 2), see winograd.h. A block of tiles is transformed, multiplied
-// and transformed back in the second cache.
+// Halving and doubling of maps by Winograd's F(2 x 2, 2 x 2), see winograd.h. A block of tiles stays in the L2 cache
+// while it is transformed, multiplied and transformed back.
 //
 // Axes: phase (4), f products of a tile (9), t tiles, C channels of x, O of y.
 
 namespace HDFAST_ISA {
 namespace {
 
-constexpr int64_t block_bytes = 768 << 10;        // what a block takes of the second cache
+constexpr int64_t block_bytes = 768 << 10;        // of the L2 cache, for a block
 constexpr int64_t largest_block = 8 * tile_rows;  // tiles; more would not help
-constexpr int64_t least_tiles_of_thread = 64;     // fewer do not make up for the transform of the weights
+constexpr int64_t least_tiles_of_thread = 64;     // for fewer, transforming the weights does not pay off
 
 struct Layout {
   bool doubling;
   int64_t height, width, C, O;  // of the smaller map; channels
   Tiles tiles;
-  int64_t step_in, step_out;  // pixels between neighbours of a phase
-  int64_t panels, block;      // of O; tiles
+  int64_t step_in, step_out;  // distance in pixels of neighbours in a phase, of x and of y
+  int64_t panels, block;      // panels of O; tiles in a block
 
   Layout(bool doubling, int64_t images, int64_t height, int64_t width, int64_t C, int64_t O)
       : doubling(doubling), height(height), width(width), C(C), O(O), tiles(images, height, width),
         step_in(doubling ? 1 : 2), step_out(doubling ? 2 : 1), panels((O + panel - 1) / panel) {
-    const int64_t pixels = 2 * 4 * step_in * step_in;  // of x, for a tile of this block and for one of the next
+    const int64_t pixels = 2 * 4 * step_in * step_in;  // of x, for a tile of this block and one of the next
     const int64_t tile_bytes = (products_of_tile * (C + O) + pixels * C) * int64_t(sizeof(float));
-    // Weights too large for the last cache come from memory for every block: then the fewer blocks, the better.
+    // Weights too large for the last-level cache come from memory for every block: then fewer blocks are better.
     const bool far = weights_at(phases, 0, 0) * int64_t(sizeof(float)) > far_bytes;
     const int64_t fit = block_bytes / tile_bytes / tile_rows * tile_rows;
     block = far ? largest_block : std::clamp<int64_t>(fit, tile_rows, largest_block);
   }
 
-  // Where PyTorch is not faster. Results beyond the edge of a map whose sides are odd are lost work.
+  // Whether this is faster than PyTorch. If a side of the map is odd, results beyond its edge are wasted work.
   bool pays(int threads) const {
     return C % 16 == 0 && O % 16 == 0 && tiles.count >= least_tiles_of_thread * threads &&
            3 * tiles.down * tiles.across <= height * width;
@@ -47,7 +47,7 @@ struct Layout {
   int64_t origin_out(int64_t odd) const { return doubling ? odd : 0; }
 
   // weights (phase, f, panel of O, C, panel), inputs (f, group of C, t, group), products (f, panel of O, t, panel); the
-  // latter two with a gap, lest the nine be a multiple of a page apart
+  // latter two with a gap so that the nine are not a multiple of a page apart
   int64_t weights_at(int64_t phase, int64_t f, int64_t p) const {
     return ((phase * products_of_tile + f) * panels + p) * C * panel;
   }
@@ -55,7 +55,7 @@ struct Layout {
   int64_t products_at(int64_t f) const { return f * (panels * panel * block + 8 * group<float>); }
 };
 
-// By all threads together. The weight is (channels of the smaller map, of the larger one, 4, 4).
+// Called by all threads together. The weight is (channels of the smaller map, of the larger one, 4, 4).
 void transform_weights(const Layout& at, const float* weight, float* out) {
   const int64_t large = at.doubling ? at.O : at.C;
 #pragma omp for schedule(static) collapse(2)
@@ -82,7 +82,7 @@ void transform_weights(const Layout& at, const float* weight, float* out) {
     }
 }
 
-// Of tiles [first, first + count); beyond the last one, that one again.
+// Transforms tiles [first, first + count), repeating the last tile beyond the end.
 void transform_block(const Layout& at, const float* x, int64_t phase, int64_t first, int64_t count, const float* zeros,
                      float* inputs) {
   for (int64_t t = 0; t < count; t++) {
@@ -95,7 +95,7 @@ void transform_block(const Layout& at, const float* x, int64_t phase, int64_t fi
   }
 }
 
-// Where the row of pixels begins that a tile takes first.
+// The start of the first row of pixels that tile t takes.
 const float* start_of(const Layout& at, const float* x, int64_t t) {
   const Tile tile(at.tiles, t);
   return x + (tile.image * at.height + 2 * tile.down) * at.step_in * at.step_in * at.width * at.C;
@@ -157,7 +157,8 @@ bool strided_conv_winograd(const float* x, const float* weight, float* y, int64_
     {
       transform_weights(at, weight, weights);
       Scratch<float> inputs(at.inputs_at(products_of_tile)), products(at.products_at(products_of_tile));
-      const int64_t team = omp_get_num_threads(), mine = omp_get_thread_num(), last = at.tiles.count * (mine + 1) / team;
+      const int64_t team = omp_get_num_threads(), mine = omp_get_thread_num();
+      const int64_t last = at.tiles.count * (mine + 1) / team;
       for (int64_t first = at.tiles.count * mine / team; first < last; first += at.block) {
         const int64_t count = std::min(at.block, last - first), next = first + count;
         const int64_t whole = (count + tile_rows - 1) / tile_rows * tile_rows;

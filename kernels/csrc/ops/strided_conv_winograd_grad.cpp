@@ -7,16 +7,16 @@
 #include "../ops.h"
 #include "../winograd.h"
 
-// The gradient of the kernel by Winograd's algorithm, see winograd.h: x is the large map, whose phases are those of
-// halving, h the small one. What tiles add to the 36 products, one after the other, are sums of matrices (large, small).
+// The gradient of the kernel by Winograd's algorithm, see winograd.h: x is the large map, with the phases of halving,
+// and h the small one. Each of the 36 products is a matrix (large, small) that is summed over the tiles.
 //
 // Axes: phase (4), f products of a tile (9), t tiles, l large channels, s small ones.
 
 namespace HDFAST_ISA {
 namespace {
 
-constexpr int64_t block = 128;                    // tiles; of fewer, the sums are read and written too often
-constexpr int64_t least_tiles_of_thread = 64;     // fewer do not make up for transforming the sums
+constexpr int64_t block = 128;                    // tiles; with fewer, sums are read and written too often
+constexpr int64_t least_tiles_of_thread = 64;     // for fewer, transforming the sums does not pay off
 constexpr int64_t most_bytes_of_sums = 16 << 20;  // of a thread
 
 struct Layout {
@@ -26,7 +26,7 @@ struct Layout {
   Layout(int64_t images, int64_t height, int64_t width, int64_t large, int64_t small)
       : height(height), width(width), large(large), small(small), tiles(images, height, width) {}
 
-  // Where it is faster than products of all numbers as they are.
+  // Whether this is faster than direct products.
   bool pays(int threads) const {
     return large % 16 == 0 && small % 16 == 0 && tiles.count >= least_tiles_of_thread * threads &&
            3 * tiles.down * tiles.across <= height * width &&
@@ -58,7 +58,8 @@ void transform_small(const Layout& at, const float* small, int64_t first, int64_
       const auto pixel = [&](bool there, int64_t distance) {
         return there ? load(from + distance * at.small + s, Whole{}) : Vf{};
       };
-      const Vf h[2][2] = {{pixel(true, 0), pixel(right, 1)}, {pixel(below, at.width), pixel(below && right, at.width + 1)}};
+      const Vf h[2][2] = {{pixel(true, 0), pixel(right, 1)},
+                          {pixel(below, at.width), pixel(below && right, at.width + 1)}};
       const int64_t of_tile = s / (broad * W) * (broad * W), wide = std::min<int64_t>(broad * W, at.small - of_tile);
       float* const out = gradients + of_tile * block + t * wide + s - of_tile;
       const Vf rows[3][2] = {{h[0][0], h[0][1]}, {h[0][0] + h[1][0], h[0][1] + h[1][1]}, {-h[1][0], -h[1][1]}};
@@ -77,7 +78,8 @@ void multiply(const Layout& at, const float* inputs, const float* gradients, int
     each_tile(at.large, at.small, [&](int64_t l, int64_t s, auto vectors) {
       constexpr int K = vectors;
       meanwhile();
-      const float *a = inputs + at.inputs_at(f) + l / W * W * block + l % W, *b = gradients + at.gradients_at(f) + s * block;
+      const float* a = inputs + at.inputs_at(f) + l / W * W * block + l % W;
+      const float* b = gradients + at.gradients_at(f) + s * block;
       add_to_tile<K>(sums + at.sums_at(0, f) + l * at.small + s, at.small, [&](Vf(&tile)[tall][K]) {
         for (int64_t n = 0; n < count; n++, a += W, b += K * W) {
           Vf row[K];
@@ -89,7 +91,7 @@ void multiply(const Layout& at, const float* inputs, const float* gradients, int
     });
 }
 
-// The kernel's gradient from the sums of all threads. By all threads together.
+// The kernel's gradient from the sums of all threads. Called by all threads together.
 void transform_sums(const Layout& at, const float* sums, int64_t team, float* grad) {
 #pragma omp for schedule(static)
   for (int64_t l = 0; l < at.large; l++)
@@ -111,8 +113,8 @@ void transform_sums(const Layout& at, const float* sums, int64_t team, float* gr
     }
 }
 
-// Where the row of pixels begins that a tile takes first, of a map whose rows hold `width` numbers, `scale` for one of the
-// small map.
+// The start of the first row of pixels that tile t takes from a map with `width` numbers per row and `scale` rows for
+// each row of the small map.
 const float* start_of(const Layout& at, const float* map, int64_t scale, int64_t width, int64_t t) {
   const Tile tile(at.tiles, t);
   return map + (tile.image * at.height + 2 * tile.down) * scale * width;

@@ -5,15 +5,15 @@
 namespace HDFAST_ISA {
 namespace {
 
-// Where targets lie among the bins, counted from the first, clamped to the end bins; NaN for NaN.
+// The positions of targets among the bins, counted from the first and clamped to the end bins; NaN for NaN.
 HDFAST_INLINE Vf position_of(Vf target, float low, float high, int64_t bins) {
-  const Vf size = min(abs(target), splat(1e38f));  // infinity would be no number to log
+  const Vf size = min(abs(target), splat(1e38f));  // the logarithm takes no infinity
   const Vf symlog = copysign(log1p(size), target), clamped = min(max(symlog, splat(low)), splat(high));
   const Vf position = (clamped - low) * float((bins - 1) / (double(high) - low));
   return target == target ? position : target;
 }
 
-// The two-hot code of a position: weight 1 - above on bin `below`, above on the next. NaN gives NaN weights.
+// The two-hot code of a position: weight 1 - above on bin `below`, `above` on the next. NaN gives NaN weights.
 struct Code {
   Code(float position, int64_t bins)
       : below(position >= bins - 2 ? bins - 2 : position >= 0 ? int64_t(position) : 0), above(position - below) {}
@@ -29,9 +29,9 @@ HDFAST_INLINE float sum_of_exp(const T* row, int64_t n, float top) {
 HDFAST_INLINE float value(float x) { return x; }
 HDFAST_INLINE float value(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 
-constexpr int64_t ahead = 2;  // rows from one that is read to the one that is fetched
+constexpr int64_t ahead = 2;  // how many rows ahead to prefetch
 
-// Blocks of W rows, whose logarithms are taken together.
+// In blocks of W rows, whose logarithms are taken together.
 template <class T>
 void loss_forward(const T* logits, const float* target, float* loss, float* position, float* top, float* scale,
                   int64_t rows, int64_t bins, float low, float high, int threads) {
@@ -74,7 +74,7 @@ void loss_backward(const float* grad, const T* logits, const float* position, co
     prefetch_to_write(out + ahead * bins, bins);
     const float m = top[r], s = scale[r] * grad[r];
     const Code code(position[r], bins);
-    Vf picked = {};  // before they are rounded
+    Vf picked = {};  // the two bins' gradients, computed in float before rounding
     for (int k = 0; k < 2; k++) picked[k] = value(row[code.below + k]) - m;
     picked = s * exp(picked);
     for_lanes(bins, [&](int64_t i, auto lanes) { store(out + i, s * exp(load(row + i, lanes) - m), lanes); });
@@ -84,8 +84,8 @@ void loss_backward(const float* grad, const T* logits, const float* position, co
   }
 }
 
-// The bins, from the centre outwards in double: symmetric ones are exactly symmetric, and of ends
-// that were rounded first, little would be left in the middle.
+// The bins, from the centre outwards in double: symmetric bins are exactly symmetric, and ends rounded to float first
+// would leave those in the middle few correct digits.
 void fill_bins(float* values, int64_t bins, double low, double high) {
   const double centre = (low + high) / 2, distance = (high - low) / (bins - 1);
   for (int64_t i = 0; i < bins; i++) values[i] = centre + (i - (bins - 1) / 2.) * distance;
@@ -95,12 +95,13 @@ struct Sums {
   float total, weighted;
 };
 
-// Sums over a row of e^(logit - top), and of that times its bin, which nearly cancel: no float adds up more than 16 terms.
+// Sums over a row of e^(logit - top), and of that times its bin. The latter nearly cancel, so no float sum has more
+// than 16 terms.
 template <class T>
 HDFAST_INLINE Sums sums_of_row(const T* row, const float* values, int64_t bins, float top) {
   constexpr int K = 4;  // accumulators
   constexpr int64_t block = 16 * K * W;
-  double sum_of_all = 0, sum_along = 0;
+  double total_sum = 0, weighted_sum = 0;
   int64_t i = 0;
   do {
     const int64_t end = bins - i < block ? bins : i + block;
@@ -114,14 +115,14 @@ HDFAST_INLINE Sums sums_of_row(const T* row, const float* values, int64_t bins, 
       for (int k = 0; k < K; k++) add(k, i + k * W, Whole{});
     for (; i + W <= end; i += W) add(0, i, Whole{});
     if (i < end) add(1, i, Part{int(end - i)});
-    const Vf all = (total[0] + total[1]) + (total[2] + total[3]);
-    const Vf along = (weighted[0] + weighted[1]) + (weighted[2] + weighted[3]);
-    if (bins <= block) return {sum(all), sum(along)};
-    sum_of_all += sum(all);
-    sum_along += sum_in_double(along);
+    const Vf block_total = (total[0] + total[1]) + (total[2] + total[3]);
+    const Vf block_weighted = (weighted[0] + weighted[1]) + (weighted[2] + weighted[3]);
+    if (bins <= block) return {sum(block_total), sum(block_weighted)};
+    total_sum += sum(block_total);
+    weighted_sum += sum_in_double(block_weighted);
     i = end;
   } while (i < bins);
-  return {float(sum_of_all), float(sum_along)};
+  return {float(total_sum), float(weighted_sum)};
 }
 
 template <class T>
