@@ -52,7 +52,7 @@ def rollout(request) -> Rollout:
 
 
 class Table(nn.Module):
-    """A critic that says what it is told: two-hot logits that decode to symexp of given bins."""
+    """A critic with given outputs: two-hot logits that decode to symexp of given bins."""
 
     def __init__(self, bins: Tensor):
         super().__init__()
@@ -92,7 +92,7 @@ def test_returns_and_weights_on_literal_numbers():
     assert scores.weight.T.tolist() == [
         pytest.approx([1, GAMMA, GAMMA**2]),
         pytest.approx([1, GAMMA, 0]),
-        [0, 0, 0],  # it began in a terminal state
+        [0, 0, 0],  # the start is a terminal state
     ]
 
 
@@ -102,7 +102,7 @@ def test_the_return_range_on_literal_numbers():
     assert ranges.bounds.tolist() == [0.0, 0.0]
     bounds = ranges.updated(returns)
     assert bounds.tolist() == pytest.approx([0.05, 0.95])  # not debiased
-    assert ranges.bounds.tolist() == [0.0, 0.0]  # storing it is the learner's business
+    assert ranges.bounds.tolist() == [0.0, 0.0]  # the learner stores it
     ranges.bounds.copy_(bounds)
     assert ranges.updated(returns + 100).tolist() == pytest.approx([0.99 * 0.05 + 1.05, 0.99 * 0.95 + 1.95])
     assert ranges.updated(torch.tensor([0.0, 1.0])).tolist() == pytest.approx(
@@ -159,7 +159,7 @@ def test_backpropagated_returns_on_literal_numbers():
 
 
 def test_the_critic_s_loss_on_literal_numbers():
-    """Cross-entropy to the return and to the slow critic's value, which both fall on a bin here."""
+    """Cross-entropy with the return and with the slow critic's value, both of which fall on a bin here."""
     behavior = make_learner().behavior
     behavior.slow_critic = Table(torch.full((3, 3), 3))
     logits = torch.zeros(3, 3, 41, requires_grad=True)
@@ -174,7 +174,7 @@ def test_the_critic_s_loss_on_literal_numbers():
     expected[..., 22] -= share[..., 0]
     expected[..., 23] -= share[..., 0]
     assert torch.allclose(logits.grad[:2], expected, atol=1e-5)
-    assert logits.grad[2].abs().max() == 0  # the last state is bootstrap only
+    assert logits.grad[2].abs().max() == 0  # the last state serves as bootstrap only
     assert returns.grad is None
 
 
@@ -201,7 +201,7 @@ def test_the_slow_critic_is_copied_and_then_follows():
 
 
 def test_the_rollout_is_what_it_says(rollout):
-    """States, actions, rewards and continuations in their places, step by step."""
+    """States, actions, rewards and continuations step by step, each in its place."""
     trajectory, start, behavior = rollout.trajectory, rollout.start, rollout.behavior
     latent = trajectory.latent
     assert latent.deter.shape == (5, 5, 16)
@@ -228,7 +228,7 @@ def test_the_rollout_is_what_it_says(rollout):
         trajectory.reward, two_hot_mean(rollout.model.reward_logits(states, F32))[1:], rtol=1e-4, atol=1e-6
     )
     mode = (rollout.model.cont_logit(states, F32) > 0).float()
-    assert torch.equal(trajectory.cont[0], rollout.start_cont)  # the truth, not the head's opinion
+    assert torch.equal(trajectory.cont[0], rollout.start_cont)  # the truth, not the head's prediction
     assert torch.equal(trajectory.cont[1:], mode[1:])
     assert 0 < mode.mean() < 1
 
@@ -266,7 +266,7 @@ def test_continuous_decisions():
 
 @pytest.mark.parametrize("continuous", [False, True], ids=["discrete", "continuous"])
 def test_each_network_takes_a_gradient_once_per_imagined_state(continuous):
-    """Where the authors evaluate actor and critic up to three times on the same states."""
+    """The authors evaluate actor and critic up to three times on the same states."""
     learner = make_learner(continuous)
     rows: dict[str, list[int]] = {}
 
@@ -309,7 +309,7 @@ def test_each_network_takes_a_gradient_once_per_imagined_state(continuous):
 
 
 class Casts(TorchDispatchMode):
-    """Inside the block, the shapes of all that is rounded to bfloat16."""
+    """Records the shapes of all that is rounded to bfloat16 inside the block."""
 
     def __init__(self):
         super().__init__()
@@ -323,7 +323,7 @@ class Casts(TorchDispatchMode):
 
 
 def test_what_many_layers_read_is_rounded_once():
-    """Weights of the actor for its whole rollout, and an imagined state for all who see it."""
+    """The actor's weights for its whole rollout, and an imagined state for all networks that read it."""
     learner = make_learner(dtype=torch.bfloat16)
     batch = make_batch(learner)
     with Casts() as casts:
@@ -331,7 +331,7 @@ def test_what_many_layers_read_is_rounded_once():
     horizon, states, deter = 4, batch["reward"].numel(), learner.config.rssm.deter
     assert learner.config.behavior.horizon == horizon
     rolled_out = [(states, deter), (horizon + 1, states, deter)]
-    heads = 4  # of the world model on what was observed, each for its own gradient: they add up in float32
+    heads = 4  # of the world model on observed states, each rounded for its own gradient: gradients add up in float32
     assert [casts.shapes.count(shape) for shape in rolled_out] == [horizon + 1 + heads, 1]
     weight = learner.behavior.actor.mlp.out["logits"].weight
     assert casts.shapes.count(tuple(weight.shape)) == 2, "for the rollout, and for what is made of it"
@@ -341,7 +341,7 @@ def test_what_many_layers_read_is_rounded_once():
 
 
 def reached(loss: Tensor, module: nn.Module) -> set[str]:
-    """Names of the parameters that take a gradient from the loss."""
+    """Names of the parameters that get a gradient from the loss."""
     names, parameters = zip(*module.named_parameters(), strict=True)
     parameters = [p.requires_grad_() for p in parameters]
     found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
@@ -354,7 +354,7 @@ def test_the_actor_s_loss_reaches_the_actor_alone(rollout):
     assert reached(loss, rollout.behavior.actor) == {n for n, _ in rollout.behavior.actor.named_parameters()}
     assert reached(loss, rollout.model) == set()
     assert reached(loss, rollout.behavior.slow_critic) == set()
-    if rollout.behavior.discrete:  # continuous actions climb the critic, whose gradient nobody asks for
+    if rollout.behavior.discrete:  # continuous actions reach the critic, whose gradient is not taken
         assert reached(loss, rollout.behavior.critic) == set()
 
 
@@ -370,7 +370,7 @@ def test_the_critic_s_loss_reaches_the_critic_alone():
 
 
 def test_a_continuous_actor_feels_later_rewards_through_the_dynamics():
-    """The first action's gradient comes from rewards that it only causes through the recurrent state."""
+    """The first action's gradient comes from rewards that depend on it only through the recurrent state."""
     rollout = Rollout(continuous=True)
     last = rollout.trajectory.reward[-1].sum()
     assert reached(last, rollout.behavior.actor)

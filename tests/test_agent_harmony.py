@@ -1,4 +1,4 @@
-"""The harmony of the world model's own losses: fixed points, modes, and that no observation is lost."""
+"""The harmony of the world model's losses: fixed points, modes, and that every observation counts."""
 
 import math
 
@@ -91,7 +91,7 @@ def test_learned_on_literal_numbers():
 
 
 def test_fixed_weights_on_literal_numbers():
-    """The paper's study of domination: constants in the place of e^-s, and no log term."""
+    """The paper's study of domination: constants in place of e^-s, and no log term."""
     module = harmonizer(mode="fixed", reward=100.0, image=0.5, kl=2.0)
     total, _ = module(LOSSES)
     assert total.item() == pytest.approx(100 * 2 + 0.5 * 50 + 2 * (5 / 6 * 3 + 1 / 6 * 5) + 0.25 + 7)
@@ -119,7 +119,7 @@ def test_a_learner_of_each_mode_learns_and_logs(mode, scalars):
     assert {k for k in metrics if k.startswith("harmony/weight_")} == {f"harmony/weight_{g}" for g in groups}
     learned = groups if mode == "learned" else ()
     assert {k for k in metrics if k.startswith("harmony/s_")} == {f"harmony/s_{g}" for g in learned}
-    for name, parameter in learner.model.harmonizer.named_parameters():  # moved, by Adam's own learning rate
+    for name, parameter in learner.model.harmonizer.named_parameters():  # moved by Adam's learning rate
         moved = (parameter - before[name]).abs()
         assert torch.allclose(moved, torch.full_like(moved, learner.config.optimizer.model_lr), rtol=1e-2)
 
@@ -168,7 +168,7 @@ def test_the_image_loss_is_the_sum_over_images():
 
 @pytest.mark.parametrize(("miss", "counts"), [(0.5e-4, False), (2e-4, True)])
 def test_a_vector_hit_within_the_tolerance_costs_nothing(miss, counts):
-    """The authors' symlog distance (jaxutils.py, SymlogDist) ignores squared errors below 1e-8."""
+    """As in the authors' symlog distance (jaxutils.py, SymlogDist), which ignores squared errors below 1e-8."""
     learner = make_learner(specs={"state": VECTOR})
     batch = make_batch(learner)
     batch["state"][:] = torch.tensor([0.0, 1.0, -2.0, 30.0])
@@ -185,7 +185,7 @@ def test_a_vector_hit_within_the_tolerance_costs_nothing(miss, counts):
 
 @pytest.mark.parametrize("shapes", [True, False])
 def test_the_continuation_loss_shapes_latents_where_it_is_told_to(shapes):
-    """HarmonyDream's `grad_heads` of Meta-World leave `cont` out: it trains its head alone (configs.yaml)."""
+    """HarmonyDream's `grad_heads` for Meta-World leave out `cont`, which then trains only its head (configs.yaml)."""
     learner = make_learner(loss={"cont_gradient": shapes})
     batch = make_batch(learner)
     uniform = learner.uniform(*batch["reward"].shape, learner.config.rssm.stoch)

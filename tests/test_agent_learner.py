@@ -34,7 +34,7 @@ def learn(learner: Learner, *batches) -> Learner:
 
 # Against float64.
 
-# Rates that make the three steps large, and an eps that keeps them from hanging on the sign of a tiny gradient.
+# Rates with which the three steps are large, and an eps with which they do not depend on the sign of a tiny gradient.
 OPTIMIZER = {
     "model_lr": 0.02,
     "model_eps": 0.1,
@@ -126,7 +126,7 @@ class Expected:
     ids=["discrete", "continuous"],
 )
 def test_one_update_against_float64(sizes, slow_updates):
-    """Every parameter after one update: losses, gradients, clips, Adam, their order, slow critic, return range."""
+    """Every parameter after an update: losses, gradients, clips, Adam, their order, slow critic, return range."""
     expected = Expected(sizes, slow_updates, seed=5)
     batch = {k: torch.from_numpy(v).transpose(0, 1) for k, v in expected.batch.items()}
     if not sizes.continuous:
@@ -179,10 +179,10 @@ def batches(learner: Learner, count: int, start: int = 0):
 
 
 def test_a_seed_decides_everything(continuous):
-    """Three updates on the CPU, bit for bit; and another seed is another agent."""
+    """Three updates on the CPU, bit for bit; another seed gives another agent."""
     runs = []
     for seed in (0, 0, 1):
-        torch.manual_seed(len(runs))  # the global generator has no say
+        torch.manual_seed(len(runs))  # the global generator must not matter
         learner = make_learner(continuous, seed=seed, spread=False)
         runs.append((snapshot(learner), snapshot(learn(learner, *batches(learner, 3)))))
     assert differing(runs[0][0], runs[1][0]) == set()
@@ -221,11 +221,11 @@ def test_a_state_that_does_not_fit_is_an_error():
         learner.load_state_dict({k: v for k, v in state.items() if k != "optimizer.actor.steps"})
 
 
-# Whose loss moves what.
+# Which loss moves what.
 
 
 def moved(learner: Learner) -> set[str]:
-    """The parts that three updates move, of model, actor, critic and slow critic."""
+    """Which of model, actor, critic and slow critic three updates move."""
     names = {"model.": "model", "behavior.actor.": "actor", "behavior.critic.": "critic"}
     names |= {"behavior.slow_critic.": "slow"}
     before = snapshot(learner)
@@ -281,7 +281,7 @@ def test_a_batch_that_is_not_finite_changes_nothing_and_is_counted(continuous):
 
 @pytest.mark.parametrize("part", ["actor", "critic", "slow_critic"])
 def test_a_behavior_that_is_not_finite_stays_as_it_is(part, continuous):
-    """The model has learned by then, and keeps what it learned; actor, critic and all that follows them stand still."""
+    """The model has already learned and keeps it; the actor, the critic and all that depends on them stay."""
     learner = make_learner(continuous)
     learn(learner, make_batch(learner))
     name = "actor.mlp.norm.weight" if part == "actor" else f"{part}.norm.weight"
@@ -327,7 +327,7 @@ def test_draws_are_uniform_or_normal():
 
 
 def test_an_update_in_bfloat16_stays_near_float32(continuous):
-    """Parameters, moments and losses stay float32; the model's losses differ by rounding, not by kind."""
+    """Parameters, moments and losses stay float32; the model's losses differ only by rounding."""
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         learner = make_learner(continuous, dtype=dtype)

@@ -42,7 +42,7 @@ D, U, L, A, H, V = 96, 80, 96, 24, 72, 88  # deter, units, S*K, action, head uni
 E = 16 * 32 + V  # embedding: 4x4 pixels of 8, 16, 32 channels, and the vector's
 HEADS = ("model.reward", "model.cont", "behavior.actor.mlp", "behavior.critic", "behavior.slow_critic")
 
-NORMAL = {  # truncated at two: (fan_in, fan_out) of the whole layer, of which a parameter may be one half
+NORMAL = {  # truncated at two deviations: (fan_in, fan_out) of the whole layer, of which a parameter may be a part
     "model.rssm.in_stoch": (L + A, U),
     "model.rssm.in_action": (L + A, U),
     "model.rssm.gru": (D + U, 3 * D),
@@ -93,7 +93,7 @@ def check_spread(x: torch.Tensor, std: float, limit: float) -> None:
 
 @pytest.mark.parametrize("name", NORMAL)
 def test_hidden_layers_start_as_truncated_normals(modules, name):
-    """The truncated distribution itself has variance 1 / mean(fan_in, fan_out)."""
+    """The variance after truncation is 1 / mean(fan_in, fan_out)."""
     std = 1 / math.sqrt(sum(NORMAL[name]) / 2)
     check_spread(modules.get_parameter(name).detach(), std, limit=2 * std / 0.87962566103423978)
 
@@ -105,7 +105,7 @@ def test_output_layers_start_uniform(modules, name):
 
 
 def test_everything_else_starts_at_zero_or_one(modules):
-    """No parameter is left out of these tests; a slow critic's are drawn like the critic's."""
+    """Together these tests cover every parameter; a slow critic's are drawn like the critic's."""
     scales = {f"{name}.weight" for name, module in modules.named_modules() if isinstance(module, Norm)}
     for name, parameter in modules.named_parameters():
         if name in scales:
@@ -117,7 +117,7 @@ def test_everything_else_starts_at_zero_or_one(modules):
 
 
 def test_a_fresh_agent_predicts_zero_rewards_and_values():
-    """The zero output scale: uniform over the bins, which decodes to zero within rounding."""
+    """Zero outputs are uniform over the bins, which decodes to zero within rounding."""
     learner = make_learner(spread=False)
     batch = make_batch(learner)
     uniform = learner.uniform(*batch["reward"].shape, learner.config.rssm.stoch)
@@ -130,7 +130,7 @@ def test_a_fresh_agent_predicts_zero_rewards_and_values():
 
 
 def counts(size: str, specs=ATARI, actions=None) -> dict[str, int]:
-    """Parameters by part, without making any."""
+    """Parameters by part, counted without memory."""
     config = apply_overrides(Config(), SIZES[size])
     actions = actions or DiscreteActions(6)
     with torch.device("meta"):
@@ -147,7 +147,7 @@ def counts(size: str, specs=ATARI, actions=None) -> dict[str, int]:
 
 
 def expected_counts(deter: int, units: int, depth: int, layers: int, actions: int) -> dict[str, int]:
-    """The same by the formulas of ALGORITHM §2 and §3, for an image of 64x64x3 and S = K = 32."""
+    """The same from the formulas of ALGORITHM §2 and §3, for an image of 64x64x3 and S = K = 32."""
     latent, feature = 1024, deter + 1024
     widths = [depth, 2 * depth, 4 * depth, 8 * depth]
 
@@ -173,7 +173,7 @@ def expected_counts(deter: int, units: int, depth: int, layers: int, actions: in
 
 
 def test_small_has_the_authors_parameters():
-    """With Pong's six actions, as the authors' program prints."""
+    """With Pong's six actions, as printed by the authors' program."""
     found = counts("small")
     assert found == {"world_model": 15_687_811, "actor": 1_053_702, "critic": 1_181_439, "harmony": 3}
     assert sum(found.values()) - found["harmony"] == 17_922_952
@@ -197,7 +197,7 @@ def test_tiny_is_tiny():
 
 
 def test_the_vector_networks_do_not_depend_on_the_size():
-    """Five layers of 1024 units in every preset of the authors'; only what reads the latent grows."""
+    """The authors' presets all have five layers of 1024 units; only the layers that read the latent grow."""
     specs = {"state": ArraySpec((24,), "float32")}
     for size in ("small", "medium"):
         config = apply_overrides(Config(), SIZES[size])

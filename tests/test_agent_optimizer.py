@@ -1,4 +1,4 @@
-"""Adam against the formulas of optax in float64, the updates that it refuses, and its parameters as one tensor."""
+"""Adam against optax's formulas in float64, the updates that it leaves out, and its parameters as one tensor."""
 
 import copy
 
@@ -19,7 +19,7 @@ YES, NO = torch.tensor(True), torch.tensor(False)
 
 @pytest.fixture(params=["each", "flat"])
 def layout(request, monkeypatch):
-    """Every parameter in memory of its own, or all as views of one tensor, as on CUDA."""
+    """Whether each parameter has its own memory, or all are views of one tensor, as on CUDA."""
     monkeypatch.setattr(optimizers, "FLAT", ("cpu",) if request.param == "flat" else ())
     return request.param
 
@@ -60,7 +60,7 @@ class Optax:
     ("lr", "eps", "clip"), [(1e-4, 1e-8, 1000.0), (3e-5, 1e-5, 100.0), (1e-2, 1e-1, 0.5)]
 )
 def test_it_is_optax_adam(lr, eps, clip, layout):
-    """Twelve steps whose gradients grow through the clip, on parameters so small that rounding hides no error."""
+    """Twelve steps with gradients that grow beyond the clip, on parameters so small that rounding hides no error."""
     mine = parameters()
     for p in mine:
         p.data *= 1e-3
@@ -92,7 +92,7 @@ def test_the_first_step_on_literal_numbers(layout):
 
 @pytest.mark.parametrize("why", ["nan", "inf", "overflow", "asked"])
 def test_a_refused_step_leaves_no_trace(why, layout):
-    """Afterwards everything is bit for bit as if the step had never been asked for."""
+    """Afterwards everything is bit for bit as if there had been no such step."""
     bad = gradients(7)
     if why in ("nan", "inf"):
         bad[3].view(-1)[2] = float(why)
@@ -133,7 +133,7 @@ def test_a_saved_state_goes_on_bit_for_bit(layout):
 
 
 class Network(nn.Module):
-    """A convolution, which has a gradient of its own order of memory, and what has two axes, one and none."""
+    """A convolution, whose gradient has its own memory order, and parameters of two axes, one and none."""
 
     def __init__(self, seed=0):
         super().__init__()
@@ -165,13 +165,13 @@ def test_flat_parameters_learn_as_others_do(clip):
     (one, flat), (other, each) = (network_and_adam(kind, clip=clip) for kind in (True, False))
     for seed in range(6):
         grads = one.gradients(seed)
-        grads[4] = grads[4][:1].expand(4)  # of a sum, say
+        grads[4] = grads[4][:1].expand(4)  # as that of a sum
         kept = [grad.clone() for grad in grads]
         told = [adam.step(grads, NO if seed == 3 else YES) for adam in (flat, each)]
         assert all(map(torch.equal, grads, kept))
         assert told[0][0].item() == pytest.approx(told[1][0].item(), rel=1e-6)
         assert told[0][1].item() is told[1][1].item() is (seed != 3)
-    if clip > 1:  # the norm, of other order, is not looked at
+    if clip > 1:  # the norm, summed in another order, has no effect
         assert identical(one.state_dict(), other.state_dict())
         assert identical(flat.state_dict(), each.state_dict())
     for a, b in ((one, other), (flat, each)):
@@ -200,7 +200,7 @@ def test_flat_parameters_have_their_places():
 
 
 def test_gradients_are_laid_out_in_few_calls():
-    """On CUDA, `_foreach_copy_` takes its tensors one by one where a pair of them differs in strides or dtype."""
+    """On CUDA `_foreach_copy_` copies tensors one by one if any pair of them differs in strides or dtype."""
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -281,7 +281,7 @@ def test_a_backward_through_what_was_computed_before_is_refused(layout):
 
 @pytest.fixture
 def learners(monkeypatch):
-    """Makes learners with parameters each by itself and with flat ones, on plain PyTorch."""
+    """Makes learners with separate parameters and with flat ones, on plain PyTorch."""
     monkeypatch.setenv("HDFAST_BACKEND", "reference")
 
     def make(flat, **options):

@@ -47,7 +47,7 @@ def test_actions_follow_from_the_seed(learner):
 
 
 def test_acting_sees_what_training_sees(learner):
-    """The states while acting are the posterior of the window that acting writes into replay."""
+    """The states while acting are the posterior of the window that acting wrote to replay."""
     policy, steps = Policy(learner, 5, seed=0), rows(learner)
     generator = torch.Generator()
     generator.manual_seed(0)
@@ -69,7 +69,7 @@ def test_acting_sees_what_training_sees(learner):
 
 
 def test_a_first_row_forgets(learner):
-    """With the same draws, whatever was seen before the episode makes no difference."""
+    """With the same draws, what was seen before the episode makes no difference."""
     steps, others = rows(learner, 0), rows(learner, 1)
     first = (steps[2][0], np.ones(5, bool))
     ends = []
@@ -93,7 +93,7 @@ def test_reset_forgets_the_state_and_the_last_action(learner):
 
 
 def test_the_first_rows_it_sees_and_those_after_a_reset_are_the_first_of_an_episode(learner):
-    """Whatever the environment says: a policy may take over in the midst of an episode."""
+    """Even if the environment says otherwise: a policy may take over in the middle of an episode."""
     obs, _ = rows(learner)[0]
     seen = []
     for first in (True, False):
@@ -107,7 +107,7 @@ def test_the_first_rows_it_sees_and_those_after_a_reset_are_the_first_of_an_epis
         seen.append(policy.latent.deter.clone())
     assert torch.equal(seen[0], seen[3])
     assert torch.equal(seen[1], seen[4])
-    assert not torch.equal(seen[2], seen[5])  # the second rows after that are what they are said to be
+    assert not torch.equal(seen[2], seen[5])  # later rows are what the environment says
 
 
 def test_it_acts_with_the_learner_s_present_parameters(learner):
@@ -124,7 +124,7 @@ def test_it_acts_with_the_learner_s_present_parameters(learner):
 
 
 def test_what_it_remembers_stays_in_place(learner):
-    """A captured step reads and writes the memory it has seen: no call, reset or row may put another in its place."""
+    """A captured step reads and writes the memory it was captured with, which no call, reset or row may replace."""
     policy, steps = Policy(learner, 5, seed=0), rows(learner)
 
     def addresses() -> list[int]:
@@ -182,7 +182,7 @@ def test_what_numpy_would_cast_is_refused_in_one_line(learner):
 
 
 def test_sampled_and_greedy_actions_are_what_the_actor_s_parameters_say(learner):
-    """Of all steps, the first included; the numbers drawn are the same, in the same order."""
+    """In all steps, the first included; the random numbers are the same, in the same order."""
     actor, continuous = learner.behavior.actor, not learner.behavior.discrete
     sampled, greedy = (Policy(learner, 5, seed=0, greedy=g) for g in (False, True))
     generator, differ = torch.Generator(), False
@@ -208,7 +208,7 @@ def test_sampled_and_greedy_actions_are_what_the_actor_s_parameters_say(learner)
 
 
 def test_a_greedy_policy_samples_the_latents_of_a_sampling_one(learner):
-    """In a first row, before the action makes a difference; another seed gives others."""
+    """In a first row, before actions make a difference; another seed gives other latents."""
     obs, _ = rows(learner)[0]
     first, seen = np.ones(5, bool), []
     for seed, greedy in ((0, False), (0, True), (1, True)):

@@ -1,4 +1,4 @@
-"""Weights in the type of the matrix work, rounded in one go: the same numbers and gradients as of a cast of each."""
+"""Weights rounded to the type of the matrix work at once: the same numbers and gradients as from a cast of each."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""The recurrent state: seams, shifted and clipped actions, the initial state, and one scan told twice.
+"""The recurrent state: seams, shifted and clipped actions, the initial state, and the scan computed in two ways.
 
 Axes: T time, B batch, D deter, S groups, K classes.
 """
@@ -37,7 +37,7 @@ def case(request) -> Case:
 
 
 def test_the_scan_equals_the_step_that_acts(case):
-    """Training hoists projections out of the scan, acting takes one row at a time: the states are the same."""
+    """Training hoists projections out of the scan, acting goes row by row: the states are the same."""
     observed = case.observe()
     T, B = case.embed.shape[:2]
     weights = case.rssm.cast(F32)
@@ -73,8 +73,8 @@ def test_a_seam_forgets_everything_before_it(case):
     base = case.observe(is_first=is_first).latent.deter
     other_draws = torch.cat([(case.uniform[:1] + 0.5) % 1, case.uniform[1:]])
     differ = (base != case.observe(is_first=is_first, uniform=other_draws).latent.deter).any(-1)
-    assert not differ[0].any()  # deter is there before the row's own latent is drawn
-    assert differ[1:, [0, 2]].all()  # which is then remembered
+    assert not differ[0].any()  # deter is computed before the row's own latent is drawn
+    assert differ[1:, [0, 2]].all()  # later ones depend on it
     assert differ[1:3, 1].all()
     assert not differ[3:, 1].any()  # but not across the seam
     weights = case.rssm.cast(F32)
@@ -174,7 +174,7 @@ def test_the_latent_is_one_hot_with_the_gradient_of_its_probabilities(case):
     assert torch.equal(latent.stoch.argmax(-1), latent.index)
     assert set(latent.stoch.unique().tolist()) == {0.0, 1.0}
     drawn = sample_index(observed.post_logp.detach(), case.uniform)
-    assert (drawn == latent.index).float().mean() > 0.99  # but for ties within rounding
+    assert (drawn == latent.index).float().mean() > 0.99  # except ties within rounding
     weight = torch.randn(5)
     straight = torch.autograd.grad((latent.stoch * weight).sum(), case.rssm.post_out.bias, retain_graph=True)
     through_p = torch.autograd.grad((observed.post_logp.exp() * weight).sum(), case.rssm.post_out.bias)

@@ -1,4 +1,4 @@
-"""The shape of the house: imports point one way, importing does nothing, and no file knows this machine."""
+"""Architecture: imports point one way, importing does nothing, and no file contains a path of this machine."""
 
 import ast
 import os
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOORS = ("train", "evaluate", "report", "sweep", "profile", "tune")
 
-# Who may import what of ours; a name covers all below it. The first line that names a module is its own.
+# Which module may import which; a name covers everything below it. The first line that covers a module applies.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "hdfast_kernels": ("hdfast_kernels",),
     "hdfast.runtime.device": ("hdfast.runtime.errors", "hdfast_kernels"),
@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "hdfast_kernels",
     ),
     **{f"hdfast.{door}": ("hdfast", "hdfast_kernels") for door in DOORS},
-    "hdfast": (  # the loop and its like: everything but the doors
+    "hdfast": (  # the loop and the rest, except the commands
         *(
             f"hdfast.{part}"
             for part in (
@@ -67,7 +67,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "hdfast_kernels",
     ),
 }
-# Imported only inside the function that needs them: not everybody has them, or they are slow to load.
+# Imported only inside functions that need them: they may be missing, or are slow to load.
 LAZY = {"envpool", "ale_py", "mujoco", "dm_control", "metaworld", "ray", "tensorboard", "nvtx", "tyro"}
 
 
@@ -184,7 +184,7 @@ def test_importing_loads_no_source_and_touches_nothing():
 
 
 def test_no_file_knows_this_machine():
-    """No path of the machine it was written on: neither of this one nor of the usual homes."""
+    """No path of the machine it was written on: neither this one's nor those of the usual home folders."""
     places = {ROOT, Path.home()} | ({Path(sys.prefix)} if sys.prefix != sys.base_prefix else set())
     own = [re.escape(f"{path}/"[1:]) for path in places if len(path.parts) > 1]
     starts = "|".join([*own, "(?:work|root|home|Users)/"])

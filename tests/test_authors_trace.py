@@ -1,4 +1,4 @@
-"""hdfast against the authors' trace, and against traces of kinds of which there is no authors' file."""
+"""hdfast against the authors' traces, and against traces of kinds for which the authors' program gave none."""
 
 import copy
 import subprocess
@@ -22,7 +22,7 @@ def authors() -> Trace:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Trace:
-    """A trace with everything that a trace can have: continuous actions, an image and a vector."""
+    """A trace with all that a trace can have: continuous actions, an image and a vector."""
     path = tmp_path_factory.mktemp("trace") / "small.npz"
     return load(make_trace(path, Sizes(image=(8, 8, 3), continuous=True, state=4), seed=1))
 
@@ -44,12 +44,12 @@ def test_it_prints_a_line_for_everything_in_the_authors_trace(capsys):
 def test_hdfast_agrees_with_the_authors_program(path):
     report = Comparison(load(path)).run()
     assert report.bad == []
-    assert all(error <= bound / 10 for _, error, bound in report.lines)  # far inside the bounds
+    assert all(error <= bound / 10 for _, error, bound in report.lines)  # well within the bounds
 
 
 @pytest.mark.parametrize("path", [AUTHORS, AUTHORS_CONTINUOUS], ids=lambda path: path.stem)
 def test_the_reference_agrees_with_the_authors_program(path):
-    """Float64, given the authors' draws: what remains is the rounding of their float32."""
+    """In float64, with the authors' draws: only the rounding of their float32 remains."""
     theirs = load(path)
     outputs, gradients = reference.run(
         {k: v.numpy() for k, v in theirs.parameters.items()},
@@ -101,7 +101,7 @@ def test_hdfast_agrees_with_the_reference(sizes, tmp_path):
     assert comparison.used >= {f"grad {name}" for name in trace.gradients} | trace.outputs.keys()
     assert comparison.behavior.discrete is not sizes.continuous
     assert ("vector" in comparison.model.encoder) == (sizes.state > 0)
-    assert max(error / bound for _, error, bound in report.lines) < 0.1  # far inside the bounds
+    assert max(error / bound for _, error, bound in report.lines) < 0.1  # well within the bounds
 
 
 def test_bfloat16_stays_near_the_authors_program(authors, monkeypatch):
@@ -121,7 +121,7 @@ def test_bfloat16_stays_near_the_authors_program(authors, monkeypatch):
 
 
 def test_draws_are_not_mere_modes(small):
-    """Sampling by given numbers is tested only if the draws are not what one would draw anyway."""
+    """Otherwise these traces would not test sampling by given numbers."""
     mode = small.outputs["post_logit"].argmax(-1)
     drawn = small.outputs["post_stoch"].argmax(-1)
     assert 0.1 < (mode != drawn).float().mean() < 0.9
@@ -131,7 +131,7 @@ def test_draws_are_not_mere_modes(small):
 
 
 def spoilt(trace: Trace, changes: dict[tuple[str, str], object]) -> list[str]:
-    """What is bad about a copy of the trace with entries changed, added, or dropped (None)."""
+    """What the comparison finds bad in a copy of the trace with entries changed, added, or dropped (None)."""
     trace = copy.deepcopy(trace)
     for (section, name), change in changes.items():
         entries = getattr(trace, section)
@@ -142,7 +142,7 @@ def spoilt(trace: Trace, changes: dict[tuple[str, str], object]) -> list[str]:
 
 
 def moved(share: float):
-    """Moves the largest entry by a share of itself (or of 1, if that is more)."""
+    """Changes the largest entry by a share of itself (or of 1, if that is more)."""
 
     def change(x):
         x = x.clone()

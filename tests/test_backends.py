@@ -1,4 +1,4 @@
-"""A whole update under each HDFAST_BACKEND: one flag for every op of a run, and the same numbers from all of them."""
+"""A whole update under each HDFAST_BACKEND, one setting for every op of a run: all give the same numbers."""
 
 import json
 import os
@@ -25,7 +25,7 @@ print(json.dumps({**metrics, **{name: value for name, value in state.items() if 
 
 
 def update(backend: str) -> dict[str, float]:
-    """Metrics of two updates, and the squared norm of everything they left behind."""
+    """Metrics of two updates, and the squared norms of everything in the state after them."""
     environment = {**os.environ, "HDFAST_BACKEND": backend}
     environment["TRITON_INTERPRET"] = "1" if backend == "triton" else "0"
     command = [

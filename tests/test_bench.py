@@ -1,4 +1,4 @@
-"""What bench/ measures with: work that is counted, functions that are compared, tables, and what it needs to run."""
+"""The tools of bench/: counting work, comparing functions, tables, and what it needs to run."""
 
 import contextlib
 import os
@@ -57,7 +57,7 @@ def test_gflop_of_an_act_by_hand():
 
 
 def test_what_waits_for_the_device_is_not_captured(monkeypatch):
-    """A capture that fails leaves PyTorch's generator in it: what is timed after could not even draw its inputs."""
+    """PyTorch's generator stays in a capture that failed: later benchmarks could not even draw their inputs."""
     modes = []
 
     def eager():
@@ -77,7 +77,7 @@ def test_what_waits_for_the_device_is_not_captured(monkeypatch):
 
 @pytest.mark.parametrize("part", PARTS[:3])
 def test_gflop_grows_with_the_batch_alone(part):
-    """Counted at one window: the same as when all are counted."""
+    """Counting one window and multiplying gives the same as counting all."""
     from torch.utils.flop_counter import FlopCounterMode
 
     config = narrow(batch=3)
@@ -202,7 +202,7 @@ PathFinder.find_spec = partial(find_spec, PathFinder.find_spec)
 
 
 def test_what_needs_more_packages_is_skipped_with_the_reason(tmp_path):
-    """With torch, triton and pytest alone the rest runs."""
+    """The rest runs with torch, triton and pytest alone."""
     (tmp_path / "sitecustomize.py").write_text(BARE)
     said = pytest_of_bench(
         "--benchmark-only", "-q", "-k", "environments or loop or (append and 1-memory)", first=str(tmp_path)

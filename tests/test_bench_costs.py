@@ -1,4 +1,4 @@
-"""bench.costs: which points it takes, that a point is measured in a process of its own, and its tables."""
+"""bench.costs: which points it measures, each in a process of its own, and its tables."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""bench.peers without a peer: taking turns with processes, what they can do wrong, the table, the set-up."""
+"""bench.peers without a peer: taking turns with processes, how they can fail, the table, the set-up."""
 
 import dataclasses
 import json
@@ -65,7 +65,7 @@ def test_a_worker_that_cannot_be_built(wrong, what):
 def test_a_worker_that_fails_in_an_update():
     with worker("if len(done) == 2: raise MemoryError('too large')") as peer:
         peer.update()
-        for _ in range(2):  # the second time it is gone already
+        for _ in range(2):  # the second time it has already ended
             with pytest.raises(RunError, match="peer: ended with exit code 1: MemoryError: too large"):
                 peer.update()
 
@@ -90,7 +90,7 @@ def test_a_worker_has_its_own_environment_variables():
 
 
 class Told:
-    """In the place of a worker: its updates take 1, 2, 3, ... seconds."""
+    """In place of a worker: its updates take 1, 2, 3, ... seconds."""
 
     def __init__(self, name: str, calls: list[str]):
         self.name, self.calls = name, calls
@@ -123,7 +123,7 @@ def test_the_report_gives_medians_rates_and_ratios_to_the_last():
 
 
 def test_ours_takes_turns():
-    """The smallest batch, through the process that `bench.peers` starts."""
+    """With the smallest batch, in the process that `bench.peers` starts."""
     settings = {"batch": 1, "length": 2, "horizon": 1, "device": "cpu", "threads": 1}
     settings |= {"precision": "float32", "graph": False, "compile": False}
     with Worker("ours", peers.OURS.command, settings, cwd=ROOT) as ours:
@@ -255,7 +255,7 @@ serve(build)
 
 
 def test_a_peer_is_left_out_of_a_precision_that_it_does_not_have(tmp_path, monkeypatch, capsys):
-    """Other programs in the places of peers, and of ours: the sections, what is said, and the numbers."""
+    """With other programs in place of the peers and of ours: the sections, the messages, and the numbers."""
     start = [sys.executable, "-c", TELLING]
     monkeypatch.setattr(peers, "OURS", Program("hdfast", start, "0"))
     monkeypatch.setattr(

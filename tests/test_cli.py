@@ -1,4 +1,4 @@
-"""The front door, `python -m hdfast.train`: dry runs, wrong names, a whole suite in turn, and the table at its end."""
+"""The command `python -m hdfast.train`: dry runs, wrong names, a whole suite in turn, and the table at its end."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ from tests.loop_cases import (
 
 @pytest.fixture
 def two_tasks(monkeypatch):
-    """The demo suite with a second task, and scores of humans and of a published method."""
+    """The demo suite with a second task, human scores, and those of a published method."""
     catch = suites.get("demo").task("Catch")
     suite = dataclasses.replace(
         suites.get("demo"),
@@ -64,7 +64,7 @@ def test_a_dry_run_says_everything_as_json_and_leaves_nothing(tmp_path, monkeypa
     memory = about["memory_bytes"]
     assert memory["total"] == sum(nbytes for name, nbytes in memory.items() if name != "total")
     row = image["shape"][2] * 256 + 4 + 4 + 3  # image, action, reward, three flags
-    assert memory["replay"] == 40 * row  # the run has no more
+    assert memory["replay"] == 40 * row  # all the rows that the run has
     slow_critic = parameters["critic"]
     trained = parameters["total"] + parameters["harmony"]
     assert memory["parameters"] == 4 * (trained + slow_critic)
@@ -154,7 +154,7 @@ def test_a_run_that_ends_before_it_learns_is_warned_of(tmp_path, monkeypatch, ca
 
 
 def test_as_a_process(tmp_path):
-    """Code, stdout and stderr of the real thing; the other tests call its main."""
+    """Exit code, stdout and stderr of a real process; the other tests call its main."""
     process = start(["--suite", "demo", "--tsk", "Catch", "--logdir", str(tmp_path)])
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err) == (

@@ -1,4 +1,4 @@
-"""Configuration: who wins over whom, what the sizes are, and one line for everything that cannot be."""
+"""Configuration: which setting wins, what the sizes are, and one line for everything invalid."""
 
 import dataclasses
 import itertools
@@ -106,7 +106,7 @@ def test_sizes_grow():
 
 
 def another(config, name):
-    """A flag's text and the value it stands for, other than the default."""
+    """Text and value of a flag that is not at its default."""
     section, _, field = name.rpartition(".")
     kind = get_type_hints(type(value_of(config, section) if section else config))[field]
     value = value_of(config, name)
@@ -156,7 +156,7 @@ def test_every_field_is_a_typed_flag(name):
         got = parse([f"--{flag}", text, *mode])
         assert value_of(got, name) == right
         assert type(value_of(got, name)) is type(right)
-    if name not in ("suite", "size"):  # these bring others with them
+    if name not in ("suite", "size"):  # these change other fields, too
         changed = {n for n in field_names(got) if value_of(got, n) != value_of(default, n)}
         assert changed == {name}
 
@@ -346,7 +346,7 @@ def test_what_is_seen_is_left_open_for_environments_of_ones_own_alone():
 
 @pytest.mark.parametrize("name", suites.SUITES)
 def test_a_suite_s_values_are_those_of_their_flags(name):
-    """A run that is resumed with one of its defaults as a flag has the same config.json, 64.0 for 64 included."""
+    """Resuming with a default given as a flag leaves config.json the same, even with 64.0 for 64."""
     config = default_config(name)
     for field in field_names(Config()):
         assert type(value_of(config, field)) is type(value_of(Config(), field)) or field == "task", field

@@ -1,4 +1,4 @@
-"""`--config`: the configuration of another run, or of a JSON file, as where the next begins."""
+"""`--config`: a run that begins with the configuration of another run, or of a JSON file."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ def written(path, content):
 
 
 def test_a_run_s_configuration_is_where_the_next_begins(tmp_path):
-    """Flags change it, --size its widths, another suite leaves its task, and what one call asked for stays behind."""
+    """Flags change it, --size its widths; another suite drops its task; what concerned one call alone is not taken."""
     argv = ["--suite", "demo", "--task", "Catch", "--seed", "3", "--rssm.deter", "48", "--eval.every", "7"]
     first = parse([*argv, "--logdir", str(tmp_path), "--seeds", "4", "--dry-run"])
     file = written(tmp_path / "config.json", {"config": first.to_dict(), "created": {}})

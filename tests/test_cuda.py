@@ -1,8 +1,8 @@
-"""What is captured on a GPU does what runs eagerly, and the loop waits for nothing but its actions.
+"""What is captured on a GPU does the same as when it runs eagerly, and the loop waits for nothing but its actions.
 
-Every test has one body for two devices: on CUDA it holds real graphs against eager calls, on the CPU the recordings
-of tests/recorder.py, so that a test is known to work before a GPU is at hand. tests/test_graphs.py plants the
-mistakes that must show; tests/kernels and tests/test_replay_ring.py test ops and sampling on both devices.
+Every test has one body for two devices: on CUDA it compares real graphs with eager calls, on the CPU the recordings
+of tests/recorder.py, so that a test is known to work before there is a GPU. tests/test_graphs.py plants the mistakes
+that must show; tests/kernels and tests/test_replay_ring.py test ops and sampling on both devices.
 """
 
 import contextlib
@@ -33,16 +33,16 @@ try:
     from tests.loop_cases import path_of, saved, script, tiny, train
 
     MISSING = ""
-except ImportError as error:  # on a machine with torch and little else the other tests still tell much
+except ImportError as error:  # with torch and little else installed, the other tests are still worth running
     MISSING = str(error)
 needs_a_run = pytest.mark.skipif(bool(MISSING), reason=f"a run needs more packages: {MISSING}")
 
-UPDATES = 10  # compared, after those before the capture
-# CUDA adds up some gradients in an order of its own, so that two eager runs already differ in their last bits. What
-# graphs may add to the distance of two eager runs: one stale key of the batch makes it 0.9 and more.
+UPDATES = 10  # that are compared, after those before the capture
+# CUDA adds up some gradients in no fixed order, so that two eager runs already differ in their last bits. This is what
+# graphs may add to the distance of two eager runs: one stale key of the batch makes it 0.9 or more.
 TOLERANCE = 0.01
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-BACKENDS = {"reference": ("reference",), "triton": ("triton", "fused")}  # of an op, the first that it has
+BACKENDS = {"reference": ("reference",), "triton": ("triton", "fused")}  # the first of these that an op has
 
 
 @pytest.fixture(params=DEVICES)
@@ -58,7 +58,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 def backend(
     request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """Of every op that has it, also in runs, which choose for themselves otherwise."""
+    """The backend of every op that has it, also in runs, which otherwise choose for themselves."""
     if request.param != "reference" and device.type == "cpu":
         pytest.skip("Triton runs on CUDA")
     have = {op: [name for name in BACKENDS[request.param] if name in dispatch._ops[op].implementations]
@@ -81,7 +81,7 @@ def specs(learner: Learner) -> dict[str, ArraySpec]:
 
 
 def random_row(learner: Learner, num_envs: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """A row of environments whose episodes take five rows on average."""
+    """A row of environments whose episodes have five rows on average."""
     row = {"action": learner.actions.sample(rng, num_envs)}
     for key, spec in specs(learner).items():
         if key not in row:
@@ -93,14 +93,14 @@ GRAPHS = ("eager", "graph", "overlap")
 
 
 def updates_of(learner: Learner, replay: Replay, way: str) -> Updates:
-    """One of GRAPHS, without which an update runs eagerly."""
+    """Updates with one of GRAPHS, or eager ones without."""
     if way == "eager":
         return Updates(lambda: learner.step(replay.sample))
     return captured_updates(learner, replay.sample, replay.generators, overlap=way == "overlap")
 
 
 def learn(device: torch.device, way: str, place: str, **options: Any) -> dict[str, Tensor]:
-    """A learner's state and metrics, on the host, after updates between which rows are added."""
+    """A learner's state and metrics, on the host, after updates with rows added between them."""
     learner = make_learner(device=device, replay={"batch": 4, "length": 8}, **options)
     rng = np.random.default_rng(0)
     replay = Replay(specs(learner), num_envs=2, capacity=60, device=device, seed=1, place=place)
@@ -112,7 +112,7 @@ def learn(device: torch.device, way: str, place: str, **options: Any) -> dict[st
         replay.stage(4, 8)
         update()
         learner.updates += 1
-        if k == WARMUP + 4:  # when it has long been captured
+        if k == WARMUP + 4:  # long after the capture
             update.finish()
     update.finish()
     metrics = {f"metric {k}": torch.tensor(v) for k, v in learner.metrics().items()}
@@ -123,16 +123,16 @@ def learn(device: torch.device, way: str, place: str, **options: Any) -> dict[st
 
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """How far the mean gradients of a parameter are apart, of that where it is most, as a share of themselves.
+    """The largest relative distance between the mean gradients of a parameter.
 
-    The parameters tell less: Adam goes about as far whatever the gradient.
+    The parameters themselves tell less: Adam's steps are about as long whatever the gradient.
     """
     means = [k for k in a if k.startswith("optimizer.") and ".mean." in k and a[k].any()]
     return max(float((a[k] - b[k]).double().norm() / a[k].double().norm()) for k in means)
 
 
 def exact(state: dict[str, Tensor]) -> dict[str, list[int]]:
-    """What no order of summation excuses: the states of generators and every count."""
+    """What must be equal in any order of summation: the states of generators and all counts."""
     names = [k for k in state if not state[k].is_floating_point() or k.endswith("steps")]
     return {k: state[k].long().flatten().tolist() for k in names}
 
@@ -151,7 +151,7 @@ def test_captured_updates_are_eager_updates(device, backend, options, way, place
 
 
 def act(device: torch.device, graph: bool, **options: Any) -> list[Tensor]:
-    """Actions, deter and generator's states of a policy whose parameters change and which is reset in between."""
+    """Actions, deter and generator states of a policy that is reset, and whose parameters change, in between."""
     learner = make_learner(device=device, **options)
     policy = Policy(learner, 5, seed=3, graph=graph)
     seen, rng = [], np.random.default_rng(0)
@@ -171,19 +171,19 @@ def act(device: torch.device, graph: bool, **options: Any) -> list[Tensor]:
     "options", [{}, {"continuous": True}, {"dtype": torch.bfloat16}], ids=["discrete", "continuous", "bf16"]
 )
 def test_captured_acts_are_eager_acts(device, backend, options):
-    """Forward, no sum has an order of its own: bit-identical."""
+    """In the forward pass the order of sums is fixed: bit-identical."""
     for eager, graph in zip(act(device, False, **options), act(device, True, **options), strict=True):
         assert torch.equal(eager, graph)
 
 
 def captured(graph: bool) -> dict[str, Any]:
-    """Of a run's `train`: with graphs or without, and on the ops that a test says."""
+    """A run's `train` settings: with or without graphs, and with the ops that a test chooses."""
     return {"graph": "on" if graph else "off", "tune": False}
 
 
 @needs_a_run
 def test_runs_with_graphs_learn_what_runs_without_learn(device, backend, monkeypatch, tmp_path):
-    """The door's own loop, on scripted environments: the same number of everything, the same draws."""
+    """The real loop, on scripted environments: the same counts, the same draws."""
     script(monkeypatch)
     configs = [
         tiny(
@@ -209,7 +209,7 @@ def test_runs_with_graphs_learn_what_runs_without_learn(device, backend, monkeyp
 
 
 class NoLooking(TorchDispatchMode):
-    """Refuses what would make the host wait for a device, if there were one."""
+    """Refuses operations for which the host would wait for a device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
@@ -219,7 +219,7 @@ class NoLooking(TorchDispatchMode):
 
 @contextlib.contextmanager
 def no_waiting(device: torch.device) -> Iterator[None]:
-    """Inside, an error is raised where the host would wait for the device, except by waiting for an event."""
+    """Inside the block, waiting for the device other than for an event is an error."""
     if device.type == "cpu":
         with NoLooking():
             yield
@@ -234,7 +234,7 @@ def no_waiting(device: torch.device) -> Iterator[None]:
 @needs_a_run
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_a_step_of_the_loop_does_not_wait_for_the_device(device, backend, graph, monkeypatch, tmp_path):
-    """Acting, storing and learning enqueue; after the first updates, in which buffers are made and graphs captured."""
+    """Acting, storing and learning only enqueue, after the first updates, which make buffers and capture graphs."""
     script(monkeypatch)
     watched: dict[str, int] = {}
     updates = []
@@ -257,12 +257,12 @@ def test_a_step_of_the_loop_does_not_wait_for_the_device(device, backend, graph,
         updates.append(shape)
         stage(self, *shape)
 
-    def unwatched(self: loop.Session) -> None:  # its policy is a new one, which is captured anew
+    def unwatched(self: loop.Session) -> None:  # an evaluation has a new policy, which is captured anew
         updates.clear()
         evaluate(self)
 
     monkeypatch.setattr(Replay, "stage", counted)
-    # On the CPU every update is checked, which costs nothing there.
+    # On the CPU every update is checked, because there it costs nothing.
     monkeypatch.setattr(loop.Session, "_check_finite", lambda self: None)
     monkeypatch.setattr(loop.Session, "_evaluate", unwatched)
     watch(Policy, "__call__")
@@ -314,7 +314,7 @@ def test_every_default_of_cuda_can_run(name):
 
 
 def test_the_learner_follows_its_device(device):
-    """Every tensor that an update reads or writes is on it."""
+    """Every tensor that an update reads or writes is on the device."""
     learner: Learner = make_learner(device=device)
     on = {k: v.device.type for k, v in learner.state_dict().items() if k not in ("generator", "updates")}
     assert set(on.values()) == {device.type}

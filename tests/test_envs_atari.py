@@ -1,4 +1,4 @@
-"""Atari: both sources against the authors' protocol over the bare emulator, and against each other."""
+"""Atari: both sources against the authors' protocol on the bare emulator, and against each other."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ def resized(frame):
 
 
 class Emulator:
-    """The authors' environment over the bare emulator."""
+    """The authors' environment on the bare emulator."""
 
     def __init__(self, game, noops):
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
@@ -78,7 +78,7 @@ def one_noop(game, time_limit):
     [
         ("Pong", 70, 145, 2, 1),
         ("MsPacman", 80, 100, 1, 3),
-        ("Asterix", 27_000, 210, 1, 4),  # these two end in a game over, within the four frames of a step
+        ("Asterix", 27_000, 210, 1, 4),  # these two end with the game, within the four frames of a step
         ("RoadRunner", 27_000, 125, 1, 0),
     ],
 )
@@ -122,7 +122,7 @@ def test_integer_resize_is_the_mean_over_areas():
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_chopper_command_ends_after_5400_frames(source):
-    # Doing nothing survives the whole time there.
+    # In this game doing nothing survives to the time limit.
     with envs.make("atari100k", "ChopperCommand", num_envs=1, seed=0, source=source) as env:
         env.reset()
         for agent_step in range(1, 1_351):
@@ -158,9 +158,9 @@ def test_rows_of_a_batch(source):
             was_last, ends = row.is_last, ends + row.is_last.sum()
             row = env.step(env.actions.sample(rng, 3))
         assert ends >= 3
-        # Nobody wrote into what was handed out.
+        # Images that were returned have not been overwritten.
         assert all(np.array_equal(old.obs["image"], copy) for old, copy in kept)
-        # A reset in the middle begins anew everywhere.
+        # A reset in the middle begins all environments anew.
         assert env.reset().is_first.all()
 
 

@@ -1,4 +1,4 @@
-"""The batched interface itself: the order of calls, and what is checked before it reaches a source."""
+"""The batched interface itself: the order of calls, and what is checked before a source gets it."""
 
 import importlib.util
 import subprocess
@@ -16,7 +16,7 @@ N = 3
 
 
 class Recorder(base.BatchEnv):
-    """An environment that only writes down what reaches it."""
+    """An environment that only records its calls."""
 
     source = "test"
 
@@ -76,7 +76,7 @@ def test_wrong_actions_never_reach_the_source(actions, wrong, error, message):
     with pytest.raises(error, match=f"Recorder: action .*{message}"):
         env.send(wrong)
     assert env.sent == []
-    env.step(RIGHT[actions])  # and the environment is still usable
+    env.step(RIGHT[actions])  # the environment can still be used
     assert len(env.sent) == 1
     assert env.sent[0] is RIGHT[actions]
 
@@ -173,7 +173,7 @@ def test_wrong_numbers_are_errors(wrong):
 
 @pytest.fixture
 def without(monkeypatch):
-    """Make packages look uninstalled."""
+    """Makes packages look as if they were not installed."""
 
     def hide(*packages):
         find = importlib.util.find_spec
@@ -203,7 +203,7 @@ def test_missing_packages_name_the_command(without):
 
 
 def test_a_package_that_keeps_an_exception_keeps_nothing_of_its_importer(tmp_path, monkeypatch):
-    """As envpool does where a library of one of its games is missing."""
+    """As envpool does if a library of one of its games is missing."""
     text = "try:\n    import not_there_at_all\nexcept ImportError as error:\n    kept = error\n"
     (tmp_path / "keeps_an_exception.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)

@@ -1,4 +1,4 @@
-"""Environments of users' own: rows as every source gives them, what is seen and done, what is refused.
+"""Users' own environments: rows like those of every source, observations, actions, and what is refused.
 
 Axes: N environments.
 """
@@ -37,7 +37,7 @@ def columns(env, actions):
     )
 
 
-@pytest.mark.parametrize("threads", [0, 1])  # processes, and none
+@pytest.mark.parametrize("threads", [0, 1])  # with and without processes
 def test_rows_are_those_of_every_source(threads):
     actions = [[t % 3, (t + 1) % 3] for t in range(1, 8)]
     age, reward, first, last, terminal = columns(make("Count", 2, threads=threads), actions)
@@ -62,7 +62,7 @@ def test_a_time_limit_ends_an_episode_that_could_go_on():
     [
         ("Solved", [False, True, False, True], 0.5),
         ("SolvedAtTheEnd", [False, True, False, True], 0.5),
-        ("SolvedNow", [None, True, False, True], 0.5),  # not known before it has told
+        ("SolvedNow", [None, True, False, True], 0.5),  # unknown until it has told once
         ("SolvedItsWay", [None] * 4, None),
     ],
 )
@@ -133,7 +133,7 @@ def test_what_is_seen(name, obs, shapes):
         assert value.dtype == (np.uint8 if len(shape) == 3 else np.float32)
         if key == "goal":
             assert value[0].tolist() == [0, 0, 0, 1, 0, 0, 0]
-        else:  # a picture that is drawn is ten times as bright
+        else:  # rendered pictures are ten times as bright
             assert (value == (30 if name == "Drawn" and key == "image" else 3)).all()
 
 
@@ -149,7 +149,7 @@ def test_what_is_seen(name, obs, shapes):
     ],
 )
 def test_images_are_as_large_as_one_says_where_they_are_resized(name, image_size, side):
-    """A smaller one of a power of two stays as it is."""
+    """Smaller images whose side is a power of two stay as they are."""
     with make(name, obs="image", image_size=image_size) as env:
         row = env.reset()
         assert {spec.shape[:2] for spec in env.obs_specs.values()} == {(side, side)}
@@ -157,7 +157,7 @@ def test_images_are_as_large_as_one_says_where_they_are_resized(name, image_size
             assert row.obs[key].shape == (1, *spec.shape)
 
 
-@pytest.mark.parametrize("threads", [0, 1])  # processes, and none
+@pytest.mark.parametrize("threads", [0, 1])  # with and without processes
 @pytest.mark.parametrize(
     ("name", "count", "theirs"),
     [
@@ -223,7 +223,7 @@ def test_what_cannot_be_drawn_can_be_trained_from_its_vectors():
 
 
 def test_what_observes_vectors_is_not_drawn_unless_asked_for(monkeypatch, capfd):
-    """CartPole draws with pygame, which is not needed to see its four numbers."""
+    """CartPole renders with pygame, which is not needed to observe its four numbers."""
     monkeypatch.setitem(sys.modules, "pygame", None)
     argv = [*loop_cases.flags()[2:], "--suite", "gym", "--task", "CartPole-v1", "--env.threads", "1"]
     code, out, err = loop_cases.door(train.main, [*argv, "--dry-run"], monkeypatch, capfd)
@@ -252,7 +252,7 @@ def test_a_run_goes_on_with_what_it_saw_where_that_is_left_open(tmp_path, saved)
 
 
 def test_a_run_that_has_not_begun_sees_what_is_asked_for_now(tmp_path):
-    """Such as one that could not be drawn."""
+    """For example a run whose environment could not be rendered."""
     task = {"suite": "gym", "task": "tests.gym_envs:Blind-v0", "agent_steps": 4}
     with pytest.raises(envs.MissingLibraryError):
         loop_cases.train(tiny(tmp_path, **task, env={"threads": 1, "obs": "image"}))
@@ -293,7 +293,7 @@ def test_an_image_may_be_of_floats_and_have_its_channels_first(name):
     assert np.array_equal(image, gym_envs.picture(*image.shape))
 
 
-@pytest.mark.filterwarnings("ignore:.*WARN:UserWarning")  # gymnasium's of the same
+@pytest.mark.filterwarnings("ignore:.*WARN:UserWarning")  # gymnasium warns of the same
 def test_an_image_of_floats_has_the_numbers_that_its_space_says():
     for name, white in (("Bright", 1), ("Nan", 255)):
         with make(f"Picture{name}") as env:
@@ -317,7 +317,7 @@ def test_a_drawing_may_change_its_size():
 
 @pytest.mark.parametrize("threads", ["0", "1"])
 def test_a_run_tells_once_which_vectors_it_does_not_see(tmp_path, threads):
-    """And not of its evaluations, nor of each of its environments."""
+    """Not again for its evaluations, nor for each of its environments."""
     task = ["--suite", "gym", "--task", "tests.gym_envs:Goals-v0", "--eval.every", "20"]
     argv = [*loop_cases.flags()[2:], *task, "--env.threads", threads, "--logdir", str(tmp_path)]
     process = loop_cases.start(argv)
@@ -356,7 +356,7 @@ def test_an_observation_may_be_called_what_a_module_is_too(tmp_path, name):
     assert evaluate(path_of(config), episodes=2, device="cpu")["length"] == 5
 
 
-@pytest.mark.filterwarnings("ignore:.*WARN:UserWarning")  # gymnasium's of the same
+@pytest.mark.filterwarnings("ignore:.*WARN:UserWarning")  # gymnasium warns of the same
 def test_an_action_may_be_fixed_where_others_are_not():
     with make("HalfStill") as env:
         env.reset()

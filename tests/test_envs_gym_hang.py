@@ -1,4 +1,4 @@
-"""Environments of users' own that never come back: a run can be stopped, and no process of theirs outlives it."""
+"""Users' own environments that never return: the run can be stopped, and none of their processes outlives it."""
 
 import multiprocessing
 import os
@@ -34,7 +34,7 @@ def make(name, num_envs=1, **settings):
 
 
 def hanging(where, tmp_path, *, num_envs=2, threads=0, grace=1.0):
-    """A run of its own session whose environments hang by now."""
+    """A run in a session of its own, whose environments hang by the time it is returned."""
     task = ["--suite", "gym", "--task", f"tests.gym_envs:Hangs{where.title()}-v0"]
     counts = ["--env.num-envs", str(num_envs), "--env.threads", str(threads)]
     argv = [*flags()[2:], *task, *counts, "--logdir", str(tmp_path)]
@@ -45,7 +45,7 @@ def hanging(where, tmp_path, *, num_envs=2, threads=0, grace=1.0):
 
 
 def processes_of(process):
-    """Processes of its session."""
+    """Processes of a process's session."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -58,7 +58,7 @@ def processes_of(process):
 
 
 def left_of(process, seconds=10):
-    """Processes of a session that are still there when it has had time to end."""
+    """Processes of a session that are left after it has had time to end."""
     end = time.monotonic() + seconds
     while (left := processes_of(process)) and time.monotonic() < end:
         time.sleep(0.05)
@@ -67,7 +67,7 @@ def left_of(process, seconds=10):
 
 @pytest.mark.parametrize(
     ("count", "seconds"),
-    [  # with the server of forks; with the environments
+    [  # the fork server included; the environments included
         (3, 0.5),
         (5, 0.3),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, 0), (5, 0), (5, 1))),
@@ -121,7 +121,7 @@ def test_a_script_without_a_guard_is_told_to_write_it(tmp_path):
     assert not left_of(process)
 
 
-@pytest.mark.parametrize(("num_envs", "threads"), [(2, 0), (2, 1)])  # processes, and none
+@pytest.mark.parametrize(("num_envs", "threads"), [(2, 0), (2, 1)])  # with and without processes
 def test_a_signal_stops_a_run_whose_environment_hangs(tmp_path, num_envs, threads):
     process = hanging("step", tmp_path, num_envs=num_envs, threads=threads)
     process.send_signal(signal.SIGINT)
@@ -157,7 +157,7 @@ def test_processes_of_environments_end_with_the_run_however_it_ends(tmp_path, si
 
 
 def outlive(path):
-    """In a process of its own: notices the end of its parent only when that has been over for long."""
+    """For a process of its own: notices the end of its parent only long afterwards."""
     Path(path, "began").touch()
     while multiprocessing.parent_process().is_alive():
         time.sleep(0.01)
@@ -193,7 +193,7 @@ def test_an_environment_that_hangs_where_it_is_made_or_closed(tmp_path, where):
 
 @pytest.fixture
 def interruptible():
-    """Ctrl-C is a KeyboardInterrupt, also where the tests run in the background of a shell, which has it ignored."""
+    """Makes Ctrl-C a KeyboardInterrupt even if the tests run in the background of a shell, where it is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -201,7 +201,7 @@ def interruptible():
 
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_in_a_notebook_comes_back_from_it(monkeypatch):
-    """There nobody has asked for signals."""
+    """A notebook installs no handler of signals."""
     monkeypatch.setattr(gym_thread, "GRACE_SECONDS", 0.5)
     env = make("HangsStep", 2)
     env.reset()

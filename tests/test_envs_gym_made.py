@@ -1,4 +1,4 @@
-"""How environments of users' own are made: with which arguments, and until when their episodes go on.
+"""How users' own environments are made: with which arguments, and when their episodes end.
 
 Axes: N environments.
 """
@@ -23,7 +23,7 @@ def make(name, num_envs=1, **settings):
 
 
 def end_of(env, most=20):
-    """After how many agent steps the first episode ends, and whether that is terminal."""
+    """After how many agent steps the first episode ends, and whether its end is terminal."""
     with env:
         env.reset()
         for count in range(1, most + 1):
@@ -93,11 +93,11 @@ def test_a_run_with_other_arguments_is_another_run(tmp_path):
         ("Endless", 0, None),
         ("Endless", 4, (4, False)),
         ("Limited", 0, (3, False)),
-        ("Limited", 4, (4, False)),  # in place of the one that is registered
+        ("Limited", 4, (4, False)),  # in place of the registered limit
         ("LimitedInside", 0, (4, False)),
         ("LimitedInside", 3, (3, False)),
         ("Skipping", 0, (3, False)),
-        ("Skipping", 2, (2, False)),  # its own are two of these
+        ("Skipping", 2, (2, False)),  # each of its steps is two of these
         ("Count", 5, (5, True)),
         ("Count", 4, (4, False)),
     ],

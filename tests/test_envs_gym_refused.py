@@ -1,4 +1,4 @@
-"""Environments that the agent cannot take, and names that name none: one line with what would be right."""
+"""Environments that the agent cannot use, and names of no environment: one line with what would be right."""
 
 import re
 
@@ -95,7 +95,7 @@ from tests.test_envs_gym import make
         ("Bodiless", "image", r"its actions leave no choice: Box\(.*\(0,\)"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*WARN:UserWarning")  # gymnasium's of the same
+@pytest.mark.filterwarnings("ignore:.*WARN:UserWarning")  # gymnasium warns of the same
 def test_what_the_agent_cannot_take_is_refused_with_what_is_right(name, obs, message):
     with pytest.raises(ConfigError, match=message) as raised:
         make(name, obs=obs)

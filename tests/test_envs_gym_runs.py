@@ -1,4 +1,4 @@
-"""Runs on environments of users' own: gone on with, their success, their videos and reports."""
+"""Runs on users' own environments: resuming, success, videos and reports."""
 
 import dataclasses
 import multiprocessing

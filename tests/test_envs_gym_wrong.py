@@ -1,4 +1,4 @@
-"""Environments of users' own that do not behave: what they raise, give wrong, warn of, and how they end."""
+"""Users' own environments that misbehave: what they raise, return, warn of, and how they end."""
 
 import re
 
@@ -73,7 +73,7 @@ def test_what_an_environment_gives_wrong_never_reaches_the_agent(how, text, thre
     ],
 )
 def test_what_counts_beyond_its_space_is_told(space, rights, wrongs):
-    """gymnasium would count -1 from the end."""
+    """gymnasium would take -1 as an index from the end."""
     for right in rights:
         assert gym_spaces.outside(space, right, "it") is None
         assert spaces.flatten(space, right).size == spaces.flatdim(space)
@@ -97,7 +97,7 @@ def test_an_observation_without_its_names_or_one_of_them_is_told():
 def test_an_environment_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capfd):
     for name, num_envs, text in (
         ("WrongInit", 1, "ValueError: no such map"),
-        ("WrongApart", 2, "OSError: the port is in use"),  # where each has a process
+        ("WrongApart", 2, "OSError: the port is in use"),  # if each has a process
     ):
         with pytest.raises(RunError) as error:
             make(name, num_envs)
@@ -122,7 +122,7 @@ def test_an_environment_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("threads", ["0", "1"])
 def test_warnings_of_environments_are_a_line_each_and_told_once(tmp_path, threads):
-    """Of four processes, too."""
+    """Also those of four processes."""
     task = ["--suite", "gym", "--task", "tests.gym_envs:WrongOdd-v0", "--env.num-envs", "4"]
     argv = [*flags()[2:], *task, "--env.threads", threads, "--logdir", str(tmp_path)]
     process = loop_cases.start(argv)

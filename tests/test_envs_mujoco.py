@@ -1,4 +1,4 @@
-"""DeepMind Control Suite and Meta-World: rows against the bare pool, states without OpenGL, images through EGL."""
+"""DeepMind Control Suite and Meta-World: rows against the bare pool, states without OpenGL, images with EGL."""
 
 import dataclasses
 import importlib.util
@@ -45,7 +45,7 @@ def settings(suite, **changed):
 
 
 def drawing_pool(task, **settings):
-    """envpool's own pool of a task, which draws what the first camera sees."""
+    """envpool's own pool of a task, rendering the first camera."""
     drawn = {"render_mode": "rgb_array", "render_width": 64, "render_height": 64, "render_camera_id": 0}
     return make_pool(task.env_id, seed=0, threads=0, **drawn, **settings)
 
@@ -69,7 +69,7 @@ def test_an_agent_step_is_two_control_steps_with_their_rewards_summed():
             assert row.reward == pytest.approx(reward, rel=1e-6)
             assert row.is_first.tolist() == [agent_step % 5 == 0] * 2
             assert row.is_last.tolist() == [agent_step % 5 == 4] * 2
-            assert not row.is_terminal.any()  # time limits are not
+            assert not row.is_terminal.any()  # time limits are not terminal
             seen += reward.sum()
             action = env.actions.sample(rng, 2)
             reset = row.is_last.all()
@@ -162,7 +162,7 @@ def test_meta_world_rows():
             if row.is_first.all():
                 goals.append(row.obs["state"][:, 36:39])
             row = env.step(env.actions.sample(rng, 2))
-        assert len(np.unique(np.concatenate(goals), axis=0)) == 4  # drawn anew everywhere
+        assert len(np.unique(np.concatenate(goals), axis=0)) == 4  # every environment draws anew
 
 
 def test_meta_world_shows_the_goal_and_says_when_it_is_reached():
@@ -174,7 +174,7 @@ def test_meta_world_shows_the_goal_and_says_when_it_is_reached():
             towards = np.pad(10 * (goal - hand), ((0, 0), (0, 1)))
             row = env.step(towards.clip(-1, 1).astype(np.float32))
             near = np.linalg.norm(row.obs["state"][:, 36:39] - row.obs["state"][:, 0:3], axis=1)
-            assert (near[row.info["success"]] < 0.1).all()  # the hand, a little off its fingers
+            assert (near[row.info["success"]] < 0.1).all()  # the hand's position is a little off its fingers
             solved |= row.info["success"]
             returns += row.reward
         assert solved.all()
@@ -275,14 +275,14 @@ def test_meta_world_is_drawn_with_its_textures(egl):
             images[name] = env.reset().obs["image"][0].astype(float)
     for image in images.values():
         wall, table = image[:16, -20:], image[38:44, 20:50]
-        assert 110 < wall.mean() < 145  # as the package itself draws it; envpool's is white
-        assert np.ptp(table.mean((0, 1))) > 20  # wood, and no grey
+        assert 110 < wall.mean() < 145  # as the package itself renders it; envpool's is white
+        assert np.ptp(table.mean((0, 1))) > 20  # wood, not grey
     assert np.array_equal(images["lever-pull"][:16, -20:], images["hammer"][:16, -20:])
 
 
 def test_meta_worlds_models_are_those_of_envpool_but_for_their_looks():
     def moves(path):
-        """A model without what only images show: comments, textures and how they lie."""
+        """A model without what matters to images alone: comments, textures and their placement."""
         text = re.sub(
             r"<!--.*?-->|<texture\b.*?/>|\b(texture|texrepeat|texuniform)=\"[^\"]*\"",
             "",
@@ -323,7 +323,7 @@ def test_marks_of_the_finger_are_seen_only_where_it_is_turned_to_them(name, hidd
 
 
 def test_images_are_as_large_as_one_says(egl):
-    """An image of half the side shows the same, but for how pixels are averaged."""
+    """An image of half the side shows the same, except for how pixels are averaged."""
     task = DMC.task("walker_walk")
     with (
         ControlSuite(task, **settings(DMC, num_envs=1, obs="image", image_size=32)) as small,
@@ -337,7 +337,7 @@ def test_images_are_as_large_as_one_says(egl):
 
 
 def script(path, text):
-    """An interpreter that runs `text` whatever it is given."""
+    """An executable in place of the interpreter that runs `text` whatever its arguments."""
     path.write_text(f"#!{sys.executable}\n{text}\n")
     path.chmod(0o755)
     return str(path)
@@ -356,7 +356,7 @@ def test_images_without_egl_name_the_packages(tmp_path, monkeypatch):
     with pytest.raises(MissingLibraryError, match=r"draws no image within 0.5 s"):
         mujoco.require_egl(script(tmp_path / "hangs", "import time; time.sleep(60)"), seconds=0.5)
 
-    # States do not ask for it, images do.
+    # States do not need it, images do.
     probe = mujoco.require_egl
     monkeypatch.setattr(mujoco, "require_egl", lambda: probe(fails))
     with envs.make("dmc", "walker_walk", num_envs=1, seed=0, obs="state") as env:

@@ -35,7 +35,7 @@ def run(tmp_path_factory):
 
 
 class Terminal(io.StringIO):
-    """An output that is taken for a terminal."""
+    """An output that passes for a terminal."""
 
     def isatty(self):
         return True
@@ -50,8 +50,8 @@ def test_a_terminal_is_told_how_many_episodes_are_done(run, monkeypatch, capsys)
     assert json.loads(capsys.readouterr().out)["episodes"] == 12
     assert "0/12" in terminal.getvalue()
     assert "12/12" in terminal.getvalue()
-    assert re.search(r"\x1b\[2K\n?$", terminal.getvalue())  # at last the line is wiped out
-    monkeypatch.setenv("TERM", "dumb")  # then lines of text
+    assert re.search(r"\x1b\[2K\n?$", terminal.getvalue())  # the line is erased at the end
+    monkeypatch.setenv("TERM", "dumb")  # progress is then lines of text
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     monkeypatch.setattr(evaluate, "PLAIN_SECONDS", 0.0)
     evaluate.main()
@@ -61,7 +61,7 @@ def test_a_terminal_is_told_how_many_episodes_are_done(run, monkeypatch, capsys)
 def test_evaluate_plays_the_newest_checkpoint_and_only_reads(run, monkeypatch, capfd):
     path = path_of(run)
     before = {p: p.stat().st_mtime_ns for p in path.rglob("*")}
-    with loop.RunDir.open(run.logdir, "demo", "Catch", 0, run.to_dict()):  # beside the trainer
+    with loop.RunDir.open(run.logdir, "demo", "Catch", 0, run.to_dict()):  # while it is being trained
         argv = [str(path), "--episodes", "7", "--num-envs", "3", "--device", "cpu"]
         code, out, err = door(evaluate.main, argv, monkeypatch, capfd)
     assert (code, err) == (0, "")
@@ -122,7 +122,7 @@ def test_evaluate_meets_episodes_that_training_did_not(run, tmp_path, monkeypatc
         loop.envs, "make", lambda *a, seed, **k: seeds.append(seed) or make(*a, seed=seed, **k)
     )
     loop_cases.train(tiny(tmp_path, agent_steps=2, eval={"every": 2}))
-    for seed in (0, 1):  # 0 is the seed of the run, too
+    for seed in (0, 1):  # 0 is also the seed of the run
         evaluate.evaluate(path_of(run), episodes=1, seed=seed, device="cpu")
     assert len(set(seeds)) == len(seeds) == 4
 
@@ -234,7 +234,7 @@ def test_a_config_that_cannot_be_is_one_line(run, tmp_path, monkeypatch, capfd, 
 
 
 def test_a_run_of_an_older_version_is_played_and_gone_on_with(run, tmp_path, capfd):
-    """Its config.json lacks the fields that were added since, whose defaults are what it did."""
+    """Its config.json lacks fields that were added since, whose defaults are what it did."""
     copy = tmp_path / "demo" / "Catch" / "seed0"
     shutil.copytree(path_of(run), copy)
     (copy / "finished.json").unlink()
@@ -331,7 +331,7 @@ def test_evaluate_tells_what_is_wrong_in_one_line(run, tmp_path, monkeypatch, ca
     ],
 )
 def test_it_acts_in_an_environment_of_ones_own_as_in_its_own(name, obs, tmp_path):
-    """From observations and with actions as the environment has them, the same episode."""
+    """With observations and actions in the environment's own form, the episode is the same."""
     drawn, ours = name == "Drawn", name != "Catch"
     task = {"suite": "gym", "task": f"tests.gym_envs:{name}-v0"} if ours else {}
     config = tiny(tmp_path, agent_steps=4, env={"obs": obs}, **task)
@@ -345,7 +345,7 @@ def test_it_acts_in_an_environment_of_ones_own_as_in_its_own(name, obs, tmp_path
             theirs.append(trained.env.own_action(action))
             step = trained.env.step(action)
     with evaluate.load(folder, seed=3, device="cpu") as trained:
-        if not ours:  # one thing is seen: alone, or by its name
+        if not ours:  # a single observation: alone, or by its name
             assert [trained.act(rows[0]["image"]), *map(trained.act, rows[1:])] == theirs
             return
         env = gymnasium.make(config.task, **({"render_mode": "rgb_array"} if drawn else {}))

@@ -1,4 +1,4 @@
-"""Playing episodes to their end, and how far that is."""
+"""Playing episodes to their end, and telling progress."""
 
 import re
 from functools import partial
@@ -28,7 +28,7 @@ def test_it_is_told_at_every_step_how_many_episodes_are_done():
 def test_an_episode_succeeds_if_one_of_its_rows_does():
     meter = evaluation.EpisodeMeter(3)
     ended = []
-    # Rows of three environments: solved on the way, never, and only in the episode before.
+    # Rows of three environments: solved on the way, never, and only in the previous episode.
     for first, last, success in (
         ("111", "000", "001"),
         ("000", "000", "100"),
@@ -53,7 +53,7 @@ def test_each_evaluation_of_a_run_draws_numbers_of_its_own(tmp_path, monkeypatch
 
     monkeypatch.setattr(session, "Policy", made)
     loop_cases.train(tiny(tmp_path, eval={"every": 10}))
-    assert len(states) == len({state.numpy().tobytes() for state in states}) == 1 + 4  # of training, of each
+    assert len(states) == len({state.numpy().tobytes() for state in states}) == 1 + 4  # training, evaluations
 
 
 def test_a_run_tells_how_many_episodes_of_an_evaluation_are_done(tmp_path, monkeypatch, capfd):

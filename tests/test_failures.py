@@ -1,4 +1,4 @@
-"""What can go wrong around a run: each is one clear line and its own exit code, and nothing that was saved is lost."""
+"""What can go wrong around a run: each gives one clear line and its exit code, and nothing saved is lost."""
 
 import contextlib
 import resource
@@ -35,7 +35,7 @@ from tests.loop_cases import (
 
 @contextlib.contextmanager
 def file_size_limit(nbytes: int) -> Iterator[None]:
-    """No file of this process may grow beyond that: the disk errors of a full disk, for everybody."""
+    """No file of this process may grow beyond a limit: the errors of a full disk, without needing one."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
     try:
@@ -177,7 +177,7 @@ def test_a_logdir_that_cannot_be(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("part", ["model", "actor", "critic"])
 def test_losses_that_stay_nan_stop_the_run_with_the_batch_saved(tmp_path, monkeypatch, capfd, part):
-    """A parameter is poisoned in the fifth update; the three after it are skipped, and the run says so."""
+    """A parameter is poisoned in the fifth update; the next three are skipped, and the run says so."""
     learn, poisoned, batches = Learner.step, [], []
 
     def poison(self, sample):
@@ -212,7 +212,7 @@ def test_losses_that_stay_nan_stop_the_run_with_the_batch_saved(tmp_path, monkey
     assert stored.tensors.keys() == batches[-1].keys()
     for key, value in batches[-1].items():
         assert torch.equal(stored.tensors[key], value), key
-    # The run is saved, and the updates that were skipped changed nothing of what was poisoned.
+    # The run is saved, and the skipped updates changed nothing in it.
     state = saved(config).tensors
     assert int(state["learner.skipped"]) == 3
     assert saved(config).meta["agent_steps"] == 26
@@ -221,7 +221,7 @@ def test_losses_that_stay_nan_stop_the_run_with_the_batch_saved(tmp_path, monkey
         if name.startswith(("behavior.actor", "behavior.critic", "optimizer.actor", "optimizer.critic")):
             same = torch.equal(state[f"learner.{name}"].nan_to_num(7.0), before[name].nan_to_num(7.0))
             assert same, name
-    # The limit counts from where the run goes on, and what the message advises is not refused.
+    # The limit counts from where the run is resumed, and what the message advises is accepted.
     argv = [*argv, "--train.nonfinite-limit", "4", "--precision", "bfloat16"]
     code, _, err = door(train.main, argv, monkeypatch, capfd)
     assert code == 5
@@ -239,7 +239,7 @@ def test_losses_that_stay_nan_stop_the_run_with_the_batch_saved(tmp_path, monkey
     ],
 )
 def test_what_is_left_of_a_batch_that_is_not_finite(device, rows_added, told, tmp_path):
-    """On CUDA a log line asks for it, when rows may have come in the place of its own."""
+    """On CUDA only a log line asks for it, by when newer rows may have replaced its own."""
     replay = SimpleNamespace(gather=lambda *window: {"reward": torch.ones(3)}, rows_added=rows_added, ring=10)
     learner = SimpleNamespace(
         skipped=4, bad_starts=None, updates=7, device=torch.device(device), dtype=torch.float32
@@ -280,7 +280,7 @@ def test_a_missing_library(tmp_path, monkeypatch, capfd):
     code, _, err = door(train.main, ["--suite", "demo", *argv], monkeypatch, capfd)
     assert code == 6
     assert one_line(err) == "Catch-v0 needs envpool; pip install envpool"
-    code, _, err = door(train.main, ["--suite", "dmc", *argv], monkeypatch, capfd)  # and not that EGL is
+    code, _, err = door(train.main, ["--suite", "dmc", *argv], monkeypatch, capfd)  # not about EGL
     assert code == 6
     assert one_line(err) == "acrobot_swingup needs envpool; pip install envpool"
     monkeypatch.setitem(sys.modules, "ale_py", None)
@@ -290,7 +290,7 @@ def test_a_missing_library(tmp_path, monkeypatch, capfd):
 
 
 def test_a_library_that_does_not_load(tmp_path, monkeypatch, capfd):
-    """As when a system library is missing: the package is there, and importing it fails."""
+    """As if a system library were missing: the package is installed, but importing it fails."""
     package = tmp_path / "envpool"
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('libEGL.so.1: cannot open shared object file')")
@@ -353,7 +353,7 @@ def test_what_is_not_there(tmp_path, monkeypatch, capfd):
 
 
 def test_an_unexpected_error_keeps_its_traceback_and_the_run(tmp_path, monkeypatch):
-    """A bug is not dressed up as a user's error; the checkpoints from before it stay good."""
+    """A bug is not presented as a user's error; checkpoints from before it stay good."""
     config = tiny(tmp_path, checkpoint={"seconds": 0})
     learn = Learner.step
 

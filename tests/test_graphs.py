@@ -1,4 +1,4 @@
-"""Update and act can be captured: recorded once on the CPU and replayed, they are bit-identical to running them.
+"""Update and act can be captured: recorded once on the CPU and replayed, they are bit-identical to eager calls.
 
 tests/test_cuda.py compares real graphs with the same eager calls.
 """
@@ -22,7 +22,7 @@ UPDATES = 10
 
 @pytest.fixture(autouse=True)
 def _definition_everywhere(monkeypatch):
-    # Native ops are single calls that a recording of aten calls does not see.
+    # Native ops are single calls, which a recording of aten calls does not see.
     monkeypatch.setenv("HDFAST_BACKEND", "reference")
 
 
@@ -35,7 +35,7 @@ def static_copy(batch):
 
 
 def run_recorded(learner, data, step, static):
-    """One eager step, one recorded, the rest replayed, each after its batch was copied into the static buffers."""
+    """One eager step, one recorded, the rest replayed, each after its batch is copied to the static buffers."""
 
     def load(batch):
         for k, v in batch.items():
@@ -139,7 +139,7 @@ def test_an_input_that_is_not_copied_into_static_buffers_shows():
 
 
 def test_learning_and_loading_change_the_learner_in_place():
-    """Graphs read the parameters where they were when they were captured."""
+    """Graphs read parameters from the memory in which they were at the capture."""
     learner = make_learner()
     learner.step(lambda b, t: make_batch(learner))
 
@@ -180,7 +180,7 @@ def identical(a, b):
 
 @pytest.mark.parametrize("continuous", [False, True])
 def test_replayed_acts_are_bit_identical_to_eager_ones(continuous, monkeypatch):
-    """While the learner learns, and with a reset when acting has long been a recording."""
+    """While the learner learns, and with a reset long after acting was recorded."""
     made, seen = record_instead_of_capturing(monkeypatch), []
     for graph in (False, True):
         learner = make_learner(continuous)
@@ -197,7 +197,7 @@ def test_replayed_acts_are_bit_identical_to_eager_ones(continuous, monkeypatch):
 
 
 class Peeking(Policy):
-    """Looks at a value in the step."""
+    """Reads a value in the step."""
 
     def step(self):
         super().step()
@@ -205,7 +205,7 @@ class Peeking(Policy):
 
 
 class Replacing(Policy):
-    """Takes new observations for old ones instead of copying them."""
+    """Replaces the old observations by new ones instead of copying into them."""
 
     def _send(self, array, host, device):
         for key, tensor in self._obs.items():
@@ -237,7 +237,7 @@ def test_an_act_that_replaces_its_inputs_shows(monkeypatch):
     for kind, graph in ((Replacing, False), (Policy, False), (Replacing, True)):
         policy = kind(learner, learner.config.replay.batch, seed=3, graph=graph)
         seen.append(play(policy, rows(learner, 8)))
-    assert identical(seen[0], seen[1])  # run eagerly, nothing of it is wrong
+    assert identical(seen[0], seen[1])  # run eagerly, nothing is wrong with it
     assert not identical(seen[1], seen[2])
 
 
@@ -288,7 +288,7 @@ def test_a_graph_needs_cuda():
 
 
 def test_what_ends_a_capture_is_told(monkeypatch):
-    """CUDA says of a capture that failed only that it did; and torch leaves its stream the current one."""
+    """Of a failed capture CUDA says only that it failed, and torch leaves its stream as the current one."""
     streams = ["default"]
 
     class Stream:

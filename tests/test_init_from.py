@@ -26,7 +26,7 @@ def parameters(config):
 
 
 def test_a_run_can_begin_with_the_parameters_of_another(tmp_path, monkeypatch):
-    """They are all it takes: optimizers, replay and counts are new, and it acts with them at once."""
+    """Only parameters are taken: optimizers, replay and counts are new. The run acts with them at once."""
     made = script(monkeypatch)
     first = tiny(tmp_path / "first")
     loop_cases.train(first)
@@ -45,7 +45,7 @@ def test_a_run_can_begin_with_the_parameters_of_another(tmp_path, monkeypatch):
     sent = [np.concatenate(env.sent).tolist() for env in made["train"][1:]]
     assert sent[0] != sent[1]  # the second is of random actions
     assert sent[2] not in sent[:2]
-    shutil.rmtree(path_of(first))  # only its beginning needs it
+    shutil.rmtree(path_of(first))  # it is needed only at the beginning
     longer = dataclasses.replace(second, agent_steps=40)
     assert loop_cases.train(longer)["updates"] == 15
     assert not all(torch.equal(tensor, before[name]) for name, tensor in parameters(longer).items())
@@ -53,7 +53,7 @@ def test_a_run_can_begin_with_the_parameters_of_another(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("theirs", "ours"), [("learned", "off"), ("fixed", "learned")])
 def test_harmony_may_be_another(tmp_path, monkeypatch, theirs, ours):
-    """Its scalars are then as in a new run."""
+    """Its scalars then start as in a new run."""
     script(monkeypatch)
     first = tiny(tmp_path / "first", harmony={"mode": theirs})
     loop_cases.train(first)
@@ -108,7 +108,7 @@ def test_what_a_run_began_with_may_be_named_otherwise_or_be_gone_when_it_goes_on
         assert capfd.readouterr().err == (f"{told}those of {begun}\n" if warned else "")
     record = json.loads((path_of(second) / "config.json").read_text())
     assert record["config"]["init_from"] == begun
-    # Its policy acts throughout, although learning has not begun: as with the same name.
+    # It acts without having learned anything yet, just like a run that is always given the same path.
     again = tiny(tmp_path / "again", init_from=begun, agent_steps=4)
     for steps in (4, 6, 8, 10, 12):
         loop_cases.train(dataclasses.replace(again, agent_steps=steps))

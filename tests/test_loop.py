@@ -1,4 +1,4 @@
-"""What a run does, step by step: what it stores, when it learns, evaluates and logs, and that a seed decides it.
+"""A run step by step: what it stores, when it learns, evaluates and logs, and that a seed determines it.
 
 Axes: N environments, T window length.
 """
@@ -61,7 +61,7 @@ def test_a_fixed_seed_decides_every_bit(tmp_path):
 
 
 def test_watching_a_run_does_not_change_it(tmp_path):
-    """Evaluations, videos, logs and checkpoints take nothing from the random numbers of learning and acting."""
+    """Evaluations, videos, logs and checkpoints do not draw from the generators of learning and acting."""
     quiet = tiny(tmp_path / "quiet", replay={"length": 8}, log={"every": 1000})
     watched = tiny(
         tmp_path / "watched",
@@ -76,7 +76,7 @@ def test_watching_a_run_does_not_change_it(tmp_path):
     assert differing(saved(quiet), saved(watched)) <= {
         "evaluation",
         "replay.log_crc",
-    }  # the log is cut elsewhere
+    }  # the log is split at other places
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_updates_are_the_ratio_of_the_steps_after_the_prefill(
         train={"ratio": ratio, "prefill": prefill},
     )
     train(config)
-    total = -(-agent_steps // num_envs) * num_envs  # all environments step together
+    total = -(-agent_steps // num_envs) * num_envs  # environments step together
     rows = next(n for n in itertools.count(1) if (n - 4 + 1) * num_envs >= prefill)  # of each, for T = 4
     owed = max(total - rows * num_envs, 0) * ratio / 8  # B x T rows an update
     meta = saved(config).meta
@@ -137,7 +137,7 @@ def test_the_learner_works_while_the_environment_does(tmp_path, monkeypatch):
     train(tiny(tmp_path, train={"ratio": 8.0}))
     steps = " ".join(events[: events.index("close")])
     assert steps.count("send learn learn recv") == 15
-    assert steps.count("send recv") - 4 == 5  # the prefill; four rows are of the evaluation
+    assert steps.count("send recv") - 4 == 5  # the prefill; four rows belong to the evaluation
 
 
 def test_a_random_policy_until_the_prefill_is_complete(tmp_path, monkeypatch, counted):
@@ -179,7 +179,7 @@ def test_evaluations_come_when_due_and_at_the_end_on_their_own_environments(tmp_
 
 
 def test_a_run_is_saved_before_it_is_evaluated(tmp_path, monkeypatch, counted):
-    """An evaluation can take long; what was learnt before it is not lost with it."""
+    """An evaluation can take long; what was learnt before must not be lost with it."""
     script(monkeypatch)
     config, found, play = tiny(tmp_path, eval={"every": 20}), [], session.evaluation.play
 
@@ -193,7 +193,7 @@ def test_a_run_is_saved_before_it_is_evaluated(tmp_path, monkeypatch, counted):
 
 
 def test_a_run_may_be_evaluated_otherwise_from_now_on(tmp_path, monkeypatch, counted):
-    """What it learns does not depend on it, so that it is no other run."""
+    """Evaluation does not affect what is learned, so that it is still the same run."""
     script(monkeypatch)
     train(tiny(tmp_path, agent_steps=20, eval={"every": 20, "episodes": 2}))
     config = tiny(tmp_path, agent_steps=40, eval={"every": 10, "episodes": 1})
@@ -252,7 +252,7 @@ def test_metrics_tensorboard_and_videos(tmp_path, capfd):
     losses = [f"loss/{part}" for part in ("reward", "image", "dyn", "rep", "cont")]
     for name in (*weights, *losses, "loss_model", "loss_actor", "loss_critic", "skipped_updates"):
         assert math.isfinite(last[name]), name
-    assert {last[name] for name in weights} != {1.0}  # they move
+    assert {last[name] for name in weights} != {1.0}  # they change
     folder = path_of(config)
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
@@ -299,7 +299,7 @@ def test_continuous_actions_and_vector_observations(tmp_path, monkeypatch, preci
     sent = np.stack(env["train"][0].sent)
     assert sent.dtype == np.float32
     assert np.abs(sent).max() <= 1
-    assert len(np.unique(sent)) > sent.size / 2  # clipped ones are equal
+    assert len(np.unique(sent)) > sent.size / 2  # clipped ones would be equal
     assert int(saved(config).tensors["learner.updates"]) > 0
     assert int(saved(config).tensors["learner.skipped"]) == 0
     assert list((path_of(config) / "videos").iterdir()) == []

@@ -1,4 +1,4 @@
-"""The names that a run logs are those of hdfast/agent/METRICS.md; and what the newer of them measure."""
+"""The names that a run logs are those in hdfast/agent/METRICS.md; and what the newer of them measure."""
 
 import re
 from pathlib import Path
@@ -52,7 +52,7 @@ def logged(config) -> dict[str, set[str]]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> list[dict[str, set[str]]]:
-    """What is logged: of images and discrete actions in learned harmony, of a vector and continuous ones in the others.
+    """What runs log: images and discrete actions in learned harmony, a vector and continuous actions in other modes.
 
     Rates are measured from the first two steps on, however short the run.
     """
@@ -125,7 +125,7 @@ def test_kl_free_is_the_share_of_rows_below_the_free_nats(dtype):
 
 @pytest.mark.parametrize("free_nats", [0.3, 1.0, 1e3])
 def test_a_clipped_row_counts_whatever_the_floor_is_rounded_to(free_nats):
-    """0.3 is another number in float32; the rows at the floor equal it all the same."""
+    """0.3 in float32 is another number, yet rows at the floor must equal it."""
     learner = make_learner(loss={"free_nats": free_nats})
     for part in (learner.model.rssm.prior_out, learner.model.rssm.post_out):  # both uniform: a KL of zero
         part.weight.data.zero_()

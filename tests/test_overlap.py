@@ -1,4 +1,4 @@
-"""Updates whose halves overlap are those of one after the other; no half writes memory that the other reads or writes.
+"""Updates whose halves overlap equal consecutive ones; neither half writes memory that the other reads or writes.
 
 tests/test_cuda.py runs them on two streams, where there is a GPU.
 """
@@ -24,7 +24,7 @@ UPDATES = 10
 
 @pytest.mark.parametrize("continuous", [False, True])
 def test_updates_that_overlap_are_bit_identical_to_one_after_the_other(continuous, monkeypatch):
-    """Also around a pause, in which the learner is what as many updates make of it."""
+    """Also around a pause, in which the learner is as after that many updates."""
     made = record_instead_of_capturing(monkeypatch)
     overlapped, eager = make_learner(continuous), make_learner(continuous)
     data = [make_batch(eager, seed) for seed in range(UPDATES + 4)]
@@ -40,14 +40,14 @@ def test_updates_that_overlap_are_bit_identical_to_one_after_the_other(continuou
         assert not any(name.startswith("model.") for name in half)
         if count in (UPDATES, len(data)):
             update.finish()
-            update.finish()  # of which a second does nothing
+            update.finish()  # a second call does nothing
             assert differing(snapshot(overlapped), snapshot(eager)) == set()
     assert made[0].recording is not None
     assert overlapped.metrics() == eager.metrics()
 
 
 def test_a_run_whose_updates_overlap_is_saved_between_updates(monkeypatch, tmp_path):
-    """Its actions are those of one update before, and all else is counted and drawn as without."""
+    """Its actions lag by one update; everything else is counted and drawn as without overlap."""
     made = record_instead_of_capturing(monkeypatch)
     script(monkeypatch)
     halves = []
@@ -68,13 +68,13 @@ def test_a_run_whose_updates_overlap_is_saved_between_updates(monkeypatch, tmp_p
 
 
 class Branches(TorchDispatchMode):
-    """Which memory each of two branches reads and writes, both from `beside` on, until one waits for the other."""
+    """Which memory two branches read and write, from `beside` until one waits for the other."""
 
     def __init__(self):
         super().__init__()
         self.branch = ""  # none
         self.reads, self.writes = defaultdict(set), defaultdict(set)
-        self._alive = []  # so that no memory is given out twice
+        self._alive = []  # keeps tensors alive, so that no memory is reused
 
     @contextlib.contextmanager
     def beside(self, device):
@@ -93,7 +93,7 @@ class Branches(TorchDispatchMode):
             for argument, value in named:
                 written = argument.alias_info is not None and argument.alias_info.is_write
                 self._note(self.writes if written else self.reads, value)
-            self._note(self.reads, out)  # of what is new, nobody else knows
+            self._note(self.reads, out)  # nobody else knows new memory
         return out
 
     def _note(self, table, value):
@@ -107,13 +107,13 @@ class Branches(TorchDispatchMode):
 
 
 def shared_memory(monkeypatch, *, continuous=False):
-    """What halves of two updates share, with parameters in one tensor and rounded weights, as on CUDA."""
+    """Memory shared by halves of two updates, with parameters in one tensor and rounded weights, as on CUDA."""
     record_instead_of_capturing(monkeypatch)
     monkeypatch.setattr(optimizer, "FLAT", ("cpu",))
     learner = make_learner(continuous, dtype=torch.bfloat16)
     batch = make_batch(learner)
     update = captured_updates(learner, lambda b, t: dict(batch), [], overlap=True)
-    for _ in range(3):  # what is made once is made
+    for _ in range(3):  # after which everything that is made once exists
         update()
     branches = Branches()
     monkeypatch.setattr(updates, "beside", branches.beside)
@@ -158,7 +158,7 @@ def test_a_change_of_the_world_model_waits_for_the_behavior(monkeypatch):
 
 
 def test_a_half_is_kept_in_a_call_for_each_dtype():
-    """On CUDA, `_foreach_copy_` takes its tensors one by one where not all have the same dtype."""
+    """On CUDA `_foreach_copy_` copies tensors one by one unless all have the same dtype."""
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -1,4 +1,4 @@
-"""What is installed: dependencies that earn their place, one version, README's commands, the C++ module."""
+"""Packaging: dependencies that are declared and used, one version, README's commands, the C++ module."""
 
 import ast
 import importlib.metadata
@@ -16,9 +16,9 @@ from hdfast_kernels import dispatch
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-# Distribution -> what it is imported as, where that is not its name in lower case.
+# Distribution -> the name it is imported by, if that is not its name in lower case.
 IMPORTED_AS = {"pillow": "PIL", "ale-py": "ale_py"}
-# Used without an import: pytest's plugin, the linter, and what dm_control brings but must not choose.
+# Used without an import: pytest's plugin, the linter, and a dependency of dm_control whose version must be ours.
 NOT_IMPORTED = {"pytest-benchmark", "ruff", "mujoco"}
 # Calls that import a module by its name, or find it.
 DEFERRED = {"importlib.import_module", "importlib.util.find_spec", "load"}
@@ -33,7 +33,7 @@ EXTRAS = PROJECT["project"]["optional-dependencies"]
 
 
 def imports_of(*folders: str) -> set[str]:
-    """Top-level names that the Python files of these folders import, anywhere in them."""
+    """Top-level names imported anywhere in the Python files of these folders."""
     found = set()
     for folder in folders:
         for path in (ROOT / folder).rglob("*.py"):
@@ -103,5 +103,5 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 def test_the_cpp_module_is_built():
-    """Without it the tests of the native backend would be skipped, and the defaults not tested."""
+    """Without it the tests of the native backend would be skipped, and the defaults untested."""
     assert dispatch.native_built(), f"build it with `{dispatch.BUILD_COMMAND}`"

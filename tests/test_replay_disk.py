@@ -1,4 +1,4 @@
-"""The log on a disk that is full, fails or may not be written, and under a process that is killed.
+"""The log on a disk that is full, fails or is read-only, and in a process that is killed.
 
 `python -m tests.test_replay_disk DIRECTORY` is the program that one of the tests kills.
 """
@@ -55,7 +55,7 @@ def test_flush_is_durable_and_costs_nothing_when_nothing_is_new(tmp_path, monkey
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path, small_blocks, monkeypatch, error):
-    """The disk takes 100 more bytes, then has room again; the second time a torn tail stays behind."""
+    """The disk takes 100 more bytes and then has room again; the second time a torn tail remains."""
     replay = extend(new_replay(tmp_path), 22)
     state, size = replay.state_dict(), nbytes(tmp_path)
     for cut_fails in (False, True):
@@ -179,7 +179,7 @@ CHANGES = ("mkdir", "open", "pwrite", "fsync", "ftruncate", "truncate", "unlink"
 
 
 def _die_before_change(number: int) -> None:
-    """From now on this process counts its calls that may change the disk and dies by kill -9 before that one."""
+    """From now on, counts this process's calls that may change the disk, and kills it (-9) before one of them."""
     changes = count(1)
 
     def watch(frame: Any, event: str, function: Any) -> None:
@@ -203,7 +203,7 @@ def _add_rows(directory: Path) -> None:
 
 
 def _kill_and_check(directory: Path) -> None:
-    """Fork `_add_rows` on what the last one left, killed before its first, second, ... change, until one is through.
+    """Fork `_add_rows` on what the previous one left, killed before its 1st, 2nd, ... change, until one completes.
 
     Prints what comes back after each: its rows, and the bytes behind them that were cut off.
     """

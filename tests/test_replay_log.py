@@ -1,4 +1,4 @@
-"""The log: what comes back from it, what is cut, refused and deleted."""
+"""The log: what is read back, cut off, refused and deleted."""
 
 import os
 import struct
@@ -41,7 +41,7 @@ def test_everything_comes_back_bit_for_bit(rows, tmp_path, small_blocks):
     check_content(second, rows)
     assert torch.equal(second.generator.get_state(), first.generator.get_state())
     first.close()
-    for agent_step in range(rows, rows + 30):  # and the second goes on as the first would have
+    for agent_step in range(rows, rows + 30):  # the second goes on as the first would have
         second.add(make_row(agent_step))
     again = loaded(tmp_path, second.state_dict())
     check_content(again, rows + 30)
@@ -78,7 +78,7 @@ def test_another_ring_is_refused_where_one_has_gone_round(tmp_path, small_blocks
 
 
 def test_default_block_and_chunk_sizes(tmp_path):
-    """One megabyte and more of rows: several records in one chunk."""
+    """More than a megabyte of rows: several records in one chunk."""
     first = extend(new_replay(tmp_path, ring=3000), 3000)
     state = first.state_dict()
     assert len(chunks(tmp_path)) == 1
@@ -97,7 +97,7 @@ def test_rows_after_the_checkpoint_are_cut_from_the_disk(tmp_path, small_blocks)
 
 
 def test_a_log_torn_anywhere_is_cut_or_refused(tmp_path, small_blocks):
-    """For every length of the last file: whole at the checkpoint, or an error and nothing touched."""
+    """For every length of the last file: all that the checkpoint needs is read, or an error leaves it untouched."""
     replay = extend(new_replay(tmp_path), 26)
     state = replay.state_dict()
     extend(replay, 7).flush()
@@ -164,7 +164,7 @@ def test_missing_chunks_and_other_logs_are_refused(tmp_path, small_blocks):
         path.with_suffix(".aside").rename(path)
     check_content(loaded(tmp_path, state), 70)
 
-    other = new_replay(tmp_path / "other")  # the same but for its first row, which is no longer needed
+    other = new_replay(tmp_path / "other")  # the same except for its first row, which is no longer needed
     other.add(make_row(1000))
     extend(other, 69).close()
     assert [path.name for path in chunks(tmp_path / "other")] == [path.name for path in paths]
@@ -181,7 +181,7 @@ def test_missing_chunks_and_other_logs_are_refused(tmp_path, small_blocks):
 
 
 def test_the_state_of_another_kind_of_device_is_taken(tmp_path):
-    """The card may have had less room, or there is none any more; the rows are the same."""
+    """The card may have had less memory, or may be gone; the rows are the same."""
     state = extend(new_replay(tmp_path), 12).state_dict()
     check_content(loaded(tmp_path, state | {"generator": torch.zeros(16, dtype=torch.uint8)}), 12)
 
@@ -241,7 +241,7 @@ def test_the_record_is_as_documented(tmp_path):
 
 @pytest.mark.parametrize("checkpoints", [1, 2, 5])
 def test_rows_that_no_checkpoint_can_need_are_deleted(checkpoints, tmp_path, small_blocks):
-    """The states asked for and two more stay loadable, and the disk does not grow with the length of the run."""
+    """The states to be kept and two more can be loaded, and disk use does not grow with the length of the run."""
     replay, states, sizes = new_replay(tmp_path, checkpoints=checkpoints), [], []
     for _ in range(30):
         extend(replay, 25)
@@ -256,12 +256,12 @@ def test_rows_that_no_checkpoint_can_need_are_deleted(checkpoints, tmp_path, sma
 
 
 def test_the_first_row_that_a_state_needs_is_in_the_first_chunk(tmp_path, small_blocks):
-    """With a state at every row, so that it is the first and the last row of a chunk, too."""
+    """With a state at every row, including the first and the last of a chunk."""
     replay, places = new_replay(tmp_path), set()
     for row in range(1, 150):
         extend(replay, 1).state_dict()
         begins = [int(path.stem.removeprefix("rows-")) for path in chunks(tmp_path)]
-        needed = max(row - 3 - replay.ring, 0)  # of the oldest of two states that are kept, and two more
+        needed = max(row - 3 - replay.ring, 0)  # by the oldest of two states that are kept and two more
         assert begins[0] <= needed
         assert all(needed < begin for begin in begins[1:])
         places |= {needed - begins[0], *(begin - needed for begin in begins[1:])}

@@ -1,4 +1,4 @@
-"""The ring: what is sampled, with which probability, and from where."""
+"""The ring: what is sampled, with which probability, from where."""
 
 import re
 import subprocess
@@ -109,7 +109,7 @@ def test_gather_returns_the_sampled_windows_again(place):
     assert batch.keys() == again.keys() == SPECS.keys() | {"starts"}
     for key, rows in batch.items():
         assert torch.equal(rows, again[key]), key
-    again["image"].zero_()  # its own memory
+    again["image"].zero_()  # a batch has memory of its own
     assert torch.equal(replay.gather(batch["starts"], 5)["image"], batch["image"])
     replay.close()
 
@@ -123,7 +123,7 @@ def test_the_seed_decides_the_windows():
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the operations that run, as a CUDA graph does, and fails where one needs the host."""
+    """Records the operations that run, as a CUDA graph does, and fails if one needs the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Recorder(TorchDispatchMode):
 
 
 def test_a_recorded_sample_follows_the_ring(monkeypatch):
-    """Recorded when 6 rows were there and replayed when the ring has gone round: nothing may be frozen in."""
+    """Recorded with 6 rows in the ring and replayed after it has wrapped around: nothing may be frozen."""
     monkeypatch.setenv("HDFAST_BACKEND", "reference")
     recorded, eager = filled(6, seed=7), filled(6, seed=7)
     with Recorder() as recorder:
@@ -168,7 +168,7 @@ def test_a_recorded_sample_follows_the_ring(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_captured_sample_follows_the_ring():
     captured, eager = (filled(6, seed=7, device="cuda") for _ in range(2))
-    captured.sample(50, 4), eager.sample(50, 4)  # what allocates lazily does so now
+    captured.sample(50, 4), eager.sample(50, 4)  # so that lazy allocations happen now
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(captured.generator)
     with torch.cuda.graph(graph):
@@ -184,7 +184,7 @@ def test_a_captured_sample_follows_the_ring():
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_prefetched_batches_stay_in_place_and_are_whole(device):
-    """Rows that `add` is about to overwrite while a batch is being fetched still reach that batch."""
+    """A batch that is being fetched still gets rows that `add` is about to overwrite."""
     replay = filled(10, num_envs=2, ring=10, device=device, place="host")
     replay.stage(64, 4)
     addresses = {key: rows.data_ptr() for key, rows in replay.sample(64, 4).items()}

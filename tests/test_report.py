@@ -1,4 +1,4 @@
-"""The table of a suite: from what is on disk to score, human-normalised score, published scores and aggregates."""
+"""The table of a suite: scores from disk, human-normalised scores, published scores and aggregates."""
 
 import json
 import math
@@ -17,7 +17,7 @@ ATARI = suites.get("atari100k")
 
 
 def finish(logdir, task, seed, score, *, suite="atari100k", finished=True, **more):
-    """A run's directory with that final score, and more in its summary."""
+    """Makes a run's directory with this final score, and more in its summary."""
     with RunDir.open(logdir, suite, task, seed, {"seed": seed, "task": task}) as run:
         if finished:
             run.mark_finished({"score": score, "episodes": 100, **more})
@@ -78,7 +78,7 @@ def test_the_table_is_worked_out_by_hand(tmp_path):
 
 
 def test_the_spread_over_seeds_stands_beside_the_means(tmp_path, monkeypatch, capfd):
-    """The standard error of 12, 14, 19 is sqrt((9 + 1 + 16) / 2 / 3) = 2.08; human - random is 35.3, and 12."""
+    """The standard error of 12, 14, 19 is sqrt((9 + 1 + 16) / 2 / 3) = 2.08; human - random is 35.3 and 12."""
     argv = ["--logdir", str(tmp_path), "--suite", "atari100k"]
     for seed, score in enumerate((12.0, 14.0, 19.0)):
         finish(tmp_path, "Pong", seed, score)
@@ -106,7 +106,7 @@ def test_the_spread_over_seeds_stands_beside_the_means(tmp_path, monkeypatch, ca
     assert about["standard_error"] == {"Boxing": pytest.approx({"score": 12.0, "human_normalized": 1.0})}
     assert list(about["interval"]) == list(about["human_normalized"]) == ["mean", "median", "iqm"]
     assert [f"{end:.2f}" for end in about["interval"]["mean"]] == [mean[4].strip("[,"), mean[5].strip("]")]
-    finish(tmp_path, "Alien", 0, 227.8)  # a task of which there is a single run
+    finish(tmp_path, "Alien", 0, 227.8)  # a task with a single run
     code, out, err = door(report.main, argv, monkeypatch, capfd)
     assert (code, err, "[" in out) == (0, "", False)
     assert out.startswith("atari100k: score of the final evaluation, mean over seeds ± standard error\n")
@@ -165,7 +165,7 @@ def test_a_suite_without_humans(tmp_path):
 
 
 def test_success_rates_stand_beside_the_scores(tmp_path):
-    """What is published of Meta-World is the share of episodes that are solved."""
+    """The published results of Meta-World are shares of solved episodes."""
     metaworld = suites.get("metaworld")
     for seed, success in enumerate((0.5, 1.0)):
         finish(tmp_path, "lever-pull", seed, 100.0 * seed, suite="metaworld", success=success)
@@ -241,7 +241,7 @@ def test_a_damaged_run_is_told_and_hides_no_other(tmp_path, monkeypatch, capfd):
         (path / name).write_text(text)
         argv = ["--logdir", str(tmp_path), "--suite", suite]
         code, out, err = door(report.main, argv, monkeypatch, capfd)
-        # The score of a run whose configuration alone is damaged is known.
+        # A run with only its configuration damaged still has a score.
         seeds, score = ("1", "12.0") if name == "finished.json" else ("2", "6.50")
         assert (code, cells(out, task)[:3]) == (0, [task, seeds, score])
         assert err.startswith(f"warning: {path / name}: the file is damaged")

@@ -1,4 +1,4 @@
-"""Several folders of runs side by side: what harmony gains over none is read in one table."""
+"""Several folders of runs side by side: one table shows what harmony gains."""
 
 import csv
 import json
@@ -41,13 +41,13 @@ def test_folders_stand_side_by_side(folders, monkeypatch, capfd):
     assert said(out, "Pong") == "Pong 2 / 1 -3.05 ± 17.65 50.0"
     assert said(out, "Boxing") == "Boxing 1 24.1 0.10"
     assert said(out, "Alien") == "Alien 1 / 0 7,128 -"
-    assert "Qbert" not in out  # that nobody has finished
-    # Over Pong and Boxing, which both have: 0.5 and 2 against 2.003 and 0.
+    assert "Qbert" not in out  # no folder has finished it
+    # Over Pong and Boxing, in both folders: 0.5 and 2 against 2.003 and 0.
     assert said(out, "human-norm. mean") == "human-norm. mean 2 1.250 1.001"
     assert said(out, "human-norm. median") == "human-norm. median 2 1.250 1.001"
     assert said(out, "human-norm. iqm") == "human-norm. iqm 2 1.000 1.001"
     again = door(report.main, ["--logdir", "runs", "--logdir", "runs-off"], monkeypatch, capfd)
-    assert again == (code, out, err)  # the flag twice is the same
+    assert again == (code, out, err)  # giving the flag twice changes nothing
     _, out, _ = door(report.main, ["--logdir", "runs-off", "runs"], monkeypatch, capfd)
     assert said(out, "Pong") == "Pong 1 / 2 50.0 -3.05 ± 17.65"
 
@@ -59,7 +59,7 @@ def test_each_folder_has_its_interval(folders, monkeypatch, capfd):
     code, out, err = door(report.main, argv, monkeypatch, capfd)
     assert (code, err) == (0, "")
     assert out.splitlines()[0].endswith("mean over seeds ± standard error; [95% bootstrap interval]")
-    # Of Pong alone, which both have: Boxing and Alien, with a seed each, would leave no interval.
+    # Of Pong alone, which is in both: Boxing and Alien, with one seed each, would leave no interval.
     assert said(out, "human-norm. mean") == "human-norm. mean 1 0.500 [0.00, 1.00] 1.500 [1.00, 2.00]"
 
 
@@ -69,7 +69,7 @@ def test_a_folder_that_has_finished_nothing_leaves_the_others_aggregates(folders
     assert code == 0
     assert said(out, "Pong") == "Pong 2 / 1 / 0 -3.05 ± 17.65 50.0 -"
     assert said(out, "human-norm. mean") == "human-norm. mean 2 1.250 1.001 -"
-    finish(Path("other"), "Qbert", 0, 163.9)  # no task that all have
+    finish(Path("other"), "Qbert", 0, 163.9)  # which leaves no task in all folders
     code, out, _ = door(report.main, [*folders, "other"], monkeypatch, capfd)
     assert (code, said(out, "Qbert")) == (0, "Qbert 0 / 0 / 1 - - 163.9")
     assert "human-norm." not in out

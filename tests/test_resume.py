@@ -1,4 +1,4 @@
-"""A run goes on from wherever it was stopped: killed, interrupted, with a damaged checkpoint, in another's place.
+"""A run goes on from wherever it was stopped: killed, interrupted, with a damaged checkpoint, in another place.
 
 A process that is killed leaves its directory as it is at that moment, so a copy of the directory taken in the
 midst of a run is a killed run; the last test kills real processes.
@@ -37,7 +37,7 @@ from tests.loop_cases import (
 
 
 def open_session(config):
-    """The session of a run that is at rest, with its directory."""
+    """The session of a run that is not running, with its directory."""
     task = suites.get(config.suite).task(config.task)
     rundir = RunDir.open(config.logdir, config.suite, task.name, config.seed, config.to_dict())
     return loop.Session(
@@ -59,7 +59,7 @@ def contents(session):
 
 
 def test_what_is_restored_is_what_was_saved(tmp_path, monkeypatch):
-    config = tiny(tmp_path, train={"ratio": 8.0}, replay={"capacity": 30})  # the ring has gone round
+    config = tiny(tmp_path, train={"ratio": 8.0}, replay={"capacity": 30})  # the ring has wrapped around
     before = []
     save = loop.Session._save
 
@@ -72,7 +72,7 @@ def test_what_is_restored_is_what_was_saved(tmp_path, monkeypatch):
     with pytest.raises(Interrupted):
         loop_cases.train(config)
     state, counters = before[-1]
-    assert counters[:2] == (32, 10)  # in the first of the two updates after 32 agent steps
+    assert counters[:2] == (32, 10)  # during the first of the two updates after 32 agent steps
     session, rundir = open_session(config)
     with session, rundir:
         again, counters_again = contents(session)
@@ -81,7 +81,7 @@ def test_what_is_restored_is_what_was_saved(tmp_path, monkeypatch):
         assert counters_again == counters
         assert int(again["learner.updates"]) == 21
         assert again["rows.image"].shape[0] == 15
-        # and it draws what the other would have drawn
+        # it draws what the other would have drawn
         drawn = session.replay.sample(2, 4)["starts"], session.learner.uniform(3)
     session, rundir = open_session(config)
     with session, rundir:
@@ -120,7 +120,7 @@ def killed(monkeypatch, where, config, calls):
         ((loop.Session, "_evaluate"), (0, 1, 2)),
         ((Logger, "sync"), (0, 2, 6)),
         ((Replay, "flush"), (0, 3, 6)),
-        ((checkpoint, "numbered"), (2, 4, 8)),  # the checkpoint is written, the oldest is not yet gone
+        ((checkpoint, "numbered"), (2, 4, 8)),  # the checkpoint is written, the oldest not yet removed
         ((RunDir, "mark_finished"), (0,)),
     ],
     ids=["evaluate", "sync", "flush", "checkpoint", "finish"],
@@ -143,7 +143,7 @@ def test_killed_at_any_moment_it_resumes_with_one_history(tmp_path, monkeypatch,
 
 
 def test_an_interrupted_run_has_the_rows_and_updates_of_one_that_was_not(tmp_path, monkeypatch):
-    """With a script for an environment, only the episodes that were cut off differ."""
+    """With scripted environments only the episodes that were cut off differ."""
     env = script(monkeypatch)
     config = tiny(tmp_path)
     with monkeypatch.context() as patch:
@@ -235,7 +235,7 @@ def test_another_config_is_refused_with_the_difference(tmp_path, monkeypatch, ca
     assert first.startswith(f"error: {path_of(config)}: this run has another config; ")
     assert details == ["  rssm.deter: 16 -> 8", "  behavior.horizon: 2 -> 3"]
     assert differing(saved(config), before) == set()
-    # Where it runs and how it reports may differ, and is recorded.
+    # Where it runs and how it reports may change; the change is recorded.
     free = {
         "log": {"every": 5},
         "precision": "auto",
@@ -262,7 +262,7 @@ def test_a_finished_run_is_skipped_untouched(tmp_path, monkeypatch, capfd):
 
 
 def test_a_finished_run_goes_on_when_it_is_given_more_steps(tmp_path, monkeypatch, capfd):
-    """As one that was that long from the start, but for the episodes that were cut off."""
+    """Like one of that length from the start, except for the episodes that were cut off."""
     script(monkeypatch)
     config, longer = tiny(tmp_path / "a", agent_steps=24), tiny(tmp_path / "a")
     first = loop_cases.train(config)
@@ -284,7 +284,7 @@ def test_a_finished_run_goes_on_when_it_is_given_more_steps(tmp_path, monkeypatc
 
 
 def test_more_steps_change_nothing_before_the_first_of_them(tmp_path, monkeypatch):
-    """They may be a slip, and what is finished is to stay so until there is more."""
+    """They may be a mistake: what is finished stays so until there is more."""
     script(monkeypatch)
     config, longer = tiny(tmp_path, agent_steps=24), tiny(tmp_path)
     summary = json.loads(json.dumps(loop_cases.train(config)))
@@ -361,13 +361,13 @@ errors.main(train.main)
 
 
 def test_kill_9(tmp_path):
-    """Real processes die before the given call of a function, each after going on from what the last one left."""
+    """Real processes die before the given call of a function, each resuming what the previous one left."""
     settings = {"agent_steps": 100, "checkpoint": {"seconds": 0}, "log": {"every": 10}, "eval": {"every": 50}}
     config = tiny(tmp_path, **settings)
     argv = [*flags(**settings), "--logdir", str(tmp_path)]
     lost = f"warning: {path_of(config) / 'replay'}: deleting rows that no checkpoint was loaded for\n"
     for owner, name, number, said, begins in (
-        ("os", "pwrite", 2, "", "new run"),  # 1 is the lock, 2 the first rows of the replay
+        ("os", "pwrite", 2, "", "new run"),  # call 1 writes the lock, call 2 the first rows
         ("os", "replace", 13, lost, "new run"),  # a checkpoint that is complete but for its name
         ("Learner", "step", 20, "", "going on at agent step 20"),
     ):
@@ -381,9 +381,7 @@ def test_kill_9(tmp_path):
     assert out.startswith(f"{path_of(config)}: going on at agent step 58")
     assert "Catch" in out
     metrics, scores = lines(config, "metrics"), lines(config, "scores")
-    assert [line["agent_steps"] for line in metrics] == list(
-        range(10, 101, 10)
-    )  # none is missing, none twice
+    assert [line["agent_steps"] for line in metrics] == list(range(10, 101, 10))  # none missing, none twice
     told = [line["agent_steps"] for line in scores if line["kind"] == "evaluation"]
     assert told == [50, 100]
     assert all(a <= b for a, b in itertools.pairwise(line["agent_steps"] for line in scores))

@@ -52,7 +52,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     found = checkpoint.load_latest(path.parent, warn=never)
     assert_same(found.tensors, state(7))
     assert (found.meta, found.number, found.path) == (meta, 7, path)
-    assert_same(safetensors.torch.load_file(path), state(7))  # a plain safetensors file to everybody else
+    assert_same(safetensors.torch.load_file(path), state(7))  # for other programs a plain safetensors file
 
 
 def test_what_is_loaded_does_not_follow_the_file(tmp_path):
@@ -127,7 +127,7 @@ def test_a_damaged_newest_one_falls_back_with_a_warning_and_goes_with_the_next_s
         f"warning: {newest}: checkpoint is damaged (its checksum does not match)\n"
     )
     checkpoint.save(tmp_path, state(1), {"n": 1}, number=1)
-    checkpoint.save(tmp_path, state(3), {"n": 3}, number=15)  # the resumed run, before it reaches 20 again
+    checkpoint.save(tmp_path, state(3), {"n": 3}, number=15)  # by the resumed run, before it reaches 20 again
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0000000001.safetensors", "0000000015.safetensors"]
 
 
@@ -145,7 +145,7 @@ def test_all_damaged_is_an_error_that_names_each(tmp_path):
 @pytest.mark.parametrize("keep", [1, 2])
 @pytest.mark.parametrize("reads", ["numbered", "_verify"])
 def test_what_a_writer_removes_meanwhile_is_not_damaged(tmp_path, monkeypatch, reads, keep):
-    """All that there were are gone when the newest of them is about to be opened: there are newer ones."""
+    """All files that were listed are gone when the newest is about to be opened: there are newer ones."""
     numbers, read = iter(range(1, 9)), getattr(checkpoint, reads)
 
     def save():
@@ -193,7 +193,7 @@ def test_loading_executes_nothing(tmp_path):
 
 @pytest.fixture
 def file_size_limit():
-    """No file may grow beyond 64 KiB: a real refusal by the kernel, in the middle of a file."""
+    """No file may grow beyond 64 KiB: the kernel itself refuses, in the middle of a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
     yield

@@ -106,7 +106,7 @@ def test_a_precision_asked_for_is_given():
     ],
 )
 def test_what_a_device_is_prepared_by(monkeypatch, kind, little, asked, threads):
-    """Little work is done on one thread; a CPU keeps the memory that is freed; CUDA leaves no digits out."""
+    """Little work is done on one thread; freed memory is kept on a CPU; products on CUDA keep all digits."""
     now, kept = [7], []
     monkeypatch.setattr(native, "keep_freed_memory", lambda: kept.append(kind))
     monkeypatch.setattr(torch, "set_num_threads", lambda count: now.append(count))
@@ -130,7 +130,7 @@ def test_what_a_device_is_prepared_by(monkeypatch, kind, little, asked, threads)
 
 @pytest.mark.parametrize("before", [1, 2])
 def test_little_work_leaves_later_work_its_threads(monkeypatch, before):
-    """Of one process, a notebook's say: the demo, and then a model that many threads make faster."""
+    """In one process, such as a notebook's: the demo, and then a model that is faster with many threads."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(device, "_spared", [])
     threads, ours = [], torch.get_num_threads()
@@ -139,7 +139,7 @@ def test_little_work_leaves_later_work_its_threads(monkeypatch, before):
         for little in (True, True, False, False, True, False):
             device.prepare_device(CPU, little)
             threads.append(torch.get_num_threads())
-        torch.set_num_threads(1)  # as somebody wishes
+        torch.set_num_threads(1)  # as a user may wish
         device.prepare_device(CPU, False)
         assert torch.get_num_threads() == 1
     finally:

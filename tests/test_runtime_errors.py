@@ -187,7 +187,7 @@ def test_a_package_that_is_not_there_is_one_line_of_every_door(tmp_path, hidden,
 
 
 def run_unread(body):
-    """Run a door whose stdout nobody reads; its exit code and stderr."""
+    """Runs a command whose stdout nobody reads; returns its exit code and stderr."""
     code = f"from hdfast.runtime.errors import *\ndef door():\n {body}\nmain(door)"
     buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
     process = subprocess.Popen(
@@ -199,7 +199,7 @@ def run_unread(body):
     return process.wait(60), said
 
 
-@pytest.mark.parametrize("count", [1, 200_000])  # met when the buffer is flushed at the end, and on the way
+@pytest.mark.parametrize("count", [1, 200_000])  # noticed when the buffer is flushed at the end, or before
 def test_main_ends_silently_when_its_reader_has_gone(count):
     assert run_unread(f"print('x' * {count})") == (141, "")
 

@@ -27,7 +27,7 @@ def test_plain_gives_json_of_every_kind_that_a_run_holds():
         "flag": True,
         "bad": ["Infinity", "-Infinity"],
     }
-    assert float("Infinity") == np.inf  # what is written can be read back
+    assert float("Infinity") == np.inf  # so that what is written can be read back
 
 
 def test_plain_names_the_entry_it_cannot_write():

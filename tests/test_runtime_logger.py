@@ -163,7 +163,7 @@ def test_a_clock_that_was_set_back_does_not_bring_the_past_behind_the_present(tm
 
 
 def test_an_evaluation_that_comes_again_is_shown_once(tmp_path):
-    """And nothing else of its step is lost."""
+    """And no other value of its step is lost."""
     frames = np.zeros((2, 16, 16, 3), np.uint8)
     with Logger(tmp_path, action_repeat=1) as logger:
         for agent_steps in (100, 200, 300):
@@ -247,7 +247,7 @@ def test_a_full_disk_is_told_and_the_log_goes_on_from_it(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert os.path.getsize(tmp_path / "metrics.jsonl") == 1000  # the last line is torn
-    assert len(curve(tmp_path, "x")) == len(told)  # and no torn record was taken for a written one
+    assert len(curve(tmp_path, "x")) == len(told)  # no torn record was taken for a complete one
     write_history(tmp_path, [1000], 1.0, resumed_at=5)
     assert [line["agent_steps"] for line in lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5, 1000]
 

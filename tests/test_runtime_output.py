@@ -1,4 +1,4 @@
-"""Outputs that are closed, or whose encoding lacks a character: a run and its tables are as they would be elsewhere."""
+"""Outputs that are closed, or whose encoding lacks a character: a run and its tables are the same as elsewhere."""
 
 import io
 import os
@@ -49,7 +49,7 @@ def test_doors_with_closed_outputs_do_the_same(tmp_path, monkeypatch, capfd, clo
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_no_file_takes_the_number_of_an_output_that_is_closed(tmp_path, closed):
-    """What a library in C says to it would be in that file."""
+    """Otherwise that file would get what a C library prints to the output."""
     code = (
         "import os, sys; from hdfast.runtime import errors\n"
         "def door():\n"
@@ -76,7 +76,7 @@ def test_what_an_encoding_lacks_is_put_in_ascii(encoding, text):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     Console(stream).print("━±ö…")
     assert stream.buffer.getvalue().decode(encoding) == text + "\n"
-    assert encodable("\udcff", "utf-8") == r"\udcff"  # of a path that is no text
+    assert encodable("\udcff", "utf-8") == r"\udcff"  # from a path that is not valid text
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])

@@ -96,7 +96,7 @@ def test_rates_are_those_of_the_last_minute_and_do_not_count_what_a_resumed_run_
 
 
 def test_random_steps_tell_nothing_of_the_time_left():
-    """They are hundreds of times as fast as steps with an update each."""
+    """They are hundreds of times as fast as steps with an update."""
     progress, clock, _ = piped(total=10_000)
     for step in range(0, 1001, 100):
         clock.now += 1
@@ -127,7 +127,7 @@ def test_the_last_line_is_not_said_twice():
         progress.update(phase="")
     assert len(stream.getvalue().splitlines()) == 2
     with progress:
-        progress.update(score=1.0)  # too soon to be drawn, but what the run ends with
+        progress.update(score=1.0)  # too soon to be drawn, but the last value of the run
     assert stream.getvalue().splitlines()[2].endswith("score=1.00")
 
 
@@ -170,7 +170,7 @@ def test_the_live_line_fits_every_width_and_leaves_nothing_out(width):
         assert len(lines) == 1
         bar = [span for span in progress.live_lines(width)[0].spans if "green" in str(span.style)]
         assert bar[0].end - bar[0].start == text.count("━") // 2 == 20
-    (line, *_) = progress.live_lines(width)  # the title alone is bold, wherever the fields are wrapped
+    (line, *_) = progress.live_lines(width)  # only the title is bold, however the fields are wrapped
     assert not str(line.style)
     assert [line.plain[s.start : s.end] for s in line.spans if "bold" in str(s.style)] == ["Pong "]
 
@@ -205,7 +205,7 @@ print("after")
 
 
 def in_a_terminal(term, encoding="utf-8"):
-    """What a process writes to an 80-column terminal of type `term`, as that encoding has it."""
+    """What a process writes to an 80-column terminal of type `term`, decoded with this encoding."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     environment = {
@@ -222,7 +222,7 @@ def in_a_terminal(term, encoding="utf-8"):
     while select.select([ours], [], [], 60)[0]:
         try:
             chunk = os.read(ours, 4096)
-        except OSError:  # Linux says so when the last writer has gone
+        except OSError:  # on Linux, the last writer is gone
             break
         written += chunk
     os.close(ours)

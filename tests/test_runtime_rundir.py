@@ -64,7 +64,7 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
         "new: (absent) -> null",
     )
     assert (run.path / "config.json").read_bytes() == before
-    with open_run(tmp_path) as run:  # the refused one did not keep the lock
+    with open_run(tmp_path) as run:  # the one refused has not kept the lock
         assert run.state == "resumable"
 
 
@@ -107,14 +107,14 @@ def test_a_run_grows_in_what_may_be_more(tmp_path):
         opened(10)
     assert error.value.details == ("steps: 20 -> 10",)
     with opened(30) as run:
-        run.mark_finished({"score": 2.0})  # what it was given was nothing to do
+        run.mark_finished({"score": 2.0})  # what was added left nothing to do
     record = rundir.read(run.path)
     assert (record.config["steps"], record.summary) == (30, {"score": 2.0})
 
 
 @pytest.mark.parametrize("where", [(rundir, "write_json"), (Path, "unlink")], ids=["config", "finished"])
 def test_a_run_that_is_killed_as_it_grows_is_not_finished(tmp_path, monkeypatch, where):
-    """Before either of its two changes of the disk."""
+    """Killed before either of its two changes on disk."""
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
@@ -246,7 +246,7 @@ def test_a_logdir_that_is_a_file(tmp_path):
 
 @pytest.fixture
 def nobody():
-    """Act as a user without rights when the tests run as root."""
+    """Acts as a user without rights if the tests run as root."""
     if os.geteuid() == 0:
         os.seteuid(65534)
         yield

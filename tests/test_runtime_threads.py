@@ -1,4 +1,4 @@
-"""How long PyTorch's threads wait: told to them in time, unless the environment says otherwise."""
+"""How long PyTorch's threads wait: set early enough, unless the environment sets it."""
 
 import os
 import subprocess

@@ -64,7 +64,7 @@ def test_the_grid_shows_truth_model_and_error_of_each_example_below_each_other()
     cells = grid.reshape(3, 3, 6, 2, 7, 3)[:, :, 1:-1, :, 1:-1]  # (T, kind, H, B, W, 3)
     assert (cells == cells[:, :, :1, :, :1]).all()
     centre = cells[:, :, 0, :, 0, 0]  # (T, kind, B)
-    # truth 0 and 1; model as given, clipped for the eye; error (model - truth + 1) / 2, clipped
+    # truth 0 and 1; model as given, clipped for display; error (model - truth + 1) / 2, clipped
     np.testing.assert_array_equal(centre[0], [[0, 255], [255, 255], [255, 128]])
     np.testing.assert_array_equal(centre[1], [[0, 255], [128, 128], [191, 64]])
     np.testing.assert_array_equal(centre[2], [[0, 255], [0, 0], [0, 0]])

@@ -1,4 +1,4 @@
-"""What a run takes of what was found: remembered for one machine and model, sought once, told by the door."""
+"""What a run uses of tuning's choices: remembered per machine and model, sought once, printed by the command."""
 
 import contextlib
 import dataclasses
@@ -126,7 +126,7 @@ def test_a_run_searches_once_where_it_does_so_by_itself(monkeypatch):
 
 
 def test_a_search_that_could_time_nothing_is_not_remembered(monkeypatch):
-    """Another program on the card, say, which is gone the next time."""
+    """For example because of another program on the card, which may be gone the next time."""
     nothing = Choice(None, False, {TIMES: {"right": False, "why": "OutOfMemoryError: ..."}})
     monkeypatch.setattr(settling, "AUTOMATIC", ("cpu",))
     monkeypatch.setattr(settling, "search", lambda job, **options: nothing)

@@ -1,4 +1,4 @@
-"""A run that is asked to stop: by a signal, by its terminal, by whoever reads its output."""
+"""A run that is asked to stop: by a signal, by its terminal, or by the reader of its output."""
 
 import errno
 import io
@@ -32,7 +32,7 @@ RUN_TRAIN = "from hdfast import train\nfrom hdfast.runtime import errors\nerrors
 
 @pytest.fixture(autouse=True, scope="module")
 def _hears_of_its_terminal():
-    """Also where pytest itself was started with nohup, whose children would hear nothing of it either."""
+    """Children notice SIGHUP even if pytest was started with nohup, whose effect they would inherit."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -81,7 +81,7 @@ def test_the_step_that_a_signal_came_in_is_ended_by_the_next_session(tmp_path, m
 
 
 def test_more_steps_that_were_a_slip_are_taken_back(tmp_path, monkeypatch):
-    """The run was saved before the first of them, with the replay of a longer one, and goes on as it was."""
+    """The run was saved before the first of these steps, with the replay of a longer run, and goes on as it was."""
     script(monkeypatch)
     config, make = tiny(tmp_path), session.make_envs
 
@@ -102,7 +102,7 @@ def test_more_steps_that_were_a_slip_are_taken_back(tmp_path, monkeypatch):
 
 
 def test_a_run_in_a_thread_hears_of_no_signal(tmp_path):
-    """Handlers are for the main thread alone."""
+    """Only the main thread can have handlers."""
     summaries, config = [], tiny(tmp_path, agent_steps=8)
     thread = threading.Thread(target=lambda: summaries.append(loop_cases.train(config)))
     thread.start()
@@ -117,10 +117,10 @@ def test_what_a_signal_says_and_a_second_does():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(Interrupted):
             stop.check()
-        os.kill(os.getpid(), signal.SIGHUP)  # more of them change nothing
+        os.kill(os.getpid(), signal.SIGHUP)  # further signals change nothing
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):  # whoever has passed over it is told again
+        with pytest.raises(KeyboardInterrupt):  # whoever caught the first one gets it again
             stop.check()
     assert said == ["stopping with a checkpoint; a second Ctrl-C stops it at once, without one"]
     with StopRequest() as stop:
@@ -141,7 +141,7 @@ def test_a_signal_that_cannot_be_told_of_is_remembered(error):
 
 
 def test_a_terminal_that_closes_leaves_a_checkpoint(tmp_path):
-    """The kernel sends SIGHUP, the shell another, and whatever is printed from then on is an error."""
+    """The kernel sends SIGHUP, the shell another, and printing is an error from then on."""
     config = tiny(tmp_path, agent_steps=10_000)
     argv = [*flags(agent_steps=10_000), "--logdir", str(tmp_path)]
     ours, theirs = os.openpty()
@@ -243,6 +243,6 @@ def test_a_signal_during_evaluation(tmp_path, monkeypatch):
     assert saved(config).meta["agent_steps"] == 16
     assert lines(config, "scores", kind="evaluation") == []
     loop_cases.train(config)
-    # Made up for.
+    # What was missed is made up for.
     assert [x["agent_steps"] for x in lines(config, "scores", kind="evaluation")] == [16, 30, 40]
     assert_one_history(config)

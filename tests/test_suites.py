@@ -1,4 +1,4 @@
-"""Suites: names in any spelling, the published numbers, and how they are aggregated."""
+"""Suites: names in any spelling, published numbers, and how they are aggregated."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ import pytest
 from hdfast import suites
 from hdfast.runtime.errors import ConfigError
 
-# What the paper's tables print: mean score of five seeds at 400k frames (HarmonyDream, DreamerV3 run again).
+# As in the paper's tables: mean score of five seeds at 400k frames (HarmonyDream, and DreamerV3 run anew).
 PRINTED = {
     "Alien": (889.7, 785.7),
     "Asterix": (1140, 974),
@@ -76,7 +76,7 @@ def test_aggregate_pools_runs_for_the_interquartile_mean_only():
 
 
 def ends(scores, **options):
-    """What `interval` finds: the low ends of mean, median and IQM, then the high ones."""
+    """The low ends of the intervals of mean, median and IQM, then the high ends."""
     return [end for side in suites.interval(scores, **options) for end in dataclasses.astuple(side)]
 
 
@@ -90,13 +90,13 @@ def test_the_interval_of_two_runs_reaches_from_the_worst_to_the_best():
 
 
 def test_the_interval_is_that_of_all_resamples_there_are():
-    """Against every resample of three tasks with two, three and three runs, each as likely as the others."""
+    """Against all resamples, each equally likely, of three tasks with two, three and three runs."""
     scores = [[0.3, 1.1], [2.0, 2.3, 3.1], [0.0, 0.9, 5.0]]
     every = [itertools.product(runs, repeat=len(runs)) for runs in scores]
     found = np.array([dataclasses.astuple(suites.aggregate(sample)) for sample in itertools.product(*every)])
     assert len(found) == 4 * 27 * 27
     drawn = np.reshape(ends(scores, resamples=100_000), (2, 3))
-    for k in range(3):  # one resample in forty is beyond each end, but for chance
+    for k in range(3):  # about one resample in forty is beyond each end
         low, high = drawn[:, k]
         assert np.mean(found[:, k] < low - 1e-9) <= 0.0265
         assert np.mean(found[:, k] <= low + 1e-9) >= 0.0235
@@ -106,7 +106,7 @@ def test_the_interval_is_that_of_all_resamples_there_are():
 
 
 def test_runs_are_drawn_within_their_task():
-    """Tasks of very different scores do not widen the interval: each keeps its number of runs."""
+    """Very different scores of tasks do not widen the interval: each task keeps its number of runs."""
     low, high = suites.interval([[0.0, 1.0, 2.0], [1000.0, 1001.0, 1002.0]])
     assert high.mean - low.mean < 2
     assert low.iqm > 250

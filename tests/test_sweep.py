@@ -23,7 +23,7 @@ from tests.loop_cases import (
 
 
 def jobs(tmp_path, *bodies):
-    """Sweep jobs that run pieces of Python instead of training."""
+    """Sweep jobs that run pieces of Python in place of training."""
     return [
         sweep.Job(f"job {i}", (sys.executable, "-c", body), tmp_path / f"{i}" / "train.log")
         for i, body in enumerate(bodies)
@@ -102,7 +102,7 @@ print(sys.argv[1:], os.environ['OMP_NUM_THREADS'], alone)
         assert sweep.run(sweep.LocalPool(3, ["cuda:0", "cuda:1"]), made[:3], 3, stop, lambda line: None) == {}
     told = [job.log.read_text().splitlines()[-1] for job in made[:3]]
     assert told == [f"['--device', 'cuda:{i}'] 2 True" for i in (0, 1, 0)]
-    with StopRequest() as stop:  # narrow networks gain nothing from their share
+    with StopRequest() as stop:  # narrow networks gain nothing from more threads
         sweep.run(sweep.LocalPool(3, threads=1), made[4:], 3, stop, lambda line: None)
     assert made[4].log.read_text().splitlines()[-1] == "[] 1 True"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")  # asked for
@@ -194,7 +194,7 @@ def test_sweep_stops_its_runs_when_what_it_says_cannot_be_written(tmp_path, erro
 
 
 def test_sweep_stops_its_runs_when_one_cannot_be_started(tmp_path):
-    (tmp_path / "1").touch()  # where a directory should be
+    (tmp_path / "1").touch()  # in place of a directory
     made = jobs(tmp_path, "import time; time.sleep(60)", "pass")
     said = []
     with StopRequest() as stop, pytest.raises(sweep.RunError, match="cannot write the log"):
@@ -204,7 +204,7 @@ def test_sweep_stops_its_runs_when_one_cannot_be_started(tmp_path):
 
 
 def test_the_door_of_sweep(tmp_path, monkeypatch, capfd):
-    """Real training processes: two seeds that work; then a run whose flag cannot be, told at its end."""
+    """Real training processes: two seeds that work, then a run with an invalid flag, reported at the end."""
     train_flags = [*flags(agent_steps=12)[2:], "--logdir", str(tmp_path)]
     monkeypatch.setenv("PYTHONPATH", loop_cases.PYTHONPATH)
     pools, pool = [], sweep.LocalPool
@@ -230,7 +230,7 @@ def test_the_door_of_sweep(tmp_path, monkeypatch, capfd):
     assert detail.startswith("  Catch seed 0: exit code 2: error: --device: ")
     argv = ["--suite", "demo", "--seed", "4", "--seeds", "1", "--", *train_flags, "--rssm.unimix", "0.02"]
     code, out, err = door(sweep.main, argv, monkeypatch, capfd)
-    assert code == 1  # the line that says what is wrong, and the first of the differences below it
+    assert code == 1  # the line that says what is wrong, and the first difference below it
     assert re.search(r"seed4: this run has another config.* \(rssm\.unimix: .*\)$", err.splitlines()[1]), err
 
 

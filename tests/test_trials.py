@@ -1,4 +1,4 @@
-"""Whether an op or a captured graph is right: what is wrong is found out, what is right is not accused."""
+"""Whether an op or a captured graph is right: what is wrong is found, and nothing right is rejected."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_every_op_is_right(device, dtype, continuous):
 
 
 def scaled(op: str, factor: float):
-    """The definition of an op, its first tensor, and so its gradient, too large or too small."""
+    """An op's definition with its first tensor, and so its gradient, too large or too small."""
 
     def wrong(*args, **kwargs):
         out = dispatch._ops[op].implementations["reference"](*args, **kwargs)
@@ -150,7 +150,7 @@ def test_a_wrong_capture_is_found_out(monkeypatch):
 
 
 def test_a_capture_that_one_latent_leads_astray_is_tried_from_elsewhere(monkeypatch):
-    """Of nondeterministic kernels, a rounding of the captured update can be another than that of two eager ones."""
+    """With nondeterministic kernels the captured update may round otherwise than both eager ones."""
     record_instead_of_capturing(monkeypatch)
     trials = make_trials()
     updates, astray = trials._updates, []
@@ -169,7 +169,7 @@ def test_a_capture_that_one_latent_leads_astray_is_tried_from_elsewhere(monkeypa
 
 
 def test_graphs_are_timed_beside_each_other(monkeypatch):
-    """Each draws from the generator that it was captured with."""
+    """Each draws from the generator with which it was captured."""
     made = record_instead_of_capturing(monkeypatch)
     times = make_trials().milliseconds(({}, EAGER), ({}, GRAPH), ({}, OVERLAP), ({}, GRAPH))
     assert len(times) == 4

@@ -1,4 +1,4 @@
-"""How a search finds what a run takes: ops that are wrong, crash or hang cost no more than themselves."""
+"""How a search finds what a run uses: ops that are wrong, crash or hang affect no other."""
 
 import os
 import subprocess
@@ -56,7 +56,7 @@ def test_a_search_ends_with_what_is_right_and_fastest(device):
 
 
 def planted(monkeypatch, tmp_path, code: str) -> None:
-    """Has Python run this when it starts, in processes that are started from here."""
+    """Makes Python run this at its start in processes started from here."""
     folder = tmp_path / "planted"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(textwrap.dedent(code))
@@ -172,7 +172,7 @@ def test_a_search_ends_with_the_run_that_waits_for_it():
 
 
 def test_what_is_known_counts_where_the_process_ends_badly(monkeypatch, tmp_path):
-    """CUDA may crash when it is taken down."""
+    """CUDA may crash when it is shut down."""
     planted(
         monkeypatch,
         tmp_path,
@@ -231,7 +231,7 @@ def test_where_a_capture_fails_another_process_does_the_rest_without(monkeypatch
 
 
 class Clock:
-    """Stands in for Trials: what an update takes is told, not measured."""
+    """Stands in for Trials: the time of an update is given, not measured."""
 
     def __init__(self, cost):
         self.cost = cost
@@ -312,7 +312,7 @@ def test_updates_overlap_where_they_are_right_and_faster(ms, wrong, overlap):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_is_worth_most_is_tried_first(fails, monkeypatch):
-    """Where a kernel is not worth its time is asked at last, of updates as they will run, whatever failed before."""
+    """Whether a kernel is worth its time is asked last, with updates as they will run, whatever failed before."""
 
     class Fake(Clock):
         def __init__(self, *args):
@@ -372,6 +372,6 @@ def test_what_follows_from_the_lines():
 
 
 def test_the_module_is_the_process(tmp_path):
-    """What a search starts, started by hand: without a job it fails, and says so by its code."""
+    """The process that a search starts, started by hand: without a job it fails with an exit code."""
     command = [sys.executable, "-m", "hdfast.tuning.search", str(tmp_path / "none"), str(tmp_path / "lines")]
     assert subprocess.run(command, capture_output=True).returncode == 1

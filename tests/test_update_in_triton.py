@@ -1,4 +1,4 @@
-"""A whole update with every fused op of a GPU is what it is by definition, under Triton's interpreter."""
+"""A whole update with all fused ops of a GPU equals that by definition, under Triton's interpreter."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def test_under_the_interpreter():
 @interpreted
 @pytest.mark.parametrize("continuous", [False, True], ids=["discrete", "continuous"])
 def test_an_update_is_right(continuous):
-    """In bfloat16 as in float32: products of bfloat16, one-hot matrices and blocks of pixels are only there."""
+    """In bfloat16: only there are products of bfloat16, one-hot matrices and blocks of pixels."""
     import interpreter_bf16
 
     interpreter_bf16.patch()

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for real GPUs, within their chips' limits and without spilling registers."""
+"""The Triton kernels compile for real GPUs, within the chips' limits and without spilling registers."""
 
 import importlib
 import json
@@ -44,16 +44,16 @@ def test_training_shapes_on_sm_90(case):
     for kernel in kernels:
         if kernel.name.startswith(
             ("layer_norm_silu", "image_input", "image_loss", "gather_windows")
-        ):  # the most bytes of all: none in small pieces
+        ):  # moves the most bytes: none in small pieces
             assert kernel.instructions["ldg128"] >= kernel.instructions["ldg"] - 1, kernel.instructions
         if kernel.name in ("onehot_linear_backward", *IMAGE_PRODUCTS):
             assert kernel.instructions["mma"] > 0, kernel.instructions
-        if kernel.name in IMAGE_PRODUCTS:  # all but a bias is read in whole vectors
+        if kernel.name in IMAGE_PRODUCTS:  # everything but a bias is read in whole vectors
             assert kernel.instructions["ldg128"] >= kernel.instructions["ldg"] - 2, kernel.instructions
 
 
 def one_row() -> dict[str, Callable[[Callable], None]]:
-    """A call of each op with one row, a number that Triton makes a constant of the kernel: it has no methods."""
+    """A call of each op with one row: Triton makes 1 a constant of the kernel, which has no methods."""
     meta, backward, many = report_cases.meta, report_cases.backward, {"grad": True}
     low = {**many, "dtype": torch.bfloat16}
     return {
@@ -126,7 +126,7 @@ def oldest_triton() -> str:
 
 
 def test_training_shapes_on_the_oldest_triton(tmp_path_factory):
-    """What the installed Triton compiles without fault, the oldest that is allowed does too."""
+    """The oldest Triton allowed compiles what the installed one does."""
     folder = tmp_path_factory.mktemp("triton", numbered=False)
     install = ["-m", "pip", "install", "-q", "--no-deps", "--target", folder, f"triton=={oldest_triton()}.0"]
     done = subprocess.run([sys.executable, *install], capture_output=True, text=True)
@@ -177,7 +177,7 @@ def test_occupancy_of_literal_numbers():
 
 
 def test_a_spill_is_seen(monkeypatch):
-    """Rows of 4,096 in one piece spill in the GRU's backward pass: what the report must not overlook."""
+    """Rows of 4,096 in one piece spill in the GRU's backward pass, which the report must notice."""
     monkeypatch.setattr(importlib.import_module("hdfast_kernels.layer_norm_gru"), "WIDEST", 4096)
 
     def call(op):

@@ -1,4 +1,4 @@
-"""Which backend runs, who decides, and what the errors say."""
+"""Which backend runs, what decides it, and what errors say."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ def no_forced_backend(monkeypatch):
 
 @pytest.fixture
 def toy(monkeypatch):
-    """An op of three backends that give their names, and a clean table."""
+    """An op with three backends that return their names, and an empty table."""
     monkeypatch.setattr(dispatch, "_ops", {})
     monkeypatch.setattr(dispatch, "_DEFAULTS", {"cpu": {"toy": "native"}, "cuda": {}})
     monkeypatch.setattr(dispatch, "native_built", lambda: True)
@@ -37,11 +37,11 @@ def toy(monkeypatch):
 def test_the_table_decides_where_nobody_else_does(toy):
     assert dispatch.resolve(toy, None, CPU)() == "native"
     assert dispatch.resolve(toy, None, torch.empty(0, device="meta"))() == "reference"
-    assert dispatch.resolve(toy, None, CPU.double())() == "reference"  # only the definition covers float64
+    assert dispatch.resolve(toy, None, CPU.double())() == "reference"  # only the definition supports float64
 
 
 def test_triton_runs_on_the_device_of_the_tensor(toy, monkeypatch):
-    """Triton launches on the current one, whatever it is given."""
+    """Triton itself launches on the current device, whatever its arguments."""
     current, run_on = [0], []
 
     @contextlib.contextmanager
@@ -116,7 +116,7 @@ def test_the_environment_goes_before_the_table_and_the_caller_before_both(toy, m
 
 
 def test_the_environment_leaves_an_op_that_has_no_such_backend_to_the_table(toy, monkeypatch):
-    """HDFAST_BACKEND=triton is for whole runs, and some of their ops need no kernel of their own."""
+    """HDFAST_BACKEND=triton is for whole runs, some of whose ops need no kernel of their own."""
     dispatch.register("plain", reference=lambda: "reference", native=lambda: "native")
     monkeypatch.setattr(dispatch, "triton_interpreted", lambda: True)
     monkeypatch.setenv("HDFAST_BACKEND", "triton")

@@ -44,7 +44,7 @@ def test_rows_large_enough_for_several_threads(backend):
 
 @pytest.mark.parametrize("backend", [b for b in backends("gather_windows") if "cuda" in b.id])
 def test_a_storage_beyond_32_bits(backend):
-    """Two rings of 1.2 GB each, of which the second one's last rows are asked for."""
+    """Two rings of 1.2 GB each; the last rows of the second are asked for."""
     ring = 100_000
     storage = torch.arange(2 * ring, device=backend.device)[:, None, None].to(torch.uint8).repeat(1, 64, 192)
     starts = torch.tensor([2 * ring - 3, ring - 1, 2 * ring - 1], device=backend.device)
@@ -66,7 +66,7 @@ def test_no_windows(backend):
 @pytest.mark.parametrize("wrong", [-1, ENVS * RING, 2**40])
 def test_a_start_outside_the_storage(wrong, backend):
     arguments = torch.ones(ENVS * RING, 2), torch.tensor([3, wrong]), 4, RING
-    if backend.name == "triton":  # as on a GPU, where the host does not look
+    if backend.name == "triton":  # as on a GPU, where the host does not check
         windows = gather_windows(*arguments, backend=backend.name)
         assert windows[:, 0].eq(1).all()
         assert windows[:, 1].eq(0).all()

@@ -1,6 +1,6 @@
-"""What a CUDA graph cannot record is a mistake in an op: reading a value on the host, or a shape that hangs on data.
+"""Ops do nothing that a CUDA graph cannot record: no value is read on the host, no shape depends on data.
 
-Tensors on the meta device have shapes and no values, so that either fails at once.
+Tensors on the meta device have shapes but no values, so that both fail at once.
 """
 
 import pytest

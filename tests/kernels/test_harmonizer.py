@@ -1,4 +1,4 @@
-"""Harmonizer: the paper's fixed point and its three-term total, the modes, and that no loss is ever lost."""
+"""Harmonizer: the paper's fixed point and three-term total, the modes, and that no loss is left out."""
 
 import contextlib
 import copy
@@ -155,15 +155,15 @@ def test_a_fixed_weight_that_the_mode_would_not_use(mode):
         Harmonizer(GROUPS, mode=mode, fixed={"reward": 1.0, "image": 0.5})
     Harmonizer(
         GROUPS, mode=mode, fixed=dict.fromkeys(GROUPS, 1.0)
-    )  # what it is anyway, so that configs may pass it
+    )  # its default, so that configs may pass it
 
 
 @pytest.mark.parametrize("backend", ["reference", None])
 def test_what_pytorch_traces_leaves_nothing_behind(backend):
-    """Tensors that are made meanwhile have no memory."""
+    """Tensors made during tracing have no memory."""
     losses = {name: torch.rand(4) for name in ("reward", "image", "dyn", "rep")}
     harmonizer = Harmonizer(GROUPS, backend=backend)
-    with contextlib.suppress(RuntimeError, AssertionError):  # it has a parameter, and C++ cannot be traced
+    with contextlib.suppress(RuntimeError, AssertionError):  # it has a parameter, or C++ cannot be traced
         make_fx(lambda losses: harmonizer(losses)[0], tracing_mode="fake")(losses)
     for again in (harmonizer, Harmonizer(GROUPS, backend=backend)):
         total, metrics = again(losses)

@@ -43,8 +43,8 @@ def test_extreme_scalars_mixed_dtypes_and_strides(backend):
 
 @pytest.mark.parametrize("backend", backends("harmony_loss", reference=False))
 def test_the_mean_of_many_equal_numbers(backend, monkeypatch):
-    """A sum that is as large as float32 counts to in such steps is rounded each time, and always alike."""
-    # As many steps with fewer numbers.
+    """A sum as large as float32 can count to in such steps is rounded at each step, always in the same direction."""
+    # The same number of steps with fewer numbers.
     monkeypatch.setattr(sys.modules["hdfast_kernels.harmony_loss"], "BLOCK", 8)
     rows = 1 << (15 if backend.name == "triton" else 21)
     loss, none = torch.full((rows,), 0.1, device=backend.device), torch.empty(0, device=backend.device)

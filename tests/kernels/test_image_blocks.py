@@ -1,4 +1,4 @@
-"""image_blocks: an image cut into blocks of pixels, and put together again."""
+"""image_blocks: an image cut into blocks of pixels, and reassembled."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_an_image_is_in_its_blocks(shape, backend):
         blocks, sums = blocks_of(image, summed=True)
     assert blocks.dtype == image.dtype
     assert torch.equal(image_of(blocks, *shape[1:]), image)
-    assert blocks.count_nonzero() == image.count_nonzero()  # beside the pixels, zeros
+    assert blocks.count_nonzero() == image.count_nonzero()  # everything but the pixels is zero
     assert sums.dtype == torch.float32
     torch.testing.assert_close(sums.double().cpu(), exact.sum((0, 1, 2)), rtol=1e-5, atol=1e-3)
 
@@ -50,7 +50,7 @@ def test_an_image_is_in_its_blocks(shape, backend):
 @pytest.mark.parametrize("backend", TRITON)
 @pytest.mark.parametrize("lies", ["negated", "permuted"])
 def test_images_and_slopes_that_lie_otherwise(lies, backend):
-    """Activations to images, and images to activations: what is read is not what lies there in a row."""
+    """Activations to images, and images to activations, if memory is in another order."""
     other = {
         "negated": lambda one: torch._neg_view(-one),
         "permuted": lambda one: one.transpose(1, 2).contiguous().transpose(1, 2),
@@ -70,7 +70,7 @@ def test_images_and_slopes_that_lie_otherwise(lies, backend):
 
 
 def test_what_is_left_to_the_library():
-    """float32, and positions that 32 bits do not count."""
+    """float32, and positions beyond 32 bits."""
     few, many = (torch.empty((n, 64, 64, 3), dtype=torch.bfloat16, device="meta") for n in (1024, 1 << 20))
     assert [image_blocks.takes(one, halved=True) for one in (few, few.float(), many)] == [
         True,
@@ -97,7 +97,7 @@ MAPS = [
 @pytest.mark.parametrize("backend", TRITON)
 @pytest.mark.parametrize("shape", MAPS, ids=str)
 def test_products_of_bfloat16(shape, backend):
-    """Halved, the gradient of a kernel, doubled without and with a bias: summed in float32, then rounded."""
+    """Halving, the gradient of a kernel, doubling without and with a bias: summed in float32, then rounded."""
     images, height, width, below, right, deep, channels = shape
     sizes = (images, 2 * height + below, 2 * width + right, channels), (images, height, width, deep)
     image, small = (random(*size, seed=k).to(backend.device, torch.bfloat16) for k, size in enumerate(sizes))
@@ -121,7 +121,7 @@ def test_products_of_bfloat16(shape, backend):
 
 @pytest.mark.parametrize("backend", TRITON)
 def test_a_gradient_of_more_tiles_than_programs(backend, monkeypatch):
-    """Each program then has several, and none of them is left out; of channels in three tiles, too."""
+    """Each program then has several, and leaves out none; also with channels in three tiles."""
     monkeypatch.setattr(image_blocks, "PROGRAMS", 5)
     blocks = random(3, 17, 20, 16).to(backend.device, torch.bfloat16)
     for deep in (16, 130):

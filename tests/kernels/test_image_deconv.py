@@ -49,7 +49,7 @@ def test_errs_no_more_than_twice_plain_pytorch(shape, dtype, backend):
 
 
 def test_one_column_of_more_channels_than_an_image_has():
-    """Of bfloat16 on a CPU with AMX, PyTorch's convolutions read numbers beside such a map."""
+    """On a CPU with AMX, PyTorch's convolutions of bfloat16 read memory beside such a map."""
     for _ in range(10):
         given = inputs((2, 16, 1, 7, 5), torch.bfloat16, "cpu")
         rounded = {name: one.detach().bfloat16().double().requires_grad_() for name, one in given.items()}
@@ -95,7 +95,7 @@ def test_channels_first_activations(backend):
 
 @pytest.mark.parametrize("backend", TRITON)
 def test_triton_asks_pytorch_for_no_convolution(backend):
-    """But in float32, where all is the reference's."""
+    """Except in float32, where everything is left to the reference."""
     for dtype, asked in ((torch.bfloat16, 0), (torch.float32, 2)):
         arguments = inputs((2, 5, 4, 8, 3), dtype, backend.device)
         with Calls() as calls:

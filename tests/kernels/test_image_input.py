@@ -1,4 +1,4 @@
-"""image_input: pixels as the encoder takes them, on every backend."""
+"""image_input: pixels as input of the encoder, on every backend."""
 
 import pytest
 import torch
@@ -45,8 +45,8 @@ def test_channels_first_images(backend):
 
 @pytest.mark.parametrize("backend", backends("image_input", reference=False))
 def test_more_than_the_caches_hold(backend):
-    """Written past the caches on the CPU, where rows end within a vector or not."""
-    interpreted = backend.device == "cpu" and backend.name == "triton"  # for which some blocks are many
+    """Written past the caches on the CPU, with rows that end within a vector or not."""
+    interpreted = backend.device == "cpu" and backend.name == "triton"  # for which a few blocks are many
     many = 2**14 if interpreted else 2**25
     for pixels in (many, many + 5):
         image = inputs((pixels,), backend.device)

@@ -1,4 +1,4 @@
-"""kl_balance: both terms, their stop-gradients and the free bits, on every backend."""
+"""kl_balance: both terms, their stopped gradients and the free bits, on every backend."""
 
 import math
 from functools import partial
@@ -33,7 +33,7 @@ def test_errs_no_more_than_twice_plain_pytorch(rows, S, K, dtype, backend):
 
 @pytest.mark.parametrize("backend", backends("kl_balance", reference=False))
 def test_distant_distributions(backend):
-    """Posterior and prior nearly deterministic and apart: the bound of a 1% mixture, 32 times over."""
+    """Posterior and prior nearly deterministic and different: the bound of a 1% mixture in each of 32 groups."""
     arguments = inputs((4,), 32, 32, torch.float32, backend.device)
     for name, shift in (("post_logp", 0), ("prior_logp", 1)):
         probs = torch.full((4, 32, 32), 0.01 / 32, device=backend.device)
@@ -45,7 +45,7 @@ def test_distant_distributions(backend):
 @pytest.mark.parametrize("backend", backends("kl_balance", reference=False))
 @pytest.mark.parametrize("low", ["post_logp", "prior_logp"])
 def test_two_dtypes(low, backend):
-    """Each input as it is given, and its gradient in its dtype."""
+    """Inputs of different dtypes, each with a gradient of its own dtype."""
     arguments = inputs((6,), 8, 32, torch.float32, backend.device) | {"free": 0.4}
     arguments[low] = arguments[low].detach().bfloat16().requires_grad_()
     check_against_fp64(partial(kl_balance, backend=backend.name), kl_balance_reference, arguments)

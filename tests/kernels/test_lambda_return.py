@@ -11,7 +11,7 @@ from hdfast_kernels.lambda_return import lambda_return_reference
 
 
 def inputs(H, N, dtype, device, scale=1.0):
-    cont = (random(H + 1, N, seed=2) > -1.0).to(device, dtype)  # some rollouts end
+    cont = (random(H + 1, N, seed=2) > -1.0).to(device, dtype)  # some episodes end
     return {
         "reward": random(H, N, scale=scale).to(device, dtype).requires_grad_(),
         "cont": cont,
@@ -35,7 +35,7 @@ def test_huge_rewards(backend):
 
 @pytest.mark.parametrize("backend", backends("lambda_return", reference=False))
 def test_a_lambda_of_almost_one(backend):
-    """What it lacks to one is not to be taken of a rounded lambda; the end, which would hide it, counts for nothing."""
+    """1 - lambda must not be computed from a rounded lambda. The last value, which would hide that, has no weight."""
     arguments = inputs(5, 70, torch.float32, backend.device) | {"lam": 0.9999}
     arguments["reward"] = torch.zeros_like(arguments["reward"])
     arguments["cont"] = torch.ones_like(arguments["cont"])

@@ -37,14 +37,14 @@ def test_errs_no_more_than_twice_plain_pytorch(rows, deter, dtype, backend):
 def test_saturated_gates(backend):
     op = partial(layer_norm_gru, backend=backend.name)
     arguments = inputs((6,), 40, torch.float32, backend.device, scale=200.0)
-    # One minus a gate that is nearly one is what rounding left of it, and a GPU's division rounds four times as much.
+    # One minus a gate of nearly one is mostly rounding error, and a GPU's division rounds four times as much.
     check_against_fp64(op, layer_norm_gru_reference, arguments, budget=4.0)
 
 
 @pytest.mark.parametrize("backend", backends("layer_norm_gru", reference=False))
 @pytest.mark.parametrize("deter", [33, 200, 2100])
 def test_rows_of_equal_numbers(deter, backend):
-    """What the mean misses by rounding is not to be divided by a deviation of nothing, which is 1/32 with eps."""
+    """The rounding error of the mean must not be divided by a deviation of zero, which eps makes 1/32."""
     arguments = inputs((6,), deter, torch.float32, backend.device)
     gates = arguments["gates"].detach()
     gates[::2] = 7 + torch.arange(3.0, device=gates.device)[:, None] / 3
@@ -55,7 +55,7 @@ def test_rows_of_equal_numbers(deter, backend):
 @pytest.mark.parametrize("backend", backends("layer_norm_gru", reference=False))
 @pytest.mark.parametrize("scale", [1e-4, 1e-5])
 def test_small_candidates_keep_their_digits(scale, backend):
-    """Where 1 - e^x is rounding; the deviation is nothing beside eps, so that the norm leaves them small."""
+    """Where 1 - e^x would be all rounding; the deviation is far below eps, so that the norm keeps them small."""
     gates = torch.randn(64, 192, generator=torch.Generator().manual_seed(0)) * scale
     affine = {"weight": torch.ones(192), "bias": torch.zeros(192)}
     arguments = {"gates": gates, "deter": torch.zeros(64, 64), **affine}

@@ -32,7 +32,7 @@ def test_errs_no_more_than_twice_plain_pytorch(shape, dtype, backend):
 @pytest.mark.parametrize("backend", backends("layer_norm_silu", reference=False))
 @pytest.mark.parametrize("offset", [1e3, -1e3])
 def test_far_from_zero(offset, backend):
-    """A mean far greater than the deviation: the variance must not be E[x^2] - E[x]^2."""
+    """A mean far larger than the deviation: the variance must not be computed as E[x^2] - E[x]^2."""
     op = partial(layer_norm_silu, backend=backend.name)
     check_against_fp64(op, layer_norm_silu_reference, inputs((6, 64), torch.float32, backend.device, offset))
 
@@ -50,7 +50,7 @@ def test_strided_input_and_constant_rows(backend):
 @pytest.mark.parametrize("backend", backends("layer_norm_silu", reference=False))
 @pytest.mark.parametrize("channels", [6, 33, 96, 512])
 def test_rows_of_equal_numbers(channels, backend):
-    """What the mean misses by rounding is not to be divided by a deviation of nothing, which is 1/32 with eps."""
+    """The rounding error of the mean must not be divided by a deviation of zero, which eps makes 1/32."""
     arguments = inputs((40, channels), torch.float32, backend.device)
     x = arguments.pop("x").detach()
     x[::2] = 7 + torch.arange(20.0, device=x.device)[:, None] / 3

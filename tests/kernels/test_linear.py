@@ -1,4 +1,4 @@
-"""linear, and the matrix products that go to oneDNN or are ours."""
+"""linear, and the matrix products that are oneDNN's or ours."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ SHAPES = [
 
 @pytest.fixture(params=[True, False], ids=["onednn", "mkl"])
 def library(request, monkeypatch):
-    """Whose product it is on the CPU; and a padded one however small, or not."""
+    """Whose product it is on the CPU; and whether small ones are padded, too."""
     monkeypatch.setattr(linear_native, "mkl_is_slow", lambda: request.param)
     if request.param:
         monkeypatch.setattr(linear_fused, "ENOUGH", 0)
@@ -75,7 +75,7 @@ def test_products_of_every_layout(shape, library):
             check_against_fp64(linear_native.product, lambda a, b: a @ b, {"a": a, "b": b})
 
 
-# rows, inputs, outputs; of 4 numbers of float32 or 8 of bfloat16 a unit, what is not whole: outputs, both, inputs
+# rows, inputs, outputs; not a multiple of a unit (4 numbers of float32, 8 of bfloat16): outputs, both, inputs
 PADDED = [((5, 4), 64, 255), ((9,), 16, 1), ((9,), 16, 6), ((7,), 39, 13), ((7,), 39, 16), ((0,), 8, 3)]
 
 
@@ -101,7 +101,7 @@ def test_a_large_product_of_fused_is_made_of_whole_units():
     assert len(products) == 3
     for given in products:
         assert all(width % 8 == 0 for matrix in given if matrix.dim() == 2 for width in matrix.shape)
-    with Calls() as calls:  # too small; whole already
+    with Calls() as calls:  # too small; already a multiple
         assert linear(x[:8], weight, bias, backend="fused").is_contiguous()
         assert linear(x, weight[:248], bias[:248], backend="fused").is_contiguous()
     assert not any("cat" in name for name, _ in calls.made)

@@ -1,6 +1,6 @@
-"""What every op answers to tensors of two devices, without memory, of too few axes: one line naming op and tensor.
+"""What ops say to tensors on two devices, without memory, with too few axes: one line naming op and tensor.
 
-PyTorch itself computes with some of them: a product with a meta tensor is what was in memory before.
+PyTorch itself computes with some of these: a product with a meta tensor is whatever was in memory.
 """
 
 import re
@@ -13,7 +13,7 @@ import hdfast_kernels as hk
 from hdfast_kernels import dispatch
 
 F32, I64, U8, BOOL = torch.float32, torch.int64, torch.uint8, torch.bool
-# Of every op the arguments: shape and dtype, or what is no tensor. A list stands for a list of tensors.
+# The arguments of every op: shape and dtype, or a value that is not a tensor. A list stands for a list of tensors.
 # fmt: off
 OPS = {
     "adam_step": {
@@ -78,7 +78,7 @@ WITHOUT_GRADIENT = ("adam_step", "gather_windows", "image_input", "sample_index"
 
 
 def numbers(value, generator: torch.Generator):
-    """Like `make`, of random numbers; classes and starts are zero."""
+    """Like `make`, with random numbers; classes and starts are zero."""
     if isinstance(value, list):
         return [numbers(one, generator) for one in value]
     if not is_tensor(value) or value[1] != F32:
@@ -87,7 +87,7 @@ def numbers(value, generator: torch.Generator):
 
 
 def with_numbers(op: str) -> tuple[dict, list[torch.Tensor]]:
-    """Arguments of an op, always the same random numbers, and those of them that gradients are asked of."""
+    """Arguments of an op, always the same random numbers, and those that get gradients."""
     generator = torch.Generator("cpu").manual_seed(0)
     arguments = {name: numbers(value, generator) for name, value in OPS[op].items()}
     flat = [one for value in arguments.values() for one in (value if isinstance(value, list) else [value])]
@@ -98,7 +98,7 @@ def with_numbers(op: str) -> tuple[dict, list[torch.Tensor]]:
 
 
 def all_of(op: str, backend: str = "native") -> list[torch.Tensor]:
-    """What the op returns, or has changed, and its gradients, for the same random numbers."""
+    """What the op returns or changes, and its gradients, for the same random numbers."""
     arguments, floats = with_numbers(op)
     out = getattr(hk, op)(**arguments, backend=backend)
     found = list(out) if isinstance(out, tuple) else [out]
@@ -110,7 +110,7 @@ def all_of(op: str, backend: str = "native") -> list[torch.Tensor]:
 @pytest.mark.skipif(not dispatch.native_built(), reason="the C++ module is not built")
 @pytest.mark.parametrize("op", OPS)
 def test_the_defaults_of_pytorch_change_nothing(op, monkeypatch):
-    """Memory that C++ writes is of the dtype and on the device that it takes it for."""
+    """Memory that C++ writes has the dtype and device that C++ assumes."""
     right = all_of(op)
     for dtype in (torch.float64, torch.bfloat16):
         torch.set_default_dtype(dtype)
@@ -134,13 +134,13 @@ OF_OURS = [
     for op in OPS
     for backend in ("fused", "native")
     if backend in hk.backends_available(op, torch.empty(0, dtype=F32, device="cpu"))
-    and (op, backend) != ("linear", "native")  # PyTorch's own at these shapes
+    and (op, backend) != ("linear", "native")  # at these shapes PyTorch's own product
 ]
 
 
 @pytest.mark.parametrize(("op", "backend"), OF_OURS)
 def test_autocast_changes_nothing(op, backend, monkeypatch):
-    """The dtypes of its arguments say what an op computes in, and C++ reads what it was told to."""
+    """An op computes in the dtypes of its arguments, and C++ reads what it was given."""
     monkeypatch.setitem(OPS, "linear", ODD_LINEAR)
     right = all_of(op, backend)
     with torch.autocast("cpu", torch.bfloat16):
@@ -153,7 +153,7 @@ def test_autocast_changes_nothing(op, backend, monkeypatch):
 
 @pytest.mark.parametrize(("op", "backend"), [case for case in OF_OURS if case[0] not in WITHOUT_GRADIENT])
 def test_differentiating_twice_is_refused(op, backend, monkeypatch):
-    """A gradient penalty must not be left out without a word. The slope of a sum has no gradient itself."""
+    """A gradient penalty must not be ignored silently. The gradient of a sum is constant: it has none itself."""
     monkeypatch.setitem(OPS, "linear", ODD_LINEAR)
     arguments, floats = with_numbers(op)
     out = getattr(hk, op)(**arguments, backend=backend)
@@ -166,7 +166,7 @@ def test_differentiating_twice_is_refused(op, backend, monkeypatch):
         (total + penalty).backward()
 
 
-# Of these the op's other tensors may be of any float dtype; the named ones decide in which it computes.
+# Other tensors of these ops may have any float dtype; the named ones decide the dtype of the computation.
 DECIDING = {
     "adam_step": ("params", "exp_avg", "exp_avg_sq", "step"), "harmony_loss": (), "image_deconv": ("x",),
     "kl_balance": ("post_logp",), "lambda_return": ("value",), "layer_norm_gru": ("gates", "deter"),
@@ -179,7 +179,7 @@ DECIDING = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
 @pytest.mark.parametrize("op", DECIDING)
 def test_numbers_of_another_dtype_beside_those_that_decide(op, dtype):
-    """C++ reads float32 where they are to be that."""
+    """C++ reads float32 wherever it expects that."""
 
     def results(other):
         arguments, _ = with_numbers(op)
@@ -211,7 +211,7 @@ def test_numbers_of_another_dtype_beside_those_that_decide(op, dtype):
 
 
 def negated(value, grad: bool = False):
-    """The same numbers in memory with the other sign, as those of `z.conj().imag` lie there."""
+    """The same numbers, negated in memory, as are those of `z.conj().imag`."""
     if isinstance(value, list):
         return [negated(one, grad) for one in value]
     if not isinstance(value, torch.Tensor) or value.dtype != F32:
@@ -231,7 +231,7 @@ def negated(value, grad: bool = False):
     ],
 )
 def test_numbers_that_are_negated_when_they_are_read(op, backend, monkeypatch):
-    """Of gradients nobody can see that they are. Arguments native refuses, see below."""
+    """Gradients do not show that they are negated. Such arguments are refused by native, see below."""
     monkeypatch.setitem(OPS, "linear", ODD_LINEAR)
     found = []
     for change in (lambda value, grad=False: value, negated):
@@ -329,7 +329,7 @@ def test_what_is_no_tensor(op, name, kind):
 
 @pytest.mark.parametrize("op", OPS)
 def test_tensors_without_memory(op):
-    """The definition gives shapes and dtypes, as of any PyTorch operation; C++ has nothing to read."""
+    """The definition gives shapes and dtypes, like any PyTorch operation; C++ has nothing to read."""
     everything = dict.fromkeys(OPS[op], "meta")
     out = call(op, everything, "reference")
     assert all(tensor.is_meta for tensor in (out if isinstance(out, tuple) else (out,)))

@@ -1,6 +1,6 @@
 """The C++ backend below the ops: every instruction set against float64, its OpenMP threads, its memory, its errors.
 
-The files of the ops test the instruction set that is the fastest here; this one goes through all of them.
+The ops' own files test the fastest instruction set of this machine; this one tests all of them.
 """
 
 import shutil
@@ -134,7 +134,7 @@ def test_many_rows_on_many_threads(isa, monkeypatch):
 
 @pytest.mark.parametrize("isa", native.isas())
 def test_long_sums(isa):
-    """Sums over a whole large image, many bins, classes and rows, which one float would not hold."""
+    """Sums over a large image, many bins, classes and rows, for which a single float is not precise enough."""
     image = torch.randint(256, (1, 512, 512, 3), generator=torch.Generator().manual_seed(0)).byte()
     apart = random(8, 64, 2048), random(8, 64, 2048, seed=1, scale=0.02)
     near = (logits.log_softmax(-1).float() for logits in (apart[0], apart[0] + apart[1]))
@@ -158,7 +158,7 @@ def test_long_sums(isa):
 
 @pytest.mark.parametrize("isa", native.isas()[1:])  # the slowest has no such instructions
 def test_what_is_larger_than_the_caches_is_stored_past_them(isa):
-    """From 32 MiB on, in other instructions: the same rows over and over give the same numbers as once."""
+    """From 32 MiB on, with other instructions: repeated rows give the same numbers as the rows once."""
     cases = [
         *(
             ("layer_norm_silu", number(64, width, dtype=dtype), [torch.ones(width), torch.zeros(width)], [])
@@ -220,7 +220,7 @@ def test_infinite_targets_are_the_end_bins(isa):
 
 @pytest.mark.parametrize("isa", native.isas())
 def test_the_candidate_of_the_gru_is_right_near_zero_and_stays_within_one(isa):
-    """With the other two gates open the next state is tanh of the candidate, which must not round beyond 1."""
+    """With both other gates open the next state is tanh of the candidate, which must not be rounded beyond 1."""
     small = torch.logspace(-30, 0, 2048)
     cand = torch.cat([-small, torch.linspace(-12, 12, 4096), small])
     width, open_ = len(cand), torch.full_like(cand, 100.0)
@@ -304,7 +304,7 @@ def test_memory_that_is_kept_is_not_faulted_in_again():
 
 
 def test_a_module_of_other_sources_is_refused(tmp_path, monkeypatch):
-    """An editable install after `git pull`: its ops may take other addresses than they are given."""
+    """As in an editable install after `git pull`: its ops may expect other arguments than they are given."""
     if not native.SOURCES.is_dir():
         pytest.skip("this is no editable install: the sources are not beside the package")
     shutil.copytree(native.SOURCES, tmp_path / "csrc")

@@ -11,7 +11,7 @@ from hdfast_kernels import adam_step, backends_available, dispatch, native
 
 SHAPES = [(3, 5), (), (17000,), (2, 3, 4, 4)]
 BACKENDS = backends("adam_step")
-# Some take 1 - beta^step in float32, which of 0.999 is off by 1e-5.
+# Some compute 1 - beta^step in float32, which for 0.999 is off by 1e-5.
 TIGHT = {"reference": 2e-5, "triton": 2e-6, "native": 2e-6}
 
 
@@ -59,7 +59,7 @@ def test_equals_torch_in_float64(weight_decay, backend):
 
 
 def test_the_definition_takes_all_parameters_at_once():
-    """On CUDA, foreach operations do one parameter at a time where any two of their tensors differ in order."""
+    """On CUDA foreach operations go one by one if any two of their tensors differ in memory order."""
     counts: dict[int, list[str]] = {}
 
     class Watch(TorchDispatchMode):
@@ -82,7 +82,7 @@ def test_the_definition_takes_all_parameters_at_once():
         with Watch():
             state.take(grads * many, max_norm=1.0, backend="reference")
     works = [[name for name in seen if "view" not in name and name != "clone"] for seen in counts.values()]
-    assert works[0] == works[1]  # but for the copy of a gradient in another order, whatever their number
+    assert works[0] == works[1]  # only a gradient of another order is copied, at any number of parameters
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -102,7 +102,7 @@ def test_literal_numbers(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.999, 0.99999)])
 def test_the_moments_take_what_a_beta_lacks_to_one(betas, backend):
-    """Which is not what a beta lacks that was rounded to float32."""
+    """This is not 1 minus a beta that was rounded to float32."""
     state = State(backend.device)
     for seed in range(3):
         state.take(gradients(seed, backend.device), betas=betas, backend=backend.name)
@@ -117,7 +117,7 @@ def test_the_moments_take_what_a_beta_lacks_to_one(betas, backend):
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.99)])
 @pytest.mark.parametrize("done", [0, 1, 2, 6, 999, 98912])
 def test_both_moments_are_debiased(done, betas, backend):
-    """Of moments that have seen nothing but this gradient, a step of the learning rate is left."""
+    """If the moments have seen only this gradient, the step is as long as the learning rate."""
     grad = torch.tensor([2.0, -0.25], dtype=torch.float64)
     seen = [1 - beta**done for beta in betas]
     moments = [
@@ -134,7 +134,7 @@ def test_both_moments_are_debiased(done, betas, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("max_norm", [math.inf, 1.0], ids=["unclipped", "clipped"])
 def test_many_tensors_as_one(max_norm, backend):
-    """Flat, as a model's parameters are on CUDA, each number goes where it goes in its own tensor."""
+    """In one flat tensor, like a model's on CUDA, each number changes as in its own tensor."""
     many, one = State(backend.device), State(backend.device)
 
     def flat(tensors):
@@ -153,7 +153,7 @@ def test_many_tensors_as_one(max_norm, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tensors_in_any_order_of_memory(backend):
-    """Channels-last, as convolutions like them, and every other row of something larger."""
+    """Channels-last, as convolutions prefer, and every other row of a larger tensor."""
     plain, other = State(backend.device), State(backend.device)
     for name in ("params", "exp_avg", "exp_avg_sq"):
         tensors = getattr(other, name)
@@ -187,7 +187,7 @@ def test_a_step_that_is_left_out_changes_nothing(poison, backend):
     assert norm.isfinite().item() is (poison is None)
     assert all(map(torch.equal, before, state.tensors()))
     assert all(torch.equal(old.nan_to_num(), new.nan_to_num()) for old, new in zip(kept, grads, strict=True))
-    # and the next one goes on as if nothing had been
+    # and the next one goes on as if nothing had happened
     state.take(gradients(2, backend.device), backend=backend.name)
     assert state.step.item() == 2
     assert all(tensor.isfinite().all() for tensor in state.tensors())
@@ -207,7 +207,7 @@ def test_any_number_of_threads_gives_the_same_bits(isa, monkeypatch):
 
 
 def test_the_norm_of_many_small_numbers():
-    """A float sum of squares would stop growing."""
+    """A sum of squares in float would stop growing."""
     count = 1 << 24
     params = [torch.zeros(count)]
     norm, _ = adam_step(

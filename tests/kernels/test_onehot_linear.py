@@ -1,4 +1,4 @@
-"""onehot_linear: equal to a dense layer on one-hot latents, values and gradients, on every backend."""
+"""onehot_linear: values and gradients equal those of a dense layer on one-hot latents, on every backend."""
 
 from functools import partial
 

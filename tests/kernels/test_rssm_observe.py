@@ -60,7 +60,7 @@ def test_straight_through_reaches_earlier_steps_but_not_across_is_first():
 
 needs_native = pytest.mark.skipif(not native_built(), reason="the C++ module is not built")
 ISAS = native.isas() if native_built() else []
-WIDE = Sizes(T=6, B=16, D=128, U=96, S=8, K=16)  # whole AMX tiles and panels
+WIDE = Sizes(T=6, B=16, D=128, U=96, S=8, K=16)  # full AMX tiles and panels
 UNEVEN = Sizes(T=3, B=19, D=96, U=128, S=8, K=8)
 
 
@@ -90,7 +90,7 @@ def errors(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [*SHAPES, WIDE, UNEVEN])
 def test_native_errs_at_most_twice_as_much_as_pytorch(sizes, dtype, isa):
-    seeds = range(12 if sizes in SHAPES else 1)  # of few numbers, errors are a matter of luck
+    seeds = range(12 if sizes in SHAPES else 1)  # with few numbers, errors are a matter of luck
     plain = errors(op("reference"), sizes, dtype, seeds)
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
     try:
@@ -141,7 +141,7 @@ def test_native_gives_the_same_result_for_every_number_of_threads():
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
 def test_gradient_of_one_output_alone_and_no_unimix(backend):
-    """An output that the loss does not use has no gradient, which is another path than a zero one."""
+    """An output that the loss does not use has no gradient, which takes another path than a zero gradient."""
     case = make_case(SHAPES[0])
     for name in ("deter", "stoch", "logp"):
         gradients = []
@@ -180,7 +180,7 @@ def test_no_sequences(backend):
 
 @pytest.mark.parametrize("wrong", [9, 8, -1, 2**40])
 def test_an_initial_class_out_of_range(wrong):
-    """C++ says so before memory is read; the definition, which must not look at values, takes no class there."""
+    """C++ says so before it reads memory; the definition, which must not read values on the host, uses no class."""
     case = cast(make_case(SHAPES[0]), torch.float32)
     case["initial_index"][1] = wrong
     if native_built():
@@ -207,7 +207,7 @@ def test_errors_name_what_does_not_fit():
     ("forced", "chosen"), [("", "triton"), ("fused", "triton"), ("persistent", "persistent")]
 )
 def test_too_many_sequences_for_one_launch_take_several_unless_one_is_asked_for(monkeypatch, forced, chosen):
-    """HDFAST_BACKEND=fused asks for none: the op has no such backend, and runs by default."""
+    """HDFAST_BACKEND=fused asks for none: the op has no such backend, and takes its default."""
     implementations = {name: lambda *_, name=name: name for name in ("triton", "persistent")}
     monkeypatch.setattr(dispatch._ops["rssm_observe"], "implementations", implementations)
     monkeypatch.setitem(dispatch._DEFAULTS, "cpu", {"rssm_observe": "persistent"})

@@ -1,4 +1,4 @@
-"""rssm_observe in Triton: its arithmetic under the interpreter, in another process, and what it compiles to."""
+"""rssm_observe in Triton: its arithmetic, in another process under the interpreter, and its compiled code."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def triton_op(persistent: bool):
 
         outputs = rssm_observe_triton(
             *case.values(), 1e-3, persistent=persistent
-        )  # unimix is the last of a case
+        )  # unimix is the last entry of a case
         return dict(zip(("deter", "stoch", "index", "logp"), outputs, strict=True))
 
     return function
@@ -62,9 +62,7 @@ def test_triton_errs_at_most_twice_as_much_as_pytorch(sizes, dtype):
     plain = errors(op("reference"), sizes, dtype, range(1))
     with poisoned_memory():
         fused = errors(op("triton"), sizes, dtype, range(1))
-    unit = (
-        floor_of(dtype, "cpu") * torch.finfo(dtype).eps
-    )  # where few numbers are, plain PyTorch may have luck
+    unit = floor_of(dtype, "cpu") * torch.finfo(dtype).eps  # with few numbers plain PyTorch may be lucky
     too_large = {n: (fused[n], plain[n]) for n in plain if not fused[n] <= 2 * plain[n] + unit}
     assert not too_large
 
@@ -103,9 +101,9 @@ def test_one_launch_does_what_a_launch_for_each_stage_does(sizes):
 @interpreted
 @pytest.mark.parametrize("wrong", [4, -(2**40)])
 def test_an_initial_class_out_of_range_reads_nothing(wrong):
-    """As the definition has it; without the mask the interpreter reads memory that is not the tensor's."""
+    """Like the definition; without the mask the interpreter reads memory outside of the tensor."""
     case = cast(make_case(SMALL), torch.float32)
-    case["initial_index"][0] = wrong  # the next group's first class, were it read
+    case["initial_index"][0] = wrong  # would be the next group's first class if it were read
     case["is_first"][1, 1] = True
     plain, fused = run(op("reference"), case), run(op("triton"), case)
     assert torch.equal(plain["index"], fused["index"])
@@ -149,7 +147,7 @@ def test_one_launch_compiles_for_training_shapes(sm, dtype):
 @needs_triton
 @compiled
 def test_a_barrier_releases_and_asks_until_all_are_there():
-    """As machine code has it: what was asked for in Triton may be taken for useless and left out."""
+    """In machine code: the compiler may drop what Triton asked for if it seems useless."""
     from hdfast_kernels.rssm_observe_triton import rssm_observe_triton
 
     with report.compiling(90) as kernels:
@@ -164,7 +162,7 @@ def test_a_barrier_releases_and_asks_until_all_are_there():
             r"bar\.sync\s+0;(?:(?!bra|bar\.sync).)*?atom\.global\S*\.cas.*?\sbra\s", ptx, re.DOTALL
         )
         assert len(re.findall(r"(?:atom|red)\.\S*release\S*\.add", ptx)) == len(asks) == stages
-        assert "ld.global.nc" not in ptx  # it would not see what other programs wrote
+        assert "ld.global.nc" not in ptx  # a load that would not see what other programs wrote
 
 
 @needs_triton

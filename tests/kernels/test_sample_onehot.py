@@ -119,7 +119,7 @@ def test_the_classes_alone_are_the_same_classes(rows, S, K, unimix, dtype, backe
 def test_gradients_of_the_reference():
     logits, uniform = random(2, 2, 4).requires_grad_(), torch.tensor([[0.1, 0.9], [0.4, 0.6]])
     assert torch.autograd.gradcheck(lambda logits: sample_onehot_reference(logits, uniform)[2], logits)
-    # The straight-through value does not move with the logits: its gradient is that of the probabilities.
+    # The straight-through value does not change with the logits: its gradient is that of the probabilities.
     stoch, _, logp = sample_onehot_reference(logits, uniform)
     slope = random(2, 2, 4, seed=5)
     through_stoch, through_p = (

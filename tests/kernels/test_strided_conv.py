@@ -122,7 +122,7 @@ def test_images_and_weights_that_lie_otherwise(backend):
 
 @pytest.mark.parametrize("backend", TRITON)
 def test_triton_computes_nothing_that_is_not_wanted(backend, monkeypatch):
-    """Of an image that needs no gradient, the gradient of the kernel alone."""
+    """If the image needs no gradient, only the gradient of the kernel."""
     x, weight = image_inputs((2, 6, 8, 3, 8), torch.bfloat16, backend.device).values()
     monkeypatch.setattr(image_blocks, "_doubled", lambda *_: pytest.fail("an image has a gradient"))
     strided_conv(x.detach(), weight, backend="triton").sum().backward()
@@ -131,7 +131,7 @@ def test_triton_computes_nothing_that_is_not_wanted(backend, monkeypatch):
 
 @pytest.mark.parametrize("backend", TRITON)
 def test_triton_leaves_the_rest_to_the_reference(backend):
-    """Many channels, what is doubled, float32."""
+    """Many channels, transposed convolutions, float32."""
     low, full = torch.bfloat16, torch.float32
     for shape, transposed, dtype in (
         ((2, 4, 4, 8, 5), False, low), ((2, 4, 4, 8, 3), True, low), ((2, 4, 4, 8, 3), False, full),
@@ -145,7 +145,7 @@ def test_triton_leaves_the_rest_to_the_reference(backend):
 
 
 def asked_of_pytorch(arguments):
-    """The convolutions that are left to PyTorch: "forward", and the inputs whose gradients it is asked for."""
+    """Which convolutions PyTorch is asked for: "forward", and the inputs whose gradients it computes."""
     with Calls() as calls:
         strided_conv(**arguments, backend="native").float().square().sum().backward()
     asked = {"forward" for name, _ in calls.made if "aten.convolution.default" in name}
@@ -161,7 +161,7 @@ needs_avx512 = pytest.mark.skipif("avx512" not in ISAS, reason="needs AVX512-BF1
 @needs_avx512
 @pytest.mark.parametrize("transposed", [False, True], ids=["halve", "double"])
 def test_what_is_native_is_not_pytorchs(transposed, monkeypatch):
-    """All but halving in bfloat16; and the gradient of the kernel keeps the digits that would be rounded away."""
+    """All but halving in bfloat16; and the gradient of the kernel keeps digits that PyTorch would round away."""
     monkeypatch.setattr(native, "threads", lambda: 2)
     for dtype, left in ((torch.float32, set()), (torch.bfloat16, {"x"} if transposed else {"forward"})):
         arguments = inputs((8, 8, 8, 32, 32), transposed, dtype)
@@ -173,7 +173,7 @@ def test_what_is_native_is_not_pytorchs(transposed, monkeypatch):
 @needs_avx512
 @pytest.mark.parametrize("transposed", [False, True], ids=["halve", "double"])
 def test_what_pytorch_computes_faster_is_pytorchs(transposed, monkeypatch):
-    """Few tiles for each thread; sides of which tiles waste much; channels that do not fill the vectors."""
+    """Few tiles per thread; sides with which tiles waste much; channels that do not fill the vectors."""
     monkeypatch.setattr(native, "threads", lambda: 2)
     for shape in ((7, 8, 8, 32, 32), (64, 5, 5, 32, 32), (64, 1, 8, 32, 32)):
         assert asked_of_pytorch(inputs(shape, transposed, torch.float32)) == {"forward", "x"}
@@ -199,7 +199,7 @@ def test_every_instruction_set_on_threads(isa, dtype, transposed, threads, chann
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["halve", "double"])
 def test_maps_larger_than_the_caches(transposed, dtype):
-    """They are stored past the caches, in many blocks; each image is as it is among few."""
+    """They are stored past the caches, in many blocks; each image is the same as among few."""
     x = random(1040, 8, 8, 32) if transposed else random(1040, 32, 32, 16)
     weight = random(*((32, 64) if transposed else (64, 16)), 4, 4, seed=1, scale=0.1).float()
     op = partial(strided_conv, weight=weight, transposed=transposed, backend="native")
@@ -261,7 +261,7 @@ def test_mistakes_are_answered():
 @pytest.mark.parametrize("sides", [(8, 8), (7, 9), (2, 3)], ids=str)
 @pytest.mark.parametrize("low", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_where_weights_are_most_of_what_moves_a_map_is_a_product(sides, low):
-    """As an encoder's last layers are when one image is acted on; in bfloat16 they are oneDNN's all the same."""
+    """Like the last layers of an encoder acting on one image; in bfloat16 these are oneDNN's nevertheless."""
     x, weight = random(1, *sides, 12).to(low), random(40, 12, 4, 4, seed=1, scale=0.1).float()
     with Calls() as calls:
         out = strided_conv(x, weight, backend="native")

@@ -1,4 +1,4 @@
-"""Every op at the rows of training, on a GPU: 1,024 of the world model, 16,384 of imagination; on the CPU at fewer.
+"""Every op with as many rows as in training, 1,024 or 16,384 (imagination), on a GPU; with fewer rows on the CPU.
 
 The tests of each op take small and odd shapes, on every backend; here are the many programs and the large offsets.
 rssm_observe has no other test on a GPU.
@@ -33,7 +33,7 @@ import hdfast_kernels as hk
 from hdfast_kernels import dispatch
 
 OBSERVE, IMAGINE = 1024, 16 * 1024
-FEWER = 64  # times, on the CPU
+FEWER = 64  # on the CPU rows are divided by this
 
 Inputs = Callable[[int, torch.dtype, str], dict[str, Any]]
 INPUTS: dict[tuple[str, int], Inputs] = {
@@ -81,8 +81,8 @@ def test_errs_no_more_than_twice_plain_pytorch(name, rows, backend, dtype):
 def test_every_op_with_a_kernel_is_here():
     have = {name: dispatch._ops[name].implementations for name in dispatch.ops()}
     kernels = {name for name, names in have.items() if {"triton", "fused"} & names.keys()}
-    # sample_index draws what sample_onehot draws, image_input and gather_windows have no gradient, adam_step knows no
-    # shapes: their tests have large inputs
+    # sample_index draws like sample_onehot, image_input and gather_windows have no gradient, adam_step depends on no
+    # shapes: their own tests have large inputs
     elsewhere = {"rssm_observe", "sample_index", "image_input", "gather_windows", "adam_step"}
     assert kernels == {name for name, _ in INPUTS} | elsewhere
 
@@ -93,13 +93,13 @@ TRAINING = Sizes(T=3, B=16, D=512, U=512, S=32, K=32)
 
 @functools.cache
 def truth(sizes: Sizes, likely: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Arguments, and outputs and gradients, in float64."""
+    """Arguments, outputs and gradients in float64."""
     case = make_case(sizes, likely=likely)
     return case, {name: value.detach() for name, value in run(expected, case).items()}
 
 
 def scan_errors(function: Callable, sizes: Sizes, dtype: torch.dtype, device: str) -> dict[str, float]:
-    """Root mean square errors of outputs and gradients against float64, as a share of each; classes must be equal."""
+    """Relative root mean square errors of outputs and gradients against float64; classes must be equal."""
     case, theirs = truth(sizes, dtype == torch.bfloat16)
     there = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in cast(case, dtype).items()}
     ours = run(function, there)

@@ -1,7 +1,7 @@
 """The Triton kernels, run on the CPU by Triton's interpreter: every op's tests once more, in their own process.
 
-The interpreter is chosen when a kernel is decorated, hence at import: this process cannot have it. In the other
-one `backends` offers triton for CPU tensors, and the further tests of this file check the interpreter itself.
+The interpreter is chosen when a kernel is decorated, at import, so that this process cannot use it. In the other
+process `backends` offers triton for CPU tensors, and the other tests of this file check the interpreter itself.
 """
 
 import os
@@ -32,7 +32,7 @@ def test_every_op_under_the_interpreter():
     here = Path(__file__).parent
     files = [str(here / f"test_{name}.py") for name in (*OPS, "triton_interpreter")]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "HDFAST_TEST_BACKENDS": "triton"}
-    environment |= {"OMP_NUM_THREADS": "1"}  # the interpreter is one thread of Python
+    environment |= {"OMP_NUM_THREADS": "1"}  # the interpreter is a single thread of Python
     environment.pop("HDFAST_BACKEND", None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton"]
     halves = [

@@ -49,11 +49,11 @@ def test_mean_errs_no_more_than_twice_plain_pytorch(shape, dtype, backend):
 
 
 def apart(op, logits, width, end=None, **others):
-    """The op on rows of logits that begin `width` numbers apart, NaN between them, up to the `end` of memory."""
+    """The op on rows of logits that begin `width` numbers apart, with NaN between them, up to the `end` of memory."""
     rows, K = logits.flatten(0, -2).shape
     memory = torch.full((rows * width,), math.nan, dtype=logits.dtype, device=logits.device)
     memory = memory[: (rows - 1) * width + K] if end == "of the last row" else memory
-    memory = memory.clone()  # as short as it is long
+    memory = memory.clone()  # exactly that long
     memory.as_strided((rows, K), (width, 1)).copy_(logits.detach().flatten(0, -2))
     straight = memory.as_strided((rows, K), (width, 1)).view(logits.shape)
 
@@ -106,7 +106,7 @@ def test_rows_that_lie_apart_are_read_in_place():
 @pytest.mark.parametrize("backend", backends("two_hot_loss", reference=False))
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 0.03])
 def test_small_targets_keep_their_digits(scale, backend):
-    """Of one and a small target rounding leaves little of the target."""
+    """In one plus a small target, rounding leaves little of the target."""
     target = torch.rand(256, generator=torch.Generator().manual_seed(0)) * scale
     arguments = {
         "logits": logits((256, 255), torch.float32, backend.device),
@@ -170,7 +170,7 @@ def test_small_means_keep_their_digits(backend):
 
 @pytest.mark.parametrize("backend", backends("two_hot_mean"))
 def test_bins_between_ends_that_float32_rounds(backend):
-    """In the middle, what the ends lose by rounding is as many digits of a bin."""
+    """Near the middle, the rounding of the ends costs digits of a bin."""
     logits = torch.zeros(1, 255, device=backend.device)
     logits[0, 128] = 200.0
     mean = two_hot_mean(logits, low=-20.3, high=19.9, backend=backend.name)
