@@ -98,6 +98,17 @@ def check_level_case(function: Callable[[dict], dict], run: Callable[..., dict],
         assert wrong < 1e-5, f"{name} errs {wrong:.3g}"
 
 
+def check_impossible_classes(function: Callable[[dict], dict]) -> None:
+    """A class without probability is not drawn, not even by a number on its edge, until no other is left."""
+    case = cast(make_case(Sizes(T=1, B=5, D=16, U=16, S=2, K=8), unimix=0.0), torch.float32)
+    case["logit_weight"][:] = 0
+    case["logit_bias"] = torch.tensor([-1e4, 0.0, -1e4, 0.0, -1e4, -1e4, -1e4, -1e4]).repeat(2)
+    numbers = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    case["uniform"] = numbers[None, :, None].expand_as(case["uniform"])
+    index = function(case)["index"]
+    assert torch.equal(index, torch.tensor([1, 1, 3, 3, 7])[None, :, None].expand_as(index))
+
+
 def cast(case: dict[str, Tensor | float], dtype: torch.dtype) -> dict[str, Tensor | float]:
     """The case as an agent passes it: matrices, embed and action in `dtype`, the rest at least in float32."""
     wide = torch.promote_types(dtype, torch.float32)

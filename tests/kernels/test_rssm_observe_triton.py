@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rssm_observe_cases import Sizes, cast, check_level_case, make_case
+from rssm_observe_cases import Sizes, cast, check_impossible_classes, check_level_case, make_case
 from test_rssm_observe import errors, op, run
 
 from hdfast_kernels import dispatch, report, report_cases
@@ -49,7 +49,7 @@ def test_under_the_interpreter():
         command, capture_output=True, text=True, env=environment, cwd=here.parents[2], check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "13 passed" in done.stdout, done.stdout
+    assert "14 passed" in done.stdout, done.stdout
 
 
 @interpreted
@@ -80,6 +80,11 @@ def test_more_and_less_of_the_uniform_distribution(unimix):
 @pytest.mark.parametrize("sizes", [SMALL, ODD])
 def test_norms_of_equal_numbers(sizes):
     check_level_case(op("triton"), run, sizes)
+
+
+@interpreted
+def test_a_class_without_probability_is_not_drawn_until_none_is_left():
+    check_impossible_classes(op("triton"))
 
 
 @interpreted
