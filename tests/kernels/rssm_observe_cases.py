@@ -103,7 +103,7 @@ def check_impossible_classes(function: Callable[[dict], dict]) -> None:
     case = cast(make_case(Sizes(T=1, B=5, D=16, U=16, S=2, K=8), unimix=0.0), torch.float32)
     case["logit_weight"][:] = 0
     case["logit_bias"] = torch.tensor([-1e4, 0.0, -1e4, 0.0, -1e4, -1e4, -1e4, -1e4]).repeat(2)
-    numbers = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    numbers = torch.tensor([2**-24, 0.25, 0.5, 0.75, 1.0])
     case["uniform"] = numbers[None, :, None].expand_as(case["uniform"])
     index = function(case)["index"]
     assert torch.equal(index, torch.tensor([1, 1, 3, 3, 7])[None, :, None].expand_as(index))
