@@ -1,5 +1,6 @@
 """bench.peers without a peer: taking turns with processes, how they can fail, the table, the set-up."""
 
+import ast
 import dataclasses
 import json
 import subprocess
@@ -138,11 +139,25 @@ def test_every_peer_has_a_worker_of_its_own_and_a_pinned_version():
     for peer in PEERS:
         source = (ROOT / "bench" / "peers" / peer.worker).read_text()
         assert "serve_torch(build)" in source or "serve_jax(build)" in source
-        assert not any(line.startswith(("import hdfast", "from hdfast")) for line in source.splitlines())
         assert peer.version
         assert set(peer.precisions) <= set(peers.PRECISIONS)
         if peer.checkout:
             assert len(peer.checkout.commit) == 40
+
+
+@pytest.mark.parametrize(
+    "file", sorted({"noise.py", "turns.py", "torch_peer.py", "jax_peer.py", *(peer.worker for peer in PEERS)})
+)
+def test_what_runs_on_a_peer_s_interpreter_imports_nothing_of_ours(file):
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / "bench" / "peers" / file).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level
+            found.add(node.module.partition(".")[0])
+    assert found
+    assert not found & {"bench", "hdfast", "hdfast_kernels"}
 
 
 @pytest.mark.parametrize(("device", "jax"), [("cpu", "jax==0.4.33"), ("cuda", "jax[cuda12]==0.4.33")])
