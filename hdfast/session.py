@@ -8,13 +8,12 @@ import math
 import time
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from hdfast import evaluation
+from hdfast import evaluation, init_from
 from hdfast.agent.learner import Learner
 from hdfast.agent.open_loop import open_loop
 from hdfast.agent.policy import Policy
@@ -30,7 +29,7 @@ from hdfast.runtime.errors import EnvError, Interrupted, NonFiniteError, OutputF
 from hdfast.runtime.logger import Logger
 from hdfast.runtime.profiling import annotate
 from hdfast.runtime.progress import Progress
-from hdfast.runtime.rundir import RunDir, difference, filled, newest, read
+from hdfast.runtime.rundir import RunDir
 from hdfast.runtime.signals import StopRequest
 from hdfast.runtime.video import open_loop_grid
 from hdfast.streams import make_envs, stream_seed
@@ -65,24 +64,26 @@ class Session:
         self.config, self.suite, self.task, self.rundir, self.stop = config, suite, task, rundir, stop
         saved = checkpoint.load_latest(rundir.checkpoints)
         begin = 0 if saved is None else saved.meta["agent_steps"]
-        start = None
-        if saved is None and config.init_from is not None:
-            start = newest(Path(config.init_from).expanduser())
+        start = init_from.checkpoint_for(config) if saved is None else None
         stop.say = say
         self._make_envs = partial(make_envs, config, task, stop=stop.check)
-        self.env = self._make_envs(num_envs=config.env.num_envs, stream="train", agent_steps=begin)
         self.eval_env: BatchEnv | None = None
-        try:
-            self._build(device, saved, start)
-        except BaseException:
-            self.env.close()
-            raise
+        with contextlib.ExitStack() as opened:
+            self.env = self._make_envs(num_envs=config.env.num_envs, stream="train", agent_steps=begin)
+            opened.callback(self.env.close)
+            self._build(opened, device, saved, start)
+            self._opened = opened.pop_all()  # to be closed by __exit__
 
     def _build(
-        self, device: torch.device, saved: checkpoint.Checkpoint | None, start: checkpoint.Checkpoint | None
+        self,
+        opened: contextlib.ExitStack,
+        device: torch.device,
+        saved: checkpoint.Checkpoint | None,
+        start: checkpoint.Checkpoint | None,
     ) -> None:
-        """Makes everything else of the run, now that the environments are there, and restores it from `saved`.
+        """Makes the rest of the run around its environments, and restores it from `saved`.
 
+        opened: gets what must be closed.
         start: a checkpoint of another run, whose parameters a new run begins with.
         """
         config, rundir, dtype = self.config, self.rundir, resolve_precision(self.config.precision, device)
@@ -95,8 +96,7 @@ class Session:
         seed = stream_seed(config.seed, "learner")
         self.learner = Learner(*seen, config, device=device, dtype=dtype, seed=seed)
         if start is not None:
-            with checkpoint.fitting(start.path, self._other_sizes()):
-                self.learner.load_parameters(start.part("learner."))
+            init_from.load_parameters(self.learner, start, config)
         how = {"precision": str(dtype).removeprefix("torch."), "environment": self.env.source}
         for line in rundir.note_backends(
             {**how, "ops": dispatch.backends_of(device), "graph": self.graph, "overlap": overlap}
@@ -115,6 +115,7 @@ class Session:
             seed=stream_seed(config.seed, "replay"),
             checkpoints=config.checkpoint.keep,
         )
+        opened.push(self._close_replay)
         self._update = Updates(partial(self.learner.step, self.replay.sample))
         if self.graph:
             self._update = captured_updates(
@@ -137,19 +138,12 @@ class Session:
             seconds=seconds,
             tensorboard=config.log.tensorboard,
         )
+        opened.callback(self.logger.close)
         self.progress = Progress(
             config.total_agent_steps,
             action_repeat=self.suite.action_repeat,
             title=f"{self.task.name} seed {config.seed}",
         )
-
-    def _other_sizes(self) -> list[str]:
-        """What makes the model of --init-from another than this one, as lines of `difference`."""
-        other = filled(read(Path(self.config.init_from).expanduser()).config, Config().to_dict())
-        sizes = ("rssm", "network")
-        ours = self.config.to_dict()
-        sides = ({name: config[name] for name in sizes} for config in (other, ours))
-        return difference(*sides, ignore=("rssm.unimix",))
 
     def __enter__(self) -> "Session":
         self.progress.__enter__()
@@ -157,19 +151,14 @@ class Session:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        with contextlib.ExitStack() as closing:  # each is closed, whatever the others raise
-            closing.callback(self._close_replay, told=error[0] is not None)
-            closing.callback(self.logger.close)
-            if self.eval_env is not None:
-                closing.callback(self.eval_env.close)
-            closing.callback(self.env.close)
-            self.progress.__exit__(*error)
+        self._opened.push(self.progress)  # the first to end
+        self._opened.__exit__(*error)  # each is closed, whatever the others raise
 
-    def _close_replay(self, *, told: bool) -> None:
+    def _close_replay(self, kind: type[BaseException] | None, *_: Any) -> None:
         try:
             self.replay.close()
         except ReplayError:
-            if not told:  # otherwise the first error is the one to tell
+            if kind is None:  # otherwise the first error is the one to report
                 raise
 
     def run(self) -> dict[str, Any]:
@@ -341,6 +330,7 @@ class Session:
         if self.eval_env is None:
             num_envs = min(config.num_envs, config.episodes)
             self.eval_env = self._make_envs(num_envs=num_envs, stream="eval", agent_steps=self.agent_steps)
+            self._opened.callback(self.eval_env.close)
         seed = stream_seed(self.config.seed, "evaluation", self.agent_steps)
         policy = Policy(self.learner, self.eval_env.num_envs, seed, graph=self.graph)
         self.progress.update(phase="evaluate", done=(0, config.episodes))

@@ -77,6 +77,12 @@ def saved(config: Config) -> Checkpoint:
     return found
 
 
+def open_files(directory: Path) -> list[str]:
+    """The files below a directory that this process has open."""
+    paths = [os.path.realpath(descriptor) for descriptor in Path("/proc/self/fd").iterdir()]
+    return [path for path in paths if Path(path).is_relative_to(directory.resolve())]
+
+
 def lines(config: Config, name: str, **equal: Any) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl or scores.jsonl in which these columns have these values."""
     rows = [json.loads(line) for line in (path_of(config) / f"{name}.jsonl").read_text().splitlines()]

@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
                 "config",
                 "envs",
                 "evaluation",
+                "init_from",
                 "loop",
                 "replay",
                 "runtime",

@@ -20,6 +20,7 @@ from tests.loop_cases import (
     differing,
     lines,
     one_thread,  # noqa: F401
+    open_files,
     path_of,
     saved,
     script,
@@ -304,3 +305,17 @@ def test_continuous_actions_and_vector_observations(tmp_path, monkeypatch, preci
     assert int(saved(config).tensors["learner.skipped"]) == 0
     assert list((path_of(config) / "videos").iterdir()) == []
     assert "loss/state" in lines(config, "metrics")[-1]
+
+
+def test_a_session_that_cannot_begin_leaves_nothing_open(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("too late")
+
+    made, closed, close = script(monkeypatch), [], session.Replay.close
+    monkeypatch.setattr(session.Replay, "close", lambda self: (closed.append(self), close(self)))
+    monkeypatch.setattr(session, "Progress", fail)
+    with pytest.raises(RuntimeError, match="too late"):  # whose traceback keeps the session alive
+        train(tiny(tmp_path))
+    assert len(closed) == 1
+    assert made["train"][0].events == ["close"]
+    assert open_files(tmp_path) == []

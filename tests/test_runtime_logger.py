@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hdfast.runtime import tensorboard
 from hdfast.runtime.errors import DiskFullError, MissingLibraryError, RunError
 from hdfast.runtime.logger import Logger, cut, to_host
+from tests.loop_cases import open_files
 
 
 def lines(path):
@@ -255,6 +256,17 @@ def test_a_full_disk_is_told_and_the_log_goes_on_from_it(tmp_path):
 def test_a_directory_that_is_not_there_is_one_clear_line(tmp_path):
     with pytest.raises(RunError, match=r"metrics.jsonl: cannot write the log: No such file or directory"):
         Logger(tmp_path / "absent", action_repeat=1)
+
+
+@pytest.mark.parametrize(("owner", "part"), [(Logger, "_show_again"), (tensorboard.TensorBoard, "_write")])
+def test_logs_that_cannot_all_be_opened_are_closed(tmp_path, monkeypatch, owner, part):
+    def fail(*args, **kwargs):
+        raise RuntimeError("too late")
+
+    monkeypatch.setattr(owner, part, fail)
+    with pytest.raises(RuntimeError, match="too late"):  # whose traceback keeps the logger alive
+        Logger(tmp_path, action_repeat=1, resumed_at=2, evaluated_at=1)
+    assert open_files(tmp_path) == []
 
 
 def test_a_video_is_a_gif_in_videos_and_among_the_images(tmp_path):

@@ -7,6 +7,7 @@ NaN and infinities are the strings "NaN", "Infinity", "-Infinity": every line is
 In one agent step: log and score first, then `sync`, then the checkpoint. Resuming keeps the lines up to it.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -55,19 +56,21 @@ class Logger:
         self._directory, self._action_repeat = directory, action_repeat
         self._began = time.monotonic() - seconds
         self._files = {}
-        for name in ("metrics", "scores"):
-            path = directory / f"{name}.jsonl"
-            with disk_errors(path, "write the log"):
-                cut(path, resumed_at, evaluated_at)
-                self._files[name] = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
-        folder = directory / "tensorboard"
         self._tensorboard = None
-        if tensorboard:
-            # An evaluation of that step comes again, and TensorBoard hides all of a step or nothing.
-            again = None not in (resumed_at, evaluated_at) and evaluated_at < resumed_at
-            self._tensorboard = TensorBoard(folder, resumed_at=resumed_at, again=again)
-            if again:
-                self._show_again(resumed_at)
+        with contextlib.ExitStack() as opened:
+            for name in ("metrics", "scores"):
+                path = directory / f"{name}.jsonl"
+                with disk_errors(path, "write the log"):
+                    cut(path, resumed_at, evaluated_at)
+                    self._files[name] = opened.enter_context(open(path, "ab", buffering=0))
+            if tensorboard:
+                # The evaluation at that step is repeated, and TensorBoard hides all of a step or nothing.
+                again = None not in (resumed_at, evaluated_at) and evaluated_at < resumed_at
+                self._tensorboard = TensorBoard(directory / "tensorboard", resumed_at=resumed_at, again=again)
+                opened.callback(self._tensorboard.close)
+                if again:
+                    self._show_again(resumed_at)
+            self._opened = opened.pop_all()
 
     @property
     def seconds(self) -> float:
@@ -119,10 +122,7 @@ class Logger:
 
     def close(self) -> None:
         """Close all files. Closing twice is allowed."""
-        for file in self._files.values():
-            file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self

@@ -41,10 +41,14 @@ class TensorBoard:
             self.path = directory / name
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._records = RecordWriter(_Whole(self._file))
-        self._write(file_version="brain.Event:2")
-        if earlier:
-            first_step = 0 if resumed_at is None else resumed_at + (not again)
-            self._write(first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+        try:
+            self._write(file_version="brain.Event:2")
+            if earlier:
+                first_step = 0 if resumed_at is None else resumed_at + (not again)
+                self._write(first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+        except BaseException:
+            self.close()
+            raise
 
     def scalars(self, agent_steps: int, values: Mapping[str, float]) -> None:
         """One point of each curve, at x = agent_steps."""
