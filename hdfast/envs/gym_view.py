@@ -167,31 +167,40 @@ class Maker:
             obs = self.obs if self.obs != "auto" else "image" if pictured else "state"
             drawn = obs != "state" and not pictured
             if drawn:
-                if "rgb_array" not in env.metadata.get("render_modes", ()):
-                    inside = [key for key, part in parts.items() if holds_image(part)]
-                    lack = f"the images in {inside[0]} do not stand alone" if inside else "there is no image"
-                    what = f"{lack} in its observations, and it draws none"
-                    raise ConfigError(what, where=self.spec.id, hint=_TO_SEE)
-                env.close()
-                try:
-                    env = self._make(render_mode="rgb_array")
-                    env = AddRenderObservation(env, render_only=False, render_key="image")
-                except gymnasium.error.DependencyNotInstalled as error:
-                    hint = "--env.obs state does without drawing"
-                    raise MissingLibraryError(str(error), where=self.spec.id, hint=hint) from error
-                except NotImplementedError as error:
-                    raise _raised(error, self.spec.id, _TO_SEE) from error
+                env = self._drawing(env, parts)
             seen = Seen(env, obs, image_size=self.image_size, drawn=drawn)
-        unseen = tuple(key for key, space in parts.items() if not is_image(space) and not wrong(key, space))
         if os.getpid() == self.owner:
-            if obs == "image" and not drawn and unseen:
-                _tell_unseen(self.spec.id, tuple(seen.observation_space), unseen)
-            for key, space in seen.vectors.items():
-                if holds_image(space):
-                    _tell_flat(self.spec.id, key, spaces.flatdim(space))
-            if env.spec.max_episode_steps is None:
-                _tell_endless(self.spec.id)
+            self._tell(seen, parts, images_alone=obs == "image" and not drawn)
         return seen
+
+    def _drawing(self, env: gymnasium.Env, parts: Mapping[str, spaces.Space]) -> gymnasium.Env:
+        """Closes `env`, and makes it again so that each observation has an "image" that it draws."""
+        if "rgb_array" not in env.metadata.get("render_modes", ()):
+            inside = [key for key, part in parts.items() if holds_image(part)]
+            lack = f"the images in {inside[0]} do not stand alone" if inside else "there is no image"
+            what = f"{lack} in its observations, and it draws none"
+            raise ConfigError(what, where=self.spec.id, hint=_TO_SEE)
+        env.close()
+        try:
+            env = self._make(render_mode="rgb_array")
+            return AddRenderObservation(env, render_only=False, render_key="image")
+        except gymnasium.error.DependencyNotInstalled as error:
+            hint = "--env.obs state does without drawing"
+            raise MissingLibraryError(str(error), where=self.spec.id, hint=hint) from error
+        except NotImplementedError as error:
+            raise _raised(error, self.spec.id, _TO_SEE) from error
+
+    def _tell(self, seen: "Seen", parts: Mapping[str, spaces.Space], *, images_alone: bool) -> None:
+        """Warns, once each, of what may surprise: vectors not seen, images seen as vectors, endless episodes."""
+        name = self.spec.id
+        unseen = tuple(key for key, space in parts.items() if not is_image(space) and not wrong(key, space))
+        if images_alone and unseen:
+            _tell_unseen(name, tuple(seen.observation_space), unseen)
+        for key, space in seen.vectors.items():
+            if holds_image(space):
+                _tell_flat(name, key, spaces.flatdim(space))
+        if seen.env.spec.max_episode_steps is None:
+            _tell_endless(name)
 
     def _make(self, **more: Any) -> gymnasium.Env:
         """The environment as it is registered, with what was asked for and `more`."""
