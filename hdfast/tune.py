@@ -25,10 +25,10 @@ from hdfast.runtime.signals import StopRequest
 from hdfast.streams import make_envs
 from hdfast.tuning.choice import Choice, path_of, remembered
 from hdfast.tuning.search import (
+    CAPTURING,
     DEFINITION,
     EAGER_TIMES,
     FINE,
-    GRAPH,
     INSTEAD,
     OVERLAPPING,
     TIMES,
@@ -97,7 +97,7 @@ def table(choice: Choice) -> Table:
     rows = Table("op", "right", "time of an update without it", "runs on", box=box.SIMPLE_HEAD)
     without = choice.report.get(FINE, {}).get("without", {})
     for op, line in choice.report.items():
-        if op in (DEFINITION, TOGETHER, GRAPH, OVERLAPPING, *TIMING):
+        if op in (DEFINITION, TOGETHER, CAPTURING, OVERLAPPING, *TIMING):
             continue
         worth = f"{without[op]:.2f}" if op in without else ""
         runs = "as by default" if choice.ops is None else choice.ops.get(op, "reference")
@@ -105,7 +105,7 @@ def table(choice: Choice) -> Table:
     for name, line in choice.report.get(INSTEAD, {}).get("tried", {}).items():
         worth = f"{line['without']:.2f}" if "without" in line else ""
         rows.add_row(name, "yes" if line["right"] else "no", worth, "")
-    if graph := choice.report.get(GRAPH):
+    if graph := choice.report.get(CAPTURING):
         right = "yes" if graph["right"] else "no"
         rows.add_row("update and act", right, "", "CUDA graph" if choice.graph else "eager")
     if overlap := choice.report.get(OVERLAPPING):

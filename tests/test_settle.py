@@ -13,7 +13,7 @@ from hdfast.runtime.errors import Interrupted
 from hdfast.tuning import choice as choices
 from hdfast.tuning import settle as settling
 from hdfast.tuning.choice import Choice, alone, key_of, path_of, remember, remembered
-from hdfast.tuning.search import FINE, GRAPH, OVERLAPPING, TIMES, Job, TuningError
+from hdfast.tuning.search import CAPTURING, FINE, OVERLAPPING, TIMES, Job, TuningError
 from hdfast.tuning.settle import settle, summary
 from hdfast_kernels import dispatch
 from tests.agent_cases import SPECS, make_actions, one_thread, small_config  # noqa: F401
@@ -233,7 +233,7 @@ def test_a_forced_backend_is_not_called_plain_pytorch(monkeypatch):
     ],
 )
 def test_the_table_tells_whether_updates_overlap(line, row, capsys):
-    report = {GRAPH: {"right": True, "why": ""}, OVERLAPPING: line}
+    report = {CAPTURING: {"right": True, "why": ""}, OVERLAPPING: line}
     Console().print(tune.table(Choice({}, True, report, overlap=line["overlap"])), width=110)
     rows = [" ".join(text.split()) for text in capsys.readouterr().out.splitlines()]
     assert "update and act yes CUDA graph" in rows

@@ -15,8 +15,8 @@ from hdfast.tuning import search as searching
 from hdfast.tuning import trials
 from hdfast.tuning.choice import Choice
 from hdfast.tuning.search import (
+    CAPTURING,
     FINE,
-    GRAPH,
     INSTEAD,
     OVERLAPPING,
     TIMES,
@@ -189,7 +189,7 @@ def test_what_is_known_counts_where_the_process_ends_badly(monkeypatch, tmp_path
     assert found.report[TIMES]["right"]
 
 
-@pytest.mark.parametrize("failing", [GRAPH, TIMES])
+@pytest.mark.parametrize("failing", [CAPTURING, TIMES])
 def test_where_a_capture_fails_another_process_does_the_rest_without(monkeypatch, failing):
     class Fake:
         def __init__(self, *args):
@@ -208,7 +208,7 @@ def test_where_a_capture_fails_another_process_does_the_rest_without(monkeypatch
             return Verdict(True)
 
         def judge_graph(self, ops):
-            if failing == GRAPH:
+            if failing == CAPTURING:
                 raise RuntimeError("capture failed")
             return Verdict(True)
 
@@ -366,7 +366,10 @@ def test_what_follows_from_the_lines():
     assert chosen(known).ops == {"a": "triton", "b": "persistent"}
     known[FINE] = {**right, "ops": {"a": "triton"}}
     assert (chosen(known).ops, chosen(known).graph) == ({"a": "triton"}, True)
-    failed = {TIMES: {"end": TIMES, "right": False, "why": "crashed"}, GRAPH: {"end": GRAPH, "right": True}}
+    failed = {
+        TIMES: {"end": TIMES, "right": False, "why": "crashed"},
+        CAPTURING: {"end": CAPTURING, "right": True},
+    }
     assert (chosen(failed).ops, chosen(failed).graph) == (None, False)
     assert chosen({}) == Choice()
 

@@ -5,7 +5,6 @@ failed, and another process does the rest. Run as `python -m hdfast.tuning.searc
 """
 
 import contextlib
-import functools
 import json
 import os
 import pickle
@@ -17,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,12 @@ import hdfast
 from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
 from hdfast.runtime.device import prepare_device
-from hdfast.tuning import trials as ways
 from hdfast.tuning.choice import POLL_SECONDS, Choice, key_of
-from hdfast.tuning.trials import WORTH, Trials, Verdict
+from hdfast.tuning.trials import EAGER, GRAPH, OVERLAP, WORTH, Trials
 
 LIMIT = 180.0  # seconds for one trial; the first of an op compiles its kernels
 BUDGET = 600.0  # seconds for all; a run that is to begin has waited long enough by then
-DEFINITION, TOGETHER, GRAPH, TIMES = "plain PyTorch", "all together", "CUDA graphs", "times"
+DEFINITION, TOGETHER, CAPTURING, TIMES = "plain PyTorch", "all together", "CUDA graphs", "times"
 EAGER_TIMES, FINE, INSTEAD = "times without graphs", "times without each", "times with other kernels"
 OVERLAPPING = "updates that overlap"
 
@@ -109,76 +108,95 @@ def chosen(known: Mapping[str, Mapping[str, Any]]) -> Choice:
     return Choice(last.get("ops"), bool(last.get("graph", False)), report, overlap)
 
 
+class _Tried:
+    """Does the trials whose verdict is not known yet, and writes a line as each begins and ends."""
+
+    def __init__(self, known: dict[str, dict[str, Any]], write: Report) -> None:
+        self._known, self._write = known, write
+
+    def begin(self, name: str) -> None:
+        self._write({"begin": name})
+
+    def trial(
+        self, name: str, do: Callable[..., Mapping[str, Any]], *args: Any, survive: bool = True
+    ) -> dict[str, Any]:
+        """The last line of a trial, which `do(*args)` does if need be.
+
+        survive: an error is the trial's failure; otherwise it ends this process, and another does the rest.
+        """
+        if name not in self._known:
+            self.begin(name)
+            self._known[name] = {"end": name, **(_surviving(do, *args) if survive else do(*args))}
+            self._write(self._known[name])
+        return self._known[name]
+
+
+def _surviving(do: Callable[..., Mapping[str, Any]], *args: Any) -> Mapping[str, Any]:
+    """What `do(*args)` returns, or the failure that it raised, unless CUDA is lost with it."""
+    try:
+        return do(*args)
+    except Exception as error:  # Triton and CUDA raise what they like
+        if _lasting(error):
+            raise
+        return {"right": False, "why": f"{type(error).__name__}: {_first_line(error)}"}
+
+
 def work(job: Job, write: Report) -> None:
     """All trials whose verdict is not known, a line as each begins and ends."""
     prepare_device(job.device, job.config.little_work)
-
-    def trial(name: str, do: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        if name not in job.known:
-            write({"begin": name})
-            job.known[name] = {"end": name, **do()}
-            write(job.known[name])
-        return job.known[name]
-
-    def surviving(do: Callable[[], Mapping[str, Any]]) -> Callable[[], Mapping[str, Any]]:
-        def done() -> Mapping[str, Any]:
-            try:
-                return do()
-            except Exception as error:  # Triton and CUDA raise what they like
-                if _lasting(error):
-                    raise
-                return {"right": False, "why": f"{type(error).__name__}: {_first_line(error)}"}
-
-        return done
-
-    def verdict(judge: Callable[[], Verdict]) -> Callable[[], Mapping[str, Any]]:
-        return surviving(lambda: asdict(judge()))
-
     write({"begin": DEFINITION})  # in every process: the others are compared with it
     trials = Trials(job.obs_specs, job.actions, job.config, job.device, job.dtype)
     trials.measure_definition()
     write({"end": DEFINITION, "right": True})
+    tried = _Tried(job.known, write)
     ops = {
         op: backend
         for op, backend in trials.candidates().items()
-        if trial(op, verdict(lambda op=op, backend=backend: trials.judge({op: backend})))["right"]
+        if tried.trial(op, judged, trials, {op: backend})["right"]
     }
-    if len(ops) > 1 and not trial(TOGETHER, verdict(lambda: trials.judge(ops)))["right"]:
+    if len(ops) > 1 and not tried.trial(TOGETHER, judged, trials, ops)["right"]:
         ops = {}
     graph = False
     if job.device.type == "cuda" and job.config.train.graph != "off":
         # A capture that fails can leave PyTorch's allocator in it: the rest is for another process.
-        graph = trial(GRAPH, lambda: asdict(trials.judge_graph(ops)))["right"]
-    timed = functools.partial(times, trials, ops, graph)
-    found = trial(TIMES, timed if graph else surviving(timed))
+        graph = tried.trial(CAPTURING, judged_graph, trials, ops, survive=False)["right"]
+    found = tried.trial(TIMES, times, trials, ops, graph, survive=not graph)
     if graph and not found["right"]:
-        found = trial(EAGER_TIMES, surviving(lambda: times(trials, ops, False)))
+        found = tried.trial(EAGER_TIMES, times, trials, ops, False)
     if not found["right"]:
         return
     best = found
     if others := {op: backend for op, backend in trials.others().items() if op in found["ops"]}:
-        instead = trial(
-            INSTEAD, surviving(lambda: replace(trials, found, others, lambda: write({"begin": INSTEAD})))
-        )
+        instead = tried.trial(INSTEAD, replace, trials, found, others, partial(tried.begin, INSTEAD))
         best = instead if instead["right"] else found
     if best["graph"]:
-        overlap = trial(OVERLAPPING, lambda: beside(trials, best["ops"])).get("overlap", False)
-        best = {**best, "overlap": overlap}
-    if best["ops"]:  # at last, as it takes longest and is worth least
-        trial(FINE, surviving(lambda: leave_out(trials, best, lambda: write({"begin": FINE}))))
+        line = tried.trial(OVERLAPPING, beside, trials, best["ops"], survive=False)
+        best = {**best, "overlap": line.get("overlap", False)}
+    if best["ops"]:  # last, because it takes longest and is worth least
+        tried.trial(FINE, leave_out, trials, best, partial(tried.begin, FINE))
+
+
+def judged(trials: Trials, ops: Mapping[str, str]) -> dict[str, Any]:
+    """Whether an update with these ops is right, and why not."""
+    return asdict(trials.judge(ops))
+
+
+def judged_graph(trials: Trials, ops: Mapping[str, str]) -> dict[str, Any]:
+    """Whether updates and actions with these ops are right as CUDA graphs, and why not."""
+    return asdict(trials.judge_graph(ops))
 
 
 def times(trials: Trials, ops: Mapping[str, str], graph: bool) -> dict[str, Any]:
     """The fastest of plain PyTorch and all ops that are right, eager and captured, in ms an update."""
-    settings = {"plain PyTorch": ({}, ways.EAGER), "fused": (ops, ways.EAGER)}
+    settings = {"plain PyTorch": ({}, EAGER), "fused": (ops, EAGER)}
     if graph:
-        settings |= {"plain PyTorch, graph": ({}, ways.GRAPH), "fused, graph": (ops, ways.GRAPH)}
+        settings |= {"plain PyTorch, graph": ({}, GRAPH), "fused, graph": (ops, GRAPH)}
     if not ops:
         settings = {name: setting for name, setting in settings.items() if name.startswith("plain")}
     took = trials.milliseconds(*settings.values())
     ms = {name: round(one, 3) for name, one in zip(settings, took, strict=True)}
     best, way = settings[min(ms, key=ms.__getitem__)]
-    return {"right": True, "ops": dict(best), "graph": way == ways.GRAPH, "ms": ms}
+    return {"right": True, "ops": dict(best), "graph": way == GRAPH, "ms": ms}
 
 
 def leave_out(trials: Trials, found: Mapping[str, Any], alive: Callable[[], None]) -> dict[str, Any]:
@@ -224,18 +242,18 @@ def replace(
 
 def beside(trials: Trials, ops: Mapping[str, str]) -> dict[str, Any]:
     """Whether halves of two updates may overlap in a graph, and an update then takes less time."""
-    verdict = trials.judge_graph(ops, ways.OVERLAP)
+    verdict = trials.judge_graph(ops, OVERLAP)
     if not verdict.right:
         return {**asdict(verdict), "overlap": False}
-    apart, together = trials.milliseconds((ops, ways.GRAPH), (ops, ways.OVERLAP))
+    apart, together = trials.milliseconds((ops, GRAPH), (ops, OVERLAP))
     ms = {"one after the other": round(apart, 3), "beside each other": round(together, 3)}
     return {**asdict(verdict), "overlap": together < WORTH * apart, "ms": ms}
 
 
 def _way(found: Mapping[str, Any]) -> str:
     if found.get("overlap"):
-        return ways.OVERLAP
-    return ways.GRAPH if found["graph"] else ways.EAGER
+        return OVERLAP
+    return GRAPH if found["graph"] else EAGER
 
 
 def _lines(
