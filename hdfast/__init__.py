@@ -4,7 +4,7 @@ import sys
 
 __version__ = "0.1.0"
 
-if sys.argv[:1] == ["-m"]:  # `python -m hdfast.train`, which imports all it needs before its `errors.main`
+if sys.argv[:1] == ["-m"]:  # `python -m hdfast.train` imports all it needs before its `errors.main` runs
     from hdfast.runtime import errors, threads
 
     errors.begin()

@@ -1,4 +1,4 @@
-"""`python -m hdfast`: which doors there are."""
+"""`python -m hdfast`: lists the doors."""
 
 import difflib
 import sys

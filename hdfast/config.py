@@ -36,7 +36,7 @@ from hdfast.sizes import widths
 
 Size = Literal["tiny", "small", "medium", "large", "xlarge"]
 LAST_SEED = 2**31 - 1
-# Fields of env that have an effect in these suites alone.
+# Fields of env that have an effect only in these suites.
 _TAKERS = {"kwargs": ("gym",), "time_limit": ("gym",), "image_size": ("gym", "dmc", "metaworld")}
 
 
@@ -137,10 +137,10 @@ def parse(
 ) -> Config:
     """Parses the command line of a training run.
 
-    others: flags of the door that are no longer in `argv`, and what `--help` says of them.
+    others: flags of the door, already taken out of `argv`, with their help.
 
     Raises:
-        ConfigError: a flag or value that cannot be; the message says which and what would be right.
+        ConfigError: a wrong flag or value; the message says which and what would be right.
         SystemExit: ``--help``.
     """
     argv, file = config_file.split(sys.argv[1:] if argv is None else argv)
@@ -150,7 +150,7 @@ def parse(
 
 
 def check_no_dry_run(config: Config) -> None:
-    """Raises: ConfigError if a dry run is asked of a door that has none."""
+    """Raises: ConfigError if a dry run is asked of a door without one."""
     if config.dry_run:
         raise ConfigError("only hdfast.train has a dry run", where="--dry-run", hint="leave it out")
 
@@ -158,8 +158,8 @@ def check_no_dry_run(config: Config) -> None:
 def _from_file(file: Path, suite: str | None, size: str | None) -> Config:
     """The defaults of the file's suite and size with the fields of the file on top.
 
-    suite, size: of the command line; they win over those in the file. A file without a suite gets the defaults of this
-    one. With another suite than its own, the file's task and the settings that gym alone has are dropped.
+    suite, size: from the command line; they win over those in the file. A file without a suite gets the defaults of
+    `suite`. If `suite` is not the file's own, its task and gym's own settings are dropped.
 
     Raises: ConfigError.
     """
@@ -195,7 +195,7 @@ def validate(config: Config) -> Config:
     check_ranges(config)
     if (last := config.seed + config.seeds - 1) > LAST_SEED:
         asked = f"--seed {config.seed} --seeds {config.seeds}"
-        raise ConfigError(f"{asked} ends at seed {last:,}, out of range: right is up to {LAST_SEED:,}")
+        raise ConfigError(f"{asked} ends at seed {last:,}, out of range: expected up to {LAST_SEED:,}")
     config = dataclasses.replace(config, env=_checked_env(config.env, suite))
     plain = Config()
     for section, mode, names in (
@@ -221,7 +221,7 @@ def validate(config: Config) -> Config:
 
 
 def _checked_env(env: EnvConfig, suite: suites.Suite) -> EnvConfig:
-    """`env`, its kwargs written in one way. Raises: ConfigError."""
+    """`env`, with its kwargs in canonical form. Raises: ConfigError."""
     for name, takers in _TAKERS.items():
         if getattr(env, name) != getattr(EnvConfig(), name) and suite.source not in takers:
             flag = f"--env.{name}".replace("_", "-")
@@ -229,9 +229,9 @@ def _checked_env(env: EnvConfig, suite: suites.Suite) -> EnvConfig:
             raise ConfigError(f"{flag} has no effect in suite {suite.name}", hint=hint)
     if env.image_size.bit_count() != 1:
         near = 1 << env.image_size.bit_length()
-        hint = f"right is a power of two such as {near // 2} or {near}"
+        hint = f"expected a power of two such as {near // 2} or {near}"
         raise ConfigError(f"--env.image-size {env.image_size} is no power of two", hint=hint)
-    hint = """right is such as --env.kwargs '{"level": 3}'"""
+    hint = """expected an object such as --env.kwargs '{"level": 3}'"""
     try:
         kwargs = json.loads(env.kwargs)
     except ValueError as error:

@@ -9,13 +9,13 @@ from hdfast.runtime.errors import ConfigError
 
 FLAG = "--config"
 ABOUT = "A run, or a JSON file such as its config.json, whose configuration the flags beside it change."
-_OF_ONE_CALL = ("seeds", "dry_run")  # what a command line asked for, not what a run is
+_OF_ONE_CALL = ("seeds", "dry_run")  # what one command asked for, no property of a run
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], Path | None]:
-    """`argv` without `--config FILE`, and the file; of several the last.
+    """`argv` without `--config FILE`, and the file; the last of several.
 
-    Raises: ConfigError where no file stands behind it.
+    Raises: ConfigError if no file follows the flag.
     """
     left, file, rest = [], None, iter(argv)
     for arg in rest:
@@ -31,11 +31,11 @@ def split(argv: Sequence[str]) -> tuple[list[str], Path | None]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The nested fields in a file: of `{"config": {...}}`, as a run and --dry-run write it, or of the object itself.
+    """The nested fields in a file: those of `{"config": {...}}`, as a run and --dry-run write it, or the object's own.
 
     A directory stands for its config.json.
 
-    Raises: ConfigError where there is no such file, or no object in it.
+    Raises: ConfigError if there is no such file, or no object in it.
     """
     where = f"{FLAG} {path}"
     try:
@@ -47,5 +47,5 @@ def read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"it cannot be read: {error}", where=where) from None
     fields = content.get("config", content) if isinstance(content, dict) else content
     if not isinstance(fields, dict):
-        raise ConfigError(f"it holds {fields!r:.50}, right is an object of fields", where=where)
+        raise ConfigError(f"it holds {fields!r:.50}, expected an object of fields", where=where)
     return {name: value for name, value in fields.items() if name not in _OF_ONE_CALL}

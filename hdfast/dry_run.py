@@ -26,7 +26,7 @@ from hdfast.suites import Task
 def describe(config: Config, tasks: Sequence[Task]) -> str:
     """JSON: version, tasks, device, resolved config, and for the first task its environment, parameters and memory.
 
-    Raises: RunError, CheckpointError: what --init-from names is no run, or has no checkpoint.
+    Raises: RunError, CheckpointError: --init-from names no run, or one without a checkpoint.
     """
     if config.init_from is not None:
         newest(Path(config.init_from).expanduser())

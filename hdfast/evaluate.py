@@ -32,14 +32,14 @@ from hdfast.runtime.video import encode_gif, save_gif
 from hdfast.sections import MOST_ENVS
 from hdfast.streams import make_envs, stream_seed
 
-PLAIN_SECONDS = 30.0  # between two lines of what is done, where they are no live one
+PLAIN_SECONDS = 30.0  # between two lines of progress, if there is no live one
 
 
 @dataclass(frozen=True)
 class Trained:
     """A run's newest checkpoint, ready to act; a context manager that closes its environments.
 
-    config: of the run, with the seed it was loaded with.
+    config: the run's, with the seed it was loaded with.
     env: environments of its task, to be reset: `step = env.reset()`.
     policy: acts in all of them: `step = env.step(policy(step.obs, step.is_first))`; its `learner` holds the modules.
     checkpoint: what was loaded.
@@ -54,13 +54,13 @@ class Trained:
         """An action for an environment of your own, from what it observes, both in its own spaces.
 
         Args:
-            observation: for suite gym, what `gymnasium.make(...)` observes; its frame where the agent sees what is
-                drawn, and "image" and "state" by name where it sees both. For other suites as in `env.obs_specs`.
-            is_first: whether it is the first of an episode; the first call is taken as one.
+            observation: for suite gym, what `gymnasium.make(...)` observes; its frame if the agent sees what is
+                drawn, or "image" and "state" by name if it sees both. For other suites as in `env.obs_specs`.
+            is_first: whether it is the first of an episode; that of the first call always is.
 
         Raises:
-            ValueError: the agent was loaded for several environments or for its own to be drawn.
-            EnvError, of other suites than gym ValueError or TypeError: the observation is none of the environment's.
+            ValueError: the agent was loaded for several environments, or with drawn=True.
+            EnvError (ValueError or TypeError outside suite gym): the observation does not fit the environment.
         """
         if self.env.num_envs != 1:
             raise ValueError(f"act() is for one environment, this was loaded for {self.env.num_envs}")
@@ -96,9 +96,9 @@ def load(
 
     Args:
         num_envs: environments stepped together.
-        seed: of the environments and of the sampled latents and actions; not those of training.
+        seed: of the environments and of the sampled latents and actions, which differ from those of training.
         greedy: act with the actor's likeliest action instead of a sample; latents are sampled all the same.
-        drawn: where the run sees vectors alone, its environments give images too, which the policy ignores.
+        drawn: if the run sees vectors alone, its environments also give images, which the policy ignores.
 
     Raises:
         RunError: there is no run. CheckpointError: it has no checkpoint yet, all are damaged, or they do not fit its
@@ -107,9 +107,9 @@ def load(
     """
     run, one = _split(run)
     if not 1 <= num_envs <= MOST_ENVS:
-        raise ConfigError(f"--num-envs {num_envs} is out of range: right is 1 to {MOST_ENVS:,}")
+        raise ConfigError(f"--num-envs {num_envs} is out of range: expected 1 to {MOST_ENVS:,}")
     if seed < 0:
-        raise ConfigError(f"--seed {seed} is out of range: right is 0 or more")
+        raise ConfigError(f"--seed {seed} is out of range: expected 0 or more")
     saved = rundir.newest(run) if one is None else checkpoint.load(one)
     config = dataclasses.replace(config_of(run), seed=seed)
     task = suites.get(config.suite).task(config.task)
@@ -123,7 +123,7 @@ def load(
         try:
             env = make_envs(shown, task, num_envs=num_envs, stream="evaluate")
         except HdfastError as error:
-            others = "" if "--env." in error.hint else error.hint  # a flag of training is no remedy here
+            others = "" if "--env." in error.hint else error.hint  # flags of training do not help here
             hint = " or ".join(filter(None, [others, "leave out --video"]))
             raise type(error)(error.what, where=error.where, hint=hint, details=error.details) from error
     try:
@@ -148,7 +148,7 @@ def _split(run: str | Path) -> tuple[Path, Path | None]:
 
 
 def config_of(run: Path) -> Config:
-    """The configuration of the run in directory `run`; fields that are newer than the run are as by default.
+    """The configuration of the run in directory `run`; fields that are newer than the run have their defaults.
 
     Raises: RunError, ConfigError.
     """
@@ -157,7 +157,7 @@ def config_of(run: Path) -> Config:
         config = apply_overrides(Config(), saved)
         if config.task is None:
             raise TypeError("config.task is missing")
-        return validate(dataclasses.replace(config, seeds=1))  # the run has one, its sweep may have had more
+        return validate(dataclasses.replace(config, seeds=1))  # the run's own; its sweep may have had more
     except TypeError as error:
         raise rundir.damaged(file, str(error)) from error
     except ConfigError as error:
@@ -189,7 +189,7 @@ def evaluate(
     """
     given, (run, _) = run, _split(run)
     if episodes < 1:
-        raise ConfigError(f"--episodes {episodes} is out of range: right is 1 or more")
+        raise ConfigError(f"--episodes {episodes} is out of range: expected 1 or more")
     envs = min(num_envs, episodes)
     with load(given, num_envs=envs, seed=seed, device=device, greedy=greedy, drawn=video) as trained:
         agent_steps = trained.checkpoint.meta["agent_steps"]
@@ -235,9 +235,9 @@ class Film:
 
 @contextlib.contextmanager
 def _telling(episodes: int) -> Iterator[Callable[[int], object]]:
-    """Tells on stderr how many episodes are done, and yields what it is told by.
+    """Shows on stderr how many episodes are done, and yields a function to call with that number.
 
-    A live line where that is a terminal, else a line of text every PLAIN_SECONDS.
+    A live line if stderr is a terminal, else a line of text every PLAIN_SECONDS.
     """
     console = Console(sys.stderr)
     if not console.is_terminal or console.is_dumb_terminal:

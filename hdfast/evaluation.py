@@ -66,8 +66,8 @@ def play(
         act: from observations (N, ...) and is_first (N,) to actions.
         episodes: how many, at least 1.
         stop: called at every step; may raise to give up.
-        watch: gets every row, those that end or follow the last episodes included.
-        tell: gets at every step how many episodes are done.
+        watch: gets every row, including those that end or follow the last episodes.
+        tell: gets the number of finished episodes at every step.
     """
     quota = np.array([episodes // env.num_envs + (i < episodes % env.num_envs) for i in range(env.num_envs)])
     meter, done = EpisodeMeter(env.num_envs), []

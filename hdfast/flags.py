@@ -1,4 +1,4 @@
-"""The flags that fill a nested dataclass: tyro's parser, its errors in the words of every other."""
+"""The flags that fill a nested dataclass: tyro's parser, with errors worded like all others."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ T = TypeVar("T")
 def parse_flags(argv: Sequence[str], default: T, prog: str, others: Mapping[str, str]) -> T:
     """The dataclass `default` with the fields that the flags in `argv` name, by tyro's parser.
 
-    others: what else is a flag, no longer in `argv`, and what `--help` says of it.
+    others: other flags, already taken out of `argv`, with their help.
 
     Raises:
         ConfigError: tyro's errors as one line, with the nearest right name.
@@ -55,7 +55,7 @@ def parse_flags(argv: Sequence[str], default: T, prog: str, others: Mapping[str,
 
 
 def _whole_numbers() -> contextlib.AbstractContextManager[Any]:
-    """Inside, tyro reads an int by `whole_number`."""
+    """In the block, tyro reads an int by `whole_number`."""
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
     registry = ConstructorRegistry()
@@ -76,7 +76,7 @@ def _whole_numbers() -> contextlib.AbstractContextManager[Any]:
 
 
 def _in_our_words(text: str) -> str:
-    """What tyro's parser says, as every other error is said; what it does not know stays as it is."""
+    """Rewords an error of tyro's parser like all others; an unknown one stays as it is."""
     if found := re.match(r"invalid choice '(.*)' for argument '(--\S+)'. Expected one of \((.*)\)", text):
         value, flag, choices = found.groups()
         named = re.findall(r"'(.*?)'", choices)
@@ -87,13 +87,13 @@ def _in_our_words(text: str) -> str:
     if found := re.match(r"Missing value for argument '(--\S+)'", text):
         return f"{found[1]} needs a value"
     if found := re.match(r"Unrecognized options: ([^,]+)", text):
-        hint = "a value stands behind its --flag, and a switch has none: --dry-run, --no-dry-run"
+        hint = "a value comes after its --flag, and a switch has none: --dry-run, --no-dry-run"
         return f"there is no argument {found[1].split()[0]!r}; {hint}"
     return text
 
 
 def _of_a_switch(argv: Sequence[str], default: Any) -> str | None:
-    """What to say where a value stands behind a switch, which has none."""
+    """The message for a switch with a value, which switches do not take."""
     for arg, after in itertools.pairwise([*argv, "-"]):
         flag, given, value = arg.partition("=")
         value = value if given else after
@@ -108,7 +108,7 @@ def _off(flag: str) -> str:
 
 
 def _value_of(flag: str, config: Any) -> Any:
-    """The field that a flag names, None where there is none."""
+    """The field that a flag names, None if there is none."""
     for name in flag.removeprefix("--").replace("-", "_").split("."):
         config = getattr(config, name, None)
     return config
@@ -125,7 +125,7 @@ def field_names(config: Any, prefix: str = "") -> list[str]:
 
 
 def peek(argv: Sequence[str], flag: str) -> str | None:
-    """The value given to `flag`, of several the last, before the full parser knows its defaults."""
+    """The last value given to `flag`, before the full parser knows its defaults."""
     value = None
     for i, arg in enumerate(argv):
         if arg == flag and i + 1 < len(argv):

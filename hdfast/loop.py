@@ -39,7 +39,7 @@ RESUMABLE_CHANGES = (
     "log",
 )
 
-GROWING = ("agent_steps",)  # what may be more in a later session
+GROWING = ("agent_steps",)  # what may grow in a later session
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def replay_errors() -> Iterator[None]:
     try:
         yield
     except LayoutError as error:
-        hint = "go on with the environment of before, or begin another run: another --logdir or --seed"
+        hint = "go on with the earlier environment, or begin another run: another --logdir or --seed"
         raise RunError(str(error), hint=hint) from error
     except ReplayError as error:
         if error.errno in NO_ROOM:
@@ -61,11 +61,11 @@ def replay_errors() -> Iterator[None]:
 def run(config: Config) -> dict[str, Any]:
     """Trains one task with one seed (`config.seed`) to its end, or goes on with it; returns its last evaluation.
 
-    The task may be left out where the suite has one. A finished run is not touched: its summary is returned as it was
-    written. On the CPU the threads of this process become those that the model gains by, and it keeps the memory
-    that it frees, see `prepare_device`.
+    The task may be left out where the suite has one. A finished run is not touched: its saved summary is returned.
+    On the CPU this process gets as many threads as the model gains from, and keeps the memory that it frees, see
+    `prepare_device`.
 
-    A script calls it below `if __name__ == "__main__":`, because the processes of gymnasium's environments import it.
+    A script must call it below `if __name__ == "__main__":`, because processes of gymnasium environments import it.
 
     Raises:
         HdfastError: see `hdfast.runtime.errors`; what was learnt until then is saved.
@@ -114,10 +114,10 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _as_begun(config: Config, path: Path) -> Config:
-    """`config` with what the run in directory `path` has begun with, if it has begun.
+    """`config` with the values that the run in directory `path` began with, if it has begun.
 
     --env.obs auto becomes what the run saw. --init-from is not read again, so the other run may be gone or renamed; the
-    saved value is kept, and another one on the command line is warned of.
+    saved value is kept, and another on the command line draws a warning.
     """
     with disk_errors(path, "use the run's directory", hint="choose another --logdir"):
         begun = (path / "config.json").exists() and has_begun(path)

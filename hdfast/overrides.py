@@ -11,7 +11,7 @@ from hdfast.runtime.errors import ConfigError, suggest
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be, both ends included: ``Annotated[int, Range(1, 64)]``."""
+    """The range of a number, both ends included: ``Annotated[int, Range(1, 64)]``."""
 
     low: float
     high: float
@@ -34,13 +34,13 @@ def check_ranges(config: Any) -> None:
             value = getattr(value, part)
         if not right.low <= value <= right.high:
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} {value} is out of range: right is {right.low:,} to {right.high:,}")
+            raise ConfigError(f"{flag} {value} is out of range: expected {right.low:,} to {right.high:,}")
 
 
 def apply_overrides(config: Any, overrides: dict[str, Any], where: str = "config") -> Any:
-    """Returns `config` with a nested dict of fields replaced, such as another one's `to_dict`.
+    """Returns `config` with a nested dict of fields replaced, such as another config's `to_dict`.
 
-    Raises: ConfigError on a field that there is not, TypeError on a value that is not of the field's type.
+    Raises: ConfigError on an unknown field, TypeError on a value that is not of the field's type.
     """
     kinds = get_type_hints(type(config))
     changes = {}
@@ -48,7 +48,7 @@ def apply_overrides(config: Any, overrides: dict[str, Any], where: str = "config
         if key not in kinds:
             section, dot, inner = key.partition(".")
             hint = (
-                f'; right is {{"{section}": {{"{inner}": ...}}}}'
+                f'; expected {{"{section}": {{"{inner}": ...}}}}'
                 if dot and section in kinds
                 else suggest(key, kinds)
             )
@@ -62,9 +62,9 @@ def apply_overrides(config: Any, overrides: dict[str, Any], where: str = "config
 
 
 def _typed(value: Any, kind: Any, name: str) -> Any:
-    """`value` as the flag of a field of this type gives it. Raises: TypeError."""
+    """`value` as a flag of this type would give it. Raises: TypeError."""
     if get_origin(kind) is Literal:
-        if isinstance(value, bool) and "on" in get_args(kind):  # what it was before there was a third way
+        if isinstance(value, bool) and "on" in get_args(kind):  # as saved before there was a third choice
             value = "on" if value else "off"
         right = value in get_args(kind)
     else:
@@ -86,4 +86,4 @@ def _right(value: Any, kind: Any) -> str:
         str: "a string",
         Path: "a string",
     }
-    return f"; right is {names.get(kind, 'a string or null' if get_args(kind) else 'an object of fields')}"
+    return f"; expected {names.get(kind, 'a string or null' if get_args(kind) else 'an object of fields')}"

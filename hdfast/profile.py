@@ -1,6 +1,6 @@
 """Shows where the time of an update goes: runs updates on random replay data and prints the share of each phase and op.
 
-All other flags are those of `hdfast.train`: what is measured is the update of that run (suite, task, sizes, device,
+All other flags are those of `hdfast.train`, and select the run whose update is measured (suite, task, sizes, device,
 precision). The first line is timed without the profiler, because profiling itself costs time.
 """
 
@@ -43,7 +43,7 @@ PHASES = ("sample", "world model", "imagination", "actor-critic", "optimizers")
 
 
 def build(config: Config) -> tuple[Learner, Callable[[], None]]:
-    """A learner, and its update on a replay of random rows, with the ops that a run would take.
+    """A learner, and its update on a replay of random rows, with the ops that a run would use.
 
     Raises: HdfastError, as a run of this config would.
     """
@@ -103,10 +103,10 @@ def mark(learner: Learner, replay: Replay) -> None:
 
 @dataclass(frozen=True)
 class Profile:
-    """What `measure` found; all times in ms per update. On CUDA, phases and ops are in time of the device.
+    """What `measure` found; all times in ms per update. On CUDA, phases and ops are in device time.
 
-    wall, cpu: of updates without the profiler; cpu adds up all threads.
-    phases: time of each of PHASES and of the rest. ops: (name, calls per update, time without those it calls).
+    wall, cpu: of updates without the profiler; cpu is the sum over all threads.
+    phases: time of each of PHASES and of the rest. ops: (name, calls per update, own time without callees).
     """
 
     wall: float
@@ -140,12 +140,12 @@ def measure(
     """
     if trace is not None:
         with disk_errors(trace, "write the trace"):
-            open(trace, "ab").close()  # torch would say nothing, and take the place of an empty folder
+            open(trace, "ab").close()  # torch would fail silently, and replace an empty folder
     wall, cpu = run_plain(learner, update, updates)
     cuda = learner.device.type == "cuda"
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above its highest: nothing on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above its highest level: nothing on stderr
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    # On CUDA backward would run in a thread of its own, whose kernels no range of this one counts as its own.
+    # On CUDA, backward would run in a separate thread, whose kernels are not counted in the ranges of this one.
     alone = torch.autograd.set_multithreading_enabled(False)
     with alone, profile(activities=activities, acc_events=True) as profiler:
         for _ in range(updates):
@@ -158,7 +158,7 @@ def measure(
     def ms(event: FunctionEventAvg, what: str) -> float:
         return getattr(event, what.format(kind)) / 1e3 / updates
 
-    # On CUDA kernels are listed beside the ops that launched them, and ranges once more, as what the device did.
+    # On CUDA, kernels are listed beside the ops that launched them, and ranges a second time, as device work.
     events = {event.key: event for event in profiler.key_averages() if event.device_type == DeviceType.CPU}
     phases = {name: ms(events[name], "{}_time_total") for name in PHASES}
     phases["the rest"] = ms(events.pop("update"), "{}_time_total") - sum(phases.values())
@@ -226,7 +226,7 @@ def summary(learner: Learner) -> str:
 
 
 def nsight(flags: Sequence[str]) -> str:
-    """The command lines that look at the same updates with Nvidia's tools."""
+    """The command lines that show the same updates in Nvidia's tools."""
     ours = shlex.join(["python", "-m", "hdfast.profile", "--plain", *flags])
     return (
         "timeline: nsys profile --trace=cuda,nvtx --capture-range=cudaProfilerApi " + ours + "\n"

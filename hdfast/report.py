@@ -49,9 +49,9 @@ def collect(
 ) -> list[TaskScores]:
     """Reads the final evaluation of every finished run of `tasks` below `logdir`.
 
-    By default these are all tasks of the suite, and what else was trained of it. A run that cannot be read, or whose
-    folder was copied, moved or renamed, is warned of, and left out. A task whose seeds differ in what they compute is
-    warned of, after `label`.
+    By default these are all tasks of the suite, and any others trained in it. A run that cannot be read, or whose
+    folder was copied, moved or renamed, is left out with a warning. A warning, which begins with `label`, also names
+    each task whose seeds differ in what they compute.
     """
     found = []
     for task in tasks if tasks is not None else (*suite.tasks, *_others(logdir, suite)):
@@ -60,7 +60,7 @@ def collect(
         for seed, path in _runs(logdir, suite, task):
             try:
                 record = rundir.read(path)
-            except RunError as error:  # the others' results are there all the same
+            except RunError as error:  # the others' results can still be shown
                 errors.warn(str(error))
                 continue
             if (summary := record.summary) is not None:
@@ -83,8 +83,8 @@ def collect(
 def curves(logdir: Path, suite: suites.Suite) -> list[dict[str, Any]]:
     """Every evaluation of every run of `suite` below `logdir`, finished or not: the columns of CURVES that are known.
 
-    A last line that was torn is left out; what else is damaged, and a run whose folder was copied, moved or renamed,
-    is warned of, and left out.
+    A torn last line is left out; other damage, and a run whose folder was copied, moved or renamed, is left out with
+    a warning.
     """
     found = []
     for task in (*suite.tasks, *_others(logdir, suite)):
@@ -102,7 +102,7 @@ def curves(logdir: Path, suite: suites.Suite) -> list[dict[str, Any]]:
 def write_curves(path: Path, rows: Sequence[Mapping[str, Any]], folders: Sequence[str] = ()) -> None:
     """Writes rows of `curves` as CSV, by suite, task, seed and agent steps, atomically.
 
-    folders: in their order come the rows, whose first column `logdir` then names one of them.
+    folders: the rows come in this order, and then have a first column `logdir` that names the folder.
 
     Raises: DiskFullError, RunError.
     """
@@ -128,11 +128,11 @@ def with_runs(logdir: Path) -> list[suites.Suite]:
 
 
 class _Astray(RunError):
-    """A run that its configuration does not put where it is: a folder was copied, moved or renamed."""
+    """A run in a place that does not match its configuration: its folder was copied, moved or renamed."""
 
 
 def _runs(logdir: Path, suite: suites.Suite, task: suites.Task) -> Iterator[tuple[int, Path]]:
-    """Seed and directory of the runs of a task, finished or not; one that belongs elsewhere is warned of."""
+    """Seed and directory of the runs of a task, finished or not; warns of one that belongs elsewhere."""
     for seed, path in _seeds(logdir / suite.name / task.folder):
         try:
             if _task_of(path, suite, seed).name != task.name:
@@ -141,12 +141,12 @@ def _runs(logdir: Path, suite: suites.Suite, task: suites.Task) -> Iterator[tupl
             errors.warn(str(error))
             continue
         except RunError:
-            pass  # to be told where what cannot be read is needed
+            pass  # reported where the unreadable file is needed
         yield seed, path
 
 
 def _seeds(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Seed and directory of what looks like a run in the folder of a task."""
+    """Seed and directory of everything that looks like a run in the folder of a task."""
     for path in sorted(folder.glob("seed*")):
         seed = path.name.removeprefix("seed")
         if seed.isdecimal() and (path / "config.json").exists():
@@ -156,13 +156,13 @@ def _seeds(folder: Path) -> Iterator[tuple[int, Path]]:
 def _task_of(path: Path, suite: suites.Suite, seed: int) -> suites.Task:
     """The task of the run of a suite and a seed in directory `path`.
 
-    Raises: _Astray where it is of another suite or seed, or belongs into the folder of another task; RunError where
+    Raises: _Astray where it is of another suite or seed, or belongs in the folder of another task; RunError where
     its configuration cannot be read.
     """
     config = {"suite": suite.name, "seed": seed, **rundir.read(path).config}
     for field in ("suite", "task"):
         if not isinstance(value := config.get(field), str):
-            raise rundir.damaged(path / "config.json", f"config.{field} is {value!r:.50}, right is a str")
+            raise rundir.damaged(path / "config.json", f"config.{field} is {value!r:.50}, expected a str")
     try:
         of = suites.get(config["suite"])
         task = of.task(config["task"])
@@ -175,18 +175,18 @@ def _task_of(path: Path, suite: suites.Suite, seed: int) -> suites.Task:
 
 
 def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The fields in which configurations differ, of those that decide what is computed; not the seed."""
+    """The fields that decide what is computed, except the seed, in which configurations differ."""
     ignore = {"seed", *RESUMABLE_CHANGES}
     lines = [line for other in configs[1:] for line in rundir.difference(configs[0], other, ignore)]
     return list(dict.fromkeys(line.partition(":")[0] for line in lines))
 
 
 def _otherwise(folders: Sequence[Path], suite: suites.Suite) -> list[str]:
-    """What the runs of each folder compute otherwise than those of the first, in a line, as its first run has it."""
+    """One line per folder on how its runs differ from the first folder's, judged by the first run of each."""
     configs = {}
     for folder in folders:
         for seed, path in (run for task in sorted((folder / suite.name).glob("*")) for run in _seeds(task)):
-            with contextlib.suppress(RunError):  # which has been told
+            with contextlib.suppress(RunError):  # already reported
                 _task_of(path, suite, seed)
                 configs[folder] = rundir.filled(rundir.read(path).config, Config().to_dict())
                 break
@@ -225,7 +225,7 @@ def _is_number(value: object) -> bool:
 
 
 def _others(logdir: Path, suite: suites.Suite) -> list[suites.Task]:
-    """Tasks that were trained and do not stand in the suite's list; a folder of none is warned of."""
+    """Trained tasks that are not in the suite's list; warns of a folder that belongs to no task."""
     listed, tasks = {task.folder for task in suite.tasks}, {}
     for folder in sorted((logdir / suite.name).glob("*")):
         found, astray = {}, []
@@ -311,7 +311,7 @@ def main() -> None:
 def _suites_of(folders: Sequence[Path], chosen: Sequence[suites.Suite]) -> dict[Path, list[suites.Suite]]:
     """Folder -> which of the chosen suites have runs in it, or of all.
 
-    Of several folders those without runs are warned of, and left out; a single one has what was chosen.
+    Among several folders, those without runs are left out with a warning; a single one has what was chosen.
 
     Raises: ConfigError, DiskFullError, RunError.
     """

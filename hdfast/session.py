@@ -49,7 +49,7 @@ class Session:
         config, suite, task: what to train.
         rundir: the run's directory, locked.
         device: where learning happens.
-        stop: asked at every step.
+        stop: checked at every step.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Session:
             self.env = self._make_envs(num_envs=config.env.num_envs, stream="train", agent_steps=begin)
             opened.callback(self.env.close)
             self._build(opened, device, saved, start)
-            self._opened = opened.pop_all()  # to be closed by __exit__
+            self._opened = opened.pop_all()  # closed by __exit__
 
     def _build(
         self,
@@ -167,7 +167,7 @@ class Session:
         Raises:
             Interrupted: a signal came; the run is saved.
             EnvError: an environment misbehaves; the run is saved.
-            BrokenPipeError, OutputFullError: nobody reads the output (`... | head`), its disk is full; the run is saved
+            BrokenPipeError, OutputFullError: the output has no reader (`... | head`) or no room; the run is saved.
             NonFiniteError: too many updates were skipped; the run and the offending batch are saved.
         """
         total = self.config.total_agent_steps
@@ -196,10 +196,10 @@ class Session:
         return summary
 
     def train(self, total: int) -> None:
-        """Steps, and learns what is owed, until there are `total` agent steps. Raises: as `run`."""
+        """Steps, and does the updates owed, until there are `total` agent steps. Raises: as `run`."""
         config, meter = self.config, evaluation.EpisodeMeter(self.env.num_envs)
         logged = False
-        if self.step_from is not None:  # the last session was stopped in the midst of a step
+        if self.step_from is not None:  # the last session was stopped in the middle of a step
             self._learn()
             logged = self._end_step()
         step = self.env.reset()
@@ -236,7 +236,7 @@ class Session:
             self._log()
 
     def _end_step(self) -> bool:
-        """Ends the step under way: progress, and the log line and video that are due. Whether it logged."""
+        """Ends the step under way: progress, and a log line or video if due. Returns whether it logged."""
         config, before = self.config, self.step_from
         self.progress.update(agent_steps=self.agent_steps, updates=self.learner.updates)
         self.step_from = None
@@ -255,7 +255,7 @@ class Session:
         return self.env.actions.sample(rng, self.env.num_envs)
 
     def _learn(self) -> None:
-        """The updates owed up to this agent step."""
+        """Does the updates owed up to this agent step."""
         config = self.config
         batch, length = config.replay.batch, config.replay.length
         if self.learning_from is None:
@@ -280,14 +280,14 @@ class Session:
         path = self.rundir.path / "nonfinite_batch"
         batch = self.replay.gather(self.learner.bad_starts, self.config.replay.length)
         checkpoint.save(path, batch, {"agent_steps": self.agent_steps}, number=self.learner.updates, keep=1)
-        late = self.learner.device.type != "cpu"  # seen at a log line: replay may have gone round since
+        late = self.learner.device.type != "cpu"  # seen at a log line: replay may have overwritten rows
         replaced = late and self.replay.rows_added > self.replay.ring
         exact = self.learner.dtype == torch.float32
         other = "begin another run with lower learning rates" if exact else "with --precision float32"
         raise NonFiniteError(
             f"{skipped} updates had a loss or gradient that is not finite, the last {'by' if late else 'at'} "
             f"update {self.learner.updates}; its batch is in {path}"
-            + (", but for rows that newer ones have replaced" if replaced else ""),
+            + (", except for rows that newer ones have replaced" if replaced else ""),
             where=self.rundir.path,
             hint=f"go on with a higher --train.nonfinite-limit, or {other}",
         )
@@ -369,7 +369,7 @@ class Session:
         self.saved_at = time.monotonic()
 
     def _restore(self, saved: checkpoint.Checkpoint) -> float:
-        """Goes on from a checkpoint; the run's seconds so far."""
+        """Restores a checkpoint; returns the run's seconds so far."""
         meta = saved.meta
         self.replay.load_state_dict(saved.part("replay."))
         with checkpoint.fitting(self.rundir.checkpoints):

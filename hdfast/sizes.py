@@ -1,4 +1,4 @@
-"""The model sizes: what `--size` says of the fields of a configuration."""
+"""The model sizes: the fields of a configuration that `--size` sets."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a run draws from: a seed for each use of randomness, and the environments that are seeded so."""
+"""Sources of randomness in a run: a seed for each use, and the environments seeded with one."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ def make_envs(
 ) -> BatchEnv:
     """The environments of `task`, seeded for `stream` ("train", "eval") and for the agent step at which they begin.
 
-    A run that goes on would otherwise meet its first episodes again. stop: as `hdfast.envs.make`.
+    Without that step, a resumed run would meet its first episodes again. stop: as `hdfast.envs.make`.
     """
     return envs.make(
         config.suite,

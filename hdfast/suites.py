@@ -47,7 +47,7 @@ class Task:
 
     @property
     def folder(self) -> str:
-        """What its directory of runs is called: the name, "-" for what does not belong into a path."""
+        """The name of its directory of runs: the task's, with "-" for what does not belong in a path."""
         return re.sub(r"[^A-Za-z0-9._-]", "-", self.name)
 
 
@@ -56,8 +56,8 @@ class Suite:
     """A benchmark.
 
     source: which kind of environment it runs on.
-    tasks: what the suite trains and reports, in this order; `others` can be asked for by name. Without any, every
-        name that gymnasium could know is one.
+    tasks: what the suite trains and reports, in this order; `others` can be asked for by name. If there are none, any
+        name that gymnasium could know is a task.
     action_repeat: simulator frames per agent step, so frames = agent_steps * action_repeat.
     defaults: nested fields of `hdfast.config.Config` that differ from its own defaults.
     """
@@ -70,7 +70,7 @@ class Suite:
     others: tuple[Task, ...] = ()
 
     def task(self, name: str) -> Task:
-        """The task of that name; case, punctuation, a version behind it and a family before it do not matter.
+        """The task of that name; case, punctuation, a version after it and a family before it do not matter.
 
         Raises UnknownName, naming the suite that has it or listing the nearest.
         """
@@ -87,7 +87,7 @@ class Suite:
         return task
 
     def select(self, names: Iterable[str]) -> list[Task]:
-        """The tasks of these names, each once, all of the suite's where there are none. Raises UnknownName."""
+        """The tasks of these names, each once; without names, all of the suite's. Raises UnknownName."""
         tasks = list({task.name: task for task in map(self.task, names)}.values()) or list(self.tasks)
         if not tasks:
             raise UnknownName(f"suite {self.name} needs a task; {_GYM_NAMES}")
@@ -114,9 +114,9 @@ class Suite:
         return aggregate(normalized) if normalized else None
 
     def interval(self, scores: Mapping[str, Sequence[float]]) -> tuple[Aggregate, Aggregate] | None:
-        """The ends of the 95% interval of `aggregate`, see `interval`; None where there is nothing to tell it from.
+        """The ends of the 95% interval of `aggregate`, see `interval`; None where it cannot be computed.
 
-        That is where no human was measured, a task has a single run, or a score is not finite.
+        That is the case if no human was measured, a task has a single run, or a score is not finite.
         """
         normalized = self._normalized(scores)
         known = all(len(runs) > 1 and np.isfinite(runs).all() for runs in normalized)
@@ -155,7 +155,7 @@ def aggregate(scores: Sequence[Sequence[float]]) -> Aggregate:
 def interval(scores: Sequence[Sequence[float]], resamples: int = 2_000) -> tuple[Aggregate, Aggregate]:
     """The ends of the 95% interval of each aggregate, by a stratified bootstrap as in rliable.
 
-    Every task's runs are drawn anew from its own, with replacement; the ends are the 2.5% and 97.5% percentiles over
+    Each task's runs are resampled with replacement; the ends are the 2.5% and 97.5% percentiles over
     the resamples. The draws are the same in every call.
     """
     rng = np.random.default_rng(0)
@@ -268,7 +268,7 @@ _METAWORLD = """
     sweep sweep-into window-close window-open
 """
 
-# What DeepMind Control trains with, and so whatever is nobody's benchmark.
+# The settings of DeepMind Control, also used where there is no benchmark to follow.
 _DMC_DEFAULTS: dict[str, Any] = {
     "size": "small",
     "agent_steps": 500_000,

@@ -1,7 +1,7 @@
 """Trains every task of a suite with several seeds, each run in a process of its own, and prints the suite's table.
 
 Flags after `--` are passed on to `hdfast.train`. A run's output goes to train.log in its directory. The same command
-resumes whatever is not finished. Ctrl-C, or killing the sweep, stops all runs, each with a checkpoint.
+resumes all unfinished runs. Ctrl-C, or killing the sweep, stops all runs, each with a checkpoint.
 """
 
 import contextlib
@@ -47,10 +47,10 @@ class Pool(Protocol):
     """Where jobs run."""
 
     def start(self, job: Job, slot: int) -> Any:
-        """Begins a job and returns its handle. slot: 0 to jobs - 1, not used by any other that is running."""
+        """Begins a job and returns its handle. slot: 0 to jobs - 1, used by no other running job."""
 
     def poll(self, handle: Any) -> int | None:
-        """The exit code of a job, None while it runs."""
+        """The exit code of a job; None while it runs."""
 
     def stop(self, handle: Any) -> None:
         """Asks a job to save itself and end."""
@@ -60,8 +60,8 @@ class LocalPool:
     """Processes on this machine. They save themselves and end when this one does, even if it is killed.
 
     jobs: how many at a time; on CPUs each gets its share of the cores.
-    devices: what `--device` the slots take in turn; none leaves it to the train flags.
-    threads: of each job on the CPU, in place of its share; OMP_NUM_THREADS goes before both.
+    devices: values of `--device` for the slots in turn; none leaves it to the train flags.
+    threads: of each job on the CPU, in place of its share; OMP_NUM_THREADS overrides both.
     """
 
     def __init__(self, jobs: int, devices: Sequence[str] = (), *, threads: int | None = None) -> None:
@@ -128,7 +128,7 @@ def jobs_of(
 ) -> list[Job]:
     """Every task with every seed; all tasks with one seed come before the next seed, so that the table fills evenly.
 
-    flags: of `hdfast.train`. logdir: the one that they name.
+    flags: of `hdfast.train`. logdir: the one named there.
     """
     return [
         Job(
@@ -149,7 +149,7 @@ def run(
 ) -> dict[str, int]:
     """Runs all jobs and returns the exit codes of those that failed, by name; -9 of one that SIGKILL ended.
 
-    stop: once it is asked for, no job is begun and those that run are asked to end; then it raises Interrupted.
+    stop: once a stop is requested, no job is begun, those running are asked to end, and then Interrupted is raised.
     say: gets one line for each job that begins or ends.
     """
     waiting, running, slots = deque(enumerate(jobs, 1)), {}, list(range(at_a_time))
@@ -179,7 +179,7 @@ def run(
             time.sleep(POLL_SECONDS)
             reap()
     finally:
-        if running:  # a signal, a job that could not be started, or nobody to say it to
+        if running:  # after a signal, a failed start of a job, or output without a reader
             for _, _, handle, _ in running.values():
                 pool.stop(handle)
             with contextlib.suppress(BrokenPipeError, OutputFullError):
@@ -194,16 +194,16 @@ def run(
 
 
 def _ends_with(parent: int) -> Callable[[], None]:
-    """What a new process calls to get SIGHUP when `parent` is no more, which asks a run to save itself and end.
+    """A new process calls this to get SIGHUP when `parent` is gone, which asks a run to save itself and end.
 
-    More of them change nothing, so one that is ending already loses nothing. `nohup` is for terminals, not for this.
+    Repeats change nothing, so a run that is already ending loses nothing. `nohup` is for terminals, not for this.
     """
     prctl = ctypes.CDLL(None).prctl
 
     def prepare() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
-        if os.getppid() != parent:  # it ended before
+        if os.getppid() != parent:  # it has already ended
             os.kill(os.getpid(), signal.SIGHUP)
 
     return prepare
@@ -214,7 +214,7 @@ def _launch(
 ) -> subprocess.Popen[bytes]:
     """A process in a group of its own: Ctrl-C reaches it once, from the sweep, not a second time from the terminal.
 
-    prepare: called in it before the command begins.
+    prepare: called in the new process before the command begins.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
@@ -254,7 +254,7 @@ def _ending(code: int) -> str:
 
 
 def _last_line(log: Path) -> str:
-    """What a failed run said at its end: its error with the first of the details below it, else its last line."""
+    """The last words of a failed run: its error with the first detail line, else its last line."""
     lines = log.read_text(errors="replace").split("\n") if log.exists() else []
     lines = lines[max((i for i, line in enumerate(lines) if line.startswith("$ ")), default=0) :]
     said = [line.rstrip() for line in lines if line.strip()]
@@ -266,7 +266,7 @@ def _last_line(log: Path) -> str:
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What stands before and behind `--`."""
+    """The arguments before and after `--`."""
     argv = list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     return argv[:cut], argv[cut + 1 :]
@@ -291,7 +291,7 @@ def main() -> None:
             raise ConfigError(f"{flag} is a flag of hdfast.train", hint="put it behind --")
     args = parser.parse_args(own)
     if given := [flag for flag in flags if flag.partition("=")[0] in OWN_FLAGS]:
-        raise ConfigError(f"{given[0]} cannot stand behind --", hint="see python -m hdfast.sweep --help")
+        raise ConfigError(f"{given[0]} cannot come after --", hint="see python -m hdfast.sweep --help")
     suite = suites.get(args.suite)
     tasks = suite.select(args.tasks or [])
     seeds = ["--seed", str(args.seed), "--seeds", str(args.seeds)]

@@ -16,7 +16,7 @@ AGGREGATES = ("mean", "median", "iqm")
 
 @dataclass(frozen=True)
 class TaskScores:
-    """The finished runs of one task: seed -> final score, and share of episodes solved where the task says so."""
+    """The finished runs of one task: seed -> final score, and share of episodes solved if the task reports it."""
 
     task: suites.Task
     scores: Mapping[int, float]
@@ -34,7 +34,7 @@ class TaskScores:
 
     @property
     def normalized(self) -> tuple[float, float] | None:
-        """Mean human-normalised score and its standard error; None where no human was measured, or no run ended."""
+        """Mean human-normalised score and its standard error; None if no human was measured or no run has finished."""
         if self.task.human is None or self.task.random is None or not self.scores:
             return None
         scale = self.task.human - self.task.random
@@ -42,7 +42,7 @@ class TaskScores:
 
 
 def title(suite: suites.Suite, found: Collection[Sequence[TaskScores]]) -> str:
-    """What the tables of one or several folders show, in a line; what stands for the spread where there is one."""
+    """One line on what the tables of one or several folders show, and how they write a spread if there is one."""
     spread = " ± standard error" if any(len(row.scores) > 1 for rows in found for row in rows) else ""
     interval = "; [95% bootstrap interval]" if any(map(suite.interval, _comparable(found))) else ""
     return f"{suite.name}: score of the final evaluation, mean over seeds{spread}{interval}"
@@ -51,9 +51,8 @@ def title(suite: suites.Suite, found: Collection[Sequence[TaskScores]]) -> str:
 def table(suite: suites.Suite, rows: Sequence[TaskScores]) -> Table:
     """Score, success, human-normalised score and published ones per task, then mean, median and IQM of the normalised.
 
-    Beside means over two seeds or more stands the standard error, beside aggregates of such tasks alone a 95%
-    interval. The aggregates of the published methods are over the tasks that are finished here, so that columns
-    compare.
+    Means over two seeds or more have a standard error, and aggregates of only such tasks a 95% interval. The
+    aggregates of the published methods are over the tasks that are finished here, so that columns are comparable.
     """
     human = any(row.task.human is not None for row in rows)
     solved = any(row.success for row in rows)
@@ -89,8 +88,8 @@ def table(suite: suites.Suite, rows: Sequence[TaskScores]) -> Table:
 def side_by_side(suite: suites.Suite, found: Mapping[str, Sequence[TaskScores]]) -> Table:
     """Score of each folder per task, success where it is known, then the aggregates of each folder.
 
-    Rows are the tasks that a folder has finished. The aggregates are over the tasks that every folder has finished,
-    those apart that have finished none, so that columns compare.
+    Rows are the tasks that any folder has finished. The aggregates are over the tasks that every folder has finished,
+    ignoring folders that have finished none, so that columns are comparable.
 
     Args:
         found: name of the folder -> what `collect` finds in it.
@@ -148,7 +147,7 @@ def _done(rows: Sequence[TaskScores]) -> dict[str, list[float]]:
 
 
 def _comparable(found: Collection[Sequence[TaskScores]]) -> list[dict[str, list[float]]]:
-    """`_done` of each folder, of the tasks that are finished in every folder that has finished any."""
+    """`_done` of each folder, restricted to the tasks finished in every folder that has finished any."""
     done = [_done(rows) for rows in found]
     common = set.intersection(*(set(scores) for scores in done if scores)) if any(done) else set()
     return [{name: runs for name, runs in scores.items() if name in common} for scores in done]
@@ -191,7 +190,7 @@ def _number(value: float) -> str:
 
 
 def _format(value: float) -> str:
-    """How a score of that size is written, and the error beside it."""
+    """The number format of a score of this size, and of its error."""
     size = abs(value)
     if math.isnan(size):
         return "-"

@@ -1,7 +1,7 @@
 """Finds the kernels, and whether to use CUDA graphs, that are correct and fastest for a run on this machine.
 
 The result is remembered and used by later runs. On CUDA the first run does this by itself, on the CPU only this command
-does. All flags but --again are those of `hdfast.train`: what is tried is the update of that run.
+does. All flags but --again are those of `hdfast.train`, and select the run whose update is tried.
 """
 
 import os
@@ -38,12 +38,12 @@ from hdfast.tuning.search import (
 )
 from hdfast.tuning.settle import find, summary
 
-PATIENCE = 6.0  # times that of a run: on a CPU an update may take seconds, and nothing waits for this
+PATIENCE = 6.0  # times as long as a run waits: on a CPU an update may take seconds, and nothing is held up
 TIMING = (TIMES, EAGER_TIMES, FINE, INSTEAD)
 
 
 def tune(config: Config, console: Console, *, again: bool) -> Choice:
-    """What is remembered for the first task of a run, else or if `again` what a search finds, told as it goes.
+    """What is remembered for the first task of a run; if nothing is, or `again`, what a search finds, step by step.
 
     Raises: HdfastError, as a run of this config would; RunError if not even plain PyTorch can be tried.
     """
@@ -54,7 +54,7 @@ def tune(config: Config, console: Console, *, again: bool) -> Choice:
     check_backends(device)
     forced = os.environ.get("HDFAST_BACKEND")
     if forced and device.type == "cpu":  # on CUDA there are graphs to try
-        what = f"HDFAST_BACKEND={forced} says what ops run on, and nothing is left to find"
+        what = f"HDFAST_BACKEND={forced} decides what ops run on, so that nothing is left to find"
         raise ConfigError(what, hint="unset it to find the fastest")
     dtype = resolve_precision(config.precision, device)
     task = suites.get(config.suite).select([config.task] if config.task else [])[0]
@@ -93,7 +93,7 @@ def tune(config: Config, console: Console, *, again: bool) -> Choice:
 
 
 def table(choice: Choice) -> Table:
-    """A line for every op that was tried: whether it is right, what it is worth, what runs."""
+    """A line for every op that was tried: whether it is right, what it gains, what it runs on."""
     rows = Table("op", "right", "time of an update without it", "runs on", box=box.SIMPLE_HEAD)
     without = choice.report.get(FINE, {}).get("without", {})
     for op, line in choice.report.items():

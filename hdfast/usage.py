@@ -11,7 +11,7 @@ _COLUMN = 37  # where descriptions begin
 
 
 def usage(config: Any, prog: str, others: Mapping[str, str]) -> str:
-    """The flags that fill a nested dataclass, described by its docstrings, behind other flags and their descriptions.
+    """The flags that fill a nested dataclass, described by its docstrings, after other flags and their descriptions.
 
     config: an instance; its values are shown as the defaults.
     """
@@ -42,7 +42,7 @@ def _section(config: Any, prefix: str) -> Iterator[str]:
 
 
 def _docstrings(kind: type) -> dict[str, str]:
-    """Field name -> the string that stands below it in the source, on one line."""
+    """Field name -> the string below it in the source, on one line."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(definition, ast.ClassDef)
     found = {}

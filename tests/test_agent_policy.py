@@ -145,9 +145,9 @@ def test_actions_belong_to_the_caller(learner):
 
 def test_rows_of_another_number_of_environments_are_refused(learner):
     (obs, is_first), policy = rows(learner)[0], Policy(learner, 5, seed=0)
-    with pytest.raises(ValueError, match=r"\(1, 8, 8, 3\), right is \(5, 8, 8, 3\)"):
+    with pytest.raises(ValueError, match=r"\(1, 8, 8, 3\), expected \(5, 8, 8, 3\)"):
         policy(obs | {"image": obs["image"][:1]}, is_first)
-    with pytest.raises(ValueError, match=r"\(1,\), right is \(5,\)"):
+    with pytest.raises(ValueError, match=r"\(1,\), expected \(5,\)"):
         policy(obs, is_first[:1])
 
 
@@ -156,22 +156,22 @@ def test_what_numpy_would_cast_is_refused_in_one_line(learner):
     (obs, is_first), policy = rows(learner)[0], Policy(learner, 5, seed=0)
     image, state = obs["image"], obs["state"]
     for wrong, first, text in (
-        ({"image": image}, is_first, "obs has the keys ['image'], right are ['image', 'state']"),
+        ({"image": image}, is_first, "obs has the keys ['image'], expected ['image', 'state']"),
         (
             obs | {"image": image / np.float32(255)},
             is_first,
-            "obs['image'] has dtype float32, right is uint8",
+            "obs['image'] has dtype float32, expected uint8",
         ),
-        (obs | {"image": image.astype(np.int64)}, is_first, "obs['image'] has dtype int64, right is uint8"),
-        (obs | {"state": state.astype(float)}, is_first, "obs['state'] has dtype float64, right is float32"),
+        (obs | {"image": image.astype(np.int64)}, is_first, "obs['image'] has dtype int64, expected uint8"),
+        (obs | {"state": state.astype(float)}, is_first, "obs['state'] has dtype float64, expected float32"),
         (
             obs | {"state": torch.from_numpy(state)},
             is_first,
-            "obs['state'] is a Tensor, right is a numpy array",
+            "obs['state'] is a Tensor, expected a numpy array",
         ),
-        (obs | {"state": state[:, :1]}, is_first, "obs['state'] has shape (5, 1), right is (5, 4)"),
-        (obs, is_first.astype(np.int32), "is_first has dtype int32, right is bool"),
-        (obs, is_first.tolist(), "is_first is a list, right is a numpy array"),
+        (obs | {"state": state[:, :1]}, is_first, "obs['state'] has shape (5, 1), expected (5, 4)"),
+        (obs, is_first.astype(np.int32), "is_first has dtype int32, expected bool"),
+        (obs, is_first.tolist(), "is_first is a list, expected a numpy array"),
     ):
         kind = ValueError if "keys" in text or "shape" in text else TypeError
         with pytest.raises(kind, match=f"^{re.escape(text)}$"):

@@ -187,15 +187,15 @@ def test_every_field_is_a_typed_flag(name):
         ("--logdir ~nobody-at-all/runs", "--logdir ~nobody-at-all/runs: there is no such home directory"),
         (
             "--seed 2147483647 --seeds 2",
-            "--seed 2147483647 --seeds 2 ends at seed 2,147,483,648, out of range: right is up to 2,147,483,647",
+            "--seed 2147483647 --seeds 2 ends at seed 2,147,483,648, out of range: expected up to 2,147,483,647",
         ),
         (
             "Pong",
-            "there is no argument 'Pong'; a value stands behind its --flag, and a switch has none: --dry",
+            "there is no argument 'Pong'; a value comes after its --flag, and a switch has none: --dry",
         ),
         (
             "--task Pong Breakout",
-            "there is no argument 'Breakout'; a value stands behind its --flag",
+            "there is no argument 'Breakout'; a value comes after its --flag",
         ),
         (
             "--dry-run=false",
@@ -205,13 +205,13 @@ def test_every_field_is_a_typed_flag(name):
             "--log.tensorboard no --seed 1",
             "--log.tensorboard is a switch and takes no value, such as 'no'; --log.no-tensorboard turns it off",
         ),
-        ("--replay.batch 0", "--replay.batch 0 is out of range: right is 1 to 1,048,576"),
+        ("--replay.batch 0", "--replay.batch 0 is out of range: expected 1 to 1,048,576"),
         ("--train.ratio nan", "--train.ratio nan is out of range"),
         ("--optimizer.model-lr -1", "--optimizer.model-lr -1.0 is out of range"),
         ("--loss.kl 1", "there is no option --loss.kl"),
         ("--loss.rep inf", "--loss.rep inf is out of range"),
         ("--behavior.entropy nan", "--behavior.entropy nan is out of range"),
-        ("--seed -1", "--seed -1 is out of range: right is 0 to 2,147,483,647"),
+        ("--seed -1", "--seed -1 is out of range: expected 0 to 2,147,483,647"),
         (
             "--harmony.reward 100",
             "--harmony.reward has no effect with --harmony.mode learned; --harmony.mode fixed takes it",
@@ -228,17 +228,17 @@ def test_every_field_is_a_typed_flag(name):
         ),
         (
             "--behavior.discount-horizon 1",
-            "--behavior.discount-horizon 1.0 is out of range: right is 1.001 to",
+            "--behavior.discount-horizon 1.0 is out of range: expected 1.001 to",
         ),
-        ("--optimizer.actor-eps 0", "--optimizer.actor-eps 0.0 is out of range: right is 1e-30 to"),
-        ("--optimizer.model-clip 0", "--optimizer.model-clip 0.0 is out of range: right is 1e-30 to"),
+        ("--optimizer.actor-eps 0", "--optimizer.actor-eps 0.0 is out of range: expected 1e-30 to"),
+        ("--optimizer.model-clip 0", "--optimizer.model-clip 0.0 is out of range: expected 1e-30 to"),
         (
             "--env.kwargs {}x --suite gym",
-            "--env.kwargs {}x is no JSON: Extra data: line 1 column 3 (char 2); right",
+            "--env.kwargs {}x is no JSON: Extra data: line 1 column 3 (char 2); expected",
         ),
         (
             "--env.kwargs [3] --suite gym",
-            "--env.kwargs [3] is no JSON object; right is such as --env.kwargs '{",
+            "--env.kwargs [3] is no JSON object; expected an object such as --env.kwargs '{",
         ),
         ('--env.kwargs {"a":1}', "--env.kwargs has no effect in suite atari100k; --suite gym takes it"),
         (
@@ -251,10 +251,10 @@ def test_every_field_is_a_typed_flag(name):
         ),
         (
             "--env.image-size 96 --suite dmc",
-            "--env.image-size 96 is no power of two; right is a power of two such as 64 or 128",
+            "--env.image-size 96 is no power of two; expected a power of two such as 64 or 128",
         ),
-        ("--env.image-size 512 --suite dmc", "--env.image-size 512 is out of range: right is 8 to 256"),
-        ("--env.time-limit -1 --suite gym", "--env.time-limit -1 is out of range: right is 0 to"),
+        ("--env.image-size 512 --suite dmc", "--env.image-size 512 is out of range: expected 8 to 256"),
+        ("--env.time-limit -1 --suite gym", "--env.time-limit -1 is out of range: expected 0 to"),
         (
             "--replay.capacity 100",
             "--replay.capacity 100 is too small: 1 environment(s) with windows of 64 rows need at least 128",

@@ -196,11 +196,11 @@ def test_evaluation_environments_do_not_disturb_training_ones(source):
 def test_wrong_actions_are_refused_before_the_emulator(source):
     with envs.make("atari100k", "Pong", num_envs=2, seed=0, source=source) as env:
         env.reset()
-        with pytest.raises(ValueError, match=r"Pong: action has values in \[0, 6\], right are 0 to 5"):
+        with pytest.raises(ValueError, match=r"Pong: action has values in \[0, 6\], expected 0 to 5"):
             env.step(np.array([0, 6], np.int32))
-        with pytest.raises(ValueError, match=r"shape \(1,\), right is \(2,\)"):
+        with pytest.raises(ValueError, match=r"shape \(1,\), expected \(2,\)"):
             env.step(np.zeros(1, np.int32))
-        with pytest.raises(TypeError, match="dtype int64, right is int32"):
+        with pytest.raises(TypeError, match="dtype int64, expected int32"):
             env.step(np.zeros(2, np.int64))
         assert env.step(np.array([0, 5], np.int32)).reward.shape == (2,)
     with pytest.raises(RuntimeError, match="Pong: this environment is closed"):

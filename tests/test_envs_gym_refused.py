@@ -58,11 +58,11 @@ from tests.test_envs_gym import make
         ),
         ("ManyAlone", "auto", r"ManyAlone-v0: it is a VectorEnv; register a single"),
         *(
-            (name, "both", re.escape(f"an observation cannot be called {key!r}; right are letters, digits"))
+            (name, "both", re.escape(f"an observation cannot be called {key!r}; expected letters, digits"))
             for name, key in gym_envs.NAMES.items()
             if name.startswith("Misnamed")
         ),
-        ("ClimbingImage", "image", r"an observation cannot be called '../../x'; right are letters, digits"),
+        ("ClimbingImage", "image", r"an observation cannot be called '../../x'; expected letters, digits"),
         ("LostCont", "both", r"no image cannot be called 'cont'; the agent has a loss of that name"),
         ("LostDyn", "state", r"no image cannot be called 'dyn'; the agent has a loss of that name"),
         ("LostRep", "both", r"no image cannot be called 'rep'; the agent has a loss of that name"),
@@ -70,19 +70,19 @@ from tests.test_envs_gym import make
         (
             "MultiMany",
             "image",
-            r"its actions are MultiDiscrete\(\[\[ 5 5\] \[41 1\]\]\), 1,025 combinations; right are up to 1,024$",
+            r"its actions are MultiDiscrete\(\[\[ 5 5\] \[41 1\]\]\), 1,025 combinations; expected up to 1,024$",
         ),
         (
             "ManySwitches",
             "image",
-            r"its actions are MultiBinary\(11\), 2,048 combinations; right are up to 1,024$",
+            r"its actions are MultiBinary\(11\), 2,048 combinations; expected up to 1,024$",
         ),
         (
             "Words",
             "image",
-            r"its actions are Text\(.*\); right are Discrete, MultiDiscrete, MultiBinary, or a Box",
+            r"its actions are Text\(.*\); expected Discrete, MultiDiscrete, MultiBinary, or a Box",
         ),
-        ("Whole", "image", r"its actions are Box\(.*int32\); right are"),
+        ("Whole", "image", r"its actions are Box\(.*int32\); expected"),
         *(
             (
                 name,

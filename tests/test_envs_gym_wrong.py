@@ -34,11 +34,11 @@ def test_what_an_environment_raises_is_one_line_with_its_own_frames(threads):
     ("how", "text"),
     [
         ("nan", "observation 'arm' has numbers that are not finite"),
-        ("long", "observation 'arm' has 3 numbers, right are 2"),
-        ("count", "observation 'arm' is -2, right is a whole number from -1 to 1"),
+        ("long", "observation 'arm' has 3 numbers, expected 2"),
+        ("count", "observation 'arm' is -2, expected a whole number from -1 to 1"),
         ("float", "observation 'image' is (8, 8, 3) float64, its space says (8, 8, 3) uint8"),
-        ("reward", "its reward is nan, right is a finite number"),
-        ("none", "its reward is None, right is a finite number"),
+        ("reward", "its reward is nan, expected a finite number"),
+        ("none", "its reward is None, expected a finite number"),
         ("exit", "it raised SystemExit: 3"),
     ],
 )
@@ -78,14 +78,14 @@ def test_what_counts_beyond_its_space_is_told(space, rights, wrongs):
         assert gym_spaces.outside(space, right, "it") is None
         assert spaces.flatten(space, right).size == spaces.flatdim(space)
     for wrong, text in wrongs:
-        assert f" {text}, right is " in (gym_spaces.outside(space, wrong, "it") or "")
+        assert f" {text}, expected " in (gym_spaces.outside(space, wrong, "it") or "")
 
 
 def test_an_observation_without_its_names_or_one_of_them_is_told():
     with make("Goals", obs="both") as env:
         observation = gym_envs.GOALS.sample()
         assert env.row_of(observation).keys() == observation.keys()
-        with pytest.raises(RunError, match="is of type ndarray, right are arm, depth, goal, image by name"):
+        with pytest.raises(RunError, match="is of type ndarray, expected arm, depth, goal, image by name"):
             env.row_of(observation["image"])
         del observation["goal"]
         with pytest.raises(

@@ -203,7 +203,7 @@ def test_wrong_actions_are_refused_before_the_simulator():
         wrong[1, 3] = np.nan
         with pytest.raises(ValueError, match="walker_walk: action has 1 values that are not finite"):
             env.step(wrong)
-        with pytest.raises(ValueError, match="right are -1 to 1"):
+        with pytest.raises(ValueError, match="expected -1 to 1"):
             env.step(np.full((2, 6), 1.5, np.float32))
         assert np.isfinite(env.step(np.ones((2, 6), np.float32)).obs["velocity"]).all()
     with pytest.raises(RuntimeError, match="closed"):

@@ -164,11 +164,11 @@ def test_numbers_out_of_range_are_one_line_in_a_notebook_too(run):
     for call, text in (
         (
             lambda path: evaluate.evaluate(path, episodes=0),
-            "--episodes 0 is out of range: right is 1 or more",
+            "--episodes 0 is out of range: expected 1 or more",
         ),
-        (lambda path: evaluate.evaluate(path, seed=-1), "--seed -1 is out of range: right is 0 or more"),
-        (lambda path: evaluate.load(path, seed=-1), "--seed -1 is out of range: right is 0 or more"),
-        (lambda path: evaluate.load(path, num_envs=0), "--num-envs 0 is out of range: right is 1 to 4,096"),
+        (lambda path: evaluate.evaluate(path, seed=-1), "--seed -1 is out of range: expected 0 or more"),
+        (lambda path: evaluate.load(path, seed=-1), "--seed -1 is out of range: expected 0 or more"),
+        (lambda path: evaluate.load(path, num_envs=0), "--num-envs 0 is out of range: expected 1 to 4,096"),
     ):
         with pytest.raises(ConfigError) as error:
             call(path_of(run))
@@ -207,7 +207,7 @@ def test_a_checkpoint_of_another_model_is_one_line(run, tmp_path, monkeypatch, c
         (
             {"rssm": 3},
             1,
-            "the file is damaged (config.rssm cannot be 3; right is an object of fields); restore it",
+            "the file is damaged (config.rssm cannot be 3; expected an object of fields); restore it",
         ),
         ({"rssm": {"deter": "512"}}, 1, "the file is damaged (config.rssm.deter cannot be '512'; "),
         ({"rssm": {"unimix": [0.1]}}, 1, "the file is damaged (config.rssm.unimix cannot be [0.1]; "),
@@ -216,7 +216,7 @@ def test_a_checkpoint_of_another_model_is_one_line(run, tmp_path, monkeypatch, c
         ({"size": "smal"}, 1, "the file is damaged (config.size cannot be 'smal'; "),
         ({"task": None}, 1, "the file is damaged (config.task is missing)"),
         ({"task": "Pong"}, 2, "no task 'Pong' in suite demo; suite atari100k has it; did another version"),
-        ({"rssm": {"deter": -1}}, 2, "--rssm.deter -1 is out of range: right is 1 to 65,536; did another"),
+        ({"rssm": {"deter": -1}}, 2, "--rssm.deter -1 is out of range: expected 1 to 65,536; did another"),
         ({"rssm": {"layers": 2}}, 2, "config.rssm has no field 'layers'; choose from"),
     ],
 )
@@ -297,12 +297,12 @@ def test_evaluate_tells_what_is_wrong_in_one_line(run, tmp_path, monkeypatch, ca
         (
             [str(path_of(run)), "--episodes", "0"],
             2,
-            "argument --episodes: 0 is out of range: right is 1 or more",
+            "argument --episodes: 0 is out of range: expected 1 or more",
         ),
         (
             [str(path_of(run)), "--episodes", "99999", "--num-envs", "9999"],
             2,
-            "--num-envs 9999 is out of range: right is 1 to 4,096",
+            "--num-envs 9999 is out of range: expected 1 to 4,096",
         ),
         ([str(path_of(run)), "--seed", "x"], 2, "argument --seed: 'x' is not a whole number"),
         (
@@ -310,7 +310,7 @@ def test_evaluate_tells_what_is_wrong_in_one_line(run, tmp_path, monkeypatch, ca
             2,
             "there is no option --episods; did you mean '--episodes'?",
         ),
-        ([str(path_of(run)), "more"], 2, "there is no argument more; a value stands behind its --flag"),
+        ([str(path_of(run)), "more"], 2, "there is no argument more; a value comes after its --flag"),
         ([str(path_of(run)), "--video=yes"], 2, "--video is a switch and takes no value, such as 'yes'"),
         ([str(path_of(run)), "--device", "gpu"], 2, "--device: no device 'gpu'; did you mean 'cpu'?"),
     ):
@@ -369,7 +369,7 @@ def test_what_it_cannot_act_on_is_told(run):
         with pytest.raises(ValueError, match="Catch: the observation has no 'image', but pixels"):
             trained.act({"pixels": np.zeros((16, 16, 3), np.uint8)})
         with pytest.raises(
-            ValueError, match=r"obs\['image'\] has shape \(1, 8, 8, 3\), right is \(1, 16, 16, 3\)"
+            ValueError, match=r"obs\['image'\] has shape \(1, 8, 8, 3\), expected \(1, 16, 16, 3\)"
         ):
             trained.act(np.zeros((8, 8, 3), np.uint8))
     several = evaluate.load(path_of(run), num_envs=2, device="cpu")

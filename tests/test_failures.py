@@ -235,7 +235,11 @@ def test_losses_that_stay_nan_stop_the_run_with_the_batch_saved(tmp_path, monkey
     [
         ("cpu", 11, "the last at update 7; its batch is in {}"),
         ("cuda", 10, "the last by update 7; its batch is in {}"),
-        ("cuda", 11, "the last by update 7; its batch is in {}, but for rows that newer ones have replaced"),
+        (
+            "cuda",
+            11,
+            "the last by update 7; its batch is in {}, except for rows that newer ones have replaced",
+        ),
     ],
 )
 def test_what_is_left_of_a_batch_that_is_not_finite(device, rows_added, told, tmp_path):

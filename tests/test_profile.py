@@ -89,7 +89,7 @@ def test_profile_under_other_profilers(monkeypatch, capfd):
 def test_profile_tells_what_is_wrong_in_one_line(tmp_path, monkeypatch, capfd):
     missing = tmp_path / "no" / "trace.json"
     for argv, code, text in (
-        (["--updates", "0"], 2, "argument --updates: 0 is out of range: right is 1 or more"),
+        (["--updates", "0"], 2, "argument --updates: 0 is out of range: expected 1 or more"),
         (["--trace", ""], 2, "argument --trace: it is empty; '.' is the current folder"),
         (["--suite", "dmo"], 2, "no suite 'dmo'; did you mean 'demo'"),
         (["--rssm.detr", "3"], 2, "there is no option --rssm.detr; did you mean '--rssm.deter'"),

@@ -200,7 +200,10 @@ def test_a_wrong_flag_is_answered_with_what_is_right(argv, text, monkeypatch, ca
 @pytest.mark.parametrize(
     ("forced", "text"),
     [
-        ("native", "HDFAST_BACKEND=native says what ops run on, and nothing is left to find; unset it"),
+        (
+            "native",
+            "HDFAST_BACKEND=native decides what ops run on, so that nothing is left to find; unset it",
+        ),
         ("natve", "adam_step: HDFAST_BACKEND=natve cannot run: there is no such backend; choose one of"),
     ],
 )

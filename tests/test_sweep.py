@@ -244,7 +244,7 @@ def test_sweep_tells_what_is_wrong_in_one_line(monkeypatch, capfd):
         (["--agent-steps", "5"], 2, "--agent-steps is a flag of hdfast.train; put it behind --"),
         (["--log.no-tensorboard"], 2, "--log.no-tensorboard is a flag of hdfast.train; put it behind --"),
         (["--config=x.json"], 2, "--config is a flag of hdfast.train; put it behind --"),
-        (["--", "--task", "Pong"], 2, "--task cannot stand behind --"),
+        (["--", "--task", "Pong"], 2, "--task cannot come after --"),
         (["--suite", "demo", "--", "--logdir", ""], 2, "--logdir needs a value, got an empty one"),
         (["--seed", "2147483647", "--seeds", "2"], 2, "--seed 2147483647 --seeds 2 ends at seed"),
         (["--", "--rssm.detr", "3"], 2, "there is no option --rssm.detr; did you mean '--rssm.deter'"),

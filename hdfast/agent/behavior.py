@@ -40,9 +40,9 @@ class Trajectory(NamedTuple):
 
     latent: (H+1, N, ...) states, the first being the start.
     action: (H, N) int64 or (H, N, A) float32, taken in states 0..H-1.
-    log_prob, entropy: (H, N) of those, in nats; log_prob is zero where they are continuous, whose gradient goes through
-    the action itself.
-    cont: (H+1, N), 0 where the episode is over, first the truth, then the mode of the head.
+    log_prob, entropy: (H, N) of the actions, in nats; log_prob is zero for continuous ones, whose gradient flows
+    through the action itself.
+    cont: (H+1, N), 0 where the episode is over: the truth at the start, then the mode of the head.
     reward: (H, N), received on arriving at states 1..H.
     """
 
@@ -72,7 +72,7 @@ class Scores(NamedTuple):
 
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Inside, the modules' parameters take no gradient, but gradients still flow through their inputs."""
+    """In the block, the modules' parameters take no gradient, but gradients still flow through their inputs."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     for p in parameters:
         p.requires_grad_(False)
@@ -109,11 +109,11 @@ class Actor(nn.Module):
         return decide
 
     def forward(self, latent: Latent, draw: Tensor, dtype: torch.dtype) -> Decision:
-        """Decides in each of the detached latents (...); see `Draws` for the numbers."""
+        """Chooses an action in each of the detached latents (...); see `Draws` for the random numbers."""
         return self.at(dtype)(latent, draw)
 
     def mode(self, latent: Latent, dtype: torch.dtype) -> Tensor:
-        """The likeliest actions in the detached latents (...): (...) int64, or (..., A) float32, the mean."""
+        """The likeliest actions in the detached latents (...): (...) int64, or the mean (..., A) float32."""
         out = self.mlp(latent.detach(), dtype)
         if self.discrete:
             return out["logits"].argmax(-1)  # unimix keeps the order
@@ -124,7 +124,7 @@ class Actor(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Both (...), of discrete actions (...) drawn in detached latents (...), in nats."""
         logits = self.mlp(latent.detach(), dtype)["logits"]
-        # For its fused log-probabilities; the sample is not used.
+        # Used for its fused log-probabilities alone; the sample is ignored.
         logp = sample_onehot(logits[..., None, :], draw[..., None], self.unimix)[2].squeeze(-2)
         return logp.gather(-1, action[..., None]).squeeze(-1), categorical_entropy(logp)
 
@@ -258,7 +258,7 @@ class Behavior(nn.Module):
 
         Args:
             apply: scalar bool on the device; false leaves everything as it is.
-            slow, fast: what holds the parameters of both, laid out alike; None: the parameters themselves.
+            slow, fast: tensors that hold the parameters of both, laid out alike; None: the parameters themselves.
         """
         rate = torch.where(self.slow_updates == 0, 1.0, self.slow_rate)
         rate = torch.where(apply, rate, 0.0)

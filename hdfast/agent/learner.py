@@ -39,13 +39,13 @@ class ModelStep(NamedTuple):
     metrics: dict[str, Tensor]
 
     def clone(self) -> "ModelStep":
-        """The same in memory of its own."""
+        """A copy in its own memory."""
         latent = Latent(self.latent.deter.clone(), self.latent.index.clone())
         own = (self.cont.clone(), self.applied.clone(), self.starts.clone())
         return ModelStep(latent, *own, {name: value.clone() for name, value in self.metrics.items()})
 
     def copy_(self, other: "ModelStep") -> None:
-        """Takes the values of another of the same shapes."""
+        """Copies the values of another step of the same shapes."""
         copy_all(self._tensors(), other._tensors())
 
     def _tensors(self) -> list[Tensor]:
@@ -54,7 +54,7 @@ class ModelStep(NamedTuple):
 
 
 def check_backends(device: torch.device) -> None:
-    """Tells before the first step of a run, not at its first update, that an op cannot run on `device`.
+    """Reports an op that cannot run on `device` before the first step of a run, not at its first update.
 
     Raises:
         ConfigError: HDFAST_BACKEND names a backend that cannot.
@@ -131,12 +131,12 @@ class Learner:
         self.updates += 1
 
     def step(self, sample: Sampler) -> None:
-        """World model, actor, critic and slow critic learn from one batch; nothing but device tensors change.
+        """World model, actor, critic and slow critic learn from one batch; only device tensors change.
 
         `sample` returns a time-major batch: observations, `action`, `reward`, `is_first`, `is_terminal` (T, B, ...)
         and `starts` (B,). Model, actor and critic learn in this order; the first whose loss or gradient is not finite
         changes nothing, and neither do those after it. Such an update is counted in `skipped`, and its `starts` are
-        kept in `bad_starts`. `last_starts` are those of the last update.
+        kept in `bad_starts`. `last_starts` holds those of the last update.
         """
         self.learn_behavior(self.learn_model(sample))
 
@@ -157,7 +157,7 @@ class Learner:
         return ModelStep(latent, cont, applied, batch["starts"], metrics)
 
     def learn_behavior(self, half: ModelStep) -> None:
-        """The second half: actor, critic and slow critic learn from the states that the first has seen."""
+        """The second half: actor, critic and slow critic learn from the states that the first inferred."""
         applied, metrics = self._update_behavior(half)
         self.skipped += ~applied
         self.last_starts.copy_(half.starts)
@@ -191,7 +191,7 @@ class Learner:
         )
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters by part; `harmony` counts the scalars that balance the losses, the others are without them."""
+        """Parameters by part; `harmony` counts the scalars that balance the losses, the other counts leave them out."""
         harmony = parameter_counts({"harmony": self.model.harmonizer})["harmony"]
         counts = parameter_counts({"world_model": self.model, **self.behavior.parts()})
         counts["world_model"] -= harmony
@@ -229,10 +229,10 @@ class Learner:
     def load_parameters(self, state: Mapping[str, Tensor]) -> None:
         """Takes what another learner's modules hold, from its `state_dict`; optimizers and generator stay.
 
-        The scalars of harmony stay, too, where the other has none, or others: they find their place soon.
+        The harmony scalars stay, too, if the other learner has none or different ones: they adapt quickly.
 
         Raises:
-            RuntimeError: an entry is missing, or of another shape; the others may have been taken.
+            RuntimeError: an entry is missing, or has another shape; others may already have been copied.
         """
         for name, module in (("model", self.model), ("behavior", self.behavior)):
             prefix = f"{name}."

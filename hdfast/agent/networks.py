@@ -1,7 +1,7 @@
-"""Layers of the world model and of the actor and critic.
+"""Layers of the world model, the actor and the critic.
 
-Axes: N rows, D deter, S groups, K classes, U units, C channels. Parameters are float32; `dtype` is that of the
-matrix work. No layer in front of a LayerNorm has a bias. Initialisation follows DreamerV3 (thuml/HarmonyDream,
+Axes: N rows, D deter, S groups, K classes, U units, C channels. Parameters are float32; `dtype` is the type
+of the matrix work. No layer in front of a LayerNorm has a bias. Initialisation follows DreamerV3 (thuml/HarmonyDream,
 dreamerv3-jax/dreamerv3/nets.py, class Initializer): variance 1 / mean(fan_in, fan_out), a truncated normal for
 hidden layers and a uniform distribution for output layers.
 """
@@ -167,7 +167,7 @@ class LatentProjection(nn.Module):
 
 
 def _slot(name: str) -> str:
-    """What an nn.ModuleDict calls a module: `name`, unless that is one of its own attributes, such as keys or type."""
+    """The key of a module in an nn.ModuleDict: `name`, changed if nn.ModuleDict has such an attribute."""
     return f"{name}/" if hasattr(nn.ModuleDict(), name) else name
 
 

@@ -14,10 +14,10 @@ from hdfast.agent.networks import Latent
 
 @torch.no_grad()
 def open_loop(learner: Learner, batch: Mapping[str, Tensor], *, context: int = 5) -> dict[str, Tensor]:
-    """Predicts every image of a batch: reconstructed for the first `context` rows, imagined after them.
+    """Predicts every image of a batch: reconstructs the first `context` rows, and imagines the rest.
 
     Args:
-        learner: its world model predicts; its generator is not touched.
+        learner: owns the world model that predicts; its generator is not touched.
         batch: time-major (T, B, ...) as `Replay.sample` gives it.
         context: rows seen, from 1 to T - 1.
 

@@ -1,4 +1,4 @@
-"""Adam with a clip of the global gradient norm, all on the device: no scalar of it ever visits the host.
+"""Adam with a clip of the global gradient norm, all on the device: no scalar ever visits the host.
 
 On CUDA all parameters of an optimizer, their gradients and their moments are one tensor each, so that a step is a few
 launches at the speed of memory, whatever the number of parameters.
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from hdfast_kernels import adam_step
 
-FLAT = ("cuda",)  # where parameters are one tensor, unless it is said otherwise
-# Numbers from where one tensor in it may begin to where another may: 512 bytes of float32, as a tensor of its own has
-# from PyTorch, so that matrix products find the same alignment.
+FLAT = ("cuda",)  # devices on which parameters are one tensor by default
+# Each tensor in it begins at a multiple of so many numbers: 512 bytes of float32, as PyTorch aligns a separate tensor,
+# so that matrix products find the same alignment.
 ALIGNMENT = 128
 
 
 class Flat:
     """Zeros for tensors of the shapes of `like`, all in one tensor.
 
-    whole: (N,) float32 on the device of the first. parts: of each its place in `whole`, contiguous, aligned. What is
-    between them is zero, and Adam leaves it so.
+    whole: (N,) float32 on the device of the first. parts: the place of each in `whole`, contiguous and aligned. The
+    gaps between them are zero, and Adam leaves them so.
     """
 
     def __init__(self, like: Sequence[Tensor]):
@@ -38,9 +38,9 @@ class Flat:
 
     @torch.no_grad()
     def copy_(self, tensors: Sequence[Tensor]) -> None:
-        """Copies tensors of these shapes into their places; those that are there already stay.
+        """Copies tensors of these shapes into their places, except those that are already there.
 
-        Raises ValueError where there are more or fewer, or a shape differs.
+        Raises ValueError if their number or a shape differs.
         """
         shapes = [tensor.shape for tensor in tensors]
         if shapes != [part.shape for part in self.parts]:
@@ -50,12 +50,12 @@ class Flat:
 
 
 def copy_all(places: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    """Copies each tensor to its place, contiguous and of the same shape, of each dtype all at once that can be."""
+    """Copies each tensor to its contiguous place of the same shape; per dtype, as many as possible at once."""
     together: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for place, tensor in zip(places, tensors, strict=True):
         if tensor.data_ptr() == place.data_ptr():
             continue
-        # Of two orders or dtypes in a list, PyTorch copies every tensor of it by itself. With one axis, all contiguous
+        # If a list mixes memory orders or dtypes, PyTorch copies its tensors one by one. With one axis, all contiguous
         # tensors have the same strides.
         if tensor.is_contiguous() and tensor.dtype == place.dtype:
             lines, given = together.setdefault(tensor.dtype, ([], []))
@@ -87,11 +87,11 @@ class Parameters:
         if self._memory is None:
             return self.each
         for parameter, part in zip(self.each, self._memory.parts, strict=True):
-            # Its memory is elsewhere at first, after a deepcopy, and where somebody has set `.data`.
+            # Its memory is elsewhere at first, after a deepcopy, and after somebody set `.data`.
             if parameter.data_ptr() != part.data_ptr():
                 if part.is_cuda and torch.cuda.is_current_stream_capturing():
                     raise RuntimeError(
-                        "parameters have got memory of their own: make a step before the capture"
+                        "parameters no longer share one tensor: make a step before the capture"
                     )
                 part.copy_(parameter)
                 parameter.data = part
@@ -100,7 +100,7 @@ class Parameters:
     def changed(self) -> None:
         """Tells autograd of an in-place change, so that it refuses a backward pass through what was computed before.
 
-        It cannot see a change of the one flat tensor; a change of each parameter it sees by itself.
+        Autograd notices a change of each parameter by itself, but not one of the flat tensor.
         """
         if self.flat:
             torch.autograd.graph.increment_version(self.each)
@@ -113,9 +113,9 @@ class Adam:
 
     Args:
         parameters: float32 parameters, all on one device.
-        lr, eps, betas: of Adam, with eps outside the square root.
+        lr, eps, betas: Adam's, with eps outside the square root.
         clip: largest global norm of the gradient.
-        flat: make the parameters views of one tensor; None: on CUDA. Then `gradient` is where gradients are laid out.
+        flat: make the parameters views of one tensor, and `gradient` the place of their gradients; None: on CUDA.
     """
 
     def __init__(

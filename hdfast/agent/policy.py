@@ -23,18 +23,18 @@ class Policy:
     """Chooses actions for N environments and remembers what each has seen.
 
     An action is one call of `step`, from static tensors to static tensors, between a copy to the device and one
-    back, which is all the host ever waits for.
+    back; the host waits for nothing but that last copy.
 
     Args:
-        learner: whose world model and actor act; always their present parameters.
+        learner: owns the world model and actor that act, always with their current parameters.
         num_envs: N.
         seed: of the draws of latents and actions.
         graph: capture `step` as a CUDA graph.
-        greedy: take the actor's likeliest action instead of a sample. Latents are still sampled, and from the same
-            random numbers, because those of the action are drawn too and not used.
+        greedy: take the actor's likeliest action instead of a sample. Latents are still sampled, from the same
+            random numbers as otherwise, because those for the action are drawn too, but not used.
 
     Raises:
-        ConfigError: a graph is wanted on another device than a CUDA device.
+        ConfigError: `graph` is set, but the device is no CUDA device.
     """
 
     def __init__(
@@ -75,15 +75,15 @@ class Policy:
     def __call__(self, obs: Mapping[str, np.ndarray], is_first: np.ndarray) -> np.ndarray:
         """Actions (N,) int32 or (N, A) float32 in [-1, 1], for observations (N, ...) and is_first (N,) bool.
 
-        Observations have exactly the dtypes of the learner's `obs_specs`; those that it does not know are passed over.
+        Observations have exactly the dtypes of the learner's `obs_specs`; unknown ones are ignored.
 
         Raises:
             ValueError: an observation is missing, or an array has another shape.
-            TypeError: one is no numpy array, or has another dtype. Nothing has changed after either.
+            TypeError: one is no numpy array, or has another dtype. Neither error changes anything.
         """
         for key, spec in self.learner.obs_specs.items():
             if key not in obs:
-                raise ValueError(f"obs has the keys {list(obs)}, right are {list(self._host_obs)}")
+                raise ValueError(f"obs has the keys {list(obs)}, expected {list(self._host_obs)}")
             spec.check(obs[key], self.num_envs, f"obs[{key!r}]")
         _FIRST.check(is_first, self.num_envs, "is_first")
         for key, host in self._host_obs.items():
@@ -99,7 +99,7 @@ class Policy:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Latent and action of the rows that are on the device, from those before: device operations only."""
+        """Latent and action for the rows on the device, from the previous ones: device operations only."""
         learner, model, dtype = self.learner, self.learner.model, self.dtype
         device, discrete = learner.device, isinstance(learner.actions, DiscreteActions)
         draw = torch.rand(self.num_envs, model.rssm.stoch, generator=self.generator, device=device)

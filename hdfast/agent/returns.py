@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 
 def percentiles(values: Tensor, shares: tuple[float, ...]) -> Tensor:
-    """Where these shares of (N,) values lie below, between two of them in proportion, as NumPy does by default.
+    """The quantiles of (N,) values at these shares, interpolated linearly, as NumPy does by default.
 
-    torch.quantile does the same in more launches, and in PyTorch 2.11 with a look from the host.
+    torch.quantile does the same in more launches, and in PyTorch 2.11 with a synchronisation.
     """
     ordered, last = values.sort().values, len(values) - 1
     ranks = [share * last for share in shares]

@@ -19,14 +19,14 @@ _rounded: ContextVar[Mapping[int, Tensor]] = ContextVar("rounded")  # by the par
 
 
 def in_type(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
-    """A parameter in `dtype`, differentiably: the copy that `rounded` made of it, else a cast of its own."""
+    """A parameter in `dtype`, differentiably: the copy that `rounded` made of it, else a new cast."""
     known = _rounded.get({}).get(id(parameter))
     return parameter.to(dtype) if known is None or known.dtype != dtype else known
 
 
 @contextmanager
 def rounded(optimizer: Adam, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, `in_type` returns the optimizer's parameters from one copy in `dtype`, cast in a single launch.
+    """In the block, `in_type` returns the optimizer's parameters from one copy in `dtype`, cast in a single launch.
 
     Does nothing in float32, or where the parameters are not one tensor. The gradients are written into
     `optimizer.gradient`, so that they are valid only until its next step or the next backward pass.

@@ -88,7 +88,7 @@ class RSSM(nn.Module):
         )
 
     def initial(self, weights: CastWeights) -> Latent:
-        """The state before anything was seen: deter (D,), index (S,), the mode of the prior at that deter."""
+        """The state before anything is seen: deter (D,), index (S,), the mode of the prior at that deter."""
         deter = self.initial_deter.tanh()
         with torch.no_grad():
             index = self._prior_logits(deter, weights).argmax(-1)
@@ -171,7 +171,7 @@ class RSSM(nn.Module):
     def project_action(self, action: Tensor, weights: CastWeights) -> Tensor:
         """The action's part of the input layer: a row per discrete action, or a product with the clipped vector."""
         if self.discrete:
-            if weights.in_action.is_cuda:  # whose gradient of a gather takes ten times as long as a product
+            if weights.in_action.is_cuda:  # there a gather's gradient takes ten times as long as a product
                 return onehot_linear(action.long()[..., None], weights.in_action)
             return F.embedding(action.long(), weights.in_action)
         return clip_action(action).to(weights.in_action.dtype) @ weights.in_action

@@ -9,7 +9,7 @@ from hdfast.runtime.graphs import CapturedStep, beside
 
 
 class Updates:
-    """Updates of a learner, one a call, in the order of the current stream.
+    """Updates of a learner, one per call, in the order of the current stream.
 
     Args:
         step: an update.
@@ -22,7 +22,7 @@ class Updates:
         self._step()
 
     def finish(self) -> None:
-        """Completes an update that is half done, if one is: the learner is then what as many updates make of it."""
+        """Completes an update that is half done, if any, so that the learner has done only whole updates."""
 
 
 class OverlappedUpdates(Updates):
@@ -30,7 +30,7 @@ class OverlappedUpdates(Updates):
 
     The scan over time leaves most of a GPU idle, and imagination does not depend on the next batch. The results are
     those of updates one after the other, with the same draws: the behavior imagines with the world model that has
-    learnt from its own batch, and the world model's next step waits until it has. So each call leaves an update half
+    learnt from the same batch, and the world model's next step waits for that. So each call leaves an update half
     done, which the next call or `finish` completes.
 
     Args:
@@ -66,7 +66,7 @@ class OverlappedUpdates(Updates):
             self._under_way = False
 
     def _both(self) -> None:
-        # The behavior comes first, whose draws are those before the next world model's.
+        # The behavior comes first, because its draws precede those of the next world model step.
         with beside(self._learner.device) as wait:
             self._learner.learn_behavior(self._half)
         self._half.copy_(self._learner.learn_model(self._sample, wait))

@@ -161,7 +161,7 @@ class WorldModel(nn.Module):
             losses[key] = torch.where(error < 1e-8, 0.0, error).sum(-1).unflatten(0, lead)
         loss, metrics = self.harmonizer(losses)
         with torch.no_grad():
-            metrics["kl_free"] = (losses["dyn"] <= self.free_nats).float().mean()  # what is clipped equals it
+            metrics["kl_free"] = (losses["dyn"] <= self.free_nats).float().mean()  # clipped ones are equal
             metrics["post_entropy"] = categorical_entropy(observed.post_logp).sum(-1).mean()
             metrics["prior_entropy"] = categorical_entropy(observed.prior_logp).sum(-1).mean()
         return ModelOutput(loss, observed, losses, metrics)

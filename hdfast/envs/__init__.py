@@ -11,7 +11,7 @@ from hdfast.runtime.errors import MissingLibraryError, suggest
 
 __all__ = ["ArraySpec", "BatchEnv", "ContinuousActions", "DiscreteActions", "EnvStep", "check", "make"]
 
-# What the suites of each kind can be asked for.
+# The settings that the suites of each kind accept.
 _MUJOCO = {"source": ("auto", "envpool"), "obs": ("image", "state", "both"), "render": ("full", "fast")}
 _CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "atari": {"source": ("auto", "envpool", "ale"), "obs": ("image",), "render": ("full",)},
@@ -40,19 +40,19 @@ def make(
     """The environments of one task, by the names of `hdfast.suites`.
 
     num_envs: how many step together.
-    seed: 0 or more, decides all that is random in them. Training and evaluation need different ones.
+    seed: 0 or more; decides everything random in them. Training and evaluation need different ones.
     source: for Atari `envpool`, `ale`, or `auto`: envpool where it is installed, else ale.
     obs: for robotic tasks and those of gymnasium `image`, `state` or `both`; `auto` is image, of gymnasium state
         where no image is observed.
     render: for robotic tasks `full`, or `fast`: no shadows, no antialiasing.
     image_size: side in pixels of the images of robotic tasks, and of those of gymnasium that are resized.
     threads: of the source; 0 lets it choose.
-    kwargs: what those of gymnasium are made with, a JSON object.
+    kwargs: keyword arguments of gymnasium.make, a JSON object.
     time_limit: agent steps after which an episode of gymnasium is truncated; 0 leaves it to the environment.
-    stop: called while those of gymnasium are waited for; what it raises ends the wait if they hang.
+    stop: called while waiting for those of gymnasium; what it raises ends the wait if they hang.
 
     Raises UnknownName (a ValueError) for a suite, a task or a setting that does not exist, listing the
-    nearest; MissingLibraryError, with the command that mends it, where a package or system library is
+    nearest; MissingLibraryError, with the command that installs it, where a package or system library is
     missing.
     """
     benchmark = suites.get(suite)
@@ -66,7 +66,7 @@ def make(
                 f"--env.{setting} cannot be {value!r} in suite {benchmark.name}{suggest(value, choices)}"
             )
     if num_envs < 1 or threads < 0:
-        raise ValueError(f"num_envs is {num_envs} and threads {threads}; right are 1 or more and 0 or more")
+        raise ValueError(f"num_envs is {num_envs} and threads {threads}; expected 1 or more and 0 or more")
     shared = {
         "num_envs": num_envs,
         "seed": seed,

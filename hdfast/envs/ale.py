@@ -1,9 +1,9 @@
 """The Atari protocol of `hdfast.envs.atari` over ale-py's emulator: a small second source.
 
-For machines without envpool. After the same number of no-ops the same actions give the same pixels, rewards
-and ends as there, to the bit. ale-py's own vector environment is not used, because it leaves the last frame
+For machines without envpool. After the same number of no-ops, the same actions give the same pixels, rewards
+and ends as envpool, to the bit. ale-py's own vector environment is not used, because it leaves the last frame
 out of the image that ends an episode. The emulator holds Python's interpreter lock while it runs a frame,
-so stepping overlaps the learner only where that computes outside Python.
+so stepping overlaps the learner only while the learner computes outside Python.
 
 Axes: N environments; a frame is (210, 160, 3) uint8.
 """
@@ -33,7 +33,7 @@ _ROWS = _ROWS.clip(max=FRAME[0] - 1)
 def area_resize(frame: np.ndarray) -> np.ndarray:
     """Mean over equal areas, rounded: uint8 (210, 160, 3) -> (64, 64, 3). OpenCV's INTER_AREA, to the bit.
 
-    In integers, over the common denominator 5 * 105 = 525: an odd one, so that no mean lies half-way.
+    In integers, over the common denominator 5 * 105 = 525, which is odd, so that no mean lies half-way.
     """
     a, b, c, d, e = frame.reshape(210, 32, 5, 3).astype(np.uint16).transpose(2, 0, 1, 3)
     columns = np.stack([2 * (a + b) + c, c + 2 * (d + e)], axis=2).reshape(210, SIZE * 3)
@@ -56,7 +56,7 @@ class _Row(NamedTuple):
 
 
 class _Game:
-    """One emulator with the protocol around it; a row per call."""
+    """One emulator with the protocol around it; each call gives a row."""
 
     def __init__(
         self, ale_py: ModuleType, task: Task, *, seed: int, action_repeat: int, noops: range
@@ -108,7 +108,7 @@ class _Game:
 class AtariALE(BatchEnv):
     """One Atari game, uint8 images (N, 64, 64, 3) under the key `image`; a time limit counts as terminal.
 
-    noops: a number of no-ops is drawn from it before each episode (the authors' are 0 to 29).
+    noops: the range from which the number of no-ops before each episode is drawn (the authors': 0 to 29).
     """
 
     source = "ale"

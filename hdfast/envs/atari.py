@@ -24,7 +24,7 @@ class AtariPool(PoolEnv):
     """One Atari game, uint8 images (N, 64, 64, 3) under the key `image`.
 
     A time limit counts as terminal: the authors' code sets is_terminal = is_last, so the model learns that
-    the episode ends there. The no-ops are 1 to noop_max of them (the authors', and `ale`'s, are 0 to
+    the episode ends there. Each episode begins with 1 to noop_max no-ops (with the authors and in `ale`: 0 to
     noop_max - 1).
     """
 

@@ -37,17 +37,17 @@ class ArraySpec:
         return len(self.shape) == 3
 
     def check(self, array: object, num_envs: int, where: str) -> None:
-        """Refuses what is no batch (num_envs, ...) of these: numpy would cast or broadcast it in silence.
+        """Refuses anything but a batch (num_envs, ...) of these, which numpy would silently cast or broadcast.
 
-        Raises: TypeError (no numpy array, another dtype) or ValueError (another shape), which begin with `where`.
+        Raises: TypeError (no numpy array, another dtype) or ValueError (another shape); messages begin with `where`.
         """
         shape = (num_envs, *self.shape)
         if not isinstance(array, np.ndarray):
-            raise TypeError(f"{where} is a {type(array).__name__}, right is a numpy array")
+            raise TypeError(f"{where} is a {type(array).__name__}, expected a numpy array")
         if array.dtype != self.dtype:
-            raise TypeError(f"{where} has dtype {array.dtype}, right is {self.dtype}")
+            raise TypeError(f"{where} has dtype {array.dtype}, expected {self.dtype}")
         if array.shape != shape:
-            raise ValueError(f"{where} has shape {array.shape}, right is {shape}")
+            raise ValueError(f"{where} has shape {array.shape}, expected {shape}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class DiscreteActions:
     def error(self, action: np.ndarray) -> str | None:
         """What is wrong with the values of a well-formed batch of actions, or None."""
         if action.size and not (action.min() >= 0 and action.max() < self.count):
-            return f"values in [{action.min()}, {action.max()}], right are 0 to {self.count - 1}"
+            return f"values in [{action.min()}, {action.max()}], expected 0 to {self.count - 1}"
         return None
 
 
@@ -90,7 +90,7 @@ class ContinuousActions:
         if not np.isfinite(action).all():
             return f"{np.count_nonzero(~np.isfinite(action))} values that are not finite"
         if action.size and np.abs(action).max() > 1:
-            return f"values in [{action.min():g}, {action.max():g}], right are -1 to 1"
+            return f"values in [{action.min():g}, {action.max():g}], expected -1 to 1"
         return None
 
 
@@ -172,9 +172,9 @@ class BatchEnv(ABC):
         return self.recv()
 
     def row_of(self, observation: Any) -> dict[str, np.ndarray]:
-        """An observation of one environment of the user's own as a row (1, ...) for each of `obs_specs`.
+        """An observation of a single environment of the user's own as rows (1, ...), one for each of `obs_specs`.
 
-        observation: a mapping by name, or the thing itself where the agent sees a single one.
+        observation: a mapping by name, or the value itself where the agent sees only one.
 
         Raises ValueError where one is missing.
         """
@@ -188,7 +188,7 @@ class BatchEnv(ABC):
         return {key: np.asarray(named[key])[None] for key in self.obs_specs}
 
     def own_action(self, action: np.ndarray) -> Any:
-        """The first of the actions (N, ...), in the form in which a single environment of the user's own takes it."""
+        """The first of the actions (N, ...), as a single environment of the user's own takes it."""
         return action[0]
 
     def close(self) -> None:
@@ -230,15 +230,15 @@ class BatchEnv(ABC):
 
 
 def installed(*packages: str) -> bool:
-    """Whether the packages are there, found out without importing them."""
+    """Whether the packages are installed, without importing them."""
     return all(importlib.util.find_spec(package) is not None for package in packages)
 
 
 def load(module: str, *, needed_by: str, install: str) -> ModuleType:
-    """Import the package that a source stands on.
+    """Import the package that a source relies on.
 
-    It is imported in a thread of its own: envpool keeps an exception of its import, and with that every frame of the
-    stack, where a run's replay and parameters would stay alive as long as the process.
+    It is imported in a separate thread: envpool keeps an exception from its import, and with it every frame of the
+    stack, which would keep a run's replay and parameters alive as long as the process.
 
     Raises MissingLibraryError where it is not installed, with the command that installs it, and where it does
     not load, with the reason.
@@ -258,9 +258,9 @@ def load(module: str, *, needed_by: str, install: str) -> ModuleType:
 def env_seeds(seed: int, num_envs: int) -> list[int]:
     """One 31-bit seed per environment.
 
-    Neighbouring seeds share no environment (seed + env_id would), and the first environments of a larger
-    batch are those of a smaller one.
+    Batches of neighbouring seeds share no environment (with seed + env_id they would), and the first environments of
+    a larger batch are those of a smaller one.
     """
     if seed < 0:
-        raise ValueError(f"seed is {seed}, right is 0 or more")
+        raise ValueError(f"seed is {seed}, expected 0 or more")
     return [int(word) & 0x7FFFFFFF for word in np.random.SeedSequence(seed).generate_state(num_envs)]

@@ -1,4 +1,4 @@
-"""Catch: a ball falls through ten rows of five cells, and the paddle in the lowest row is to be under it.
+"""Catch: a ball falls through ten rows of five cells, and the paddle in the lowest row must be under it.
 
 The task of the suite `demo`, from envpool's Catch (bsuite's rules): actions are left, stay, right; the last
 of the ten rows of an episode is terminal with reward +1 (caught) or -1 (missed), every other reward is 0.
@@ -18,9 +18,8 @@ SIZE = 16
 ROWS, COLUMNS = 10, 5
 BALL = (255, 255, 0)
 PADDLE = (0, 0, 255)  # of the whole lowest row: a ball that is missed shows there as a second paddle
-GREY = np.uint8(
-    128
-)  # what an untrained decoder draws: nothing has to be learnt before ball and paddle are seen
+# What an untrained decoder draws: nothing must be learnt before ball and paddle stand out.
+GREY = np.uint8(128)
 
 
 class Catch(PoolEnv):

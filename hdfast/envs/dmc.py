@@ -13,7 +13,7 @@ from hdfast.suites import Task
 # The camera that Dreamer's agents look through: the first of the model, but a quadruped's stands far away.
 CAMERA, QUADRUPED_CAMERA = 0, 2
 
-# envpool has one set of vectors for each body, dm_control one for each task; these are not in dm_control's.
+# envpool has one set of vectors for each body, dm_control one for each task; dm_control's lack these.
 _QUADRUPED_WALK = {"origin", "rangefinder", "ball_state", "target_position"}
 _HUMANOID = {"joint_angles", "head_height", "extremities", "torso_vertical", "com_velocity"}
 _UNUSED: dict[str, set[str]] = {
@@ -33,8 +33,8 @@ _UNUSED: dict[str, set[str]] = {
     "quadruped_walk": _QUADRUPED_WALK,
 }
 
-# dm_control hides where to turn the finger in the task that has no such place. envpool means to, and misses: the marks
-# tell the angle of a body that looks the same from all sides.
+# dm_control hides the target's marks in finger_spin, which has no target. envpool means to, but fails: the marks
+# show the angle of a body that looks the same from all sides.
 _LOOKS = {"finger_spin": {r'(<site name="(?:tip|target)")': r'\1 rgba="0 0 0 0"'}}
 
 

@@ -1,16 +1,16 @@
 """Environments of your own: whatever is registered with gymnasium, stepped by its vector environments.
 
 A task is what `gymnasium.make` takes: `CarRacing-v3`, or `my_envs:Maze-v0`, for which the module my_envs is imported
-first. Episodes end as the environment says: `terminated` is terminal, `truncated` (a time limit) is not.
+first. Episodes end when the environment says so: `terminated` is terminal, `truncated` (a time limit) is not.
 
 Images are observations of (H, W, 3), (H, W, 1) or (H, W) uint8, of (3, H, W) or (1, H, W), or floats of 0 to 1 or 0 to
 255 with three axes, alone or in a Dict under names of letters, digits, `_`, `-` and spaces (a `/` becomes `-`). Where
 there is none, and one is asked for, the environment is drawn (`render_mode="rgb_array"`). All other observations are
 vectors, Discrete ones one-hot, a Dict or Tuple inside the Dict joined into one. Images that are not all square with
-one side of 8, 16, 32 or 64 become 64 x 64 by Pillow's box filter; `image_size` puts another power of two for 64. Each
-combination of MultiDiscrete and MultiBinary actions is one action of the agent. Bounded Box actions are stretched to
-[-1, 1]; of a ClipAction, the bounds are those that it clips to. Where `info` holds `success` or `is_success`, an
-episode succeeds if one of its rows does.
+one side of 8, 16, 32 or 64 become 64 x 64 by Pillow's box filter; `image_size` sets another power of two in
+place of 64. Each combination of MultiDiscrete and MultiBinary actions is one action of the agent. Bounded Box actions
+are stretched to [-1, 1]; the bounds of a ClipAction are those that it clips to. Where `info` holds `success` or
+`is_success`, an episode succeeds if one of its rows does.
 
 Axes: N environments, H, W pixels.
 """
@@ -50,7 +50,7 @@ def find(env_id: str) -> EnvSpec:
     """What is registered under `env_id`, its module imported.
 
     Raises UnknownName, listing the nearest, where there is no such module or environment; MissingLibraryError where
-    the module imports what is not there; EnvError for what it raises.
+    the module imports a missing package; EnvError for what it raises.
     """
     module, _, name = env_id.rpartition(":")
     if module:
@@ -62,7 +62,7 @@ def find(env_id: str) -> EnvSpec:
                     raise
                 package = module.partition(".")[0]
                 hint = f"install it, or start from the folder that holds {package}.py or {package}/"
-                if error.name == module and module.endswith(".py"):  # what stands before it is there
+                if error.name == module and module.endswith(".py"):  # the part before .py exists
                     hint = f"leave out .py: {module.removesuffix('.py')}:{name}"
                 raise UnknownName(f"no module {error.name!r} to import for {env_id}", hint=hint) from error
     try:
@@ -80,17 +80,17 @@ def find(env_id: str) -> EnvSpec:
 class GymEnv(BatchEnv):
     """Environments of one id.
 
-    More than one are stepped in a process each, or with `threads` 1 in this process; whichever, while the learner
+    Several are stepped in a process each, or with `threads` 1 in this process; in either case while the learner
     works. obs: `image`, `state` (the vectors), `both`, or `auto`: image where one is observed, else state.
     image_size, kwargs, time_limit: as `hdfast.envs.make`.
 
-    stop: called while they are waited for. If they do not answer in the GRACE_SECONDS after it first raises, what it
-    raises comes from whoever waits, and close() kills them.
+    stop: called while waiting for them. If they do not answer within GRACE_SECONDS of its first raising, whoever waits
+    raises the same, and close() kills them.
 
     Raises UnknownName; MissingLibraryError where a package that the environment needs is missing; ConfigError for
     observations or actions that the agent cannot take, with what would be right, for arguments that the environment
-    does not take, and for a script that lets no process begin; EnvError, also later, for what an environment raises,
-    for numbers that are not finite, and where its process dies.
+    does not take, and for a script that keeps processes from starting; EnvError, also later, for what an environment
+    raises, for numbers that are not finite, and where its process dies.
     """
 
     source = "gymnasium"
@@ -115,7 +115,7 @@ class GymEnv(BatchEnv):
         kind = AsyncVectorEnv if num_envs > 1 and threads != 1 else SyncVectorEnv
         self._vector = kind.__new__(kind)  # its processes are known while it is being made
         self._stop, self._thread = stop, GymThread(stop)
-        # Also called when this is forgotten, or not closed at the end of Python, which would wait for them for ever.
+        # Also called if this is garbage, or still open when Python exits, which would wait for ever.
         self._kill = Finalize(self, _kill, (self._vector, self._thread), exitpriority=0)
         self._broken = self._made = False
         try:
@@ -135,7 +135,7 @@ class GymEnv(BatchEnv):
             action_repeat=action_repeat,
         )
         self._over = np.zeros(num_envs, bool)
-        self._tells_success = False  # some tell it at the end of an episode only
+        self._tells_success = False  # some report it only at the end of an episode
         self._answer: Future[tuple[Any, ...]]
 
     def _reset(self) -> EnvStep:
@@ -174,7 +174,7 @@ class GymEnv(BatchEnv):
         )
 
     def row_of(self, observation: Any) -> dict[str, np.ndarray]:
-        """As `BatchEnv.row_of`, of an observation in the environment's own space, or of the frame where it is drawn.
+        """As `BatchEnv.row_of`, for an observation in the environment's own space, or the frame where it is drawn.
 
         Raises EnvError where the observation is none of that space, ValueError for environments in other processes.
         """
@@ -202,13 +202,13 @@ class GymEnv(BatchEnv):
         try:
             return answer.result()
         except HdfastError as error:
-            # gymnasium raises what a process sent inside another of its kind
+            # gymnasium wraps the error that a process sent in another of the same type
             raise error.what if isinstance(error.what, HdfastError) else error from error.__cause__
         except (EOFError, ConnectionError) as error:
             if isinstance(self._vector, SyncVectorEnv):
                 raise
             self._broken = True
-            self._stop()  # what ended the process may have been meant for all
+            self._stop()  # the signal that ended the process may have been sent to all
             if not self._made and _script_imported(self._vector):
                 what = f"the processes of its environments do not begin ({error!r})"
                 hint = "a script calls hdfast below `if __name__ == '__main__':`, or with --env.threads 1"
@@ -223,7 +223,7 @@ class GymEnv(BatchEnv):
         try:
             if not self._broken:
                 closing = self._thread.submit(self._vector.close)
-                # one has ended while nobody asked it, or hangs
+                # a process ended unasked, or hangs
                 with contextlib.suppress(EOFError, ConnectionError, TimeoutError):
                     self._thread.wait(closing, last=True)
                     closing.result()
@@ -232,32 +232,32 @@ class GymEnv(BatchEnv):
 
 
 def _make(vector: SyncVectorEnv | AsyncVectorEnv, make: Maker, num_envs: int) -> None:
-    """Makes N environments that reset at the step after their last."""
+    """Makes N environments that reset at the step after an episode's last."""
     makers = [make, *[dataclasses.replace(make, quiet=True)] * (num_envs - 1)]
     if isinstance(vector, SyncVectorEnv):
         vector.__init__(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
         return
-    warnings.filterwarnings("ignore", r"\x1b\[31mERROR: ")  # gymnasium's, of what it is about to raise
+    warnings.filterwarnings("ignore", r"\x1b\[31mERROR: ")  # gymnasium's, about an error that it then raises
     _start_server()
     vector.__init__(makers, autoreset_mode=AutoresetMode.NEXT_STEP, context="forkserver")
 
 
 def _how_it_ended(vector: AsyncVectorEnv) -> str:
-    """By which signal or exit code the first process that failed ended; empty if none did."""
+    """The signal or exit code that ended the first failed process; empty if none failed."""
     for code in filter(None, _exit_codes(vector)):
         return f"exit code {code}" if code > 0 else f"killed by signal {-code}, {signal.strsignal(-code)}"
     return ""
 
 
 def _exit_codes(vector: AsyncVectorEnv) -> list[int | None]:
-    """Of the processes that were begun, None where one runs; one that is ending has a second for it."""
+    """Exit codes of the started processes, None for one still running; one about to end gets a second."""
     begun = [process for process in getattr(vector, "processes", ()) if process.pid]
     connection.wait([process.sentinel for process in begun], 1)
     return [process.exitcode for process in begun]
 
 
 def _script_imported(vector: AsyncVectorEnv) -> bool:
-    """Whether a script began this, and its processes, or the server of forks, ended as those that import it may."""
+    """Whether a script started this, and its processes, or the fork server, may have failed to import it."""
     main = sys.modules["__main__"]
     codes = _exit_codes(vector)
     ended = not codes or 1 in codes
@@ -265,14 +265,14 @@ def _script_imported(vector: AsyncVectorEnv) -> bool:
 
 
 def _start_server() -> None:
-    """Starts what the processes are forks of. Signals of the terminal wait there, until `Maker` ignores them.
+    """Starts the server that forks the processes. It blocks the terminal's signals until `Maker` ignores them.
 
-    A fork of this process would take torch's threads and CUDA along. Those of a small server do not, and share the
-    torch that each would load by itself, because it imports what this process was started with (`hdfast.train`).
+    A fork of this process would take torch's threads and CUDA along. Forks of a small server do not, and share one
+    torch instead of loading it each, because the server imports the main module of this process (`hdfast.train`).
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", "torch"])
     resource_tracker.ensure_running()  # started later, it would unblock the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # of this thread: the learner's gets them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in this thread: the learner's gets them
     try:
         with clear_mpi_env_vars():  # as gymnasium starts its processes
             forkserver.ensure_running()
@@ -281,7 +281,7 @@ def _start_server() -> None:
 
 
 def _kill(vector: SyncVectorEnv | AsyncVectorEnv, thread: GymThread) -> None:
-    """Ends what is left of the environments without asking them, but for one that hangs in this process."""
+    """Kills the remaining environments without asking them, except one that hangs in this process."""
     vector.closed = True  # its own close() would wait for their answers
     for process in getattr(vector, "processes", ()):
         if process.pid is not None:

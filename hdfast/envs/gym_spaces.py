@@ -1,4 +1,4 @@
-"""What the spaces of a gymnasium environment are to the agent: images, vectors and actions; what it cannot take.
+"""How the agent sees the spaces of a gymnasium environment: images, vectors, actions, and what it cannot take.
 
 Axes: H, W pixels, C channels.
 """
@@ -17,17 +17,17 @@ from hdfast.runtime.errors import ConfigError
 
 _NAME = re.compile(r"[\w -]+")
 MOST_ACTIONS = 1_024  # combinations of several discrete choices; each is an action of its own to the agent
-# What replay calls its other columns.
+# Names of replay's other columns.
 _TAKEN = ("action", "reward", "is_first", "is_last", "is_terminal", "starts")
 
 
 def key_of(space: spaces.Space) -> str:
-    """What an observation without a name is called."""
+    """The name of an observation that has none of its own."""
     return "image" if is_image(space) else "state"
 
 
 def parts_of(space: spaces.Space, name: str) -> dict[str, spaces.Space]:
-    """The observations of environment `name` by what the agent calls them. Raises: ConfigError."""
+    """The observations of environment `name`, under the names that the agent uses. Raises: ConfigError."""
     if not isinstance(space, spaces.Dict):
         return {key_of(space): space}
     theirs: dict[str, str] = {}
@@ -39,20 +39,20 @@ def parts_of(space: spaces.Space, name: str) -> dict[str, spaces.Space]:
 
 
 def called(key: Any) -> Any:
-    """What the agent calls an observation of a Dict: "-" stands for "/", if that makes a name that it can have."""
+    """The agent's name for an observation of a Dict: "-" replaces "/" if that makes a valid name."""
     new = key.replace("/", "-") if isinstance(key, str) else ""
     return new if _NAME.fullmatch(new) else key
 
 
 def is_image(space: spaces.Space) -> bool:
-    """Whether it is meant as one; whether the agent can take it is for `wrong` to say."""
+    """Whether a space is meant as an image; `wrong` says whether the agent can take it."""
     return isinstance(space, spaces.Box) and (
         len(space.shape) == 3 or (len(space.shape) == 2 and space.dtype == np.uint8)
     )
 
 
 def holds_image(space: spaces.Space) -> bool:
-    """Whether there is an image somewhere within it, as in a Dict or in a stack of frames."""
+    """Whether a space contains an image, as a Dict or a stack of frames does."""
     match space:
         case spaces.Dict():
             return any(map(holds_image, space.values()))
@@ -63,7 +63,7 @@ def holds_image(space: spaces.Space) -> bool:
 
 
 def channels_first(space: spaces.Box) -> bool:
-    """Whether an image is (C, H, W); where both could be meant it is not."""
+    """Whether an image is (C, H, W); an ambiguous shape is not."""
     return len(space.shape) == 3 and space.shape[2] not in (1, 3) and space.shape[0] in (1, 3)
 
 
@@ -75,7 +75,7 @@ def shape_of(space: spaces.Box) -> tuple[int, int, int]:
 
 
 def white_of(space: spaces.Box) -> int | None:
-    """The brightest that an image can be, of 0 to 1 or 0 to 255; None if it is something else."""
+    """The value of white in an image of 0 to 1 or of 0 to 255; None for any other range."""
     if space.dtype == np.uint8:
         return 255
     if space.dtype in (np.float32, np.float64) and (space.low == 0).all():
@@ -84,9 +84,9 @@ def white_of(space: spaces.Box) -> int | None:
 
 
 def wrong(key: str, space: spaces.Space) -> str | None:
-    """What keeps the agent from taking an observation, and what would be right; None if nothing does."""
+    """Why the agent cannot take an observation, and what would be right; None if it can."""
     if not isinstance(key, str) or not _NAME.fullmatch(key):
-        return f"an observation cannot be called {key!r}; right are letters, digits, '_', '-' and ' '"
+        return f"an observation cannot be called {key!r}; expected letters, digits, '_', '-' and ' '"
     if key in _TAKEN:
         return f"an observation cannot be called {key!r}; replay has a column of that name"
     if not is_image(space):
@@ -104,7 +104,7 @@ def wrong(key: str, space: spaces.Space) -> str | None:
 def outside(space: spaces.Space, value: Any, key: str) -> str | None:
     """Which number of observation `key` is out of range of a Discrete or MultiDiscrete in its space; None if none is.
 
-    gymnasium would raise an IndexError, or count from the end. Other faults are not looked for here.
+    gymnasium would raise an IndexError, or count from the end. No other faults are checked here.
     """
     match space:
         case spaces.Dict():
@@ -120,16 +120,16 @@ def outside(space: spaces.Space, value: Any, key: str) -> str | None:
             low, high = int(space.start), int(space.start + space.n) - 1
             if number.dtype.kind in "biu" and number.size == 1 and low <= number.item() <= high:
                 return None
-            return f"observation {key!r} is {value!s:.50}, right is a whole number from {low} to {high}"
+            return f"observation {key!r} is {value!s:.50}, expected a whole number from {low} to {high}"
         case spaces.MultiDiscrete():
             numbers, low, high = np.asarray(value), space.start, space.start + space.nvec - 1
             if numbers.dtype.kind not in "biu" or numbers.shape != space.shape:
                 given = f"{numbers.shape} {numbers.dtype}"
-                return f"observation {key!r} is {given}, right is {space.shape} of whole numbers"
+                return f"observation {key!r} is {given}, expected {space.shape} of whole numbers"
             if not (out := (numbers < low) | (numbers > high)).any():
                 return None
             at = tuple(np.argwhere(out)[0].tolist())
-            right = f"right is a whole number from {low[at]} to {high[at]}"
+            right = f"expected a whole number from {low[at]} to {high[at]}"
             return f"observation {key!r} has {numbers[at]} at {list(at)}, {right}"
         case _:
             return None
@@ -137,7 +137,7 @@ def outside(space: spaces.Space, value: Any, key: str) -> str | None:
 
 
 def action_space_of(env: gymnasium.Env) -> spaces.Space:
-    """What an environment takes; where its ClipAction takes all numbers, those that it clips to."""
+    """The actions that an environment takes; if its ClipAction takes all numbers, those that it clips to."""
     layer = env
     while _unbounded(layer.action_space) and isinstance(layer, gymnasium.Wrapper):
         inner = layer.env
@@ -153,7 +153,7 @@ def _unbounded(space: spaces.Space) -> bool:
 
 
 def choices_of(space: spaces.Space) -> tuple[int, ...] | None:
-    """Among how many values each number of a discrete action is chosen; None if actions are something else."""
+    """How many values each number of a discrete action can have; None if actions are not discrete."""
     match space:
         case spaces.Discrete():
             return (int(space.n),)
@@ -170,13 +170,13 @@ def actions_of(space: spaces.Space, name: str) -> DiscreteActions | ContinuousAc
     if (choices := choices_of(space)) is not None:
         count = math.prod(choices)
         if len(choices) > 1 and count > MOST_ACTIONS:
-            given = " ".join(str(space).split())  # of a table, in one line
-            what = f"its actions are {given}, {count:,} combinations; right are up to {MOST_ACTIONS:,}"
+            given = " ".join(str(space).split())  # a table is put on one line
+            what = f"its actions are {given}, {count:,} combinations; expected up to {MOST_ACTIONS:,}"
             raise ConfigError(what, where=name)
         return DiscreteActions(count)
     if not isinstance(space, spaces.Box) or not np.issubdtype(space.dtype, np.floating):
         right = "Discrete, MultiDiscrete, MultiBinary, or a Box of floats"
-        raise ConfigError(f"its actions are {space}; right are {right}", where=name)
+        raise ConfigError(f"its actions are {space}; expected {right}", where=name)
     if _unbounded(space):
         hint = "gymnasium.wrappers.TransformAction(env, f, Box(low, high)) gives them bounds"
         raise ConfigError(f"its actions have no bounds: {space}", where=name, hint=hint)

@@ -1,4 +1,4 @@
-"""The thread that makes, steps and closes environments of gymnasium, and that may never come back from one."""
+"""The thread that makes, steps and closes environments of gymnasium, and may hang in one for ever."""
 
 import math
 import time
@@ -16,20 +16,20 @@ _POLL_SECONDS = 0.2
 class GymThread:
     """Runs calls one after another on one thread: OpenGL contexts belong to the thread that made them.
 
-    A call that never returns holds up neither who waits for it nor the end of the process.
+    A call that never returns holds up neither the caller nor the end of the process.
 
-    stop: called while an answer is waited for; raises when nobody wants it any more.
+    stop: called while waiting for an answer; raises when nobody wants it any more.
     """
 
     def __init__(self, stop: Callable[[], object]) -> None:
         self._stop = stop
-        self._left = False  # somebody has gone away before the answer came
+        self._left = False  # a caller gave up before the answer came
         self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._thread = Thread(target=self._run, name="gymnasium", daemon=True)
         self._thread.start()
 
     def submit(self, call: Callable[[], Any]) -> Future[Any]:
-        """Begins a call, as soon as those before it have answered."""
+        """Queues a call, which begins when those before it have answered."""
         answer: Future[Any] = Future()
         self._calls.put((answer, call))
         return answer

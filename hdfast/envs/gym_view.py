@@ -43,18 +43,18 @@ from hdfast.envs.gym_spaces import (
 )
 from hdfast.runtime.errors import ConfigError, EnvError, HdfastError, MissingLibraryError, tell_warnings, warn
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # to stop is for the learner, when it has saved
-_LOSSES = ("dyn", "rep", "cont")  # what the agent calls its other losses; images have one together, "image"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the learner handles them: it saves, then stops
+_LOSSES = ("dyn", "rep", "cont")  # names of the agent's other losses; all images share one, "image"
 _TO_SEE = "let it observe (H, W, 3) uint8, or render 'rgb_array'; --env.obs state does without"
 _LARGEST = float(np.finfo(np.float32).max)
 
 
 @contextlib.contextmanager
 def env_errors(name: str) -> Iterator[None]:
-    """Turns what environment `name` raises in the block into one line; its own frames are the details.
+    """Turns what environment `name` raises in the block into one line, with its own frames as details.
 
-    Raises: EnvError; MissingLibraryError where it imports a package that is not there. Errors that are one line already
-    pass.
+    Raises: EnvError; MissingLibraryError where it imports a missing package. An HdfastError, which is one line already,
+    passes.
     """
     try:
         yield
@@ -65,7 +65,7 @@ def env_errors(name: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name:
             package = error.name.partition(".")[0]
-            if package not in sys.modules:  # of one that is there, perhaps the user's own, a part is misnamed
+            if package not in sys.modules:  # else a part of it, perhaps the user's own, is misnamed
                 hint = f"pip install {package}"
                 raise MissingLibraryError(f"{name} needs {error.name}", hint=hint) from error
         raise _raised(error, name) from error
@@ -74,7 +74,7 @@ def env_errors(name: str) -> Iterator[None]:
 def _raised(
     error: BaseException, name: str, hint: str = "", *, kind: type[HdfastError] = EnvError
 ) -> HdfastError:
-    """The one line of what environment `name` raised."""
+    """One line about what environment `name` raised."""
     ours = (
         *(Path(module.__file__).parent for module in (gymnasium, importlib)),
         Path(__file__).parents[1],
@@ -90,7 +90,7 @@ def _raised(
 
 
 def _refuse_many(spec: EnvSpec) -> None:
-    """Raises ConfigError for what is registered as many environments in one."""
+    """Raises ConfigError for a registered VectorEnv, which is many environments in one."""
     creator = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
     if creator is None or (isinstance(creator, type) and issubclass(creator, VectorEnv)):
         hint = "register a single environment; hdfast makes its own copies, --env.num-envs of them"
@@ -114,25 +114,25 @@ def _tell_endless(name: str) -> None:
 
 
 def _end_with_parent() -> None:
-    """From now on this process is killed when the one that started it is gone, however it went.
+    """From now on this process is killed when the one that started it is gone, however it ended.
 
-    By the kernel, with SIGIO from a pipe whose other end the parent holds: a thread of its own would wait for the
-    GIL, which an environment that hangs may never give back. Its server of forks is its parent only in name.
+    The kernel does it, with SIGIO from a pipe whose other end the parent holds: a thread would wait for the GIL, which
+    an environment that hangs may never release. The fork server is only nominally its parent.
     """
     parent = multiprocessing.parent_process()
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, os.O_ASYNC)
-    if not parent.is_alive():  # it went before
+    if not parent.is_alive():  # it was gone before
         os._exit(1)
 
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes one environment, seen as `obs` says, in this process (`owner`) or in one of its own.
+    """Makes one environment, seen as `obs` says, in this process (`owner`) or in a separate one.
 
     image_size, kwargs, time_limit: as `hdfast.envs.make`.
-    quiet: in one of its own it passes over warnings, which another process gives.
+    quiet: in a separate process, ignore warnings, because another process gives them.
     """
 
     spec: EnvSpec
@@ -148,14 +148,14 @@ class Maker:
             return self._seen()
         for signum in SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # for what an environment starts
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # for processes that an environment starts
         _end_with_parent()
         tell_warnings()
         if self.quiet:
             warnings.simplefilter("ignore")
         try:
             return self._seen()
-        except HdfastError as error:  # which gymnasium would print, and not send
+        except HdfastError as error:  # gymnasium would print it instead of sending it
             return Unmade(error)
 
     def _seen(self) -> gymnasium.Env:
@@ -203,10 +203,10 @@ class Maker:
             _tell_endless(name)
 
     def _make(self, **more: Any) -> gymnasium.Env:
-        """The environment as it is registered, with what was asked for and `more`."""
+        """The registered environment, made with the arguments asked for and `more`."""
         given = {**json.loads(self.kwargs), **more}
         if self.time_limit:
-            # Wrappers that are registered may count other steps than the agent's.
+            # Registered wrappers may count other steps than the agent's.
             given["max_episode_steps"] = -1
         try:
             env = gymnasium.make(self.spec, **given)
@@ -214,20 +214,20 @@ class Maker:
             if self.kwargs == "{}":
                 raise
             hint = f"--env.kwargs gave it {self.kwargs}"
-            first = error.__context__ or error  # gymnasium adds to it what it was called with
+            first = error.__context__ or error  # gymnasium adds the arguments to the message
             raise _raised(first, self.spec.id, hint, kind=ConfigError) from error
         return TimeLimit(env, self.time_limit) if self.time_limit else env
 
 
 class Unmade(gymnasium.Env):
-    """Stands for an environment that cannot be made in a process of its own: to compare its spaces raises `error`."""
+    """Stands for an environment that could not be made in a separate process: comparing its spaces raises `error`."""
 
     def __init__(self, error: HdfastError) -> None:
         self.observation_space = self.action_space = _Raising(error)
 
 
 class _Raising(spaces.Dict):
-    """As a kind of Dict it is asked before any other Dict whether they are equal."""
+    """A subclass of Dict, so that Python asks it first when it is compared with a Dict."""
 
     def __init__(self, error: HdfastError) -> None:
         self._error = error
@@ -239,11 +239,11 @@ class _Raising(spaces.Dict):
 
 
 class Seen(gymnasium.ObservationWrapper):
-    """Observations as a Dict of images (H, W, 1 or 3) uint8 and vectors (n,) float32; of `info` the success alone.
+    """Observations as a Dict of images (H, W, 1 or 3) uint8 and vectors (n,) float32; `info` keeps success alone.
 
-    image_size: side of the images, in pixels; a smaller one that all of them have, of a power of two, stays.
-    drawn: its one image is drawn, of any size, and not observed.
-    vectors: the spaces of those that are seen, as the environment has them.
+    image_size: side of the images, in pixels; a smaller power of two is kept if all images have it.
+    drawn: its one image, of any size, is drawn, not observed.
+    vectors: the environment's own spaces of the vectors that are seen.
     """
 
     def __init__(self, env: gymnasium.Env, obs: str, *, image_size: int, drawn: bool) -> None:
@@ -254,7 +254,7 @@ class Seen(gymnasium.ObservationWrapper):
         images = {key: space for key, space in parts.items() if is_image(space) and obs != "state"}
         vectors = {key: space for key, space in parts.items() if not is_image(space) and obs != "image"}
         self._whole = not isinstance(env.observation_space, spaces.Dict)
-        for key, space in ({**images, **vectors} or parts).items():  # or what it would be told to see
+        for key, space in ({**images, **vectors} or parts).items():  # or those to choose from
             if (what := wrong(key, space)) is not None:
                 raise ConfigError(what, where=name)
         for key in vectors.keys() & {*_LOSSES, *(["image"] if images else [])}:
@@ -292,21 +292,21 @@ class Seen(gymnasium.ObservationWrapper):
             obs, reward, terminated, truncated, info = super().step(action)
             number = np.asarray(reward)
             if not (number.size == 1 and number.dtype.kind in "biuf" and abs(number.item()) <= _LARGEST):
-                raise EnvError(f"its reward is {reward!r:.50}, right is a finite number", where=self._name)
+                raise EnvError(f"its reward is {reward!r:.50}, expected a finite number", where=self._name)
             return obs, float(number.item()), bool(terminated), bool(truncated), _success(info)
 
     def close(self) -> None:
         try:
             with env_errors(self._name):
                 super().close()
-        except HdfastError as error:  # whatever came of it has been saved
+        except HdfastError as error:  # everything it produced has been saved
             warnings.warn(f"{error}; it was being closed", stacklevel=2)
 
     def row_of(self, observation: Any) -> dict[str, np.ndarray]:
         """What the agent sees of an observation in the environment's own space.
 
-        Where the agent sees the drawn frame alone, that is given; where it sees vectors too, a mapping of "image" and
-        the vectors by name, "state" where there is one without a name.
+        If the agent sees the drawn frame alone, `observation` is that frame; if it sees vectors too, a mapping of
+        "image" and the vectors by name, with "state" for one without a name.
         """
         return self.observation({"image": observation} if self._drawn and not self.vectors else observation)
 
@@ -316,7 +316,7 @@ class Seen(gymnasium.ObservationWrapper):
         elif isinstance(observation, Mapping):
             parts = {called(key): value for key, value in observation.items()}
         else:
-            right = f"right are {', '.join(self.observation_space)} by name"
+            right = f"expected {', '.join(self.observation_space)} by name"
             raise EnvError(
                 f"the observation is of type {type(observation).__name__}, {right}", where=self._name
             )
@@ -335,7 +335,7 @@ class Seen(gymnasium.ObservationWrapper):
         right = self.observation_space[key].shape
         if vector.shape != right:
             raise EnvError(
-                f"observation {key!r} has {len(vector)} numbers, right are {right[0]}", where=self._name
+                f"observation {key!r} has {len(vector)} numbers, expected {right[0]}", where=self._name
             )
         if not np.isfinite(vector).all():
             raise EnvError(f"observation {key!r} has numbers that are not finite", where=self._name)
@@ -369,7 +369,7 @@ class Seen(gymnasium.ObservationWrapper):
 
 
 def _success(info: dict[str, Any]) -> dict[str, bool]:
-    """{"success": whether it is reached}, empty where the environment does not tell."""
+    """{"success": whether it is reached}, empty if the environment does not say."""
     for name in ("success", "is_success"):
         value = np.asarray(info.get(name))
         if value.size == 1 and value.dtype.kind in "biuf":

@@ -4,8 +4,8 @@
 shows them (its last three numbers), as in the goal-observable variant that the authors train on. Each row's
 `info["success"]` says whether the task is solved in it; no agent may see it.
 
-envpool's models are Meta-World's without the textures: white walls, a white floor and pale objects. What is drawn
-here is the package `metaworld`, of which nothing else is used.
+envpool's models are Meta-World's without the textures: white walls, a white floor and pale objects. The models drawn
+here come from the package `metaworld`, of which nothing else is used.
 
 Axes: N environments.
 """
@@ -20,13 +20,13 @@ from hdfast.envs.mujoco import MujocoEnv
 from hdfast.runtime.errors import MissingLibraryError
 from hdfast.suites import Task
 
-CORNER_CAMERA = 1  # hangs head down
+CORNER_CAMERA = 1  # mounted upside down
 
 
 def textured_models(needed_by: str) -> Path:
-    """The folder of the package `metaworld` with models and textures; nothing is imported.
+    """The folder of models and textures in the package `metaworld`, which is not imported.
 
-    Raises MissingLibraryError, with the command that installs it, where there is none.
+    Raises MissingLibraryError, with the command that installs it, if it is missing.
     """
     package = importlib.util.find_spec("metaworld")
     folders = (

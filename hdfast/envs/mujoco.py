@@ -1,6 +1,6 @@
 """What envpool's MuJoCo tasks share: images through EGL, states, and an action repeat that sums the reward.
 
-Axes: N environments, all at the same row of their episodes: these tasks end by their time limit alone, so
+Axes: N environments, all at the same row of their episodes: only the time limit ends these tasks, so
 that they reset together. An agent step runs on a thread of its own, between send and recv, and so does the
 drawing of images, on one thread for each core: every environment is always drawn by the same thread, which
 owns its OpenGL context.
@@ -40,7 +40,7 @@ pool.render(numpy.zeros(1, numpy.int32))
 
 @functools.cache
 def require_egl(python: str = sys.executable, seconds: float = 120.0) -> None:
-    """Draw one image in another process, because a failure of OpenGL kills the process it happens in.
+    """Draw one image in another process, because an OpenGL failure kills its process.
 
     Raises MissingLibraryError with what went wrong there, and with the Debian packages that images need.
     """
@@ -61,7 +61,7 @@ WITHOUT_SHADOWS = {r"<quality\b[^>]*>": '<quality shadowsize="0" offsamples="0"/
 
 
 def link_models(source: Path, into: Path, changes: Mapping[str, str]) -> None:
-    """A folder of MuJoCo models, linked file by file into another; there, what matches a pattern in XML is replaced.
+    """Links a folder of MuJoCo models file by file into another, with changes made in the copies of XML files.
 
     changes: regular expressions, and what `re.sub` puts in their place.
     """
@@ -88,11 +88,11 @@ class MujocoEnv(PoolEnv):
     render: `full` as the task's authors have it, `fast` without shadows and antialiasing: the same physics,
     slightly other images.
     assets: the folder of the task's models under envpool's `mujoco/`.
-    models: the same folder from elsewhere, if envpool's is not what is to be drawn.
-    looks: what is changed in the models for images, as in `link_models`.
+    models: the same folder from elsewhere, to be drawn in place of envpool's.
+    looks: changes to the models for drawing, as in `link_models`.
     unused: vectors that envpool gives but the task does not have.
     flip: turn the camera's images upside down.
-    pool_settings: what else the task's pool takes.
+    pool_settings: further settings of the task's pool.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class MujocoEnv(PoolEnv):
     def _advance(self, action: np.ndarray) -> EnvStep:
         obs, reward, terminated, truncated, info = self._pool.step(action)
         for _ in range(self.action_repeat - 1):
-            if info["elapsed_step"].any():  # no reset row: those ignore the action, once
+            if info["elapsed_step"].any():  # not a reset row, which ignores the action
                 obs, more, terminated, truncated, info = self._pool.step(action)
                 reward = reward + more
         return self._row(obs, reward, terminated, truncated, info)

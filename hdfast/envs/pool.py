@@ -18,8 +18,8 @@ from hdfast.envs.base import ArraySpec, BatchEnv, ContinuousActions, DiscreteAct
 def preload_egl() -> bool:
     """Load libEGL before envpool, with its symbols visible to it; whether that was possible.
 
-    envpool 1.2.5 cannot draw MuJoCo's images otherwise (it kills the process instead), and by the time
-    someone has imported it, it is too late. Where nothing is drawn, False does no harm.
+    envpool 1.2.5 cannot draw MuJoCo's images otherwise (it kills the process instead), and once it is imported
+    it is too late. Where nothing is drawn, False does no harm.
     """
     if "envpool" in sys.modules:
         return False
@@ -31,7 +31,7 @@ def preload_egl() -> bool:
 
 
 def library(needed_by: str) -> ModuleType:
-    """envpool, imported in the one way in which MuJoCo's images work later.
+    """envpool, imported so that MuJoCo's images work later.
 
     Raises MissingLibraryError where it is not installed or does not load.
     """

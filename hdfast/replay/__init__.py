@@ -1,4 +1,4 @@
-"""Where data rests: the ring of rows (`ring`) and its append-only log on disk (`log`)."""
+"""Where data is kept: the ring of rows (`ring`) and its append-only log on disk (`log`)."""
 
 from hdfast.replay.chunk import LayoutError, ReplayError
 from hdfast.replay.ring import Replay

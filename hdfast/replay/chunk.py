@@ -14,8 +14,8 @@ Compression, measured on random play (64x64x3, one environment, records of 64 ro
     XOR, zlib 1  153, 26    110, 23    330, 27    333, 28    12292, 290
     XOR, zlib 6  106, 39     64, 57    287, 74    268, 74    12292, 316
 
-zstandard takes a fifth of the time, but that time is 2% of an Atari step, and it is one more dependency. XOR
-finds the frame before also where zlib's window of 32 KiB does not reach it: with several environments.
+zstandard takes a fifth of the time, but that time is 2% of an Atari step, and it is one more dependency. With
+several environments, XOR finds the previous frame even where zlib's window of 32 KiB does not reach it.
 """
 
 import json
@@ -42,7 +42,7 @@ CRC = struct.Struct("<I")
 class ReplayError(RuntimeError):
     """The log cannot be written, or does not hold the rows that a checkpoint needs; the message is one line.
 
-    `errno` is that of the system call that failed, or None where the content is what is wrong.
+    `errno` is that of the system call that failed, or None if the content is wrong.
     """
 
     def __init__(self, message: str, *, errno: int | None = None) -> None:
@@ -51,7 +51,7 @@ class ReplayError(RuntimeError):
 
 
 class LayoutError(ReplayError):
-    """The log holds rows of other observations, actions or environments than it is read for."""
+    """The log holds rows of other observations, actions or environments than the reader expects."""
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def disk_errors(verb: str, path: Path) -> Iterator[None]:
 
 
 def chunk_header(layout: RowLayout, first_row: int, crc: int) -> bytes:
-    """What a chunk begins with; crc: the checksum of the record before."""
+    """The header of a chunk; crc: the checksum of the record before it."""
     fields = {"version": VERSION, "first_row": first_row, "crc": crc, "layout": layout.to_json()}
     text = json.dumps(fields).encode()
     return CHUNK_HEADER.pack(CHUNK_MAGIC, len(text), zlib.crc32(text)) + text
@@ -102,7 +102,7 @@ class RecordWriter:
         return b"".join([header, CRC.pack(crc), payload]), crc
 
     def begin_chunk(self) -> None:
-        """Forget the rows so far: the next one begins a chunk."""
+        """Forget the rows so far: the next one begins a new chunk."""
         self._last[:] = 0
         self._begin()
 
@@ -133,7 +133,7 @@ class ChunkReader:
         self._last = np.zeros(layout.packed_nbytes, np.uint8)
 
     def read(self) -> np.ndarray | None:
-        """The next record's rows, uint8 (K, P); None, and the file stays, at the end or a torn record."""
+        """The next record's rows, uint8 (K, P); None at the end or a torn record, where the file position stays."""
         begin = self._file.tell()
         header, stored_crc = self._file.read(RECORD_HEADER.size), self._file.read(CRC.size)
         if len(stored_crc) < CRC.size:
@@ -175,7 +175,7 @@ class ChunkReader:
 
 
 def _others(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """What two layouts differ in, as `state float32 (3,), now float32 (4,)`; see `RowLayout.to_json`."""
+    """How two layouts differ, as `state float32 (3,), now float32 (4,)`; see `RowLayout.to_json`."""
 
     def parts(layout: Mapping[str, Any]) -> dict[str, str]:
         rows = {key: f"{np.dtype(dtype)} {tuple(shape)}" for key, (dtype, *shape) in layout["keys"].items()}

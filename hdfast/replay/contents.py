@@ -33,7 +33,7 @@ def random_row(
 ) -> dict[str, np.ndarray]:
     """One row (N, ...) of every key: bytes and Normal numbers as observations, one in 50 the last of an episode.
 
-    Rows know nothing of each other: is_first stands at random, too.
+    Rows are independent of each other: is_first is random, too.
     """
     row = {"action": actions.sample(rng, num_envs), "reward": rng.standard_normal(num_envs, np.float32)}
     for key, spec in obs_specs.items():

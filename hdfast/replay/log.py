@@ -2,9 +2,9 @@
 
 Axes: P bytes of a packed row (`rows.RowLayout`), K rows of a record; the files are described in `chunk`.
 
-Rows are written in records of BLOCK_BYTES; `flush` makes durable everything up to now. A checkpoint keeps a
+Rows are written in records of BLOCK_BYTES; `flush` makes everything so far durable. A checkpoint keeps a
 `position` and gets back, by `load`, exactly the rows it was saved with, or a ReplayError. A kill loses what
-came after the last flush; whatever stands behind the position of a checkpoint, torn or whole, is cut off.
+came after the last flush; whatever follows a checkpoint's position, torn or whole, is cut off.
 """
 
 import logging
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class ReplayLog:
     """The log of one run in `directory`, which is created. Begin with `start` or with `load`.
 
-    ring: how many rows before a position `load` has to find.
+    ring: how many rows before a position `load` must find.
     positions: how many of the newest positions must stay loadable; rows that none of them needs are deleted.
 
     Every method raises ReplayError if the disk fails. After a failed write nothing is lost: the rows wait in
@@ -42,8 +42,8 @@ class ReplayLog:
         self._layout, self._ring = layout, ring
         self._record = RecordWriter(layout)
         self._rows = 0  # in sealed records, whether written or not
-        self._crc = 0  # of the last of them
-        self._chunk: Path | None = None  # that sealed records go to; None: the next one begins a chunk
+        self._crc = 0  # of the last sealed record
+        self._chunk: Path | None = None  # where sealed records go; None: the next one begins a chunk
         self._chunk_nbytes = 0
         self._unwritten: deque[tuple[Path, bytes]] = deque()
         self._file: int | None = None  # descriptor of _file_path
@@ -57,7 +57,7 @@ class ReplayLog:
             _sync_directory(self.directory.parent)
 
     def start(self) -> None:
-        """Begin at row 0. Deletes the rows of an earlier attempt, of no use without a checkpoint."""
+        """Begin at row 0. Deletes the rows of an earlier attempt, which are useless without a checkpoint."""
         if chunks := self._chunks():
             logger.warning("%s: deleting rows that no checkpoint was loaded for", self.directory)
             self._cut(chunks, None, 0)
@@ -76,7 +76,7 @@ class ReplayLog:
         self._sync()
 
     def position(self) -> tuple[int, int]:
-        """Flush; the number of rows and the checksum of the log up to here, which is what `load` takes."""
+        """Flush, and return what `load` takes: the number of rows and the checksum of the log so far."""
         self.flush()
         if not self._positions or self._positions[-1] != self._rows:
             self._positions.append(self._rows)
@@ -87,8 +87,8 @@ class ReplayLog:
     def load(self, rows: int, crc: int, store: Callable[[int, np.ndarray], None]) -> None:
         """Hand the rows that the ring held at position (rows, crc) to `store`, then cut off what follows it.
 
-        `store(first_row, packed)` gets consecutive blocks, uint8 (K, P). Nothing is cut before all has been
-        read. Raises ReplayError if a row is missing or damaged, or the log is not the one of the position.
+        `store(first_row, packed)` gets consecutive blocks, uint8 (K, P). Nothing is cut until all has been
+        read. Raises ReplayError if a row is missing or damaged, or the position is from another log.
         """
         self._forget()
         oldest = max(rows - self._ring, 0)
@@ -126,7 +126,7 @@ class ReplayLog:
             self._forget()
 
     def _forget(self) -> None:
-        """Let go of the file and of what was not written to it; the next record begins a chunk."""
+        """Close the file and drop what was not written to it; the next record begins a chunk."""
         if self._file is not None:
             os.close(self._file)
         self._file = self._file_path = self._chunk = None
@@ -161,7 +161,7 @@ class ReplayLog:
                 try:
                     _write_at(self._file, data, self._file_nbytes)
                 except OSError:
-                    with suppress(OSError):  # a tail that stays is overwritten by the next try or cut by load
+                    with suppress(OSError):  # otherwise the next try overwrites the tail, or load cuts it
                         os.ftruncate(self._file, self._file_nbytes)
                     raise
             self._file_nbytes += len(data)
@@ -217,7 +217,7 @@ def _first_row(path: Path) -> int:
 
 
 def _write_at(file: int, data: bytes, offset: int) -> None:
-    """Write all of data; a write that was cut short, by a signal or a disk that fills up, goes on."""
+    """Write all of data, going on after a write that a signal or a full disk cut short."""
     rest = memoryview(data)
     while rest:
         written = os.pwrite(file, rest, offset)

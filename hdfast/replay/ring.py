@@ -1,4 +1,4 @@
-"""The ring of rows: what the agent has lived through, at hand for training, and safe on disk.
+"""The ring of rows: what the agent has experienced, at hand for training, and safe on disk.
 
 Axes: N environments, R ring slots per environment, T window length, B windows. The row that environment n
 returned at its agent step k lies in row `n * R + k % R` of the storage; all environments advance together.
@@ -30,7 +30,7 @@ from hdfast_kernels import gather_windows
 if TYPE_CHECKING:
     from hdfast.envs.base import ArraySpec
 
-DEVICE_SHARE = 0.5  # of the free device memory: the most that a ring placed by "auto" takes from the learner
+DEVICE_SHARE = 0.5  # of the free device memory: the most that a ring placed by "auto" may take
 
 
 class Replay:
@@ -38,7 +38,7 @@ class Replay:
 
     specs: observation keys and "action", "reward", "is_first", "is_last", "is_terminal", of one environment.
     capacity: rows of all environments together, rounded down to a multiple of num_envs.
-    device: where windows are wanted.
+    device: where windows are needed.
     place: "device" keeps the ring there; "host" keeps it in host memory and brings each batch over while the
         device is busy with the one before (see `stage`); "auto" is "host" only for a CUDA device on which the
         ring would take more than half of what is free.
@@ -85,7 +85,7 @@ class Replay:
         self._transfer = RowTransfer(self._layout, home)
         self._prefetch: dict[tuple[int, int], WindowPrefetch] = {}
         self._log: ReplayLog | None = None
-        if directory is not None:  # one position more is being saved, and one is to spare
+        if directory is not None:  # one more for the position being saved, and one spare
             self._log = ReplayLog(directory, self._layout, self.ring, positions=checkpoints + 2)
 
     @property
@@ -95,7 +95,7 @@ class Replay:
 
     @property
     def generators(self) -> tuple[torch.Generator, ...]:
-        """What `sample` draws from, for a CUDA graph that holds it: none where `stage` draws, outside of the graph."""
+        """The generators that a CUDA graph of `sample` must register; none where `stage` draws, outside the graph."""
         return (self.generator,) if self.place == "device" else ()
 
     def describe(self) -> str:
@@ -112,7 +112,7 @@ class Replay:
         """Append one row of every environment: numpy arrays (N, ...) of exactly the specs' shapes and dtypes.
 
         Raises ValueError or TypeError and adds nothing if the rows are wrong. Raises ReplayError if the disk
-        fails; the row is then in the ring, and the log writes it when the disk can again.
+        fails; the row is then in the ring, and the log writes it once the disk works again.
         """
         self._layout.check(rows)
         if self._log is not None and self.rows_added == 0:
@@ -128,9 +128,9 @@ class Replay:
             self._log.append(packed)
 
     def stage(self, batch: int, length: int) -> None:
-        """Make ready what the next `sample(batch, length)` returns, and begin to fetch the batch after it.
+        """Prepare what the next `sample(batch, length)` returns, and begin to fetch the batch after it.
 
-        To be called outside of a graph before every sample, or replay of a graph that holds one. Does nothing
+        Call it outside of a graph before every sample, or every replay of a graph that contains one. Does nothing
         unless place is "host", where a batch is drawn one call ahead, without the rows added in between.
         """
         if self.place == "device":
@@ -152,9 +152,8 @@ class Replay:
         episodes. In the first row of every window `is_first` is set, because what came before it is not in
         the batch.
 
-        The tensors are new ones, or, where place is "host", those of the last `stage`, which the next one
-        overwrites. Raises ValueError if no window is ready, RuntimeError if place is "host" and nothing is
-        staged.
+        The tensors are new, or, if place is "host", those of the last `stage`, which the next one overwrites.
+        Raises ValueError if no window is ready, RuntimeError if place is "host" and nothing is staged.
         """
         self._require(length)
         if self.place == "device":
@@ -166,13 +165,13 @@ class Replay:
     def gather(self, starts: Tensor, length: int) -> dict[str, Tensor]:
         """The windows that start at storage rows `starts` (B,), as `sample` gives them, in new tensors.
 
-        They are the same until `add` overwrites a row of theirs.
+        They stay the same until `add` overwrites one of their rows.
         """
         windows = self._gather(starts.to(self._rows_added.device), length)
         return {key: rows.to(self.device) for key, rows in windows.items()}
 
     def flush(self) -> None:
-        """Make all rows added so far durable on disk; to be called before a checkpoint is written."""
+        """Make all rows added so far durable on disk; call it before a checkpoint is written."""
         if self._log is not None:
             self._log.flush()
 
@@ -186,7 +185,7 @@ class Replay:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Become what `state_dict` was called on: read its rows from the log, and cut off those added later.
 
-        The ring may be of another size than the one that was saved, where neither has gone round with these rows.
+        The ring may differ in size from the saved one, as long as these rows fill neither more than once.
 
         Raises ReplayError if the log does not hold these rows, or the state is of another kind of replay.
         """
@@ -206,7 +205,7 @@ class Replay:
         restore_generator(self.generator, state["generator"])
 
     def close(self) -> None:
-        """Flush and let go of the log and of the threads."""
+        """Flush, close the log, and end the threads."""
         for prefetch in self._prefetch.values():
             prefetch.close()
         if self._log is not None:
@@ -252,7 +251,7 @@ class Replay:
 def _place(device: torch.device, nbytes: int) -> Literal["device", "host"]:
     if device.type != "cuda":
         return "device"
-    gc.collect()  # what a run before this one has left, and what PyTorch keeps of it
+    gc.collect()  # frees what an earlier run left, and what PyTorch keeps of it
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return "device" if nbytes <= DEVICE_SHARE * free else "host"

@@ -28,7 +28,7 @@ class RowLayout:
     (N, ...). Keys of wide items come first, so that each starts at a multiple of its item size.
 
     Raises ValueError if "action" or one of the scalar keys is missing, a scalar key has another shape or dtype, or
-    a key is called as windows call their beginnings, and TypeError for a dtype that torch does not store.
+    a key has the name of the windows' beginnings, and TypeError for a dtype that torch does not store.
     """
 
     def __init__(self, specs: Mapping[str, ArraySpec], num_envs: int) -> None:
@@ -68,7 +68,7 @@ class RowLayout:
         }
 
     def to_json(self) -> dict[str, object]:
-        """What must be equal for two replays to hold the same kind of rows."""
+        """A description that is equal for two replays of the same kind of rows."""
         keys = {key: [spec.dtype.str, *spec.shape] for key, spec in self.specs.items()}
         return {"num_envs": self.num_envs, "keys": keys}
 

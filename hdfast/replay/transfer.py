@@ -1,10 +1,9 @@
-"""Between host and training device: rows on their way in and, where the ring stays on the host, windows after
-them.
+"""Transfers between host and training device: rows in and, if the ring stays on the host, windows to learn from.
 
 Axes: N environments, P bytes of a packed row, T window length, B windows.
 
 On CUDA everything passes through pinned memory, and the host never waits for work that it has only just
-enqueued.
+queued.
 """
 
 import functools
@@ -18,11 +17,11 @@ from torch import Tensor
 
 from hdfast.replay.rows import RowLayout
 
-ROWS_IN_FLIGHT = 4  # before the host waits for the oldest to have left its pinned buffer
+ROWS_IN_FLIGHT = 4  # then the host waits until the oldest has left its pinned buffer
 
 
 def host_view(tensor: Tensor) -> Tensor | np.ndarray:
-    """The tensor, as numpy if it is on the host: there torch would copy a mere row with all its threads."""
+    """The tensor, as numpy if it is on the host, where torch would use all its threads to copy a single row."""
     return tensor.numpy() if tensor.device.type == "cpu" else tensor
 
 
@@ -73,7 +72,7 @@ class WindowPrefetch:
         self._device = self._stream.device if self._stream else device  # with its index
         self._sent = torch.cuda.Event() if self._cuda else None
         self._taken = torch.cuda.Event() if self._cuda else None
-        # A thread's current device is its own, and the first card to begin with.
+        # Each thread has its own current device, which is at first the first card.
         begin = functools.partial(torch.cuda.set_device, self._device) if self._cuda else None
         self._thread = ThreadPoolExecutor(1, "replay-prefetch", initializer=begin)
         self._pending: Future[None] | None = None
@@ -88,12 +87,12 @@ class WindowPrefetch:
         self._pending = self._thread.submit(self._fetch, starts)
 
     def wait(self) -> None:
-        """Return when the ring is not being read."""
+        """Wait until the ring is not being read."""
         if self._pending is not None:
             self._pending.result()
 
     def finish(self) -> None:
-        """Put the batch that was begun into `windows`, in the order of the current stream."""
+        """Put the batch under way into `windows`, in the order of the current stream."""
         self.wait()
         self._pending = None
         if self._cuda:
@@ -104,14 +103,14 @@ class WindowPrefetch:
             self._taken.record(torch.cuda.current_stream(self._device))
 
     def drop(self) -> None:
-        """Forget the batch that was begun."""
+        """Forget the batch under way."""
         self.wait()
         self._pending = None
 
     def close(self) -> None:
         self._thread.shutdown()
         if self._cuda:
-            self._sent.synchronize()  # `_arriving` may be given to others then
+            self._sent.synchronize()  # after that, PyTorch may reuse the memory of `_arriving`
 
     def _fetch(self, starts: Tensor) -> None:
         gathered = self._gather(starts)
@@ -120,7 +119,7 @@ class WindowPrefetch:
                 self._pinned[key] = torch.empty_like(rows, pin_memory=self._cuda)
                 self._arriving[key] = torch.empty_like(rows, device=self._device)
                 self.windows[key] = torch.empty_like(rows, device=self._device)
-            if self._cuda:  # whoever had the memory of `_arriving` before may not be through with it
+            if self._cuda:  # earlier work may still be using the memory of `_arriving`
                 self._stream.wait_stream(torch.cuda.current_stream(self._device))
         if self._cuda:
             self._sent.synchronize()  # the batch before has left the pinned buffers
@@ -135,5 +134,5 @@ class WindowPrefetch:
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all prefetches to a device: of many, one would be that on which graphs are captured."""
+    """One stream for all prefetches to a device: of many, one would be the stream on which graphs are captured."""
     return torch.cuda.Stream(device)

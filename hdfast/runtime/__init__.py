@@ -1,1 +1,1 @@
-"""What carries a run: errors, checkpoints, the run directory, logs, progress, devices, profiling ranges."""
+"""What a run relies on: errors, checkpoints, the run directory, logs, progress, devices, profiling ranges."""

@@ -29,11 +29,11 @@ class Arguments(argparse.ArgumentParser):
             known = [flag for flag in self._option_string_actions if flag.startswith("--")]
             if name.startswith("-"):
                 raise ConfigError(f"there is no option {name}{suggest(name, known)}")
-            raise ConfigError(f"there is no argument {name}", hint="a value stands behind its --flag")
+            raise ConfigError(f"there is no argument {name}", hint="a value comes after its --flag")
         return parsed
 
     def own(self) -> dict[str, str]:
-        """What `--help` says of each flag: for a parser of other flags, which answers a wrong one with the nearest."""
+        """The help of each flag, for a parser of other flags that suggests the nearest in place of a wrong one."""
         flags = self._option_string_actions.items()
         return {flag: action.help or "" for flag, action in flags if flag.startswith("--")}
 
@@ -45,7 +45,7 @@ class Arguments(argparse.ArgumentParser):
 
 
 def whole_number(text: str) -> int:
-    """What int() reads, and whole numbers as 1e5 writes them. Raises ValueError, as int() words it, for all else."""
+    """What int() reads, and whole numbers written like 1e5. Raises int()'s ValueError for all else."""
     try:
         return int(text)
     except ValueError:
@@ -81,5 +81,5 @@ def _at_least(low: int, text: str) -> int:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < low:
-        raise argparse.ArgumentTypeError(f"{value} is out of range: right is {low} or more")
+        raise argparse.ArgumentTypeError(f"{value} is out of range: expected {low} or more")
     return value

@@ -26,7 +26,7 @@ from hdfast.runtime.files import PARTIAL, replacing
 SUFFIX = ".safetensors"
 _NAME = re.compile(r"(\d+)" + re.escape(SUFFIX))
 _DIGITS = 64
-_LENGTH = struct.Struct("<Q")  # of the JSON header, first thing in a safetensors file
+_LENGTH = struct.Struct("<Q")  # length of the JSON header, with which a safetensors file begins
 _PREFIX = b'{"__metadata__":{"checksum":"'
 _CHECKSUM_AT = _LENGTH.size + len(_PREFIX)
 _CHUNK_BYTES = 1 << 22
@@ -55,7 +55,7 @@ class Checkpoint:
     path: Path
 
     def part(self, prefix: str) -> dict[str, torch.Tensor]:
-        """The tensors whose names begin so, without the prefix."""
+        """The tensors whose names begin with the prefix, without it."""
         return {k.removeprefix(prefix): t for k, t in self.tensors.items() if k.startswith(prefix)}
 
 
@@ -71,13 +71,13 @@ def save(
 
     tensors: any shape, device and memory format; they come back contiguous, with equal bits.
     meta: JSON-able (a tuple comes back as a list).
-    number: grows with the run, e.g. agent steps. A file with a higher number is one that could not be loaded,
-        or the run would have gone on from there: it is removed too.
+    number: grows with the run, e.g. agent steps. A file with a higher number could not be loaded, or the run
+        would have gone on from it: it is removed too.
 
     One process at a time may save into a directory (RunDir's lock sees to it).
 
-    Raises: DiskFullError, RunError (unwritable), TypeError (a tensor or meta that has no stored form); the
-    checkpoints from before are intact after each.
+    Raises: DiskFullError, RunError (unwritable), TypeError (a tensor or meta that has no stored form); after each of
+    these the earlier checkpoints are intact.
     """
     path = directory / f"{number:010d}{SUFFIX}"
     header, ordered = _header(tensors, meta)
@@ -106,8 +106,8 @@ def load_latest(
 ) -> Checkpoint | None:
     """The newest checkpoint in `directory` that is whole, on `device`; None when there is none at all.
 
-    Each damaged one is told to `warn` and passed over for the one before. Only reads: safe beside a writer, which may
-    remove what is about to be read once there are newer ones.
+    Each damaged one is reported to `warn` and skipped for the one before. Only reads: safe beside a writer, which may
+    remove a file that is about to be read once there are newer ones.
 
     Raises: CheckpointError when there are checkpoints and all are damaged.
     """
@@ -118,7 +118,7 @@ def load_latest(
             return _load(path, number, device)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             if isinstance(error, FileNotFoundError) and not os.path.lexists(path):
-                continue  # among those that there are now
+                continue  # look again at those that exist now
             damaged[path] = f"{path.name}: {error}"
             before = "; trying the one before" if len(rest) > 1 else ""
             warn(f"{path}: checkpoint is damaged ({error}){before}")
@@ -211,9 +211,9 @@ def _chunks(file: Any) -> Iterator[memoryview]:
 
 @contextlib.contextmanager
 def fitting(path: Path, differing: Sequence[str] = ()) -> Iterator[None]:
-    """Turns what torch says of parameters of other names or shapes into one line about the checkpoint at `path`.
+    """Turns torch's error about other names or shapes of parameters into one line about the checkpoint at `path`.
 
-    differing: lines of what is known to be another than in training, told before a parameter's shape.
+    differing: lines about known differences from training, given before a parameter's shape.
     """
     try:
         yield

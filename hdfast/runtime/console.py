@@ -1,4 +1,4 @@
-"""rich's console on an output that may not be there, go away while a run goes on, or lack a character."""
+"""rich's console on an output that may be absent, go away during a run, or lack a character."""
 
 import contextlib
 import errno
@@ -23,12 +23,12 @@ def say(text: str) -> None:
 
 
 class Console(console.Console):
-    """What is printed when nobody can read it any more does not harm a run.
+    """A console whose output may lose its reader without harm to a run.
 
     A pipe that is closed (`... | head`, `... | tee` after Ctrl-C) raises BrokenPipeError once, a file on a full disk
     OutputFullError; later output is dropped.
-    Of a terminal that is closed nothing is said at all: SIGHUP tells it, to those that do not ignore it.
-    What the encoding of the output lacks is put in ASCII, before it is laid out where it is a str.
+    A closed terminal raises nothing: SIGHUP reports it to those that do not ignore it.
+    Characters that the output's encoding lacks become ASCII, in a str before it is laid out.
 
     stream: where to write, stdout if None; nothing is written if that is closed.
     """
@@ -53,7 +53,7 @@ class _Nowhere(io.TextIOBase):
 
 
 class _Lasting:
-    """A text stream that drops what a closed terminal does not take, and all where there is none."""
+    """A text stream that drops what a closed terminal does not take, or everything if there is no stream."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = _Nowhere() if stream is None else stream

@@ -1,4 +1,4 @@
-"""From `--device` and `--precision` to a torch device and dtype, and what to write down about the machine."""
+"""From `--device` and `--precision` to a torch device and dtype, and what to record about the machine."""
 
 import os
 import platform
@@ -72,7 +72,7 @@ def prepare_device(device: torch.device, little_work: bool) -> None:
     float32. If an update is little work (`Config.little_work`), PyTorch gets one thread, unless OMP_NUM_THREADS is
     set: two gain little there on idle cores, and on busy ones they wait for each other. An update of the demo on two
     busy cores: 31 ms of CPU and 45-74 ms of wall time on one thread, 400-1,040 ms and 650-2,140 ms on two. A later
-    call for more work gives back the threads that there were before.
+    call for more work restores the earlier number of threads.
 
     Raises: MissingLibraryError if the C++ module of the CPU cannot be used, with the command that builds it.
     """
@@ -91,7 +91,7 @@ def prepare_device(device: torch.device, little_work: bool) -> None:
 
 
 def _limit_threads(to_one: bool) -> None:
-    """One thread for PyTorch, or those that it had when it was last limited to one."""
+    """Limits PyTorch to one thread, or restores the number it had before the last limit."""
     if "OMP_NUM_THREADS" in os.environ:
         return
     threads = torch.get_num_threads()
@@ -104,7 +104,7 @@ def _limit_threads(to_one: bool) -> None:
 
 
 def restore_generator(generator: torch.Generator, state: torch.Tensor) -> None:
-    """Has a generator go on from its saved state; where that is of another kind of device, from a seed made of it.
+    """Restores a generator's saved state; if that is of another kind of device, seeds the generator from it.
 
     state: (bytes,) uint8, of `get_state`.
     """

@@ -1,4 +1,4 @@
-"""Errors a user can mend, each one clear line and one exit code; `main` is the wrapper every door runs in.
+"""Errors a user can fix, each with one clear line and one exit code; `main` wraps every door.
 
 Exit codes: 0 done, 1 the run cannot go on, 2 the request is wrong, 3 no usable checkpoint, 4 no room on disk,
 5 losses are not finite, 6 a library is missing, 128 + n stopped by signal n (129 SIGHUP, 130 SIGINT, 143 SIGTERM).
@@ -33,11 +33,11 @@ NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class HdfastError(Exception):
-    """Something the user can mend. `str(error)` is one line: "<where>: <what>; <hint>".
+    """Something the user can fix. `str(error)` is one line: "<where>: <what>; <hint>".
 
     what: what is wrong, with the value that was got.
     where: the file, field or environment it is about.
-    hint: the nearest right value, or the command that mends it.
+    hint: the nearest right value, or the command that fixes it.
     details: further lines, printed indented below the first (the fields in which two configs differ).
     """
 
@@ -57,7 +57,7 @@ class HdfastError(Exception):
 
 
 class ConfigError(HdfastError):
-    """The request itself is wrong: a name, a value, a device that is not there."""
+    """The request itself is wrong: a wrong name or value, or a missing device."""
 
     exit_code = 2
 
@@ -67,7 +67,7 @@ class RunError(HdfastError):
 
 
 class EnvError(RunError):
-    """An environment raises, or gives what no environment of its spaces does."""
+    """An environment raises, or returns what does not fit its spaces."""
 
 
 class CheckpointError(HdfastError):
@@ -83,7 +83,7 @@ class DiskFullError(HdfastError):
 
 
 class OutputFullError(DiskFullError):
-    """No room for what the process says, in the file that takes it."""
+    """No room for the output of the process in the file that takes it."""
 
 
 class NonFiniteError(HdfastError):
@@ -103,14 +103,14 @@ class Interrupted(HdfastError):
 
     def __init__(self, signum: int, *, hint: str = "the same command resumes it") -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}", hint=hint)
-        self.args = (signum,)  # what pickle calls the class with
+        self.args = (signum,)  # pickle calls the class with these
         self.exit_code = 128 + signum
 
 
 def suggest(name: str, choices: Iterable[str], *, limit: int = 3) -> str:
     """The end of a message on a wrong name: "; did you mean 'a' or 'b'?", or all choices when none is near.
 
-    It goes straight behind the message, `f"no task {name!r}{suggest(name, tasks)}"`, or into `hint=`.
+    Append it directly to the message, `f"no task {name!r}{suggest(name, tasks)}"`, or into `hint=`.
     Case is ignored when comparing. Returns "" when there are no choices.
     """
     choices = list(dict.fromkeys(choices))
@@ -125,7 +125,7 @@ def suggest(name: str, choices: Iterable[str], *, limit: int = 3) -> str:
 
 
 def warn(text: str) -> None:
-    """Print one warning line to stderr, where there is one."""
+    """Print one warning line to stderr, if there is one."""
     if sys.stderr is None:
         return
     with writing_output():
@@ -135,9 +135,9 @@ def warn(text: str) -> None:
 
 @contextlib.contextmanager
 def writing_output() -> Iterator[None]:
-    """Ignores the EIO of a write to a closed terminal in the block: SIGHUP tells of that, not an error.
+    """Ignores the EIO of a write to a closed terminal in the block: SIGHUP reports that, not an error.
 
-    Raises: OutputFullError where the output goes into a file for which the disk has no room.
+    Raises: OutputFullError if the output goes into a file that the disk has no room for.
     """
     try:
         yield
@@ -165,7 +165,7 @@ def disk_errors(path: str | Path, doing: str, *, hint: str = "") -> Iterator[Non
 
 
 def missing_package(error: ImportError) -> MissingLibraryError | None:
-    """What to tell where one of PACKAGES is missing, or cannot be imported; None about any other import."""
+    """The error for one of PACKAGES that is missing or cannot be imported; None for any other import."""
     wanted = (error.name or "").partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and wanted in PACKAGES:
         return MissingLibraryError(f"hdfast needs {wanted}", hint=f"pip install {PACKAGES[wanted]}")
@@ -180,7 +180,7 @@ def missing_package(error: ImportError) -> MissingLibraryError | None:
 
 
 def _memory(error: BaseException) -> RunError | None:
-    """What to tell where there is not enough memory, of this machine or of its GPU; None about any other error."""
+    """The error for too little memory, of this machine or of its GPU; None for any other error."""
     text = str(error)
     if not (
         isinstance(error, MemoryError)
@@ -195,12 +195,12 @@ def _memory(error: BaseException) -> RunError | None:
 
 
 def begin() -> None:
-    """From now on, a missing package and Ctrl-C end the process as in `main`, where no `main` is around it yet."""
+    """From now on, a missing package and Ctrl-C end the process as in `main`, even before `main` runs."""
     output.prepare()
 
     def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, ImportError) and (told := missing_package(error)) is not None:
-            sys.exit(_report(told))  # an excepthook may: it sets the exit code
+            sys.exit(_report(told))  # allowed in an excepthook: it sets the exit code
         if isinstance(error, KeyboardInterrupt):
             sys.exit(_report(Interrupted(signal.SIGINT, hint="")))
         sys.__excepthook__(kind, error, trace)
@@ -209,7 +209,7 @@ def begin() -> None:
 
 
 def tell_warnings() -> None:
-    """From now on, a Python warning of this process is one line without its place and colours."""
+    """From now on, a Python warning of this process is one line, without location and colours."""
 
     def show(message: Warning | str, *_: object) -> None:
         text = re.sub(r"\x1b\[\d*m", "", str(message))
@@ -219,7 +219,7 @@ def tell_warnings() -> None:
 
 
 class _Warnings(logging.Handler):
-    """Tells what is logged as every other warning is told."""
+    """Reports log records like all other warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
         warn(record.getMessage())
@@ -228,18 +228,18 @@ class _Warnings(logging.Handler):
 def main(door: Callable[[], int | None]) -> NoReturn:
     """Run a door and exit with its return value (None is 0), or after one line with its HdfastError's code.
 
-    A full disk, also that of a file which takes the output, too little memory, a missing package: one line wherever
-    they are met. Ctrl-C gives 130, a closed pipe (`... | head`) silently with 141; a closed terminal changes nothing.
+    A full disk (also under a file that takes the output), too little memory, a missing package: one line wherever
+    they occur. Ctrl-C gives 130, a closed pipe (`... | head`) silently with 141; a closed terminal changes nothing.
     Every other exception keeps its traceback. Python's warnings, and log records of level WARNING and above, of any
     package, are a line each.
-    What stdout and stderr cannot take, see `output.prepare`, is no error.
+    What stdout and stderr cannot take is no error, see `output.prepare`.
     """
     output.prepare()
     tell_warnings()
     logging.basicConfig(handlers=[_Warnings()], level=logging.WARNING)
     try:
         code = _code_of(door)
-        with contextlib.suppress(OutputFullError), writing_output():  # which was told
+        with contextlib.suppress(OutputFullError), writing_output():  # already reported
             sys.stdout.flush()
     except BrokenPipeError:
         if not _is_broken(sys.stdout):
@@ -255,7 +255,7 @@ def _code_of(door: Callable[[], int | None]) -> int:
     try:
         try:
             code = door() or 0
-        except SystemExit as ended:  # of --help
+        except SystemExit as ended:  # from --help
             code = ended.code or 0
         with writing_output():
             sys.stdout.flush()

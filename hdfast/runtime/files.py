@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, and the JSON form of what a run holds."""
+"""Files that exist as a whole or not at all, and the JSON form of a run's data."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ PARTIAL = ".partial"  # suffix of a file being written; one that is left over be
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file beside `path` that takes its place, durably and at once, when the block ends well.
+    """A binary file beside `path` that replaces it, durably and at once, when the block succeeds.
 
     If the block raises, or the process dies, `path` is what it was before.
     """
@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_all(file: RawIOBase, data: bytes) -> None:
-    """Write all of `data` to an unbuffered file, which may take less than it is given at a time."""
+    """Write all of `data` to an unbuffered file, a single write of which may take only a part."""
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest) :]

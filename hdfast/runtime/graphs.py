@@ -9,11 +9,11 @@ import torch
 
 from hdfast.runtime.errors import ConfigError
 
-WARMUP = 3  # eager calls before the capture: kernels compile, libraries choose, buffers that are made late are made
+WARMUP = 3  # eager calls before the capture: kernels compile, libraries choose, late buffers are made
 
 
 def check_graph(wish: str, device: torch.device) -> None:
-    """Raises: ConfigError if graphs are wished for ("on", "overlap") where there can be none."""
+    """Raises: ConfigError if graphs are asked for ("on", "overlap") on a device that has none."""
     if wish in ("on", "overlap") and device.type != "cuda":
         raise ConfigError(
             "a CUDA graph needs a CUDA device", where="--train.graph", hint="leave it out on the CPU"
@@ -49,7 +49,7 @@ class CapturedStep:
         check_graph("on", device)
         self.step, self.device, self.generators, self.warmup = step, device, tuple(generators), warmup
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.stream = _stream(device)  # of the eager calls too: cuBLAS keeps a workspace for each
+        self.stream = _stream(device)  # for the eager calls too: cuBLAS keeps a workspace for each stream
 
     def __call__(self) -> None:
         """One step, in the order of the current stream."""
@@ -73,8 +73,8 @@ class CapturedStep:
         for generator in self.generators:
             graph.register_generator_state(generator)
         failure: Exception | None = None
-        # torch.cuda.graph stays on its stream where a capture fails. Other threads go on meanwhile: replay may be
-        # bringing a batch over, from pinned memory that it allocates.
+        # torch.cuda.graph stays on its stream if a capture fails. Other threads go on meanwhile: replay may be
+        # copying a batch from pinned memory that it allocates.
         capture = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
         try:
             with torch.cuda.stream(self.stream), _no_collection(), capture:
@@ -86,7 +86,7 @@ class CapturedStep:
         except RuntimeError:
             if failure is None:
                 raise
-            raise failure from None  # not that the capture then could not be ended
+            raise failure from None  # not the error that the capture then could not be ended
         return graph
 
 
@@ -94,7 +94,7 @@ class CapturedStep:
 def beside(device: torch.device) -> Iterator[Callable[[], None]]:
     """Work inside the block runs on a side stream, beside the work after it, until the yielded function is called.
 
-    In a capture the two become branches of one graph; where the device has no room for both at once, the branch after
+    In a capture the two become branches of one graph; if the device has no room for both at once, the branch after
     the block goes first. Memory freed by one branch is not reused by the other. On the CPU one runs after the other.
     """
     if device.type != "cuda":
@@ -106,8 +106,8 @@ def beside(device: torch.device) -> Iterator[Callable[[], None]]:
         yield lambda: current.wait_stream(side)
 
 
-# One of each for all captures on a device: PyTorch hands out 32 in turn, so that one more could be the first again, or
-# the one on which replay copies.
+# One stream of each for all captures on a device: PyTorch hands out 32 in turn, so that another could be the first
+# again, or the one on which replay copies.
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
@@ -120,7 +120,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Inside, Python frees no cycles: an older graph among them would be destroyed, which ends a capture."""
+    """In the block, Python frees no cycles: one may hold an older graph, whose destruction ends a capture."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()

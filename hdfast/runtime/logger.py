@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, scores.jsonl, tensorboard/, videos/; one history however often it resumes.
+"""What a run logs: metrics.jsonl, scores.jsonl, tensorboard/, videos/; one history however often it resumes.
 
 metrics.jsonl has a line per log step: agent_steps, frames, seconds, updates and every metric by its name.
 scores.jsonl has a line per finished episode and evaluation: kind, score, length, agent_steps, and so on.
@@ -35,7 +35,7 @@ class Logger:
     action_repeat: frames per agent step.
     resumed_at: agent steps of the checkpoint the run goes on from; lines beyond it are cut. None: there is no
         checkpoint, the logs begin anew.
-    evaluated_at: agent steps of the last evaluation that the checkpoint knows of; later ones come again, and their
+    evaluated_at: agent steps of the last evaluation that the checkpoint knows of; later ones are repeated, and their
         lines are cut. None: it knows of all up to resumed_at.
     seconds: wall time the run had taken up to that checkpoint.
     tensorboard: also write TensorBoard files.
@@ -133,7 +133,7 @@ class Logger:
         self.close()
 
     def _show_again(self, agent_steps: int) -> None:
-        """Gives TensorBoard what the logs and videos/ hold of an agent step."""
+        """Shows TensorBoard again what the logs and videos/ hold of an agent step."""
         for file in self._files.values():
             with disk_errors(file.name, "read the log"):
                 lines = [json.loads(line) for line in Path(file.name).read_bytes().splitlines()]
@@ -142,7 +142,7 @@ class Logger:
                     self._tensorboard.scalars(agent_steps, _points(line))
         for path in sorted((self._directory / "videos").glob(f"*_{agent_steps:010d}.gif")):
             name = path.stem.rpartition("_")[0]
-            if name != "evaluate":  # which is not of the run, but of hdfast.evaluate
+            if name != "evaluate":  # that one comes from hdfast.evaluate, not from the run
                 with disk_errors(path, "read the video"):
                     self._tensorboard.gif(agent_steps, name, path.read_bytes())
 
@@ -158,7 +158,7 @@ class Logger:
 
 
 def _points(line: Mapping[str, Any]) -> dict[str, float]:
-    """The curves that have a point in a line of a log, and the point."""
+    """The curves that have a point in a line of a log, with that point."""
     if kind := line.get("kind"):
         return {
             f"{name}/{kind}": float(line[name]) for name in ("score", "length", "success") if name in line
@@ -169,7 +169,7 @@ def _points(line: Mapping[str, Any]) -> dict[str, float]:
 def to_host(metrics: Mapping[str, Metric]) -> dict[str, float]:
     """Metrics as Python numbers, in the order given; tensors of one element are copied to the host together.
 
-    A float32 becomes the shortest decimal that reads back as it: 0.1, not 0.10000000149011612.
+    A float32 becomes the shortest decimal that reads back the same: 0.1, not 0.10000000149011612.
     """
     values = dict(metrics)
     tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
@@ -186,8 +186,8 @@ def to_host(metrics: Mapping[str, Metric]) -> dict[str, float]:
 def cut(path: Path, agent_steps: int | None, evaluated_at: int | None = None) -> None:
     """Keep the whole lines of a log up to and including `agent_steps`, or no line when that is None.
 
-    Where `evaluated_at` is not None, evaluations are kept up to that. Atomic. A file that needs no cut, or is not
-    there, is left as it is.
+    If `evaluated_at` is not None, evaluations are kept up to that. Atomic. A file that needs no cut, or does not
+    exist, is left alone.
     """
     if not path.exists():
         return

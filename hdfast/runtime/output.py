@@ -1,10 +1,10 @@
-"""What stdout and stderr cannot take harms no run: dropped where one is closed, in ASCII where it lacks a character."""
+"""Output that stdout or stderr cannot take harms no run: dropped if closed, in ASCII if a character is lacking."""
 
 import codecs
 import os
 import sys
 
-ERRORS = "hdfast"  # the name of the handler of what an encoding lacks
+ERRORS = "hdfast"  # name of the handler of characters that an encoding lacks
 _INSTEAD = {"━": "-", "±": "+-", "…": "...", "×": "x"}
 
 
@@ -25,9 +25,9 @@ def encodable(text: str, encoding: str) -> str:
 
 
 def prepare() -> None:
-    """From now on, whatever is written to stdout and stderr of this process raises for no encoding.
+    """From now on, no character raises an encoding error on stdout or stderr of this process.
 
-    One that is closed leads nowhere; its number is taken, so that no file of a run gets what a library says there.
+    A closed one leads nowhere; its number is taken, so that a library's output cannot end up in a file of a run.
     """
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)

@@ -12,7 +12,7 @@ DOMAIN = "hdfast"
 def annotate(name: str) -> contextlib.AbstractContextManager[None]:
     """A context that shows as the range `name` in the domain "hdfast"; may be nested and entered again.
 
-    In a CUDA graph ranges show where it is captured, not where it is replayed.
+    In a CUDA graph, ranges show at its capture, not at its replay.
     """
     try:
         import nvtx

@@ -18,20 +18,20 @@ from hdfast.runtime.errors import OutputFullError
 
 WINDOW_SECONDS = 60.0  # rates and the time left are measured over this much of the past, and
 WINDOW_UPDATES = 20  # at least so many updates, once there are any
-EPISODES = 20  # whose mean score is shown
+EPISODES = 20  # the last ones, whose mean score is shown
 _SAMPLE_SECONDS = 0.5
 _BAR = (10, 40)  # narrowest and widest, in cells
 
 
 class Progress:
-    """Shows one run; a context manager, and cheap to tell: `update` may be called at every agent step.
+    """Shows one run; a context manager. `update` is cheap and may be called at every agent step.
 
     `update` and `message` raise BrokenPipeError, once, where the output is a pipe that nobody reads any more, and
     OutputFullError where it is a file without room.
 
     total_agent_steps: agent steps of the whole run. action_repeat: frames per agent step.
     title: names the run, such as "Pong seed 0".
-    live_seconds, plain_seconds: least time between two drawings on a terminal, between two plain lines.
+    live_seconds, plain_seconds: least time between drawings on a terminal, and between plain lines.
     stream: where to write, stdout if None, nowhere if that is closed; it is drawn live when that is a terminal that
         can move its cursor.
     """
@@ -75,14 +75,14 @@ class Progress:
         phase: str | None = None,
         done: tuple[int, int] | None = None,
     ) -> None:
-        """Tell what changed; drawn when enough time has passed since the last drawing, or the phase is new.
+        """Say what changed; drawn when enough time has passed since the last drawing, or the phase is new.
 
-        Rates count from the first call with agent_steps (give updates with it): what a resumed run had before
-        is not taken for speed.
+        Rates count from the first call with agent_steps (give updates with it): earlier steps of
+        a resumed run are not taken for speed.
         agent_steps, updates: counts so far. score: of the last episode; the mean of the last EPISODES is shown.
         evaluation: mean of the last one.
-        harmony: weights by name, in the order to be shown. phase: a word on what goes on, such as "evaluate".
-        done: how much of the phase, of how much; forgotten when another begins.
+        harmony: weights by name, in the order to be shown. phase: a word for what is going on, such as "evaluate".
+        done: how much of the phase, out of how much; forgotten when another begins.
         """
         self._agent_steps = self._agent_steps if agent_steps is None else agent_steps
         self._updates = self._updates if updates is None else updates
@@ -93,7 +93,7 @@ class Progress:
         self._phase = phase if new_phase else self._phase
         self._done = done if new_phase or done is not None else self._done
         now = self._clock()
-        if agent_steps is not None or (self._samples and done is None):  # rates are those of training
+        if agent_steps is not None or (self._samples and done is None):  # rates are of training alone
             self._sample(now)
         if now >= self._next_seconds or new_phase:
             self._draw(now)
@@ -110,7 +110,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(BrokenPipeError, OutputFullError):  # what ends the block is what to tell
+        with contextlib.suppress(BrokenPipeError, OutputFullError):  # report what ended the block instead
             if self._live or self.plain_line() != self._said:
                 self._draw(self._clock())
             if self._live:
@@ -193,7 +193,7 @@ class Progress:
     def _sample(self, now: float) -> None:
         samples = self._samples
         if samples and samples[-1][2] == 0 < self._updates:
-            samples.clear()  # learning begins: what was before tells nothing of what comes
+            samples.clear()  # learning begins: earlier rates say nothing about later ones
         if not samples or now - samples[-1][0] >= _SAMPLE_SECONDS:
             samples.append((now, self._agent_steps, self._updates))
             while len(samples) > 2 and now - samples[1][0] >= WINDOW_SECONDS:

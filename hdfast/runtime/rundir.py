@@ -29,7 +29,7 @@ from hdfast.runtime import checkpoint, errors
 from hdfast.runtime.errors import CheckpointError, ConfigError, RunError, disk_errors
 from hdfast.runtime.files import plain, write_json
 
-OPENING = {"config.json", "backends.json", "lock"}  # what is there before a run begins
+OPENING = {"config.json", "backends.json", "lock"}  # files that exist before a run begins
 FOLDERS = ("checkpoints", "replay", "tensorboard", "videos")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _ABSENT = "(absent)"
@@ -81,8 +81,8 @@ class RunDir:
 
         config: the resolved configuration, nested and JSON-able.
         ignore: dotted fields that may differ on resuming ("device", "log.every"); "log" covers all below it.
-        growing: top-level numbers that may be larger on resuming; a finished run goes on then. They are the run's,
-            and it is finished no more, from `grow` on.
+        growing: top-level numbers that may be larger on resuming; a finished run then goes on. From `grow` on they
+            are the run's own, and it is no longer finished.
         defaults: values of the fields that a saved config lacks, because they are newer than it.
         device: `describe_device(...)`, kept with the provenance.
 
@@ -152,13 +152,13 @@ class RunDir:
     def grow(self) -> None:
         """Makes the larger values that the run was opened with (`growing`) its own, and a finished run unfinished.
 
-        To be called once it has gone beyond its old end. Until then nothing on disk is changed: the larger value may
-        have been a slip, or the session may fail to begin.
+        Call it once the run has gone beyond its old end. Until then nothing on disk is changed: the larger value may
+        be a mistake, or the session may fail to begin.
         """
         if self._grown is None:
             return
         with disk_errors(self.path, "let the run grow"):
-            # In this order: killed in between, the longer run would be finished with the score of the shorter.
+            # In this order: otherwise a kill in between leaves the longer run finished, with the shorter one's score.
             (self.path / "finished.json").unlink(missing_ok=True)
             write_json(self.path / "config.json", self._grown)
         self._grown = None
@@ -171,7 +171,7 @@ class RunDir:
             write_json(self.path / "finished.json", {"summary": self.summary, "time": _now()})
 
     def note_backends(self, how: Mapping[str, Any]) -> list[str]:
-        """Write backends.json; returns lines of `difference` to the last session. how: JSON-able."""
+        """Write backends.json; returns the `difference` from the last session. how: JSON-able."""
         path = self.path / "backends.json"
         with disk_errors(path, "write the file"):
             try:
@@ -185,9 +185,8 @@ class RunDir:
         """Removes the directory if `open` made it and the run has written nothing of its own into it since."""
         if not self._made:
             return
-        aside = self.path.with_name(
-            f".{self.path.name}.{os.getpid()}"
-        )  # whoever begins the run now makes another
+        # Renamed first: whoever begins the run now makes a new one.
+        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         with contextlib.suppress(OSError):
             self.path.rename(aside)
             if not {path.name for path in aside.rglob("*") if not path.is_dir()} <= OPENING:
@@ -195,7 +194,7 @@ class RunDir:
                 return
             shutil.rmtree(aside)
             for folder in self._made[1:]:
-                folder.rmdir()  # which fails where there is another run
+                folder.rmdir()  # fails if it holds another run
 
     def close(self) -> None:
         """Release the lock. Closing twice is allowed."""
@@ -242,8 +241,8 @@ def read(path: Path) -> Record:
 def newest(path: Path) -> checkpoint.Checkpoint:
     """The newest checkpoint of the run in a directory, without locking it.
 
-    Raises: RunError: there is no run. ConfigError: it holds runs instead. CheckpointError: there is none yet, or all
-    are damaged.
+    Raises: RunError: there is no run. ConfigError: it holds runs instead. CheckpointError: it has no checkpoint yet, or
+    all are damaged.
     """
     with disk_errors(path, "read the run"):
         below = [] if (path / "config.json").exists() else sorted(path.glob("**/config.json"))
@@ -263,7 +262,7 @@ def difference(
     """One line per field in which two nested configs differ, "rssm.deter: 512 -> 1024", saved value first.
 
     Numbers are compared by value: 1 and 1.0 are the same.
-    ignore: dotted fields left out, each with all that is below it.
+    ignore: dotted fields left out, each with everything below it.
     """
     before, after = dict(_flat(saved)), dict(_flat(requested))
     lines = []
@@ -332,7 +331,7 @@ def _lock(path: Path, warn: Callable[[str], None]) -> int:
 
 
 def damaged(path: Path, why: str, *, hint: str = "restore it or remove the run's directory") -> RunError:
-    """The error to raise about a file of a run that does not hold what it should."""
+    """The error to raise about a damaged file of a run."""
     return RunError(f"the file is damaged ({why})", where=path, hint=hint)
 
 
@@ -340,10 +339,10 @@ def _read_json(path: Path, **kinds: type) -> dict[str, Any]:
     """The fields of an object, each of its type. Raises: ValueError."""
     content = json.loads(path.read_bytes())
     if not isinstance(content, dict):
-        raise ValueError(f"it is {content!r:.50}, right is a dict")
+        raise ValueError(f"it is {content!r:.50}, expected a dict")
     for field, kind in kinds.items():
         if not isinstance(content.get(field), kind):
-            raise ValueError(f"{field} is {content.get(field)!r:.50}, right is a {kind.__name__}")
+            raise ValueError(f"{field} is {content.get(field)!r:.50}, expected a {kind.__name__}")
     return content
 
 
@@ -353,7 +352,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
         for name, value in {"score": None, **summary}.items():
             numeric = _is_number(value) or value in ("NaN", "Infinity", "-Infinity")
             if name in ("score", "success") and not numeric:
-                raise ValueError(f"{name} is {value!r:.50}, right is a number")
+                raise ValueError(f"{name} is {value!r:.50}, expected a number")
     except ValueError as error:
         raise damaged(path, str(error), hint="remove it, and the run's command writes it anew") from None
     return summary

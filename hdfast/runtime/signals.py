@@ -13,12 +13,12 @@ from hdfast.runtime.errors import Interrupted, OutputFullError
 class StopRequest:
     """While open, remembers the first SIGINT, SIGTERM or SIGHUP; a second one stops the process at once.
 
-    SIGHUP, of a terminal that closes, comes from the kernel and again from the shell: more of them change nothing.
-    Where it is ignored (`nohup`) it stays ignored.
+    When a terminal closes, SIGHUP comes from the kernel and again from the shell: repeats change nothing.
+    If it is ignored (`nohup`), it stays ignored.
 
-    A context manager. In any thread but the main one, where handlers cannot be set, it hears of no signal.
+    A context manager. In any thread but the main one, where handlers cannot be set, it notices no signal.
 
-    say: told at the first signal what it does and what a second one would, at any point of the main thread.
+    say: gets a line about what the first signal does and a second one would do, at any point of the main thread.
     """
 
     def __init__(self) -> None:
@@ -55,9 +55,9 @@ class StopRequest:
         if self.signum is None:
             self.signum = signum
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            if signum != signal.SIGHUP:  # whose terminal is gone
+            if signum != signal.SIGHUP:  # its terminal is gone
                 name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-                # It may come in the midst of other output, or find no reader: neither is an error of the run.
+                # It may interrupt other output, or find no reader: neither is an error of the run.
                 with contextlib.suppress(OSError, RuntimeError, OutputFullError):
                     self.say(f"stopping with a checkpoint; a second {name} stops it at once, without one")
         elif signum == signal.SIGINT:

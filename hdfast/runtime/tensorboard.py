@@ -1,6 +1,6 @@
 """TensorBoard event files: scalars by agent step, and animated GIFs as image summaries.
 
-The calling thread writes one record per log step, so that a full disk is met where it can be told.
+The calling thread writes one record per log step, so that a full disk is noticed where it can be reported.
 """
 
 import os
@@ -21,7 +21,7 @@ class TensorBoard:
 
     resumed_at: agent steps of the checkpoint the run goes on from; TensorBoard then hides what earlier files
         of the directory hold beyond it (all of it when None).
-    again: also what they hold of `resumed_at` itself, because the caller writes it again.
+    again: it also hides what they hold of `resumed_at` itself, because the caller writes that again.
 
     Raises: MissingLibraryError, DiskFullError, RunError.
     """
@@ -79,7 +79,7 @@ class TensorBoard:
 
 
 def _next_number(directory: Path) -> int:
-    """The time in seconds, or more where earlier files have it: they are read by name, and a clock may be set back."""
+    """The time in seconds, or more if earlier files have that: files are read by name, and clocks may be set back."""
     numbers = (path.name.removeprefix(_PREFIX).partition(".")[0] for path in directory.glob(f"{_PREFIX}*"))
     return max([int(time.time()), *(int(number) + 1 for number in numbers if number.isdecimal())])
 

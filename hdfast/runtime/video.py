@@ -51,8 +51,8 @@ def save_gif(path: Path, gif: bytes) -> None:
 def open_loop_grid(truth: np.ndarray, model: np.ndarray, *, context: int) -> np.ndarray:
     """One column per example, truth over model over error: (T, 3 * (H + 2), B * (W + 2), 3) uint8.
 
-    truth: (T, B, H, W, C) uint8. model: the same shape, uint8, or floating with 1.0 for 255.
-    context: frames the model has seen; its images are framed green for those, red for the imagined ones.
+    truth: (T, B, H, W, C) uint8. model: the same shape, uint8, or float with 1.0 for 255.
+    context: how many frames the model has seen; its images have a green border for those, red for imagined ones.
     The error is (model - truth + 1) / 2 on the scale of 0 to 1, as in DreamerV3's videos: grey is right.
     """
     if truth.shape != model.shape or truth.ndim != 5:

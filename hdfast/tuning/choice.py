@@ -44,9 +44,9 @@ class Choice:
     overlap: bool = False
 
     def use(self, device: torch.device) -> dict[str, str]:
-        """Has the ops of this process run so on devices of this type, from now on; returns the defaults before.
+        """Applies the choice to the ops of this process on this type of device; returns the defaults it replaces.
 
-        Where HDFAST_BACKEND is set, ops that have no such backend run by default.
+        If HDFAST_BACKEND is set, ops without that backend run on their defaults.
         """
         return dispatch.use(device.type, None if os.environ.get("HDFAST_BACKEND") else self.ops)
 
@@ -70,7 +70,7 @@ def key_of(
             "source": _source(),
             "dtype": str(dtype).removeprefix("torch."),
             "observations": {k: [list(v.shape), str(v.dtype)] for k, v in sorted(obs_specs.items())},
-            "actions": type(actions).__name__,  # how many there are changes no speed
+            "actions": type(actions).__name__,  # their number does not affect speed
             "config": {
                 name: asdict(getattr(config, name)) for name in ("rssm", "network", "harmony", "loss")
             },
@@ -119,7 +119,7 @@ def alone(
 ) -> Iterator[None]:
     """One process at a time for a key, where the folder can be written to.
 
-    check: called while another has it; what it raises ends the waiting. waits: called once before.
+    check: called while another process holds it; what it raises ends the wait. waits: called once before that.
 
     The runs of a sweep begin together. So the first one searches, undisturbed, and the others read what it found.
     """
@@ -164,7 +164,7 @@ def _version(package: str) -> str | None:
 
 
 def _source() -> str:
-    """A digest of the kernels, of the agent that calls them and of what tries them: whoever edits them tries again."""
+    """A digest of the kernels, the agent that calls them and the code that tries them: edits call for new trials."""
     digest, home = hashlib.sha256(), Path(hdfast.__file__).parent
     folders = [Path(hdfast_kernels.__file__).parent, home / "agent", home / "tuning"]
     files = [home / "runtime" / "graphs.py", *(path for folder in folders for path in folder.glob("*.py"))]

@@ -30,7 +30,7 @@ from hdfast.tuning.choice import POLL_SECONDS, Choice, key_of
 from hdfast.tuning.trials import EAGER, GRAPH, OVERLAP, WORTH, Trials
 
 LIMIT = 180.0  # seconds for one trial; the first of an op compiles its kernels
-BUDGET = 600.0  # seconds for all; a run that is to begin has waited long enough by then
+BUDGET = 600.0  # seconds for all; no run should wait longer to begin
 DEFINITION, TOGETHER, CAPTURING, TIMES = "plain PyTorch", "all together", "CUDA graphs", "times"
 EAGER_TIMES, FINE, INSTEAD = "times without graphs", "times without each", "times with other kernels"
 OVERLAPPING = "updates that overlap"
@@ -44,7 +44,7 @@ class TuningError(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """What to try, and the verdicts that are known of processes before: a trial's name -> its last line."""
+    """What to try, and the verdicts known from earlier processes: a trial's name -> its last line."""
 
     obs_specs: Mapping[str, ArraySpec]
     actions: DiscreteActions | ContinuousActions
@@ -64,9 +64,9 @@ def search(
 ) -> Choice:
     """Tries all that could be chosen, and returns what is right and fastest.
 
-    check: called while waiting; what it raises ends the search. tell: is given every line.
+    check: called while waiting; what it raises ends the search. tell: gets every line.
     limit, budget: seconds for one trial and for all; what is not done by then has failed. The first trial, of plain
-        PyTorch, with which all others are compared, has at least LIMIT.
+        PyTorch, to which all others are compared, gets at least LIMIT.
 
     Raises: TuningError.
     """
@@ -93,7 +93,7 @@ def search(
 
 
 def milliseconds(report: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """What an update took in each way that was timed at last, in ms."""
+    """How long an update took in each way that was last timed, in ms."""
     ms = next((report[name]["ms"] for name in (EAGER_TIMES, TIMES) if "ms" in report.get(name, {})), {})
     overlapping = report.get(OVERLAPPING, {}).get("ms", {}).get("beside each other")
     return {**ms, **({} if overlapping is None else {"overlapping": overlapping})}
@@ -158,7 +158,7 @@ def work(job: Job, write: Report) -> None:
         ops = {}
     graph = False
     if job.device.type == "cuda" and job.config.train.graph != "off":
-        # A capture that fails can leave PyTorch's allocator in it: the rest is for another process.
+        # A failed capture can leave PyTorch's allocator in capture mode, so another process does the rest.
         graph = tried.trial(CAPTURING, judged_graph, trials, ops, survive=False)["right"]
     found = tried.trial(TIMES, times, trials, ops, graph, survive=not graph)
     if graph and not found["right"]:
@@ -200,7 +200,7 @@ def times(trials: Trials, ops: Mapping[str, str], graph: bool) -> dict[str, Any]
 
 
 def leave_out(trials: Trials, found: Mapping[str, Any], alive: Callable[[], None]) -> dict[str, Any]:
-    """What is found without the ops that an update is faster without, each timed in turns with the rest as they are.
+    """`found` without the ops that slow an update down, each timed in turns with and without.
 
     alive: called before each, since all together take longer than one trial may.
     """
@@ -218,7 +218,7 @@ def leave_out(trials: Trials, found: Mapping[str, Any], alive: Callable[[], None
 def replace(
     trials: Trials, found: Mapping[str, Any], others: Mapping[str, str], alive: Callable[[], None]
 ) -> dict[str, Any]:
-    """What is found with other backends of some ops, where they are right and the update is faster with them.
+    """`found` with other backends of some ops, where they are right and make the update faster.
 
     others: backend by op. alive: called before each.
     """
@@ -241,7 +241,7 @@ def replace(
 
 
 def beside(trials: Trials, ops: Mapping[str, str]) -> dict[str, Any]:
-    """Whether halves of two updates may overlap in a graph, and an update then takes less time."""
+    """Whether halves of two updates may overlap in a graph, and whether that makes an update faster."""
     verdict = trials.judge_graph(ops, OVERLAP)
     if not verdict.right:
         return {**asdict(verdict), "overlap": False}
@@ -259,9 +259,9 @@ def _way(found: Mapping[str, Any]) -> str:
 def _lines(
     job: Job, folder: Path, check: Callable[[], None], limit: float, end: float
 ) -> Iterator[dict[str, Any]]:
-    """What a process that does a job writes, as it writes it; at last the `reason` where it did not end well.
+    """The lines of a process that does a job, as it writes them; if it fails, the `reason` comes last.
 
-    limit: seconds from one line to the next. end: of all, on the monotonic clock.
+    limit: seconds from one line to the next. end: when to give up, on the monotonic clock.
     """
     lines, said = folder / "lines", folder / "said"
     (folder / "job").write_bytes(pickle.dumps(job))
@@ -281,7 +281,7 @@ def _lines(
         try:
             until, rest, over = time.monotonic() + max(limit, LIMIT), b"", False
             while not over:
-                over = process.poll() is not None  # what it wrote before it ended is read after
+                over = process.poll() is not None  # checked first, so that its last lines are still read
                 rest += reader.read()
                 *whole, rest = rest.split(b"\n")
                 for line in whole:
@@ -310,7 +310,7 @@ def _reason(code: int, said: Path) -> str:
 
 
 def _lasting(error: Exception) -> bool:
-    """Whether CUDA is of no more use to this process; what is tried next needs another."""
+    """Whether CUDA no longer works in this process, so that the next trial needs another."""
     if not torch.cuda.is_available():
         return False
     if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -327,8 +327,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _end_with_parent() -> None:
-    """Ends this process, and all that it has started, when the one that waits for it is no more."""
-    os.read(0, 1)  # not sys.stdin, whose lock a thread may not hold where Python ends
+    """Ends this process, and all that it has started, when the one that waits for it is gone."""
+    os.read(0, 1)  # not sys.stdin, whose lock a thread may not hold while Python exits
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)

@@ -15,8 +15,8 @@ AUTOMATIC = ("cuda",)  # types of devices on which a run searches by itself; the
 def settle(job: Job, *, check: Callable[[], None], say: Callable[[str], None]) -> Choice:
     """How a run is to compute: what is remembered for this machine and model, on CUDA else what a search finds.
 
-    check: called while waiting; what it raises ends the search. say: is given a line before and after a search.
-    Where the search fails, a run goes on as it would without.
+    check: called while waiting; what it raises ends the search. say: gets a line before and after a search.
+    If the search fails, the run goes on with the defaults.
     """
     if not job.config.train.tune:
         return Choice()
@@ -39,10 +39,10 @@ def find(
     again: bool = False,
     patience: float = 1.0,
 ) -> Choice:
-    """What is remembered, else or if `again` what a search finds; one process searches while the others wait for it.
+    """What is remembered; if nothing is, or `again`, what a search finds. One process searches, and others wait for it.
 
-    check, say: as for `settle`. waits: is given the line that tells of waiting, `say` where left out. tell: of the
-    search itself. patience: its times are longer by this factor.
+    check, say: as for `settle`. waits: gets the line about waiting, by default `say`. tell: as for `search`.
+    patience: lengthens the time limits of `search` by this factor.
 
     Raises: TuningError.
     """
@@ -57,13 +57,11 @@ def find(
             f"{name}: finding the fastest kernels for this model, once; takes a minute or two (--train.no-tune: not)"
         )
         found = search(job, check=check, tell=tell, limit=patience * LIMIT, budget=patience * BUDGET)
-        timed = bool(
-            milliseconds(found.report)
-        )  # else something was in the way, which may be gone the next time
+        timed = bool(milliseconds(found.report))  # else something was in the way that may be gone next time
         path = remember(job.key, found) if timed else None
         say(summary(found) + (f"; kept in {path}" if path else ""))
     if timed and path is None:
-        warn(f"{path_of(job.key).parent}: what was found cannot be kept here; it will be sought again")
+        warn(f"{path_of(job.key).parent}: the result cannot be kept here, so it will be searched for again")
     return found
 
 
@@ -72,7 +70,7 @@ def summary(choice: Choice) -> str:
     if choice.ops is None:
         return "no update could be timed, so ops run as by default"
     fused, forced = Counter(choice.ops.values()), os.environ.get("HDFAST_BACKEND")
-    plain = f"HDFAST_BACKEND={forced}" if forced else DEFINITION  # what ops ran on that have it
+    plain = f"HDFAST_BACKEND={forced}" if forced else DEFINITION  # what the ops that have it ran on
     parts = [
         f"{count} {'op' if count == 1 else 'ops'} in {backend}" for backend, count in sorted(fused.items())
     ] or [plain]

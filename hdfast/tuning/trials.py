@@ -33,22 +33,22 @@ from hdfast.runtime.graphs import WARMUP
 from hdfast.tuning.choice import Choice
 from hdfast_kernels import dispatch
 
-# What is tried beside the definition, of an op the first that it has, and what may take the place of that.
+# Backends to try beside the definition (the first that an op has), and backends that may replace those.
 FUSED = {"cuda": ("triton", "fused"), "cpu": ("native",)}
 INSTEAD = {"cuda": ("persistent",)}
 NUDGES = 2  # updates whose parameters are moved by a rounding error
-SLACK, TOLERANCE = 4.0, 0.02  # times the yardstick, and in any case
+SLACK, TOLERANCE = 4.0, 0.02  # may differ by SLACK times the yardstick plus TOLERANCE
 ROUNDS, ROUND_SECONDS = 5, 0.05
 WORTH = 0.99  # an op is left out only where the update is faster without it by more than noise
 
 Ops = Mapping[str, str]
-# How updates run: OVERLAP is a graph, too, see `OverlappedUpdates`.
+# How updates run; OVERLAP is a graph too, see `OverlappedUpdates`.
 EAGER, GRAPH, OVERLAP = "eager", "graph", "overlap"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a trial came to what plain PyTorch comes to, and why not."""
+    """Whether a trial agrees with plain PyTorch, and if not, why."""
 
     right: bool
     why: str = ""
@@ -82,7 +82,7 @@ class Trials:
 
     @torch.no_grad()
     def _spread(self) -> None:
-        """Moves every parameter off its initial value: where heads begin at zero, many a gradient is zero, too."""
+        """Moves every parameter off its initial value: heads that begin at zero make many gradients zero."""
         generator = torch.Generator().manual_seed(0)
         for _, parameter in self._parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(self.device)
@@ -105,7 +105,7 @@ class Trials:
         return {op: names[0] for op, names in have.items() if names}
 
     def measure_definition(self) -> None:
-        """What plain PyTorch comes to, and how far rounding leads it astray."""
+        """Computes the results of plain PyTorch, and how far rounding errors move them."""
         for dtype in dict.fromkeys((torch.float32, self.dtype)):
             found = self._definition[dtype] = [self._changes({}, dtype, nudge) for nudge in range(NUDGES + 1)]
             moved = [_distances(found[0], other) for other in found[1:]]
@@ -121,7 +121,7 @@ class Trials:
         return Verdict(True)
 
     def _fault(self, ops: Ops, dtype: torch.dtype, nudge: int, expected: dict[str, Tensor]) -> str:
-        """What an update from one start is off by, more than by rounding; empty if nothing is."""
+        """Where an update from one start is off by more than rounding; empty if nowhere."""
         far, yardstick = _distances(expected, self._changes(ops, dtype, nudge)), self._yardstick[dtype]
         wrong = [name for name, d in far.items() if not d <= SLACK * yardstick[name] + TOLERANCE]
         if not wrong:
@@ -131,7 +131,7 @@ class Trials:
         return f"{kind}: {worst} is off by {far[worst]:.2g}, rounding moves it by {yardstick[worst]:.1g}"
 
     def judge_graph(self, ops: Ops, way: str = GRAPH) -> Verdict:
-        """Whether updates and actions as CUDA graphs do what they do eagerly; way: GRAPH or OVERLAP, of the updates."""
+        """Whether updates and actions as CUDA graphs do what they do eagerly; way of the updates: GRAPH or OVERLAP."""
         faults = (self._graph_fault(ops, way, nudge) for nudge in range(NUDGES + 1))
         first = next(faults)
         if first and all(faults):
@@ -142,7 +142,7 @@ class Trials:
         return Verdict(True)
 
     def _graph_fault(self, ops: Ops, way: str, nudge: int) -> str:
-        """What captured updates from one start do otherwise than eager ones; empty if nothing."""
+        """How captured updates from one start differ from eager ones; empty if they do not."""
         eager, again, graph = (self._updates(ops, how, nudge) for how in (EAGER, EAGER, way))
         if not torch.equal(eager.pop("generator"), graph.pop("generator")):
             return "draws other random numbers"
@@ -156,7 +156,7 @@ class Trials:
         return f"has {worst} off by {far[worst]:.2g}"
 
     def milliseconds(self, *settings: tuple[Ops, str]) -> list[float]:
-        """Time of an update with these ops in a way, in turns; the median of a few rounds of each."""
+        """Time of an update with each of these ops and ways, measured in turns: the median of a few rounds."""
         runs = [self._begin(ops, self.dtype, way).update for ops, way in settings]
         for run, (_, way) in zip(runs, settings, strict=True):
             for _ in range(2 if way == EAGER else WARMUP + 3):
@@ -190,7 +190,7 @@ class Trials:
             updates = captured_updates(learner, replay.sample, replay.generators, overlap=way == OVERLAP)
 
         def run(call: Callable[[], None]) -> None:
-            # Of this run: a graph draws from no other than it was captured with.
+            # This run's own: a graph draws only from the generator it was captured with.
             learner.generator = generator
             with using(self.device, ops):
                 call()
@@ -212,7 +212,7 @@ class Trials:
     def _changes(self, ops: Ops, dtype: torch.dtype, nudge: int = 0) -> dict[str, Tensor]:
         """Gradient (as Adam's first moment) of every parameter in one update, in float32 its step, too.
 
-        The first step of Adam goes as far for a gradient that is nothing but rounding as for any other.
+        Adam's first step goes as far for a gradient that is pure rounding as for any other.
         """
         run = self._begin(ops, dtype, EAGER, nudge)
         before = {name: parameter.clone() for name, parameter in self._parameters()}
@@ -258,7 +258,7 @@ class Trials:
 
 
 class Run(NamedTuple):
-    """Updates to call one by one, and what completes the last."""
+    """A call for each update, and one that completes the last."""
 
     update: Callable[[], None]
     finish: Callable[[], None]
@@ -266,7 +266,7 @@ class Run(NamedTuple):
 
 @contextmanager
 def using(device: torch.device, ops: Ops) -> Iterator[None]:
-    """Inside, every op runs as in `ops`, and those that it does not name on their definition; see `Choice.use`."""
+    """In the block, every op runs as in `ops`, and those not named there on their definition; see `Choice.use`."""
     before = Choice(ops).use(device)
     try:
         yield
@@ -275,7 +275,7 @@ def using(device: torch.device, ops: Ops) -> Iterator[None]:
 
 
 def _part(name: str) -> str:
-    """What a gradient or step belongs to, "gradient of behavior.actor" say; of a part, itself."""
+    """The part a gradient or step belongs to, such as "gradient of behavior.actor"; for a part, itself."""
     what, _, owner = name.rpartition(" ")
     names = owner.split(".")
     return f"{what} {'.'.join(names[: 2 if names[0] == 'behavior' else 1])}"

@@ -33,7 +33,6 @@ _HOME = {
 }
 __all__ = ["BackendError", "backends_available", *_HOME]
 
-# A function that has the name of its file must be bound after the file is loaded, hence now and not on first
-# use.
+# A function named like its file must be bound after the file is loaded: now, not on first use.
 for _name, _file in _HOME.items():
     globals()[_name] = getattr(importlib.import_module(f"{__name__}.{_file}"), _name)

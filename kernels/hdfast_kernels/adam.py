@@ -1,4 +1,4 @@
-"""One Adam step of many parameters, with the gradient clipped to a global norm, and left out where that is not finite.
+"""One Adam step of many parameters, with the gradient clipped to a global norm, and skipped if that is not finite.
 
     norm  = sqrt(sum of grad^2 over all parameters)
     grad  = grad * min(1, max_norm / norm) + weight_decay * param
@@ -41,17 +41,17 @@ def adam_step_reference(
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     applied = norm.isfinite() if apply is None else norm.isfinite() & apply
     keep = applied.to(norm.dtype)
-    # A step that is left out has gradients of zero, betas of one and a learning rate of zero.
+    # A skipped step has gradients of zero, betas of one and a learning rate of zero.
     clip = max_norm / norm.clamp(min=max_norm) if math.isfinite(max_norm) else torch.ones_like(norm)
-    # As one tensor, so that what is not finite goes in one operation; and each part in its parameter's order, without
-    # which foreach operations do one parameter at a time: the gradient of a convolution is channels-last.
+    # As one tensor, so that one operation removes what is not finite; each part in its parameter's memory order, or
+    # foreach operations would do one parameter at a time: the gradient of a convolution is channels-last.
     flat = torch.cat([grad.reshape(-1) for grad in grads]).mul_(torch.where(applied, clip, 0.0))
     parts = flat.nan_to_num_(0.0, 0.0, 0.0).split([param.numel() for param in params])
     scaled = [part.view_as(param) for part, param in zip(parts, params, strict=True)]
     if weight_decay:
         torch._foreach_add_(scaled, torch._foreach_mul(params, keep * weight_decay))
     step += keep
-    count = step.clamp(min=1.0)  # a first step that is left out divides by nothing
+    count = step.clamp(min=1.0)  # a skipped first step would divide by zero
     (beta1, beta2), lr = betas, keep * lr
     torch._foreach_mul_(exp_avg, 1 - keep * (1 - beta1))
     torch._foreach_add_(exp_avg, scaled, alpha=1 - beta1)
@@ -86,13 +86,13 @@ def adam_step(
 
     Args:
         params, grads, exp_avg, exp_avg_sq: at least one float32 tensor each, shapes alike by position, on one
-            device. All but the reference copy those that are not contiguous to and fro.
+            device. All but the reference copy those that are not contiguous, and back.
         step: scalar float32, the number of steps done; becomes one more.
         lr: learning rate, a number or a scalar tensor on the parameters' device.
         betas, eps: of Adam; betas in [0, 1).
         weight_decay: added to the gradient times the parameter, after the clip.
         max_norm: the global norm that the gradient is scaled down to where it is larger.
-        apply: scalar bool tensor; False leaves the step out too.
+        apply: scalar bool tensor; False skips the step too.
         backend: "reference", "triton" or "native"; None lets `dispatch` choose.
 
     Returns:
@@ -128,7 +128,7 @@ def _check_fit(params: list[Tensor], **others: list[Tensor]) -> None:
     lists = {"params": params, **others}
     if _fit(*lists.values()):
         return
-    for name, tensors in lists.items():  # hundreds of them: names are put together for a message alone
+    for name, tensors in lists.items():  # hundreds of them, so names are built only for a message
         for position, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             place = f"{name}[{position}]"
             if not isinstance(tensor, Tensor):

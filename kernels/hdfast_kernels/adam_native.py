@@ -22,7 +22,7 @@ def adam_step_native(
     max_norm: float,
     apply: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `hdfast_kernels.adam_step`; what is changed in place and not contiguous is changed in a copy first."""
+    """See `hdfast_kernels.adam_step`; tensors changed in place that are not contiguous are changed in a copy first."""
     changed, count = (*params, *exp_avg, *exp_avg_sq), len(params)
     for tensor in changed:
         if tensor.dtype != torch.float32:
@@ -39,6 +39,6 @@ def adam_step_native(
         native.ptr(norm), native.ptr(applied), native.threads(),
     )  # fmt: skip
     copy_back(changed, laid)
-    # As in-place operations do, so that a backward through what was computed before is refused.
+    # As in-place operations do, so that backward through earlier results is refused.
     torch.autograd.graph.increment_version([*changed, step])
     return norm, applied

@@ -1,7 +1,7 @@
 """adam_step in two launches after the norm: one program turns scalars into factors, then every number is visited once.
 
-A tensor that comes alone, all parameters of a model as one, say, is read where it is; the gradients of many are laid
-out for the norm first. 28 bytes a parameter are read and written after it, and 4 for it.
+A single tensor, such as all parameters of a model in one, is read where it is; the gradients of several are first
+copied together for the norm. The norm reads 4 bytes a parameter, the step reads and writes 28.
 """
 
 import math
@@ -14,12 +14,12 @@ from ._triton import tl, triton
 from .numerics import as_contiguous, copy_back
 
 BLOCK, WARPS = 1024, 4  # 8 numbers a thread: two 16-byte loads of each of four tensors, all under way at once
-FACTORS = 4  # whether anything changes, the clip, and what corrects the two moments
+FACTORS = 4  # whether anything changes, the clip, and the corrections of the two moments
 
 
 @triton.jit
 def remaining(BETA: tl.constexpr, count):
-    """1 - beta^count as float32, from a float64 power: of a beta near one, float32 would leave four digits."""
+    """1 - beta^count as float32, from a float64 power: for a beta near one, float32 would leave four digits."""
     power, base, bits = tl.full((), 1.0, tl.float64), tl.full((), BETA, tl.float64), count.to(tl.int32)
     for _ in range(25):  # float32 counts to 2^24
         power = tl.where(bits % 2 == 1, power * base, power)
@@ -44,12 +44,12 @@ def adam_step_prepare(
     RATED: tl.constexpr,
     CLIPPED: tl.constexpr,
 ):
-    """One program: counts the step, and writes what is the same for all numbers.
+    """One program: counts the step, and writes the factors that all numbers share.
 
-    ASKED, RATED, CLIPPED: whether there is an `apply`, a tensor of the learning rate, and a bound of the norm.
+    ASKED, RATED, CLIPPED: whether there is an `apply`, a learning-rate tensor, and a bound on the norm.
     """
     norm = tl.load(norm_ptr)
-    applied = norm < float("inf")  # and NaN is not
+    applied = norm < float("inf")  # false for NaN too
     if ASKED:
         applied = applied & (tl.load(apply_ptr) != 0)
     if RATED:
@@ -83,7 +83,7 @@ def adam_step_forward(
     numbers,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK numbers of one tensor; rest1 and rest2 are what beta1 and beta2 lack to one."""
+    """BLOCK numbers of one tensor; rest1 and rest2 are 1 - beta1 and 1 - beta2."""
     if tl.load(factors_ptr) > 0:
         clip, rate, root = tl.load(factors_ptr + 1), tl.load(factors_ptr + 2), tl.load(factors_ptr + 3)
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -114,7 +114,7 @@ def adam_step_triton(
     max_norm: float,
     apply: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `hdfast_kernels.adam_step`; what is changed in place and not contiguous is changed in a copy first."""
+    """See `hdfast_kernels.adam_step`; tensors changed in place that are not contiguous are changed in a copy first."""
     changed, count = [*params, *exp_avg, *exp_avg_sq], len(params)
     for tensor in changed:
         if tensor.dtype != torch.float32:
@@ -131,7 +131,7 @@ def adam_step_triton(
         float(betas[0]), float(betas[1]), apply is not None, rated, math.isfinite(max_norm), num_warps=1,
     )  # fmt: skip
     parts = flat.split([param.numel() for param in params])
-    # Numbers as float: Triton would take an integer for another kernel, and a one for a constant of it.
+    # Numbers as float: for an integer Triton would compile another kernel, and for a one bake it in as a constant.
     numbers = [float(x) for x in (*betas, 1 - betas[0], 1 - betas[1], eps, weight_decay)]
     for param, grad, mean, square in zip(
         laid[:count], parts, laid[count : 2 * count], laid[2 * count :], strict=True
@@ -141,6 +141,6 @@ def adam_step_triton(
             param, grad, mean, square, factors, *numbers, param.numel(), BLOCK, num_warps=WARPS
         )
     copy_back(changed, laid)
-    # As in-place operations do, so that a backward through what was computed before is refused.
+    # As in-place operations do, so that backward through earlier results is refused.
     torch.autograd.graph.increment_version([*changed, step])
     return norm, applied

@@ -1,4 +1,4 @@
-"""What all ops do about PyTorch's ways to run them: differentiated twice, and under torch.autocast."""
+"""How all ops deal with being differentiated twice, and with torch.autocast."""
 
 import functools
 from collections.abc import Callable
@@ -14,10 +14,10 @@ def _autocast() -> bool:
 
 
 def plainly(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """The implementation of an op, called without autocast where that is on.
+    """The implementation of an op, called with autocast off.
 
-    An op says by the dtypes of its arguments what it computes in. Under autocast PyTorch would return bfloat16 from
-    one step of it, and the next would take that for float32.
+    The dtypes of an op's arguments decide what it computes in. Under autocast, PyTorch would return bfloat16 from one
+    step of it, and the next would take that for float32.
     """
     if not _autocast():
         return implementation
@@ -32,9 +32,9 @@ def plainly(implementation: Callable[..., Any]) -> Callable[..., Any]:
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Makes it an error to differentiate through `backward`, the backward pass of a torch.autograd.Function.
 
-    PyTorch's decorator of this name does so only if the incoming gradient requires a gradient itself. That of a sum
-    does not, so that a gradient penalty on the output of an op would silently be left out. `backward` gets gradients
-    with their signs resolved: that of an imaginary part may come in lazily negated.
+    PyTorch's decorator of this name does so only if the incoming gradient itself requires a gradient. The gradient of
+    a sum does not, so that a gradient penalty on the output of an op would silently be left out. `backward` gets
+    gradients with their signs resolved: that of an imaginary part may come in lazily negated.
     """
 
     refusing = function.once_differentiable(backward)

@@ -4,7 +4,7 @@ An op has some of these backends: `reference` (plain PyTorch, the definition), `
 too, with one launch in place of hundreds), `fused` (PyTorch's own kernels, on padded operands) and `native` (C++ on
 the CPU). A call may name one (`backend="native"`), the environment may force one on every op that has
 it (`HDFAST_BACKEND=reference`), and otherwise the table below decides. A backend that is asked for and cannot
-run is an error that says how to mend it; nothing falls back silently.
+run is an error that says how to fix it; nothing falls back silently.
 """
 
 import functools
@@ -24,9 +24,9 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16)
 
 # What runs by default where more than one backend can. An op that is not named runs its reference. On the CPU
 # the entry is the faster of native and reference, measured forward + backward by bench/test_ops.py. On CUDA each
-# has been found right on a real GPU, and an update of all together 5.6 times as fast as one of references, both as
-# graphs (bench/results/nvidia-h200). gather_windows is right, too, but has not been timed there by itself. A first run
-# on a GPU looks for the fastest by itself.
+# was verified on a real GPU, and an update with all of them is 5.6 times as fast as one with references, both as
+# graphs (bench/results/nvidia-h200). gather_windows was verified too, but not timed there by itself. The first run
+# on a GPU searches for the fastest by itself.
 CPU_DEFAULT: dict[str, str] = {
     "adam_step": "native",
     "gather_windows": "native",
@@ -95,7 +95,7 @@ def register(
     native: Callable[..., Any] | None = None,
     dtypes: tuple[torch.dtype, ...] | None = FUSED_DTYPES,
 ) -> None:
-    """Add implementations of `op`; the calls for one op may be several and add up.
+    """Add implementations of `op`; several calls for one op add up.
 
     `dtypes` are those of the deciding tensor that all but the reference take; None means all.
     """
@@ -107,9 +107,9 @@ def register(
 
 
 def use(device: str, backends: Mapping[str, str] | None) -> dict[str, str]:
-    """Replaces the defaults of a device type ("cpu", "cuda") in this process, and returns those before.
+    """Replaces the defaults of a device type ("cpu", "cuda") in this process, and returns the earlier ones.
 
-    backends: by op; one that is not named runs its reference. None: the table above.
+    backends: by op; an op that is not named runs its reference. None: the table above.
 
     Raises BackendError if there is no such device type, op or backend.
     """
@@ -130,7 +130,7 @@ def resolve(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[...,
     `backend` is the caller's wish; None leaves it to `HDFAST_BACKEND` (except on the meta device, or where the op
     lacks that backend) and then to the default of the device.
     Raises BackendError if that backend is unknown, not implemented for this op, or cannot run on this tensor;
-    TypeError for integers, where the op takes numbers with a fraction.
+    TypeError for integers, if the op takes floating-point numbers.
     """
     name = resolve_name(op, backend, tensor)
     implementation = plainly(_ops[op].implementations[name])
@@ -175,7 +175,7 @@ def backends_available(op: str, tensor: torch.Tensor) -> tuple[str, ...]:
 
 
 def backends_of(device: torch.device) -> dict[str, str]:
-    """The backend that each op runs on by default on a device, HDFAST_BACKEND heeded, in float32."""
+    """The backend that each op runs on by default on a device in float32, with HDFAST_BACKEND applied."""
     probe = torch.empty(0, device=device)
     return {op: resolve_name(op, None, probe) for op in ops()}
 
@@ -186,7 +186,7 @@ def ops() -> tuple[str, ...]:
 
 
 def native_built() -> bool:
-    """Whether the C++ module of the native backend is there."""
+    """Whether the C++ module of the native backend is built."""
     return importlib.util.find_spec("hdfast_kernels._native") is not None
 
 
@@ -201,7 +201,7 @@ def triton_interpreted() -> bool:
 
 
 def _on(device: torch.device, implementation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls it where Triton launches kernels: on the current device, which autograd sees to for the gradients."""
+    """Calls it on the device where Triton launches kernels, the current one; autograd does so for gradients."""
     with torch.cuda.device(device):
         return implementation(*args, **kwargs)
 
@@ -220,7 +220,7 @@ def _default(op: str, tensor: torch.Tensor) -> str:
 
 
 def _lacking(op: str, backend: str) -> str:
-    """What to say of a backend that `op` does not have."""
+    """The message about a backend that `op` does not have."""
     if backend not in BACKENDS:
         return f"there is no such backend; choose one of {', '.join(BACKENDS)}"
     return f"{op} has no {backend} implementation; it has {', '.join(backends_registered(op))}"

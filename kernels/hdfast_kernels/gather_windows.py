@@ -12,7 +12,7 @@ from . import dispatch, native
 from ._triton import tl, triton
 from .numerics import check_device, check_tensor
 
-# Words that a program copies: two 16-byte loads a thread of 4 warps; of short rows one a thread, which divides for it.
+# Words that a program copies: two 16-byte loads a thread of 4 warps; for short rows one a thread, found by division.
 TILE, WARPS = 1024, 4
 
 
@@ -37,7 +37,7 @@ def gather_windows_forward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Some rows of the output (T * B, WORDS), or a part of one, copied from where the window has them."""
+    """Copies some rows of the output (T * B, WORDS), or a part of one, from their places in the storage."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
     word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     start = tl.load(starts_ptr + row % windows, mask=row < rows, other=-1)
@@ -110,9 +110,9 @@ def gather_windows(
 
     Any dtype; no gradient.
 
-    Raises ValueError where shapes or devices do not fit, and from native and triton where the storage is not
-    contiguous, since a copy would be of all of it; on the CPU, IndexError where a start lies outside the storage. On
-    CUDA, where nothing synchronises, that is a device-side assertion of the reference, and zeros from triton.
+    Raises ValueError where shapes or devices do not fit, and from native and triton if the storage is not
+    contiguous, since all of it would be copied; on the CPU, IndexError if a start lies outside the storage. On CUDA,
+    where nothing synchronises, the reference then fails a device-side assertion, and triton gives zeros.
     """
     check_tensor("gather_windows", "storage", storage)
     check_tensor("gather_windows", "starts", starts)

@@ -38,10 +38,10 @@ class Harmonizer(nn.Module):
         sum_g (exp(-s_g) * sum_{l in g} weight_l * L_l + regularizer_g * log(1 + exp(s_g)))
         + sum of the losses in no group, times their scales.
 
-    The scalars are the parameter `log_sigma` (G,), float32, in the order of the groups (what is saved of one order
-    fits no other), zero at the start: weights of 1. Train them with
-    the model, with the same optimizer, but WITHOUT weight decay, which would pull the weights to 1. Exclude
-    the parameter by its name, `log_sigma`, or by `no_weight_decay()`. Ten lines lift harmony into any agent:
+    The scalars are the parameter `log_sigma` (G,), float32, in the order of the groups (a state saved in one order
+    fits no other), zero at the start: weights of 1. Train them with the model, with the same optimizer, but WITHOUT
+    weight decay, which would pull the weights to 1. Exclude the parameter by its name, `log_sigma`, or by
+    `no_weight_decay()`. Ten lines bring harmony into any agent:
 
         >>> harmonizer = Harmonizer(
         ...     {"reward": {"reward": 1.0}, "image": {"image": 1.0}, "kl": {"dyn": 5 / 6, "rep": 1 / 6}},
@@ -66,10 +66,10 @@ class Harmonizer(nn.Module):
     Args:
         groups: for each group the losses in it and their weights inside it.
         mode: "learned", "fixed" or "off".
-        regularizer: the factor of log(1 + exp(s)) of a group; 1 where it is not given.
-        fixed: the weight of a group; 1 where it is not given. Another number is for mode "fixed" alone.
-        scales: the factor of a loss that no group weighs, that is of the losses in no group, and in mode
-            "off" of every loss; 1 where it is not given. DreamerV3 in mode "off": {"dyn": 0.5, "rep": 0.1}.
+        regularizer: the factor of log(1 + exp(s)) of a group; 1 by default.
+        fixed: the weight of a group; 1 by default. Other numbers are for mode "fixed" alone.
+        scales: the factor of a loss that no group weighs: of losses in no group, and in mode "off" of every
+            loss; 1 by default. DreamerV3 in mode "off": {"dyn": 0.5, "rep": 0.1}.
         backend: passed on to `harmony_loss`.
 
     Raises ValueError on an unknown mode, an unknown group in regularizer or fixed, a weight in fixed that the mode
@@ -176,7 +176,7 @@ class Harmonizer(nn.Module):
         return metrics
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a file holds: without the constants, which a file's reader may want on another device."""
+        """The state to copy or pickle, without the constants, which its reader may want on another device."""
         return {**super().__getstate__(), "_plans": {}}
 
     def _plan(self, names: tuple[str, ...], device: torch.device) -> _Plan:
@@ -198,12 +198,12 @@ class Harmonizer(nn.Module):
                     weights[loss] = float(weight) * (1.0 if self.mode == "learned" else self.fixed[group])
         group, weight = tuple(numbers.get(name, -1) for name in names), tuple(weights[name] for name in names)
         fixed = tuple(self.fixed.values()) if self.mode == "fixed" else ()
-        # Not the names alone: groups and scales may have been changed since.
+        # The names are not enough: groups and scales may have been changed since.
         key = group, weight, fixed, device
         plan = self._plans.get(key)
         if plan is None:
             plan = self._make_plan(*key)
-            if type(plan.row) is Tensor:  # not what is made while PyTorch traces, which has no memory
+            if type(plan.row) is Tensor:  # a tensor made while PyTorch traces has no memory
                 self._plans[key] = plan
         return plan
 

@@ -177,7 +177,7 @@ def harmony_loss(
 ) -> tuple[Tensor, Tensor]:
     """Weigh, average and add up losses, with learned harmony weights.
 
-    `Harmonizer` holds log_sigma and spares its user the bookkeeping of the tuples.
+    `Harmonizer` holds log_sigma and does the bookkeeping of the tuples.
 
     Args:
         losses: L >= 1 tensors of one shape (...), not empty, float32 or bfloat16; one loss value per row.

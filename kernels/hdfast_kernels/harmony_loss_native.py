@@ -15,7 +15,7 @@ from .autograd import once_differentiable
 def _constants(
     group: tuple[int, ...], weight: tuple[float, ...], regularizer: tuple[float, ...]
 ) -> tuple[array, array, array]:
-    """As C++ reads them. Not as tensors: one that is made while PyTorch traces has no memory, and would stay here."""
+    """As C++ reads them. Not as tensors: one made while PyTorch traces has no memory, and would be cached here."""
     return array("q", group), array("f", weight), array("f", regularizer)
 
 

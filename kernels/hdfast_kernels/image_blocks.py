@@ -1,4 +1,4 @@
-"""The convolutions of images in Triton, in bfloat16: kernel 4, stride 2, padding 1, put as products over blocks.
+"""The convolutions of images in Triton, in bfloat16: kernel 4, stride 2, padding 1, written as products over blocks.
 
 A library convolves 16 channels or more as fast as it multiplies matrices, and the 3 of an image many times slower. So
 the image, with a border of zeros, is cut into blocks of 2 x 2 pixels, whose numbers are the channels of a position:
@@ -14,9 +14,9 @@ and alike along the columns:
     doubled[2r - 1 + i] += x[r] * weight[i]                                  the definition
     blocks[p, a] = sum over t of x[p - t] * weight[2t + a]                   of doubled, as p = r + t
 
-Each is the gradient of the other, so that the two, and one gradient of a kernel, are all that is multiplied: blocks
-are read as rows of a matrix, and what is doubled is put together as an image before it is stored. Of float32 a
-library is faster (bench/results/nvidia-h200), so that it stays with the reference.
+Each is the gradient of the other, so that these two products and the gradient of the kernel are all it takes: blocks
+are read as rows of a matrix, and a doubled map is put together as an image before it is stored. In float32 a library
+is faster (bench/results/nvidia-h200), so float32 stays with the reference.
 """
 
 import torch
@@ -53,7 +53,7 @@ def image_blocks_forward(
     inside = (row[:, None] + a >= 0) & (row[:, None] + a < H)
     inside &= (column[:, None] + b >= 0) & (column[:, None] + b < W)
     at = ((row * W + column) * C)[:, None] + ((a * W + b) * C + c)
-    # of positions beyond the last, too, no row is inside
+    # nor is any row inside for positions beyond the last
     pixels = tl.load(image_ptr + image * (H * W * C) + at, mask=inside & (c < C), other=0.0)
     to = position[:, None] * 16 + number
     tl.store(blocks_ptr + image * (P * Q * 16) + to, pixels, mask=position[:, None] < P * Q)
@@ -64,7 +64,7 @@ def image_blocks_forward(
 
 @triton.jit
 def windows(blocks_ptr, pixel, pixels, H: tl.constexpr, W: tl.constexpr):
-    """(pixels, 64): of pixels of all the smaller maps, the blocks that each is made of; t, u, a, b, c."""
+    """(pixels, 64): for pixels of all the smaller maps, the blocks that each is made of; t, u, a, b, c."""
     # a row has one position more than pixels, a map one row more
     position = pixel + pixel // W + pixel // (H * W) * (W + 1)
     depth = tl.arange(0, 64)[None, :]
@@ -96,8 +96,8 @@ def image_doubled_forward(
     """x (N, H, W, K), kernel (16, 1 - t, 1 - u, K) -> image (N, HEIGHT, WIDTH, C): blocks, put together in registers.
 
     A line is a column q of an image, of which a program goes down DOWN positions: row p of x is read once, for position
-    p and for the next. Of a position's two rows of pixels each is stored by itself: eight numbers, beside those of its
-    neighbours.
+    p and for the next. The two rows of pixels of a position are stored separately: eight numbers each, beside those of
+    its neighbours.
     """
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)[:, None]
     image, q = (line // (W + 1)).to(tl.int64), line % (W + 1)
@@ -139,7 +139,7 @@ def image_weight_backward(
     blocks_ptr, small_ptr, partial_ptr, pixels, tiles, H: tl.constexpr, W: tl.constexpr, OUTPUTS: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Blocks (N, P, Q, 16), small (N, H, W, O) -> (programs, 64, O): windows.T @ small, of every so many tiles."""
+    """Blocks (N, P, Q, 16), small (N, H, W, O) -> (programs, 64, O): windows.T @ small, each over every n-th tile."""
     output = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     total = tl.zeros((64, BLOCK), tl.float32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -152,7 +152,7 @@ def image_weight_backward(
 
 
 def takes(image_or_map: Tensor, halved: bool) -> bool:
-    """Whether these kernels take it, (N, H, W, channels): bfloat16, and few enough positions to count in 32 bits."""
+    """Whether these kernels take a tensor (N, H, W, channels): bfloat16, and few enough positions for 32 bits."""
     images, height, width, _ = image_or_map.shape
     share = 2 if halved else 1
     positions = images * (height // share + 1) * (width // share + 1)
@@ -160,7 +160,7 @@ def takes(image_or_map: Tensor, halved: bool) -> bool:
 
 
 def blocks_of(image: Tensor, summed: bool = False) -> tuple[Tensor, Tensor | None]:
-    """(N, H, W, C) -> (N, H // 2 + 1, W // 2 + 1, 16), and (C,) float32 sums over all pixels if they are wanted."""
+    """(N, H, W, C) -> (N, H // 2 + 1, W // 2 + 1, 16), and (C,) float32 sums over all pixels if wanted."""
     (image,) = as_contiguous((image,))
     images, height, width, channels = image.shape
     down, across = height // 2 + 1, width // 2 + 1
@@ -175,7 +175,7 @@ def blocks_of(image: Tensor, summed: bool = False) -> tuple[Tensor, Tensor | Non
 
 
 def _channels_of_tile(channels: int, most: int) -> int:
-    """A power of two of them, as tensor cores want it: 16 at the least."""
+    """Their number rounded up to a power of two, at least 16, as tensor cores need."""
     return max(16, min(triton.next_power_of_2(channels), most))
 
 

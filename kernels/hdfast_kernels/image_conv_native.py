@@ -1,6 +1,6 @@
 """The convolution between images of few channels and a map of half their size, on the CPU (csrc/ops/image_conv*.cpp).
 
-What an encoder begins with and what leads back through a decoder's last layer. Axes: N images, H x W pixels of the map,
+It is the first layer of an encoder, and the backward pass of a decoder's last. Axes: N images, H x W pixels of the map,
 C channels of the images, S of the map.
 """
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from . import native
 
-# Channels of the map come in whole vectors. Images of 16 and more are what libraries and strided_conv are made for.
+# Channels of the map come in whole vectors. Images of 16 channels or more are for libraries and strided_conv.
 VECTOR, MANY = 16, 16
-# The same in bfloat16 where the processor has tiles (AMX): libraries use them too, on what does not fill ours.
+# The same in bfloat16 if the processor has tiles (AMX): libraries use them too, for channels that do not fill ours.
 TILE, MANY_FOR_TILES = 32, 5
 
 

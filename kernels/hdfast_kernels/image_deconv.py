@@ -27,7 +27,7 @@ def image_deconv_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def image_deconv_triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Images of bfloat16 are put together of blocks of pixels; float32 is the reference's."""
+    """Images in bfloat16 are put together from blocks of pixels; float32 is left to the reference."""
     if not image_blocks.takes(x, halved=False):
         return image_deconv_reference(x, weight, bias)
     return image_blocks.double_to_image(x, weight, bias)

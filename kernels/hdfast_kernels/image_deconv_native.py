@@ -1,4 +1,4 @@
-"""image_deconv on the CPU (csrc/ops/image_deconv.cpp); what leads back is a convolution of images (image_conv.cpp)."""
+"""image_deconv on the CPU (csrc/ops/image_deconv.cpp); its gradient is a convolution of images (image_conv.cpp)."""
 
 import torch
 from torch import Tensor

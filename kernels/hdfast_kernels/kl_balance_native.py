@@ -11,7 +11,7 @@ class _KLBalance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, post_logp: Tensor, prior_logp: Tensor, free: float) -> tuple[Tensor, Tensor]:
         post, prior = post_logp.contiguous(), prior_logp.contiguous()
-        if post.dtype != prior.dtype:  # C++ takes one dtype: the one that loses nothing
+        if post.dtype != prior.dtype:  # C++ takes one dtype: the wider one
             post, prior = native.as_float(post), native.as_float(prior)
         kl, width = native.empty(*post.shape[:-2]), post.shape[-2:].numel()
         native.module().kl_balance_forward(

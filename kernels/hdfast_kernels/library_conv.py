@@ -1,7 +1,7 @@
 """PyTorch's convolutions of kernel 4, stride 2, padding 1 on the CPU, for activations whose channels come last.
 
-Where no kernel of ours is faster. Axes: N images, H x W pixels, channels; weights (channels of the smaller map, of the
-larger one, 4, 4), in the dtype of the activations.
+Used where no kernel of ours is faster. Axes: N images, H x W pixels, channels; weights (channels of the smaller map,
+of the larger one, 4, 4), in the dtype of the activations.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Output channels for each output pixel, of all images together, from which on the weights are most of what is moved.
+# From so many output channels per output pixel (of all images together) on, the weights are most of the traffic.
 FEW = 2
 
 
@@ -28,7 +28,7 @@ def convolve(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
 
 
 def _as_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x halved by a product of matrices, for which the weights stay as they lie, and of the pixels there are copies."""
+    """x halved by a product of matrices, which reads the weights in place and copies of the pixels."""
     (images, height, width, channels), depth = x.shape, 16 * x.shape[3]
     map_size = (images, height // 2, width // 2)
     x = F.pad(x, (0, 0, 1, 1, 1, 1))
@@ -41,7 +41,7 @@ def _as_product(x: Tensor, weight: Tensor) -> Tensor:
 def gradients(
     x: Tensor, grad: Tensor, weight: Tensor, transposed: bool, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Those of x and of the weight that are wanted, for the gradient of `convolve`."""
+    """The gradients wanted, of x and of the weight, from that of `convolve`."""
     width = min(x.shape[2], grad.shape[2])
     maps = (_laid(tensor, width) for tensor in (grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight))
     of_x, of_weight, _ = torch.ops.aten.convolution_backward(
@@ -51,14 +51,14 @@ def gradients(
 
 
 def _laid(tensor: Tensor, width: int) -> Tensor:
-    """With channels last in memory, itself if they are, in a type that is safe; `width` is that of the smaller map."""
+    """The tensor with channels last in memory and in a safe type, itself if it is so; `width`: of the smaller map."""
     return in_safe_type(tensor, width).contiguous(memory_format=torch.channels_last)
 
 
 def in_safe_type(tensor: Tensor, width: int) -> Tensor:
     """The tensor, widened to float32 if it is bfloat16 on the CPU and the convolution's smaller map one pixel wide.
 
-    With AMX, oneDNN 3.12 takes some of the numbers of such maps from memory outside of them.
+    With AMX, oneDNN 3.12 reads some numbers of such maps from outside their memory.
     """
     return tensor.float() if width <= 1 and tensor.is_cpu and tensor.dtype == torch.bfloat16 else tensor
 

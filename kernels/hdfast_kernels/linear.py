@@ -1,4 +1,4 @@
-"""A linear layer: y = x W^T + b. The matrix products are a library's; which one, is for the backend to know."""
+"""A linear layer: y = x W^T + b. A library does the matrix products; the backend decides which."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +17,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         weight: (N, K), bias: (N,) or None; rounded to x's dtype, which costs a copy where theirs is another.
         backend: "reference", "fused" or "native"; None lets `dispatch` choose.
 
-    Returns (..., N) in x's dtype, from fused also as a view of longer rows. Differentiable in all three, once.
+    Returns (..., N) in x's dtype; fused may return a view of longer rows. Differentiable in all three, once.
 
     Raises ValueError on shapes or devices that do not fit, TypeError if the dtypes differ and x's is an integer
     one; `dispatch.BackendError` if the backend cannot run here.

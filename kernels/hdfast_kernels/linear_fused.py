@@ -19,7 +19,7 @@ UNIT, ENOUGH = 16, 1 << 26
 
 
 def _round_up(count: int, like: Tensor) -> int:
-    """That many numbers of a dtype, rounded up to whole units."""
+    """So many numbers of a dtype, rounded up to whole units."""
     unit = UNIT // like.element_size()
     return -(-count // unit) * unit
 
@@ -64,7 +64,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear_fused(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `hdfast_kernels.linear`; the rows of what it returns may lie further apart than they are long."""
+    """See `hdfast_kernels.linear`; the rows of the result may lie further apart than they are long."""
     whole = all(_round_up(width, x) == width for width in weight.shape)
     if whole or x.ndim < 2 or x.shape[:-1].numel() * weight.numel() < ENOUGH:
         return F.linear(x, weight, bias)

@@ -1,7 +1,7 @@
 """linear and matrix products on the CPU: float32 goes to oneDNN where PyTorch's own choice, MKL, is slow.
 
 MKL keeps its AVX-512 code for Intel's processors: on others it reaches half of what oneDNN does. oneDNN in turn copies
-what lies the other way, as both operands of a weight's gradient do: that one is ours (csrc/ops/linear_weight_grad.cpp).
+transposed operands, as both are in a weight's gradient: that product is ours (csrc/ops/linear_weight_grad.cpp).
 bfloat16 products are oneDNN's anyway.
 """
 
@@ -14,13 +14,13 @@ from torch import Tensor
 from . import native
 from .autograd import once_differentiable
 
-# Least multiplications of a product for which oneDNN, whose call takes 10 microseconds longer, is faster.
+# The fewest multiplications for which oneDNN, whose call takes 10 microseconds longer, is faster.
 ENOUGH = 1 << 20
 
 
 @functools.cache
 def mkl_is_slow() -> bool:
-    """Whether float32 products are better left to others than PyTorch's choice on this machine."""
+    """Whether float32 products are faster here without PyTorch's choice of library."""
     backends = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     return backends and hasattr(torch.ops.mkldnn, "_linear_pointwise") and not native.module().is_intel()
 

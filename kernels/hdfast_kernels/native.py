@@ -21,13 +21,13 @@ SOURCES = Path(__file__).parents[1] / "csrc"  # where it is an editable install
 
 @functools.cache
 def module() -> ModuleType:
-    """`hdfast_kernels._native`; BackendError with the build command if it is not there or of other sources."""
+    """`hdfast_kernels._native`; BackendError with the build command if it is missing or built from other sources."""
     try:
         from . import _native
     except ImportError as error:
         message = f"the C++ module hdfast_kernels._native cannot be loaded ({error})"
         raise BackendError(f"{message}; build it with `{BUILD_COMMAND}`") from error
-    # Ops pass addresses: one that expects others would read and write anywhere.
+    # Ops pass addresses: a module that expects other arguments would read and write anywhere.
     if SOURCES.is_dir() and digest(SOURCES) != getattr(_native, "sources", ""):
         raise BackendError(
             f"the C++ module hdfast_kernels._native was built before {SOURCES} changed; "
@@ -44,7 +44,7 @@ def digest(folder: Path) -> str:
 
 
 def ptr(tensor: Tensor) -> int:
-    """The address of the data of a contiguous CPU tensor that is as it lies in memory; ValueError for any other."""
+    """The data address of a contiguous CPU tensor that is not lazily negated; ValueError for any other."""
     if tensor.is_neg():
         raise ValueError(
             "native ops take tensors as they are in memory, got one that is negated when it is read; "
@@ -67,7 +67,7 @@ def is_bf16(tensor: Tensor) -> bool:
 
 
 def as_float(tensor: Tensor) -> Tensor:
-    """The tensor as contiguous float32, itself where it is that already."""
+    """The tensor as contiguous float32, itself if it already is."""
     return (tensor if tensor.dtype == torch.float32 else tensor.float()).contiguous()
 
 
@@ -103,11 +103,11 @@ def force_isa(name: str) -> Iterator[None]:
 
 
 def keep_freed_memory() -> bool:
-    """Have the process keep the memory that tensors free, for the tensors to come; False where that cannot be.
+    """Make the process keep the memory that tensors free, for later tensors; False if that is impossible.
 
     glibc takes large blocks from the system and gives them back when they are freed, so that every activation of
-    every update is made of new pages, which the kernel zeroes one by one: a fifth of the CPU time of an update,
-    half of that of a fused op on large images. For a process that does the same work over and over, and once, before
-    it does: it changes the whole process, and its size stays at its peak.
+    every update gets new pages, which the kernel zeroes one by one: a fifth of the CPU time of an update, half of
+    that of a fused op on large images. Call it once, first thing in a process that repeats the same work: it changes
+    the whole process, whose size stays at its peak.
     """
     return module().keep_freed_memory()

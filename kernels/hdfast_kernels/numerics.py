@@ -1,5 +1,4 @@
-"""What several ops share: the dtype they compute in, and the argument checks that their messages phrase
-alike."""
+"""What several ops share: the dtype they compute in, and argument checks with uniform messages."""
 
 from collections.abc import Sequence
 
@@ -26,9 +25,9 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -
 
 
 def check_axes(op: str, name: str, tensor: Tensor, *axes: str) -> None:
-    """Raise ValueError unless a tensor has these axes; where the first is "...", also any number before them.
+    """Raise ValueError unless a tensor has these axes; if the first is "...", any number of others may come before.
 
-    As `check_tensor`, too.
+    Also as `check_tensor`.
     """
     check_tensor(op, name, tensor)
     right = tensor.ndim >= len(axes) - 1 if axes[0] == "..." else tensor.ndim == len(axes)
@@ -37,9 +36,9 @@ def check_axes(op: str, name: str, tensor: Tensor, *axes: str) -> None:
 
 
 def check_device(op: str, **tensors: Tensor | None) -> None:
-    """Raise ValueError unless all tensors, but for those that are None, are on the device of the first.
+    """Raise ValueError unless all tensors, except those that are None, are on the device of the first.
 
-    PyTorch itself answers some mixtures with numbers that nobody computed. As `check_tensor`, too.
+    For some mixtures PyTorch itself returns meaningless numbers. Also as `check_tensor`.
     """
     for name, tensor in tensors.items():
         if tensor is not None:
@@ -58,14 +57,14 @@ def check_eps(op: str, eps: float) -> None:
 
 
 def as_contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The same tensors as kernels read them: copies of those that are not contiguous, or negated when they are read."""
+    """The same tensors as kernels read them: copies of those that are not contiguous, or are lazily negated."""
     if all(tensor.is_contiguous() and not tensor.is_neg() for tensor in tensors):
         return tensors
     return [tensor.resolve_neg().contiguous() for tensor in tensors]
 
 
 def copy_back(tensors: Sequence[Tensor], laid: Sequence[Tensor]) -> None:
-    """Writes what became of the copies of `as_contiguous` into the tensors that they stood for."""
+    """Writes the copies that `as_contiguous` made back into the original tensors."""
     if laid is tensors:
         return
     for tensor, copy in zip(tensors, laid, strict=True):

@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to on real GPUs, found out without one: `python -m hdfast_kernels.report`.
+"""What the Triton kernels compile to on real GPUs, without having one: `python -m hdfast_kernels.report`.
 
 Each op is called at its training shapes on meta tensors, forward and backward, exactly as an agent calls it;
 every kernel launch is caught, compiled for the GPUs asked for, and taken apart with the tools that Triton's

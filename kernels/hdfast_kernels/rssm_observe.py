@@ -118,8 +118,8 @@ def rssm_observe(
         is_first: (T, B) bool; such a step starts from the initial state. Step 0 always does.
         uniform: (T, B, S) float32 in [0, 1): the random numbers that choose the classes (inverse CDF).
         initial_deter: (D,) of the initial state, in (-1, 1).
-        initial_index: (S,) int64, the classes of the initial latent, in [0, K). Native raises where one is not. The
-            others, which may run on a GPU, do not look: to them such a group has no class, a vector of zeros.
+        initial_index: (S,) int64, the classes of the initial latent, in [0, K). Native raises if one is not. The
+            others, which may run on a GPU, do not check: to them such a group has no class, a vector of zeros.
         in_stoch: (S*K, U), the latent part of the input layer, one row per class.
         gru: (3D, D+U), rows reset, candidate, update; columns deter, x.
         post_deter: (U, D), the deter half of the posterior's first layer.
@@ -128,7 +128,7 @@ def rssm_observe(
         unimix: share of the uniform distribution in the classes' probabilities.
         eps: of the LayerNorms.
         backend: "reference", "triton", "persistent" (Triton in one launch a direction, for which all programs must
-            run at the same time; ValueError where they cannot) or "native"; None takes the fastest that is proven on
+            run at the same time; ValueError if they cannot) or "native"; None takes the fastest that is proven on
             the device, and "triton" for "persistent" where not all programs can run at the same time.
 
     The matrices (in_stoch, gru, post_deter, logit_weight) share a dtype, which is that of the GEMMs; all else is

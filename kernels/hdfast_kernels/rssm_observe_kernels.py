@@ -1,13 +1,13 @@
 """The Triton kernels of rssm_observe: each step is six stages forward and seven backward.
 
-A stage is what can be done between two exchanges of the whole state, and of one of two kinds. In one a program owns
+A stage is what can be done between two exchanges of the whole state. There are two kinds. In one a program owns
 whole sequences: layer norms, activations and the gather of one-hot inputs, which need all of a row. In the other it
 owns columns of a product of matrices for all sequences, whose operand the stage before has left in the type of the
 matrix work. A kernel runs either one stage of one step, or all stages of STEPS steps, its programs meeting at a
 barrier (STAGE = -1); the arithmetic is the same.
 
-What is done with whole rows is in rssm_observe_rows, products and the order of all are in here. It is what is
-recurrent, and no more: rssm_observe_triton derives the gradients of matrices and norms from what is left.
+Work on whole rows is in rssm_observe_rows; products and the order of all stages are here. Only the recurrent part is
+computed: rssm_observe_triton derives the gradients of matrices and norms from what the scan stores.
 
 Axes: T time, B batch, D deter, U units, S groups, K classes. A tile of an operand is ROWS sequences by SPLIT * DEPTH
 columns: SPLIT parts of a sum go to different warps. A tile of results is ROWS by BLOCK. A whole row is D_WIDTH or
@@ -32,7 +32,7 @@ from .tiles import reciprocal
 
 @triton.jit
 def grid_barrier(counter, target):
-    """Wait until every program has come here `target / programs` times; what they wrote, ".cg" loads then see.
+    """Wait until every program has come here `target / programs` times; ".cg" loads then see what they wrote.
 
     The release makes it visible in the second-level cache. There is no acquire, which would drop the matrices from the
     first-level cache: loads behind the last debug_barrier are issued after the count was seen, and ".cg" ones pass by
@@ -217,8 +217,8 @@ def observe_backward(
     grad_post,  # (T, B, U) of post_sum
     grad_total,  # (T, B, D) of deter, from everywhere
     grad_gates,  # (T, B, 3D) of gates_sum
-    grad_kept,  # (T, B, D) of the deter before, by way of what the update gate keeps of it
-    grad_before,  # (T, B, D) of the deter before, by way of the gates
+    grad_kept,  # (T, B, D) of the deter before, through the part that the update gate keeps
+    grad_before,  # (T, B, D) of the deter before, through the gates
     grad_x,  # (T, B, U) of SiLU(LN(in_sum))
     grad_in,  # (T, B, U) of in_sum
     counter, start, B, eps, unimix: tl.constexpr,

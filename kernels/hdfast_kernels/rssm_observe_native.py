@@ -1,7 +1,7 @@
 """rssm_observe on the CPU: each direction is one call into C++, the matrices' gradients are GEMMs after it.
 
-C++ (csrc/ops/rssm_observe.cpp) packs the matrices once per call; there is no Python between the steps. What
-backward reads, forward has stored: the inputs of the three layer norms and the operands of the GEMMs.
+C++ (csrc/ops/rssm_observe.cpp) packs the matrices once per call; there is no Python between the steps. Forward
+stores what backward reads: the inputs of the three layer norms and the operands of the GEMMs.
 
 Measured on one core of a Xeon with AMX, T=64, B=16, D=U=512, S=K=32, forward + backward against the reference in the
 same run: 162 against 433 ms in float32, 64 against 375 ms in bfloat16.

@@ -1,8 +1,9 @@
-"""What a step of rssm_observe does with one sequence, all of whose numbers a program has: device functions in Triton.
+"""What a step of rssm_observe does with a sequence that one program holds whole: device functions in Triton.
 
 Layer norms, activations, and the gather of the rows that one-hot latents name, forward and backward; see
-rssm_observe_kernels for when. `at` is a row of (T * B, ..), `column` all columns of it, WIDTH of them, a power of two;
-L, D, U are how many are real. Loads with ".cg" come from the second-level cache, since other programs wrote them.
+rssm_observe_kernels for when. `at` is a row of (T * B, ..), `column` all its columns, padded to WIDTH, a power of two;
+L, D, U are the true numbers of columns. Loads with ".cg" come from the second-level cache, since other
+programs wrote them.
 
 Axes: T time, B batch, D deter, U units, S groups, K classes.
 """
@@ -32,7 +33,7 @@ def norm_silu(x, column, at, weight, bias, moments, eps, L: tl.constexpr):
     mean = tl.sum(x, 0) * (1.0 / L)
     x = tl.where(column < L, x - mean, 0.0)
     variance = tl.sum(x * x, 0) * (1.0 / L)
-    if variance < 1e-6 * mean * mean:  # what the mean missed by rounding may be all that is left; see tiles.normalise
+    if variance < 1e-6 * mean * mean:  # the mean's rounding error may be all that is left; see tiles.normalise
         missed = tl.sum(x, 0) * (1.0 / L)
         mean += missed
         x = tl.where(column < L, x - missed, 0.0)
@@ -146,7 +147,7 @@ def activate_posterior(post_sum, y, weight, bias, moments, at, eps, U: tl.conste
 @triton.jit
 def line_of_gate_gradients(gates_sum, deter, initial_deter, is_first, weight, bias, grad_total, grad_gates, grad_kept,
                            at, B, eps, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Row `at` of the gradient of gates_sum, and of the deter before by way of what the update gate keeps of it."""
+    """Row `at` of the gradient of gates_sum, and of the deter before, through the part that the update gate keeps."""
     column = tl.arange(0, WIDTH)
     follows = (at >= B) & (tl.load(is_first + at) == 0)
     h = before_of(deter, initial_deter, at, follows, column, B, D)

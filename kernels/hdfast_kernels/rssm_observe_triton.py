@@ -1,7 +1,7 @@
-"""rssm_observe in Triton: how the kernels of rssm_observe_kernels are launched, and what is done after the scan.
+"""rssm_observe in Triton: how the kernels of rssm_observe_kernels are launched, and the work after the scan.
 
 Forward is six launches a step and backward seven, inside a CUDA graph, or each is one launch for all steps
-(`persistent`). The gradients of matrices and norms follow from what the scan leaves, in a few operations on T*B rows.
+(`persistent`). The gradients of matrices and norms follow from what the scan stores, in a few operations on T*B rows.
 
 Axes: T time, B batch, D deter, U units, S groups, K classes.
 """
@@ -27,8 +27,8 @@ class Layout:
     programs: int  # by columns
     row_programs: int  # by sequences
     BLOCK: int  # columns of a program
-    SPLIT: int  # parts of a sum, each of which a warp has
-    DEPTH: int  # of one of them
+    SPLIT: int  # parts of a sum, one for each warp
+    DEPTH: int  # depth of one part
     WHOLE: int  # products of up to so many chunks are one block of code
 
 

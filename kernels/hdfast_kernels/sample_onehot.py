@@ -7,7 +7,7 @@
 
 Axes: N rows (all leading axes), S groups, K classes.
 
-The uniform numbers are an input, so every backend draws the same class from the same numbers (but for ties of
+The uniform numbers are an input, so every backend draws the same class from the same numbers (except for ties of
 cdf and uniform within rounding), a captured graph needs no generator of its own, and a test can choose the
 sample.
 

@@ -2,8 +2,8 @@
 
 Axes: N images, H x W pixels, C channels in, O channels out.
 
-Source: HarmonyDream's encoder and decoder (ALGORITHM §3). On CUDA the convolutions are PyTorch's, but
-for those of images in bfloat16, which are in Triton (image_blocks.py).
+Source: HarmonyDream's encoder and decoder (ALGORITHM §3). On CUDA the convolutions are PyTorch's,
+except those of images in bfloat16, which are in Triton (image_blocks.py).
 """
 
 import torch
@@ -26,7 +26,7 @@ def strided_conv_reference(x: Tensor, weight: Tensor, transposed: bool = False) 
 
 
 def strided_conv_triton(x: Tensor, weight: Tensor, transposed: bool = False) -> Tensor:
-    """Images of bfloat16 are halved as blocks of pixels; all else is the reference's."""
+    """Images in bfloat16 are halved as blocks of pixels; all else is left to the reference."""
     if transposed or x.shape[-1] > image_blocks.CHANNELS or not image_blocks.takes(x, halved=True):
         return strided_conv_reference(x, weight, transposed)
     return image_blocks.halve_image(x, weight)

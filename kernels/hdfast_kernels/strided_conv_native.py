@@ -44,7 +44,7 @@ class _StridedConv(torch.autograd.Function):
 
 
 def _convolve(x: Tensor, weight: Tensor, doubling: bool) -> Tensor | None:
-    """x halved, or doubled; None where it is for PyTorch to compute."""
+    """x halved, or doubled; None where PyTorch should compute it."""
     (images, height, width, channels), (small, large) = x.shape, weight.shape[:2]
     if not doubling and image_conv_native.takes(x, small):
         return image_conv_native.halve(x, weight)
@@ -68,13 +68,13 @@ def _convolve(x: Tensor, weight: Tensor, doubling: bool) -> Tensor | None:
 
 
 def _grad_x(x: Tensor, grad: Tensor, weight: Tensor, transposed: bool) -> Tensor | None:
-    """Halved where x was doubled, doubled where it was halved; None where it is for PyTorch to compute."""
+    """Halved where x was doubled, doubled where it was halved; None where PyTorch should compute it."""
     sides = [2 * side for side in grad.shape[1:3]]
     return _convolve(grad, weight, not transposed) if transposed or list(x.shape[1:3]) == sides else None
 
 
 def _weight_grad(x: Tensor, grad: Tensor, transposed: bool) -> Tensor | None:
-    """Of shape (channels of the smaller map, of the larger one, 4, 4); None where it is for PyTorch to compute."""
+    """Of shape (channels of the smaller map, of the larger one, 4, 4); None where PyTorch should compute it."""
     large, small = (grad, x) if transposed else (x, grad)
     images, height, width, channels = small.shape
     if large.shape[1:3] != (2 * height, 2 * width):

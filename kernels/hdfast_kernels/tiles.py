@@ -37,7 +37,7 @@ class Tile:
 
 
 def row_tile(columns: int, numbers: int = TILE, thread: int = THREAD) -> Tile:
-    """As many rows as fit a tile of that many numbers; a wider row has a tile of its own, and more warps."""
+    """As many rows as fit a tile of so many numbers; a wider row gets its own tile, and more warps."""
     block = triton.next_power_of_2(columns)
     rows = max(1, numbers // block)
     return Tile(rows, block, min(16, max(1, rows * block // (32 * thread))))
@@ -49,9 +49,9 @@ def as_rows(x: Tensor, columns: int) -> Tensor:
 
 
 def rows_apart(x: Tensor, columns: int) -> Tensor:
-    """(..., columns) -> (N, columns) with numbers side by side in a row, and rows any distance apart; a view if it can.
+    """(..., columns) -> (N, columns) with numbers side by side in a row, rows any distance apart; a view if possible.
 
-    So the kernels read what a layer padded to aligned rows gives, without a copy.
+    So the kernels read the aligned rows of a padded layer without a copy.
     """
     flat = x.resolve_neg().flatten(0, -2) if x.dim() > 1 else x.resolve_neg()[None]
     return flat if flat.stride(1) == 1 else as_rows(flat, columns)
@@ -60,7 +60,7 @@ def rows_apart(x: Tensor, columns: int) -> Tensor:
 def readable_columns(flat: Tensor, block: int) -> int:
     """How many columns of each row of (N, columns) a kernel may read: `block` if memory has that many, else its own.
 
-    What lies beyond the row must not matter to the kernel. It needs no mask then, with which loads are not 16 bytes.
+    What lies beyond the row must not matter to the kernel. It then needs no mask, which would rule out 16-byte loads.
     """
     (rows, columns), stride = flat.shape, flat.stride(0)
     end = flat.storage_offset() + (rows - 1) * stride + block
@@ -70,7 +70,7 @@ def readable_columns(flat: Tensor, block: int) -> int:
 
 @triton.jit
 def _signed_tanh(x, magnitude):
-    """tanh from |tanh|, which near zero is rounding where it comes from 1 - exp: a minimax polynomial there."""
+    """tanh from |tanh|, with a minimax polynomial near zero, where 1 - exp would be pure rounding error."""
     square = x * x
     near = x + x * square * (-0.333330631 + square * (0.133149073 - square * 0.0503722690))
     return tl.where(square < 0.09, near, tl.where(x < 0, -magnitude, magnitude))
@@ -85,7 +85,7 @@ def tanh(x):
 
 @triton.jit
 def tanh_and_slope(x):
-    """tanh, and its derivative: from exp again, as 1 - tanh^2 would be rounding where tanh is nearly one."""
+    """tanh, and its derivative: also from exp, as 1 - tanh^2 would be rounding error where tanh is nearly one."""
     decay = tl.exp(-2.0 * tl.abs(x))
     share = 1.0 / (1.0 + decay)
     return _signed_tanh(x, (1.0 - decay) * share), 4.0 * decay * share * share
@@ -93,9 +93,9 @@ def tanh_and_slope(x):
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + e^-x) from a power of two and the reciprocal of a root, which flush what is smaller than normal numbers.
+    """1 / (1 + e^-x) from a power of two and the reciprocal of a root, which flush subnormal numbers to zero.
 
-    tl.sigmoid takes care of those in exp and in the division, with twice the instructions, and is no more precise.
+    tl.sigmoid handles those in exp and in the division, with twice the instructions, and is no more precise.
     """
     root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
     return root * root
@@ -132,7 +132,7 @@ def normalise(x, inside, COLUMNS: tl.constexpr, eps):
 
 @triton.jit
 def sum_partials(partial_ptr, total_ptr, programs, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The sums over programs of (kinds, programs, columns) float32, of some columns of one kind."""
+    """The sums over programs of (kinds, programs, columns) float32, for some columns of one kind."""
     kind = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     total = tl.zeros((ROWS, BLOCK), tl.float32)

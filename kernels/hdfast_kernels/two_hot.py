@@ -39,7 +39,7 @@ def symexp(x: Tensor) -> Tensor:
 def symlog_bins(low: float, high: float, bins: int, like: Tensor) -> Tensor:
     """(bins,) evenly spaced from low to high, on the device and in the compute dtype of `like`; made once."""
     key = low, high, bins, compute_dtype(like), like.device
-    # What is made while PyTorch traces has no memory, and is for this once.
+    # A tensor made while PyTorch traces has no memory, and is not cached.
     keep = type(like) in (Tensor, torch.nn.Parameter)
     found = _bins.get(key) if keep else None
     if found is None:
@@ -81,7 +81,7 @@ def two_hot_mean_reference(logits: Tensor, low: float = -20.0, high: float = 20.
 def _load_logits(logits_ptr, rows, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Row (ROWS,), bin (1, BLOCK) and float32 logits (ROWS, BLOCK) of this program's tile.
 
-    Rows lie `stride` apart. WIDTH columns are read: more than there are bins, where memory has them, and anything.
+    Rows lie `stride` apart. WIDTH columns are read; any beyond the bins, if memory has them, hold arbitrary numbers.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     bin_ = tl.arange(0, BLOCK)[None, :]
@@ -101,13 +101,14 @@ def _store_rows(dlogits_ptr, row, bin_, dlogits, rows, K: tl.constexpr):
 def _position(target, LOW: tl.constexpr, HIGH: tl.constexpr, K: tl.constexpr):
     """The bin below symlog(target), in [0, K - 2], and the weight of the bin above; NaN where the target is."""
     size = tl.abs(target)
-    size = tl.where(size > 1e38, 1e38, size)  # an infinity has no difference to one more
+    size = tl.where(size > 1e38, 1e38, size)  # infinity + 1 - infinity would be NaN
     above = 1.0 + size
     root = tl.rsqrt(above)
-    size = tl.log(above) + (size - (above - 1.0)) * root * root  # what rounding lost: all of a small target
+    # The second term is what rounding lost: all of a small target.
+    size = tl.log(above) + (size - (above - 1.0)) * root * root
     position = (tl.where(target < 0, -size, size) - LOW) * ((K - 1) / (HIGH - LOW))
     position = tl.where(position > K - 1, K - 1.0, tl.where(position < 0, 0.0, position))
-    below = tl.where(position < K - 1, tl.floor(position), K - 2.0)  # so for NaN
+    below = tl.where(position < K - 1, tl.floor(position), K - 2.0)  # also for NaN
     return below.to(tl.int32), position - below
 
 
