@@ -63,7 +63,7 @@ class Config:
     agent_steps: SomeSteps = 100_000
     """Agent steps of a run, random ones included (frames are agent steps times the action repeat)."""
     init_from: str | None = None
-    """Directory of a run whose newest parameters a new run starts with; its policy acts from the first step."""
+    """Run (or file of a checkpoint) whose parameters a new run starts with; its policy acts from the first step."""
     dry_run: bool = False
     """Build everything, print it as JSON and exit."""
     env: EnvConfig = field(default_factory=EnvConfig)

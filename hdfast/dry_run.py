@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from hdfast.replay import Replay
 from hdfast.replay.contents import replay_specs
 from hdfast.runtime import graphs
 from hdfast.runtime.device import describe_device, resolve_device, resolve_precision
-from hdfast.runtime.rundir import newest
+from hdfast.runtime.rundir import chosen
 from hdfast.streams import make_envs
 from hdfast.suites import Task
 
@@ -26,10 +25,10 @@ from hdfast.suites import Task
 def describe(config: Config, tasks: Sequence[Task]) -> str:
     """JSON: version, tasks, device, resolved config, and for the first task its environment, parameters and memory.
 
-    Raises: RunError, CheckpointError: --init-from names no run, or one without a checkpoint.
+    Raises: RunError, CheckpointError: --init-from names neither a run that has a checkpoint nor a checkpoint.
     """
     if config.init_from is not None:
-        newest(Path(config.init_from).expanduser())
+        chosen(config.init_from)
     device = resolve_device(config.device)
     dtype = resolve_precision(config.precision, device)
     graphs.check_graph(config.train.graph, device)

@@ -105,13 +105,12 @@ def load(
         configuration or environments. ConfigError: a directory of several runs, no such device, a number of
         environments or a seed out of range.
     """
-    run, one = _split(run)
     if not 1 <= num_envs <= MOST_ENVS:
         raise ConfigError(f"--num-envs {num_envs} is out of range: expected 1 to {MOST_ENVS:,}")
     if seed < 0:
         raise ConfigError(f"--seed {seed} is out of range: expected 0 or more")
-    saved = rundir.newest(run) if one is None else checkpoint.load(one)
-    config = dataclasses.replace(config_of(run), seed=seed)
+    saved = rundir.chosen(run)
+    config = dataclasses.replace(config_of(saved.run), seed=seed)
     task = suites.get(config.suite).task(config.task)
     where = resolve_device(device)
     prepare_device(where, config.little_work)
@@ -137,14 +136,6 @@ def load(
     except BaseException:
         env.close()
         raise
-
-
-def _split(run: str | Path) -> tuple[Path, Path | None]:
-    """The directory of a run, and the file of the checkpoint if `run` is one of those that it has."""
-    path = Path(run).expanduser()
-    if path.suffix != checkpoint.SUFFIX:
-        return path, None
-    return (path if path.parent.name else path.absolute()).parent.parent, path
 
 
 def config_of(run: Path) -> Config:
@@ -187,19 +178,19 @@ def evaluate(
         As `load`. ConfigError: no episodes, a video of a task that shows and draws no images. RunError,
         DiskFullError: the video cannot be written.
     """
-    given, (run, _) = run, _split(run)
     if episodes < 1:
         raise ConfigError(f"--episodes {episodes} is out of range: expected 1 or more")
     envs = min(num_envs, episodes)
-    with load(given, num_envs=envs, seed=seed, device=device, greedy=greedy, drawn=video) as trained:
+    with load(run, num_envs=envs, seed=seed, device=device, greedy=greedy, drawn=video) as trained:
         agent_steps = trained.checkpoint.meta["agent_steps"]
         film = None
         if video:
             key = next((key for key, spec in trained.env.obs_specs.items() if spec.is_image), None)
-            film = Film(key, run / "videos" / f"evaluate_{agent_steps:010d}.gif")
+            film = Film(key, trained.checkpoint.run / "videos" / f"evaluate_{agent_steps:010d}.gif")
         watch = film or (lambda step: None)
         played = evaluation.play(trained.env, trained.policy, episodes, watch=watch, tell=tell)
-    about = {"run": str(run), "checkpoint": trained.checkpoint.path.name, "agent_steps": agent_steps}
+    played_by = trained.checkpoint
+    about = {"run": str(played_by.run), "checkpoint": played_by.path.name, "agent_steps": agent_steps}
     if film is not None:
         about["video"] = str(film.path)
     if greedy:

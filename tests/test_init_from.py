@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from hdfast.runtime import checkpoint
 from hdfast.runtime.errors import CheckpointError, ConfigError, RunError
 from tests import loop_cases
 from tests.loop_cases import (
@@ -49,6 +50,33 @@ def test_a_run_can_begin_with_the_parameters_of_another(tmp_path, monkeypatch):
     longer = dataclasses.replace(second, agent_steps=40)
     assert loop_cases.train(longer)["updates"] == 15
     assert not all(torch.equal(tensor, before[name]) for name, tensor in parameters(longer).items())
+
+
+def test_a_run_can_begin_with_an_older_checkpoint_of_another(tmp_path, monkeypatch):
+    """Also with one that was copied out of its run, by its name alone."""
+    script(monkeypatch)
+    first = tiny(tmp_path / "first", eval={"every": 20})  # each evaluation is of a checkpoint
+    loop_cases.train(first)
+    older = min(path_of(first).glob("checkpoints/*.safetensors"))
+    before = {
+        name: tensor for name, tensor in checkpoint.load(older).tensors.items() if name in parameters(first)
+    }
+    assert not all(torch.equal(tensor, parameters(first)[name]) for name, tensor in before.items())
+    shutil.copy(older, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for start in (str(older), older.name):
+        second = tiny(tmp_path / f"second{len(start)}", init_from=start, agent_steps=8)
+        loop_cases.train(second)
+        after = parameters(second)
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+    for start, details in ((str(older), ("rssm.deter: 16 -> 8",)), (older.name, ())):
+        with pytest.raises(CheckpointError, match=f"{older.name}: the checkpoint does not fit") as error:
+            loop_cases.train(tiny(tmp_path / "third", init_from=start, rssm={"deter": 8}))
+        assert tuple(error.value.details[:-1]) == details
+    with pytest.raises(CheckpointError, match="there is no such checkpoint; there are 0000000040"):
+        loop_cases.train(tiny(tmp_path / "third", init_from=str(older.with_name("1.safetensors"))))
+    assert not (tmp_path / "third").exists()
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [("learned", "off"), ("fixed", "learned")])

@@ -54,6 +54,11 @@ class Checkpoint:
     number: int
     path: Path
 
+    @property
+    def run(self) -> Path:
+        """The directory of the run whose checkpoints/ it is in."""
+        return self.path.parent.parent
+
     def part(self, prefix: str) -> dict[str, torch.Tensor]:
         """The tensors whose names begin with the prefix, without it."""
         return {k.removeprefix(prefix): t for k, t in self.tensors.items() if k.startswith(prefix)}

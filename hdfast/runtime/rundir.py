@@ -238,12 +238,15 @@ def read(path: Path) -> Record:
     return Record(path, about["config"], about["created"], about["resumed"], summary)
 
 
-def newest(path: Path) -> checkpoint.Checkpoint:
-    """The newest checkpoint of the run in a directory, without locking it.
+def chosen(path: str | Path) -> checkpoint.Checkpoint:
+    """The newest checkpoint of the run in directory `path`, or the one whose file it is. Expands `~`, locks nothing.
 
-    Raises: RunError: there is no run. ConfigError: it holds runs instead. CheckpointError: it has no checkpoint yet, or
-    all are damaged.
+    Raises: RunError: there is no run. ConfigError: it holds runs instead. CheckpointError: it has no checkpoint yet or
+    none of that name, or what it has is damaged.
     """
+    path = Path(path).expanduser()
+    if path.suffix == checkpoint.SUFFIX:
+        return checkpoint.load(path if path.parent.name else path.absolute())
     with disk_errors(path, "read the run"):
         below = [] if (path / "config.json").exists() else sorted(path.glob("**/config.json"))
     if below:
