@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from hdfast import config, config_file, report, suites
+from hdfast import config, config_file, envs, report, suites
 from hdfast.flags import field_names
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, natural, positive
@@ -302,6 +302,8 @@ def main() -> None:
         raise ConfigError("--devices has no effect with --ray", hint="ray hands out the GPUs of its cluster")
     for name in args.devices:
         resolve_device(name)  # before any run is begun
+    for task in tasks if not args.ray else ():  # of a cluster's machines, nothing is known here
+        envs.check(suite.name, task.name)
     pool = RayPool(args.ray) if args.ray else LocalPool(args.jobs, args.devices, threads=threads)
     say = functools.partial(Console(highlight=False).print, markup=False, soft_wrap=True)
     with StopRequest() as stop:

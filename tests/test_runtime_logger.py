@@ -206,7 +206,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
     assert curve(tmp_path, "x") == [(0, 2.0), (50, 2.0)]
 
 
-def test_cut_leaves_a_log_that_needs_none_untouched(tmp_path):
+def test_cut_leaves_a_log_that_needs_none_untouched_and_tells_of_damaged_lines(tmp_path, capfd):
     path = tmp_path / "x.jsonl"
     cut(path, 5)
     assert not path.exists()
@@ -219,6 +219,11 @@ def test_cut_leaves_a_log_that_needs_none_untouched(tmp_path):
     )
     cut(path, 5)
     assert path.read_text() == '{"agent_steps": 1}\n'
+    assert capfd.readouterr().err == f"warning: {path}: left out 4 damaged lines, the first is line 2\n"
+    path.write_text('{"agent_steps": 1}\n{"agent_st')
+    cut(path, 5)
+    assert path.read_text() == '{"agent_steps": 1}\n'
+    assert not capfd.readouterr().err
 
 
 def test_evaluations_that_a_checkpoint_does_not_know_are_cut(tmp_path):

@@ -240,6 +240,11 @@ def test_sweep_tells_what_is_wrong_in_one_line(monkeypatch, capfd):
         (["--suit", "demo"], 2, "there is no option --suit; did you mean '--suite'"),
         (["--suite", "dmo"], 2, "no suite 'dmo'; did you mean 'demo'"),
         (["--suite", "demo", "--tasks", "Pong"], 2, "no task 'Pong' in suite demo"),
+        (
+            ["--suite", "gym", "--tasks", "CartPole-v9"],
+            2,
+            "no environment 'CartPole-v9' is registered with gymnasium; did",
+        ),
         (["--suite", "demo", "--jobs", "0"], 2, "argument --jobs: 0 is out of range"),
         (["--agent-steps", "5"], 2, "--agent-steps is a flag of hdfast.train; put it behind --"),
         (["--log.no-tensorboard"], 2, "--log.no-tensorboard is a flag of hdfast.train; put it behind --"),

@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from hdfast.runtime.errors import disk_errors
+from hdfast.runtime.errors import disk_errors, warn
 from hdfast.runtime.files import plain, replacing, write_all
 from hdfast.runtime.tensorboard import TensorBoard
 from hdfast.runtime.video import encode_gif, save_gif
@@ -186,24 +186,26 @@ def to_host(metrics: Mapping[str, Metric]) -> dict[str, float]:
 def cut(path: Path, agent_steps: int | None, evaluated_at: int | None = None) -> None:
     """Keep the whole lines of a log up to and including `agent_steps`, or no line when that is None.
 
-    If `evaluated_at` is not None, evaluations are kept up to that. Atomic. A file that needs no cut, or does not
+    If `evaluated_at` is not None, evaluations are kept up to that. Damaged lines are left out, with a warning
+    unless it is the last one alone, which a kill may leave unfinished. Atomic. A file that needs no cut, or does not
     exist, is left alone.
     """
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if _belongs(line, agent_steps, evaluated_at)]
+    kept, damaged = [], []
+    for number, line in enumerate(lines if agent_steps is not None else [], 1):
+        try:
+            found = json.loads(line)
+            evaluation = found.get("kind") == "evaluation" and evaluated_at is not None
+            if found["agent_steps"] <= (evaluated_at if evaluation else agent_steps) and line.endswith(b"\n"):
+                kept.append(line)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            damaged.append(number)
+    if damaged and damaged != [len(lines)]:
+        warn(
+            f"{path}: left out {len(damaged)} damaged line{'s'[: len(damaged) > 1]}, the first is line {damaged[0]}"
+        )
     if len(kept) < len(lines):
         with replacing(path) as file:
             file.writelines(kept)
-
-
-def _belongs(line: bytes, agent_steps: int | None, evaluated_at: int | None) -> bool:
-    if agent_steps is None or not line.endswith(b"\n"):
-        return False
-    try:
-        found = json.loads(line)
-        evaluation = found.get("kind") == "evaluation" and evaluated_at is not None
-        return found["agent_steps"] <= (evaluated_at if evaluation else agent_steps)
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return False
