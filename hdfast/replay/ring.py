@@ -11,6 +11,7 @@ registers with it. Both run in the order of the current stream.
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from hdfast.envs.base import ArraySpec
 
 DEVICE_SHARE = 0.5  # of the free device memory: the most that a ring placed by "auto" may take
+_AHEAD = "ahead."  # in a state: then batch, length, and the starts of windows that are being fetched
 
 
 class Replay:
@@ -136,11 +138,8 @@ class Replay:
         if self.place == "device":
             return
         self._require(length)
-        prefetch = self._prefetch.get((batch, length))
-        if prefetch is None:
-            prefetch = WindowPrefetch(lambda starts: self._gather(starts, length), self.device)
-            self._prefetch[batch, length] = prefetch
-        if not prefetch.pending:
+        prefetch = self._prefetch_of(batch, length)
+        if prefetch.pending is None:
             prefetch.begin(self._draw(batch, length))
         prefetch.finish()
         prefetch.begin(self._draw(batch, length))
@@ -176,11 +175,20 @@ class Replay:
             self._log.flush()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Counters, checksum of the log and generator state; the rows themselves stay in the log, flushed."""
+        """Counters, checksum of the log, generator state, and the windows that `stage` has drawn ahead.
+
+        The rows themselves stay in the log, flushed. Windows ahead that newer rows have overwritten in part are left
+        out: another batch is drawn in their place when the state is loaded.
+        """
         rows, crc = self._log.position() if self._log is not None else (self.rows_added, 0)
         state = {"rows_added": rows, "ring": self.ring, "log_crc": crc}
         tensors = {key: torch.tensor(value) for key, value in state.items()}
-        return tensors | {"generator": self.generator.get_state()}
+        ahead = {
+            f"{_AHEAD}{batch}.{length}": prefetch.pending
+            for (batch, length), prefetch in self._prefetch.items()
+            if prefetch.pending is not None and self._holds(prefetch.pending, length)
+        }
+        return tensors | ahead | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Become what `state_dict` was called on: read its rows from the log, and cut off those added later.
@@ -203,6 +211,10 @@ class Replay:
             self._log.load(rows, crc, self._restore)
         self._count(rows)
         restore_generator(self.generator, state["generator"])
+        if self.place == "host" and ring == self.ring:
+            for key in filter(lambda key: key.startswith(_AHEAD), state):
+                batch, length = map(int, key.removeprefix(_AHEAD).split("."))
+                self._prefetch_of(batch, length).begin(state[key].cpu())
 
     def close(self) -> None:
         """Flush, close the log, and end the threads."""
@@ -219,6 +231,18 @@ class Replay:
         if not self.ready(length):
             stored = min(self.rows_added, self.ring)
             raise ValueError(f"replay: no window of {length} rows, there are {stored} per environment")
+
+    def _prefetch_of(self, batch: int, length: int) -> WindowPrefetch:
+        if (batch, length) not in self._prefetch:
+            gather = functools.partial(self._gather, length=length)
+            self._prefetch[batch, length] = WindowPrefetch(gather, self.device)
+        return self._prefetch[batch, length]
+
+    def _holds(self, starts: Tensor, length: int) -> bool:
+        """Whether windows that were drawn earlier are still whole."""
+        count = min(self.rows_added, self.ring)
+        after_oldest = (starts % self.ring - (self.rows_added - count)) % self.ring
+        return bool((after_oldest + length <= count).all())
 
     def _draw(self, batch: int, length: int) -> Tensor:
         """Storage rows (B,) int64 of uniformly drawn windows."""

@@ -58,6 +58,7 @@ class WindowPrefetch:
     """Brings windows of one shape from a ring on the host to `device`, the next batch while the device works.
 
     gather: from starts (B,) int64 on the host to a dict of host tensors (T, B, ...); it runs in a thread.
+    pending: starts of the batch that has been begun and not finished, if there is one.
     windows: the batch of the last `finish`, in tensors that stay where they are, as a CUDA graph needs them.
         While a batch is on its way, a graph can be captured only with capture_error_mode="thread_local".
     """
@@ -75,26 +76,21 @@ class WindowPrefetch:
         # Each thread has its own current device, which is at first the first card.
         begin = functools.partial(torch.cuda.set_device, self._device) if self._cuda else None
         self._thread = ThreadPoolExecutor(1, "replay-prefetch", initializer=begin)
-        self._pending: Future[None] | None = None
-
-    @property
-    def pending(self) -> bool:
-        """Whether a batch has been begun and not finished."""
-        return self._pending is not None
+        self._fetching: Future[None] | None = None
+        self.pending: Tensor | None = None
 
     def begin(self, starts: Tensor) -> None:
         """Gather and send the windows at `starts` in the background."""
-        self._pending = self._thread.submit(self._fetch, starts)
+        self.pending, self._fetching = starts, self._thread.submit(self._fetch, starts)
 
     def wait(self) -> None:
         """Wait until the ring is not being read."""
-        if self._pending is not None:
-            self._pending.result()
+        if self._fetching is not None:
+            self._fetching.result()
 
     def finish(self) -> None:
         """Put the batch under way into `windows`, in the order of the current stream."""
-        self.wait()
-        self._pending = None
+        self.drop()
         if self._cuda:
             torch.cuda.current_stream(self._device).wait_event(self._sent)
         for key, arriving in self._arriving.items():
@@ -105,7 +101,7 @@ class WindowPrefetch:
     def drop(self) -> None:
         """Forget the batch under way."""
         self.wait()
-        self._pending = None
+        self.pending = self._fetching = None
 
     def close(self) -> None:
         self._thread.shutdown()
