@@ -7,11 +7,13 @@ import re
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
 
 import hdfast
+import hdfast_kernels
 from hdfast_kernels import dispatch
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +89,16 @@ def test_one_version():
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("hdfast runs from its checkout, not installed")
     assert installed == hdfast.__version__
+
+
+def test_editors_and_type_checkers_see_the_ops():
+    """They read imports, and run nothing; of a package without py.typed they ignore all types."""
+    assert (ROOT / "hdfast/py.typed").exists()
+    assert (ROOT / "kernels/hdfast_kernels/py.typed").exists()
+    tree = ast.parse(Path(hdfast_kernels.__file__).read_text())
+    imported = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert imported == set(hdfast_kernels.__all__)
+    assert not any(isinstance(getattr(hdfast_kernels, name), types.ModuleType) for name in imported)
 
 
 def test_ci_runs_the_test_command_of_the_readme():

@@ -5,34 +5,47 @@ Importing this package touches no device, builds nothing and does not load the C
 torch, and Triton for the `triton` backend.
 """
 
-import importlib
-
+# Most functions are named like their file: `from .linear import linear` binds the function in place of the module.
+from .adam import adam_step
 from .dispatch import BackendError, backends_available
+from .gather_windows import gather_windows
+from .harmonizer import Harmonizer
+from .harmony_loss import harmony_loss
+from .image_deconv import image_deconv
+from .image_input import image_input
+from .image_loss import image_loss
+from .kl_balance import kl_balance
+from .lambda_return import lambda_return
+from .layer_norm_gru import layer_norm_gru
+from .layer_norm_silu import layer_norm_silu
+from .linear import linear
+from .onehot_linear import expand_onehot, onehot_linear
+from .rssm_observe import rssm_observe
+from .sample_onehot import sample_index, sample_onehot
+from .strided_conv import strided_conv
+from .two_hot import two_hot_loss, two_hot_mean
 
-_HOME = {
-    "Harmonizer": "harmonizer",
-    "adam_step": "adam",
-    "expand_onehot": "onehot_linear",
-    "gather_windows": "gather_windows",
-    "harmony_loss": "harmony_loss",
-    "image_deconv": "image_deconv",
-    "image_input": "image_input",
-    "image_loss": "image_loss",
-    "kl_balance": "kl_balance",
-    "lambda_return": "lambda_return",
-    "layer_norm_gru": "layer_norm_gru",
-    "layer_norm_silu": "layer_norm_silu",
-    "linear": "linear",
-    "onehot_linear": "onehot_linear",
-    "rssm_observe": "rssm_observe",
-    "sample_index": "sample_onehot",
-    "sample_onehot": "sample_onehot",
-    "strided_conv": "strided_conv",
-    "two_hot_loss": "two_hot",
-    "two_hot_mean": "two_hot",
-}
-__all__ = ["BackendError", "backends_available", *_HOME]
-
-# A function named like its file must be bound after the file is loaded: now, not on first use.
-for _name, _file in _HOME.items():
-    globals()[_name] = getattr(importlib.import_module(f"{__name__}.{_file}"), _name)
+__all__ = [
+    "BackendError",
+    "Harmonizer",
+    "adam_step",
+    "backends_available",
+    "expand_onehot",
+    "gather_windows",
+    "harmony_loss",
+    "image_deconv",
+    "image_input",
+    "image_loss",
+    "kl_balance",
+    "lambda_return",
+    "layer_norm_gru",
+    "layer_norm_silu",
+    "linear",
+    "onehot_linear",
+    "rssm_observe",
+    "sample_index",
+    "sample_onehot",
+    "strided_conv",
+    "two_hot_loss",
+    "two_hot_mean",
+]
