@@ -40,8 +40,10 @@ def test_under_the_interpreter():
 def test_an_update_is_right(continuous):
     """In bfloat16: only there are products of bfloat16, one-hot matrices and blocks of pixels."""
     import interpreter_bf16
+    import interpreter_memory
 
     interpreter_bf16.patch()
+    interpreter_memory.patch()
     config = apply_overrides(
         small_config(), {"replay": {"batch": 2, "length": 3}, "behavior": {"horizon": 2}}
     )

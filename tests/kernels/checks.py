@@ -20,9 +20,11 @@ from hdfast_kernels import backends_available, dispatch
 if dispatch.triton_interpreted():
     import interpreter_approximations
     import interpreter_bf16
+    import interpreter_memory
 
     interpreter_approximations.patch()
     interpreter_bf16.patch()
+    interpreter_memory.patch()
 
 BUDGET = 2.0  # times the error of plain PyTorch
 # Units in the last place of the largest value, allowed on top: with few numbers plain PyTorch may be lucky.

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import ClassVar
 
 import greenlet
+import interpreter_memory
 from triton.runtime import interpreter
 
 
@@ -36,14 +37,16 @@ class _Grid(interpreter.GridExecutor):
             programs = [greenlet.greenlet(lambda: self.fn(**arguments)) for _ in places]
             met = -1
             order = list(zip(places, programs, strict=True))
-            while not all(program.dead for program in programs):
-                if any(program.dead for program in programs):
-                    raise AssertionError("some programs ended before a barrier that others wait at")
-                for place, program in order:
-                    builder.set_grid_idx(*place)
-                    program.switch()
-                met += 1
-                order.reverse()  # so that a missing barrier shows, whichever program should have waited
+            with interpreter_memory.watched(self.fn.__name__, (*args, *kwargs.values())) as launch:
+                while not all(program.dead for program in programs):
+                    if any(program.dead for program in programs):
+                        raise AssertionError("some programs ended before a barrier that others wait at")
+                    for place, program in order:
+                        builder.set_grid_idx(*place)
+                        program.switch()
+                    met += 1
+                    launch.barrier()
+                    order.reverse()  # so that a missing barrier shows, whichever program should have waited
             _Grid.barriers += [met] if met else []
         finally:
             if scope is not None:
@@ -51,11 +54,21 @@ class _Grid(interpreter.GridExecutor):
 
 
 @contextlib.contextmanager
-def cooperative(module: ModuleType) -> Iterator[type[_Grid]]:
-    """Inside the block, programs of `module`'s kernels take turns, handing over at `grid_barrier`."""
+def cooperative(module: ModuleType, *, left_out: tuple[int, int] | None = None) -> Iterator[type[_Grid]]:
+    """Inside the block, programs of `module`'s kernels take turns, handing over at `grid_barrier`.
+
+    left_out: (launch, barrier), counted from 0, that programs pass without waiting.
+    """
+
+    def hand_over(counter, target):
+        program = greenlet.getcurrent()
+        program.met = getattr(program, "met", -1) + 1
+        if (len(_Grid.barriers), program.met) != left_out:
+            program.parent.switch()
+
     executor, barrier = interpreter.GridExecutor, module.grid_barrier
     interpreter.GridExecutor, _Grid.barriers = _Grid, []
-    module.grid_barrier = lambda counter, target: greenlet.getcurrent().parent.switch()
+    module.grid_barrier = hand_over
     try:
         yield _Grid
     finally:

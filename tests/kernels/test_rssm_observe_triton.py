@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import checks  # noqa: F401  mends the interpreter
 import pytest
 import torch
 from rssm_observe_cases import Sizes, cast, check_impossible_classes, check_level_case, make_case
@@ -49,7 +50,7 @@ def test_under_the_interpreter():
         command, capture_output=True, text=True, env=environment, cwd=here.parents[2], check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "14 passed" in done.stdout, done.stdout
+    assert "28 passed" in done.stdout, done.stdout
 
 
 @interpreted
@@ -101,6 +102,23 @@ def test_one_launch_does_what_a_launch_for_each_stage_does(sizes):
     assert launch.barriers == [6 * sizes.T, 7 * sizes.T]
     for name, value in stages.items():
         assert torch.equal(value, together[name]), name
+
+
+@interpreted
+@pytest.mark.parametrize("launch", [0, 1])
+@pytest.mark.parametrize("barrier", range(7))
+def test_no_barrier_of_the_launch_can_be_left_out(launch, barrier):
+    """Of the six of a step forward, and the seven of one backward."""
+    from interpreter_barriers import cooperative
+
+    from hdfast_kernels import rssm_observe_kernels
+
+    case = cast(make_case(SMALL), torch.float32)
+    with (
+        cooperative(rssm_observe_kernels, left_out=(launch, barrier)),
+        pytest.raises(Exception, match="with no barrier in between"),
+    ):
+        run(op("persistent"), case)
 
 
 @interpreted

@@ -4,12 +4,14 @@ The interpreter is chosen when a kernel is decorated, at import, so that this pr
 process `backends` offers triton for CPU tensors, and the other tests of this file check the interpreter itself.
 """
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import checks  # noqa: F401  mends the interpreter
 import pytest
 import torch
 
@@ -80,3 +82,51 @@ def test_triton_multiplies_bfloat16():
     c = torch.empty(16, 16)
     product[(1,)](a, b, c, 16)
     assert torch.allclose(c, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("read", "written", "what"),
+    [(32, 32, None), (30, 31, None), (33, 32, "reads outside of its"), (32, 33, "writes outside of its")],
+)
+def test_only_tensors_that_were_given_are_touched(read, written, what):
+    from hdfast_kernels._triton import tl, triton
+
+    @triton.jit
+    def copy(x_ptr, y_ptr, READ, WRITTEN, BLOCK: tl.constexpr):
+        at = tl.arange(0, BLOCK)
+        tl.store(y_ptr + at, tl.load(x_ptr + at, mask=at < READ, other=0.0), mask=at < WRITTEN)
+
+    x, y = torch.randn(32), torch.zeros(40)[:32]  # y has room behind it that is not its own
+    with contextlib.nullcontext() if what is None else pytest.raises(Exception, match=what):
+        copy[(1,)](x, y, read, written, 64)
+    assert torch.equal(y[:30], x[:30] if what is None else torch.zeros(30))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("inplace", "shift", "what"),
+    [
+        (False, 0, None),
+        (True, 0, None),
+        (False, 8, None),
+        (True, 8, "program 1 writes"),
+        (False, 16, "program 1 writes"),
+    ],
+)
+def test_programs_of_a_launch_share_nothing_that_one_of_them_writes(inplace, shift, what):
+    from hdfast_kernels._triton import tl, triton
+
+    @triton.jit
+    def add(x_ptr, y_ptr, z_ptr, SHIFT, BLOCK: tl.constexpr):
+        program = tl.program_id(0)
+        at = tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + program * BLOCK + at) + tl.load(z_ptr)  # which both read
+        tl.store(y_ptr + program * (BLOCK - SHIFT) + at, x, mask=at < BLOCK - SHIFT % BLOCK)
+
+    x, z = torch.randn(32), torch.ones(1)
+    y, expected = x if inplace else torch.empty(32), x + 1
+    with contextlib.nullcontext() if what is None else pytest.raises(Exception, match=what):
+        add[(2,)](x, y, z, shift, 16)
+    if shift == 0:
+        assert torch.equal(y, expected)

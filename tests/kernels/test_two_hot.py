@@ -117,6 +117,22 @@ def test_small_targets_keep_their_digits(scale, backend):
 
 
 @pytest.mark.parametrize("backend", backends("two_hot_mean", reference=False))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 4.0), (-4.0, 1.0), (2.0, 5.0), (-5.0, -2.0)])
+def test_bins_that_are_not_symmetric(low, high, dtype, backend):
+    given, bins = logits((12, 31), dtype, backend.device), {"low": low, "high": high}
+    target = torch.linspace(-20, 20, 12, device=backend.device)
+    check_against_fp64(
+        partial(two_hot_loss, backend=backend.name),
+        two_hot_loss_reference,
+        {"logits": given, "target": target, **bins},
+    )
+    check_against_fp64(
+        partial(two_hot_mean, backend=backend.name), two_hot_mean_reference, {"logits": given, **bins}
+    )
+
+
+@pytest.mark.parametrize("backend", backends("two_hot_mean", reference=False))
 @pytest.mark.parametrize(("scale", "offset"), [(1e-3, 0.0), (1e3, 0.0), (2.0, 1e4), (300.0, -1e4)])
 def test_extreme_logits(scale, offset, backend):
     given = (logits((12, 31), torch.float32, backend.device, scale).detach() + offset).requires_grad_()
