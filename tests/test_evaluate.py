@@ -281,6 +281,11 @@ def test_evaluate_tells_what_is_wrong_in_one_line(run, tmp_path, monkeypatch, ca
         ([str(tmp_path / "no")], 1, f"{tmp_path / 'no'}: there is no run here (no config.json)"),
         ([str(tmp_path)], 2, f"{tmp_path}: this is not a run, it holds 1; try {new.path}"),
         (
+            [str(new.path / "checkpoints")],
+            1,
+            f"{new.path / 'checkpoints'}: there is no run here (no config.json); try {new.path}",
+        ),
+        (
             [str(new.path)],
             3,
             f"{new.path}: there is no checkpoint yet; the first is written after --checkpoint.seconds of training",

@@ -228,7 +228,9 @@ def read(path: Path) -> Record:
     """
     with disk_errors(path, "read the run"):
         if not (path / "config.json").exists():
-            raise RunError("there is no run here (no config.json)", where=path)
+            inside = (path.absolute().parent / "config.json").exists()  # such as checkpoints/
+            hint = f"try {path.parent}" if inside else ""
+            raise RunError("there is no run here (no config.json)", where=path, hint=hint)
         try:
             about = _read_json(path / "config.json", config=dict, created=dict, resumed=list)
         except ValueError as error:
