@@ -1,5 +1,6 @@
 """The names that a run logs are those in hdfast/agent/METRICS.md; and what the newer of them measure."""
 
+import math
 import re
 from pathlib import Path
 
@@ -121,6 +122,23 @@ def test_kl_free_is_the_share_of_rows_below_the_free_nats(dtype):
         found = loss_of(learner, batch, uniform, dtype).metrics["kl_free"]
         assert found.item() == pytest.approx(below / 18)
         assert (found.dtype, found.shape, found.requires_grad) == (torch.float32, (), False)
+
+
+def test_entropies_are_of_whole_latents():
+    """The sum over a latent's groups, in nats: as much as all groups have, and the mean over rows."""
+    learner = make_learner()
+    batch = make_batch(learner)
+    rssm = learner.model.rssm
+    uniform = learner.uniform(*batch["reward"].shape, rssm.stoch)
+    output = loss_of(learner, batch, uniform, torch.float32)
+    for name, logp in (("post", output.observed.post_logp), ("prior", output.observed.prior_logp)):
+        expected = torch.distributions.Categorical(logits=logp).entropy().sum() / batch["reward"].numel()
+        assert output.metrics[f"{name}_entropy"].item() == pytest.approx(expected.item(), rel=1e-5)
+    for parameter in (*rssm.prior_out.parameters(), *rssm.post_out.parameters()):
+        parameter.data.zero_()
+    metrics = loss_of(learner, batch, uniform, torch.float32).metrics
+    for name in ("post", "prior"):
+        assert metrics[f"{name}_entropy"].item() == pytest.approx(rssm.stoch * math.log(rssm.classes))
 
 
 @pytest.mark.parametrize("free_nats", [0.3, 1.0, 1e3])
