@@ -219,7 +219,10 @@ def test_cut_leaves_a_log_that_needs_none_untouched_and_tells_of_damaged_lines(t
     )
     cut(path, 5)
     assert path.read_text() == '{"agent_steps": 1}\n'
-    assert capfd.readouterr().err == f"warning: {path}: left out 4 damaged lines, the first is line 2\n"
+    assert capfd.readouterr().err == f"warning: {path}: left out what was damaged: line 2, 3, 4, 5\n"
+    path.write_text("not json\n" * 9)
+    cut(path, 5)
+    assert capfd.readouterr().err == f"warning: {path}: left out what was damaged: line 1, 2, 3, 4, 5, ...\n"
     path.write_text('{"agent_steps": 1}\n{"agent_st')
     cut(path, 5)
     assert path.read_text() == '{"agent_steps": 1}\n'

@@ -203,9 +203,8 @@ def cut(path: Path, agent_steps: int | None, evaluated_at: int | None = None) ->
         except (ValueError, LookupError, TypeError, AttributeError):
             damaged.append(number)
     if damaged and damaged != [len(lines)]:
-        warn(
-            f"{path}: left out {len(damaged)} damaged line{'s'[: len(damaged) > 1]}, the first is line {damaged[0]}"
-        )
+        numbers = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+        warn(f"{path}: left out what was damaged: line {numbers}")
     if len(kept) < len(lines):
         with replacing(path) as file:
             file.writelines(kept)
