@@ -1,7 +1,8 @@
 """Watches memory in Triton's interpreter, which reads and writes whatever address a kernel computes.
 
 A kernel may write only to the tensors that it was given, and read only their storages. And because the programs of a
-launch run in no order, none may read or write what another writes, unless a grid barrier is between them.
+launch run in no order, none may read or write what another writes, unless a grid barrier is between them; behind it,
+what another wrote must be read past the first-level cache (".cg"), which may hold what was there before.
 """
 
 import contextlib
@@ -56,15 +57,17 @@ class Launch:
         self.kernel = kernel
         tensors = [x for x in _flat(arguments) if isinstance(x, torch.Tensor) and x.numel()]
         self.storages, self.views = Spans(map(_storage, tensors)), Spans(map(_view, tensors))
-        self.writers, self.readers = np.empty((2, self.storages.numbers), np.int32)
-        self.barrier()
+        self.writers, self.readers, self.before = np.full((3, self.storages.numbers), NOBODY, np.int32)
 
     def barrier(self) -> None:
         """All programs have come to a grid barrier."""
+        np.copyto(self.before, self.writers, where=self.writers != NOBODY)
         self.writers.fill(NOBODY)
         self.readers.fill(NOBODY)
 
-    def access(self, pointers: np.ndarray, mask: np.ndarray, size: int, *, write: bool) -> None:
+    def access(
+        self, pointers: np.ndarray, mask: np.ndarray, size: int, *, write: bool, cached: bool = False
+    ) -> None:
         """A program reads or writes numbers of `size` bytes. Raises AssertionError where it must not."""
         pointers, mask = np.broadcast_arrays(pointers, mask)
         at = pointers[mask].astype(np.int64)
@@ -79,6 +82,8 @@ class Launch:
             write and _anyone_else(self.readers[place], program)
         ):
             raise AssertionError(f"{does} what another program reads or writes, with no barrier in between")
+        if cached and _anyone_else(self.before[place], program):
+            raise AssertionError(f'{does} what another program has written, not by ".cg"')
         if write:
             self.writers[place] = program
         else:
@@ -104,9 +109,9 @@ def patch() -> None:
     builder, call = interpreter.InterpreterBuilder, interpreter.GridExecutor.__call__
     load, store = builder.create_masked_load, builder.create_masked_store
 
-    def masked_load(self, pointers, mask, *args):
-        _access(pointers, mask, write=False)
-        return load(self, pointers, mask, *args)
+    def masked_load(self, pointers, mask, other, cache, *args):
+        _access(pointers, mask, write=False, cached=not str(cache).lower().endswith("cg"))
+        return load(self, pointers, mask, other, cache, *args)
 
     def masked_store(self, pointers, value, mask, *args):
         _access(pointers, mask, write=True)
@@ -116,14 +121,17 @@ def patch() -> None:
         with watched(self.fn.__name__, (*args, *kwargs.values())):
             return call(self, *args, **kwargs)
 
+    builder.get_cache_policy = lambda self, modifier, eviction: (
+        modifier
+    )  # of Triton 3.9, where it forgets that
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
     interpreter.GridExecutor.__call__ = launch
 
 
-def _access(pointers, mask, *, write: bool) -> None:
+def _access(pointers, mask, **how: bool) -> None:
     if Launch.current is not None:
         size = interpreter._get_np_dtype(pointers.get_element_ty()).itemsize
-        Launch.current.access(pointers.data, mask.data, size, write=write)
+        Launch.current.access(pointers.data, mask.data, size, **how)
 
 
 def _builder() -> interpreter.InterpreterBuilder:

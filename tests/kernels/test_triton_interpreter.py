@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import checks  # noqa: F401  mends the interpreter
+import numpy as np
 import pytest
 import torch
 
@@ -130,3 +131,45 @@ def test_programs_of_a_launch_share_nothing_that_one_of_them_writes(inplace, shi
         add[(2,)](x, y, z, shift, 16)
     if shift == 0:
         assert torch.equal(y, expected)
+
+
+@interpreted
+def test_what_another_program_wrote_before_a_barrier_is_read_past_the_first_level_cache():
+    from interpreter_memory import Launch
+    from triton.runtime.interpreter import interpreter_builder
+
+    x = torch.zeros(4)
+    pointers, mask = x.data_ptr() + 4 * np.arange(4), np.ones(4, bool)
+    launch = Launch("exchange", [x])
+    interpreter_builder.set_grid_dim(2, 1, 1)
+    for program in (0, 1):
+        interpreter_builder.set_grid_idx(program, 0, 0)
+        launch.access(pointers[2 * program :][:2], mask[:2], 4, write=True)
+    for _ in range(2):
+        launch.barrier()
+        launch.access(pointers[2:], mask[2:], 4, write=False, cached=True)  # its own
+        launch.access(pointers, mask, 4, write=False, cached=False)
+        with pytest.raises(AssertionError, match="program 1 reads what another program has written"):
+            launch.access(pointers, mask, 4, write=False, cached=True)
+
+
+@interpreted
+def test_loads_past_the_first_level_cache_are_known_by_their_modifier(monkeypatch):
+    from interpreter_memory import Launch
+
+    from hdfast_kernels._triton import tl, triton
+
+    @triton.jit
+    def copy(x_ptr, y_ptr):
+        at = tl.arange(0, 16)
+        past = tl.load(x_ptr + at, mask=at < 8, cache_modifier=".cg") + tl.load(x_ptr, cache_modifier=".cg")
+        tl.store(
+            y_ptr + at, past + tl.load(x_ptr + at) + tl.load(x_ptr + at, mask=at < 8, cache_modifier=".ca")
+        )
+
+    cached = []
+    monkeypatch.setattr(
+        Launch, "access", lambda *args, write, **how: cached.append(how) if not write else None
+    )
+    copy[(1,)](torch.randn(16), torch.zeros(16))
+    assert [how["cached"] for how in cached] == [False, False, True, True]
