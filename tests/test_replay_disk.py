@@ -53,6 +53,40 @@ def test_flush_is_durable_and_costs_nothing_when_nothing_is_new(tmp_path, monkey
     assert len(synced) == 3
 
 
+def test_every_chunk_is_durable_after_a_flush_and_every_cut_after_a_load(tmp_path, small_blocks, monkeypatch):
+    """What a power failure may take: files written, and directories changed, since they were last synced."""
+    directory, at_risk = str(tmp_path / "replay"), set()
+    write, open_, sync, unlink = os.pwrite, os.open, os.fsync, Path.unlink
+
+    def path_of(file):
+        return os.readlink(f"/proc/self/fd/{file}")
+
+    def opened(path, flags, *mode):
+        at_risk.update({directory} if flags & os.O_CREAT else ())
+        return open_(path, flags, *mode)
+
+    monkeypatch.setattr(os, "pwrite", lambda file, *data: at_risk.add(path_of(file)) or write(file, *data))
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "fsync", lambda file: at_risk.discard(path_of(file)) or sync(file))
+    monkeypatch.setattr(Path, "unlink", lambda path: at_risk.add(directory) or unlink(path))
+    replay = extend(new_replay(tmp_path, ring=100), 30)
+    state = replay.state_dict()
+    extend(replay, 50)
+    assert len(chunks(tmp_path)) > 3
+    assert at_risk
+    replay.flush()
+    assert not at_risk
+    replay.close()
+    before = {str(path): path.stat().st_size for path in chunks(tmp_path)}
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(path_of(file)) or sync(file))
+    loaded(tmp_path, state, ring=100).close()
+    after = {str(path): path.stat().st_size for path in chunks(tmp_path)}
+    assert len(after) < len(before)
+    (cut,) = (path for path, size in after.items() if size < before[path])
+    assert synced[-2:] == [cut, directory]
+
+
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path, small_blocks, monkeypatch, error):
     """The disk takes 100 more bytes and then has room again; the second time a torn tail remains."""
