@@ -217,12 +217,12 @@ def summary(learner: Learner) -> str:
     """What was measured, in one line."""
     config, device = learner.config, describe_device(learner.device)
     million = learner.parameter_counts()["total"] / 1e6
-    threads = ""
+    how = f", {device['instruction_set']}" if device.get("instruction_set") else ""
     if count := device.get("threads"):
-        threads = f", {count} thread{'s' * (count > 1)}"
+        how += f", {count} thread{'s' * (count > 1)}"
     precision = str(learner.dtype).removeprefix("torch.")
     shape = f"B{config.replay.batch} T{config.replay.length} H{config.behavior.horizon}"
-    return f"{million:.2f} M parameters, {shape}, {precision} on {device['name']}{threads}"
+    return f"{million:.2f} M parameters, {shape}, {precision} on {device['name']}{how}"
 
 
 def nsight(flags: Sequence[str]) -> str:

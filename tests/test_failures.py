@@ -19,7 +19,7 @@ from hdfast.replay.chunk import ReplayError
 from hdfast.runtime import checkpoint
 from hdfast.runtime.errors import NonFiniteError, RunError
 from hdfast.session import Session
-from hdfast_kernels import dispatch
+from hdfast_kernels import dispatch, native
 from tests import loop_cases
 from tests.loop_cases import (
     differing,
@@ -328,6 +328,16 @@ def test_a_backend_that_cannot_run_is_told_before_the_first_step(
     got, out, err = door(train.main, [*flags(), "--logdir", str(tmp_path)], monkeypatch, capfd)
     assert (got, out) == (code, "")
     assert text in one_line(err)
+
+
+@pytest.mark.skipif(not dispatch.native_built(), reason="the C++ module is not built")
+def test_an_instruction_set_that_is_not_here(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("HDFAST_ISA", "avx1024")
+    native.module.cache_clear()
+    got, out, err = door(train.main, [*flags(), "--logdir", str(tmp_path)], monkeypatch, capfd)
+    assert (got, out) == (2, "")
+    assert "HDFAST_ISA=avx1024 cannot run here; choose one of generic" in one_line(err)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_not_there(tmp_path, monkeypatch, capfd):

@@ -175,6 +175,7 @@ def test_the_description_is_json_with_units(monkeypatch):
     assert about["device"] == "cpu"
     assert about["cores"] >= 1
     assert about["threads"] == torch.get_num_threads()
+    assert about["instruction_set"] == (native.isa() if dispatch.native_built() else None)
     assert 2**28 < about["memory_bytes"] < 2**50
     card = SimpleNamespace(name="H100", total_memory=2**36, multi_processor_count=132, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -74,7 +74,8 @@ def prepare_device(device: torch.device, little_work: bool) -> None:
     busy cores: 31 ms of CPU and 45-74 ms of wall time on one thread, 400-1,040 ms and 650-2,140 ms on two. A later
     call for more work restores the earlier number of threads.
 
-    Raises: MissingLibraryError if the C++ module of the CPU cannot be used, with the command that builds it.
+    Raises: MissingLibraryError if the C++ module of the CPU cannot be used, with the command that builds it;
+        ConfigError if HDFAST_ISA names an instruction set that cannot run here.
     """
     _limit_threads(little_work and device.type == "cpu")
     if device.type == "cuda":
@@ -86,6 +87,8 @@ def prepare_device(device: torch.device, little_work: bool) -> None:
     if dispatch.native_built():
         try:
             native.keep_freed_memory()
+        except native.IsaError as error:
+            raise ConfigError(str(error)) from error
         except dispatch.BackendError as error:
             raise MissingLibraryError(str(error)) from error
 
@@ -115,7 +118,7 @@ def restore_generator(generator: torch.Generator, state: torch.Tensor) -> None:
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """What a reader of results wants to know: name, memory, cores or multiprocessors, in JSON's types."""
+    """What a reader of results wants to know, in JSON's types: name, memory, cores, instruction set of native ops."""
     about: dict[str, Any] = {"device": str(device), "bfloat16": has_bfloat16(device)}
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
@@ -132,8 +135,17 @@ def describe_device(device: torch.device) -> dict[str, Any]:
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "cores": len(os.sched_getaffinity(0)),
             "threads": torch.get_num_threads(),
+            "instruction_set": _instruction_set(),
         }
     return about
+
+
+def _instruction_set() -> str | None:
+    """What the native ops run on, such as "avx2"; None where they cannot run."""
+    try:
+        return native.isa()
+    except dispatch.BackendError:
+        return None
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -7,6 +7,7 @@ through `ptr`.
 import contextlib
 import functools
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -19,9 +20,16 @@ from .dispatch import BUILD_COMMAND, FUSED_DTYPES, BackendError
 SOURCES = Path(__file__).parents[1] / "csrc"  # where it is an editable install
 
 
+class IsaError(BackendError):
+    """HDFAST_ISA names an instruction set that is not compiled in or that this processor lacks."""
+
+
 @functools.cache
 def module() -> ModuleType:
-    """`hdfast_kernels._native`; BackendError with the build command if it is missing or built from other sources."""
+    """`hdfast_kernels._native`, on the instruction set that HDFAST_ISA names, else on the best that can run here.
+
+    Raises BackendError with the build command if it is missing or built from other sources; IsaError.
+    """
     try:
         from . import _native
     except ImportError as error:
@@ -33,6 +41,10 @@ def module() -> ModuleType:
             f"the C++ module hdfast_kernels._native was built before {SOURCES} changed; "
             f"build it with `{BUILD_COMMAND}`"
         )
+    if wish := os.environ.get("HDFAST_ISA"):
+        if wish not in _native.isas():
+            raise IsaError(f"HDFAST_ISA={wish} cannot run here; choose one of {', '.join(_native.isas())}")
+        _native.force_isa(wish)
     return _native
 
 

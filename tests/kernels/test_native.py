@@ -3,6 +3,7 @@
 The ops' own files test the fastest instruction set of this machine; this one tests all of them.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -241,6 +242,23 @@ def test_an_instruction_set_that_is_not_here():
         pass
     with pytest.raises(KeyError), native.force_isa("generic"):
         raise KeyError
+    assert native.isa() == before
+
+
+def test_an_instruction_set_that_the_environment_names(monkeypatch):
+    before, code = native.isa(), "from hdfast_kernels import native; print(native.isa())"
+    for isa in native.isas():
+        environment = {**os.environ, "HDFAST_ISA": isa}
+        ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert ran.stdout.strip() == isa, ran.stderr
+    monkeypatch.setenv("HDFAST_ISA", "altivec")
+    native.module.cache_clear()
+    for _ in range(2):  # a refusal is not remembered as a success
+        with pytest.raises(
+            native.IsaError, match="HDFAST_ISA=altivec cannot run here; choose one of generic"
+        ):
+            native.isa()
+    monkeypatch.setenv("HDFAST_ISA", "")
     assert native.isa() == before
 
 
