@@ -69,6 +69,19 @@ def test_free_bits_and_stop_gradients(backend):
 
 
 @pytest.mark.parametrize("backend", backends("kl_balance"))
+def test_a_row_at_the_free_bits_still_learns(backend):
+    """As `Tensor.clamp` has it."""
+    certain = torch.tensor([[[0.0, -1000.0]]], device=backend.device)
+    prior = torch.tensor([[[-1.0, -1000.0]]], device=backend.device)
+    for shift, learns in ((0.0, 1), (2**-20, 0)):
+        given = certain.clone().requires_grad_(), (prior + shift).requires_grad_()
+        dyn, rep = kl_balance(*given, free=1.0, backend=backend.name)
+        assert dyn.item() == rep.item() == 1.0
+        of_post, of_prior = torch.autograd.grad([dyn.sum(), rep.sum()], given)
+        assert (of_post.flatten().tolist(), of_prior.flatten().tolist()) == ([2 * learns, 0], [-learns, 0])
+
+
+@pytest.mark.parametrize("backend", backends("kl_balance"))
 def test_nan_is_not_hidden_by_the_free_bits(backend):
     post = torch.full((1, 2, 2), math.nan, device=backend.device)
     dyn, rep = kl_balance(post, torch.zeros_like(post), backend=backend.name)
