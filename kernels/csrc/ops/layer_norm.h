@@ -57,7 +57,7 @@ HDFAST_INLINE void moments_of_rows(const T* rows, int64_t width, float eps, floa
 // that no digits are lost over a convolution's million rows.
 class AffineGradients {
  public:
-  static constexpr int64_t block_rows = 512;
+  static constexpr int64_t block_rows = 64;
 
   AffineGradients(int64_t width, int threads) : width_(width), threads_(threads), sums_(2 * width * threads) {
     for (int64_t i = 0; i < 2 * width * threads; i++) sums_[i] = 0;
