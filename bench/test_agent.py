@@ -1,6 +1,7 @@
 """The parts of a run, and whole runs, beside the same with `reference`: `-k "update and small"` selects some.
 
-Groups: update, observe (world-model loss and gradients), imagine, act, replay (sample, append), environments, loop.
+Groups: update, observe (world-model loss and gradients), imagine, act, replay (sample, append), environments, loop;
+robots that are drawn (`-k robots`) are among the environments.
 B16 x T64, H15, images of 64 x 64; GFLOP are those of the definition, whatever a backend does. On CUDA also Triton,
 update and act as one captured graph, and a graph with halves of two updates side by side. A large update takes minutes
 on a CPU: there it is marked `slow`.
@@ -28,7 +29,7 @@ SIZES = ["tiny", "small", "medium", pytest.param("large", marks=() if CUDA else 
 BACKENDS = ("default", "triton") if CUDA else ("default",)
 GRAPHS = ("graph", "triton-graph") if CUDA else ()  # with the default backends, and with Triton
 OVERLAPS = ("overlap", "triton-overlap") if CUDA else ()  # the same, halves of two updates side by side
-APPENDS, ENV_STEPS = 100, 200
+APPENDS, ENV_STEPS, ROBOT_STEPS = 100, 200, 10
 
 
 def on(name: str | None, run: Run) -> Run:
@@ -196,6 +197,26 @@ def test_environments(compare, benchmark, suite, task, source, num_envs):
         env.reset()
         benchmark.group = f"environments {task} {num_envs}"
         compare(play, implementation=source, default=source == "envpool", count=num_envs * ENV_STEPS)
+
+
+@pytest.mark.parametrize("render", ["full", "fast"])
+@pytest.mark.parametrize(("suite", "task"), [("dmc", "walker-walk"), ("metaworld", "button-press")])
+def test_robots(compare, benchmark, suite, task, render):
+    """An agent step of one robot that is drawn; without a GPU OpenGL draws on the CPU."""
+    try:
+        env = envs.make(suite, task, num_envs=1, seed=0, render=render)
+    except MissingLibraryError as error:
+        pytest.skip(str(error))
+    rng = np.random.default_rng(0)
+
+    def play() -> None:
+        for _ in range(ROBOT_STEPS):
+            env.step(env.actions.sample(rng, 1))
+
+    with env:
+        env.reset()
+        benchmark.group = f"environments {task} 1"
+        compare(play, implementation=f"envpool {render}", default=render == "full", count=ROBOT_STEPS)
 
 
 @pytest.mark.parametrize(
