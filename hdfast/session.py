@@ -116,7 +116,7 @@ class Session:
             checkpoints=config.checkpoint.keep,
         )
         opened.push(self._close_replay)
-        self._update = Updates(partial(self.learner.step, self.replay.sample))
+        self._update = Updates(self.learner, partial(self.learner.step, self.replay.sample))
         if self.graph:
             self._update = captured_updates(
                 self.learner, self.replay.sample, self.replay.generators, overlap=overlap
@@ -325,6 +325,7 @@ class Session:
                 self.logger.video(f"open_loop_{key}", agent_steps=self.agent_steps, frames=frames)
 
     def _evaluate(self) -> None:
+        self._update.finish()
         self._save()  # an evaluation can be long: a kill during it then costs nothing that was learnt
         config = self.config.eval
         if self.eval_env is None:
@@ -348,10 +349,10 @@ class Session:
     def _save(self) -> None:
         """Makes the logs durable, then replay, then writes the checkpoint that relies on both."""
         with annotate("checkpoint"):
-            self._update.finish()
             self.logger.sync()
             self.replay.flush()
             tensors = {f"learner.{k}": v for k, v in self.learner.state_dict().items()}
+            tensors |= {f"half.{k}": v for k, v in self._update.state_dict().items()}
             tensors |= {f"replay.{k}": v for k, v in self.replay.state_dict().items()}
             tensors["policy.generator"] = self.policy.generator.get_state()
             meta = {
@@ -374,6 +375,7 @@ class Session:
         self.replay.load_state_dict(saved.part("replay."))
         with checkpoint.fitting(self.rundir.checkpoints):
             self.learner.load_state_dict(saved.part("learner."))
+            self._update.load_state_dict(saved.part("half."))
         restore_generator(self.policy.generator, saved.tensors["policy.generator"])
         self.agent_steps, self.learning_from = meta["agent_steps"], meta["learning_from"]
         self.step_from = meta.get("step_from")

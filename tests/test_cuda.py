@@ -95,7 +95,7 @@ GRAPHS = ("eager", "graph", "overlap")
 def updates_of(learner: Learner, replay: Replay, way: str) -> Updates:
     """Updates with one of GRAPHS, or eager ones without."""
     if way == "eager":
-        return Updates(lambda: learner.step(replay.sample))
+        return Updates(learner, lambda: learner.step(replay.sample))
     return captured_updates(learner, replay.sample, replay.generators, overlap=way == "overlap")
 
 

@@ -14,8 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 from hdfast.agent import optimizer, updates
 from hdfast.agent.learner import Learner
-from hdfast.agent.updates import captured_updates
+from hdfast.agent.updates import Updates, captured_updates
+from hdfast.runtime import checkpoint
 from tests.agent_cases import differing, make_batch, make_learner, one_thread, snapshot  # noqa: F401
+from tests.loop_cases import differing as differing_runs
 from tests.loop_cases import path_of, saved, script, tiny, train
 from tests.recorder import record_instead_of_capturing
 
@@ -46,8 +48,36 @@ def test_updates_that_overlap_are_bit_identical_to_one_after_the_other(continuou
     assert overlapped.metrics() == eager.metrics()
 
 
-def test_a_run_whose_updates_overlap_is_saved_between_updates(monkeypatch, tmp_path):
-    """Its actions lag by one update; everything else is counted and drawn as without overlap."""
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_update_that_was_half_done_is_completed_elsewhere(overlap, monkeypatch):
+    """With what a checkpoint holds, at once, or beside the next update if those overlap, too."""
+    record_instead_of_capturing(monkeypatch)
+    first, second, eager = (make_learner() for _ in range(3))
+    batches = iter([make_batch(eager, seed) for seed in (0, 1, 2, 0, 1, 2)])
+
+    def take(batch, length):
+        return next(batches)
+
+    update = captured_updates(first, take, [], overlap=True)
+    for _ in range(2):
+        update()
+    whole = Updates(second, lambda: second.step(take))
+    if overlap:
+        whole = captured_updates(second, take, [], overlap=True)
+    half = dict(reversed(update.state_dict().items()))  # a file has them in another order
+    second.load_state_dict(first.state_dict())
+    whole.load_state_dict(half)
+    assert bool(whole.state_dict()) == overlap
+    whole()
+    whole.finish()
+    assert whole.state_dict() == {}
+    for _ in range(3):
+        eager.step(take)
+    assert differing(snapshot(second), snapshot(eager)) == set()
+
+
+def test_a_run_whose_updates_overlap_is_counted_and_drawn_as_without(monkeypatch, tmp_path):
+    """Its actions lag by one update."""
     made = record_instead_of_capturing(monkeypatch)
     script(monkeypatch)
     halves = []
@@ -65,6 +95,32 @@ def test_a_run_whose_updates_overlap_is_saved_between_updates(monkeypatch, tmp_p
         assert torch.equal(plain.tensors[name], overlap.tensors[name]), name
     how = json.loads((path_of(tiny(tmp_path / "overlap")) / "backends.json").read_text())
     assert (how["graph"], how["overlap"]) == (True, True)
+
+
+def test_a_checkpoint_changes_nothing_in_a_run_whose_updates_overlap(monkeypatch, tmp_path):
+    record_instead_of_capturing(monkeypatch)
+    script(monkeypatch)
+    kept = []
+    save = checkpoint.save
+    monkeypatch.setattr(
+        checkpoint,
+        "save",
+        lambda path, tensors, *a, **k: (kept.append(set(tensors)), save(path, tensors, *a, **k))[1],
+    )
+    runs = [
+        tiny(
+            tmp_path / str(seconds),
+            train={"graph": "overlap"},
+            eval={"every": 20},
+            checkpoint={"seconds": seconds},
+        )
+        for seconds in (0, 1e9)
+    ]
+    for run in runs:
+        train(run)
+    assert any("half.deter" in names for names in kept), "some were written in the middle of an update"
+    assert "half.deter" not in kept[-1], "the last was not"
+    assert differing_runs(*map(saved, runs)) <= {"replay.log_crc"}  # of files that end elsewhere
 
 
 class Branches(TorchDispatchMode):
@@ -177,6 +233,6 @@ def test_a_half_is_kept_in_a_call_for_each_dtype():
         {torch.int64},
         {torch.bool},
     ]
-    for place, given in zip(kept._tensors(), halves[1]._tensors(), strict=True):
+    for place, given in zip(*(half.state_dict().values() for half in (kept, halves[1])), strict=True):
         assert torch.equal(place, given)
         assert place.data_ptr() != given.data_ptr()

@@ -138,7 +138,7 @@ def test_a_wrong_capture_is_found_out(monkeypatch):
                 calls.append(1)
                 learner.step(sample) if len(calls) <= trying.WARMUP else replay(learner)
 
-            return Updates(step)
+            return Updates(learner, step)
 
         return captured
 

@@ -4,7 +4,7 @@ Axes: T time, B batch, H horizon, N = T*B starting states, S groups, A action wi
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -46,11 +46,26 @@ class ModelStep(NamedTuple):
 
     def copy_(self, other: "ModelStep") -> None:
         """Copies the values of another step of the same shapes."""
-        copy_all(self._tensors(), other._tensors())
+        copy_all(self._tensors(self.metrics), other._tensors(self.metrics))
 
-    def _tensors(self) -> list[Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+        metrics = {f"metrics.{name}": value for name, value in self.metrics.items()}
+        latent = {"deter": self.latent.deter, "index": self.latent.index}
+        return {**latent, "cont": self.cont, "applied": self.applied, "starts": self.starts, **metrics}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], device: torch.device) -> "ModelStep":
+        """A step from its `state_dict`, in memory of its own. Raises: KeyError if an entry is missing."""
+        state = {name: value.to(device, copy=True) for name, value in state.items()}
+        prefix = "metrics."
+        metrics = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        latent = Latent(state["deter"], state["index"])
+        return cls(latent, state["cont"], state["applied"], state["starts"], metrics)
+
+    def _tensors(self, metrics: Iterable[str]) -> list[Tensor]:
         latent = (self.latent.deter, self.latent.index)
-        return [*latent, self.cont, self.applied, self.starts, *self.metrics.values()]
+        return [*latent, self.cont, self.applied, self.starts, *(self.metrics[name] for name in metrics)]
 
 
 def check_backends(device: torch.device) -> None:

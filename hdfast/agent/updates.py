@@ -1,8 +1,9 @@
 """How the updates of a learner run: call by call, as a CUDA graph, or as graphs in which two halves overlap."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
+from torch import Tensor
 
 from hdfast.agent.learner import Learner, ModelStep, Sampler
 from hdfast.runtime.graphs import CapturedStep, beside
@@ -12,17 +13,27 @@ class Updates:
     """Updates of a learner, one per call, in the order of the current stream.
 
     Args:
+        learner: whose updates.
         step: an update.
     """
 
-    def __init__(self, step: Callable[[], None]):
-        self._step = step
+    def __init__(self, learner: Learner, step: Callable[[], None]):
+        self.learner, self._step = learner, step
 
     def __call__(self) -> None:
         self._step()
 
     def finish(self) -> None:
         """Completes an update that is half done, if any, so that the learner has done only whole updates."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What an update that is half done needs to be completed, by name; empty if none is."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from a `state_dict`, with the learner as it was then. Raises: KeyError if an entry is missing."""
+        if state:
+            self.learner.learn_behavior(ModelStep.from_state_dict(state, self.learner.device))
 
 
 class OverlappedUpdates(Updates):
@@ -43,9 +54,9 @@ class OverlappedUpdates(Updates):
     """
 
     def __init__(self, learner: Learner, sample: Sampler, generators: Iterable[torch.Generator]):
-        self._learner, self._sample = learner, sample
         generators = [learner.generator, *generators]
-        super().__init__(CapturedStep(self._both, device=learner.device, generators=generators))
+        super().__init__(learner, CapturedStep(self._both, device=learner.device, generators=generators))
+        self._sample = sample
         self._half: ModelStep | None = None  # static memory: the graph reads and writes it
         self._under_way = False
 
@@ -53,23 +64,33 @@ class OverlappedUpdates(Updates):
         if self._under_way:
             self._step()
             return
-        half = self._learner.learn_model(self._sample)
+        self._begin(self.learner.learn_model(self._sample))
+
+    def finish(self) -> None:
+        if self._under_way:
+            self.learner.learn_behavior(self._half)
+            self._under_way = False
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._half.state_dict() if self._under_way else {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._under_way = False
+        if state:
+            self._begin(ModelStep.from_state_dict(state, self.learner.device))
+
+    def _begin(self, half: ModelStep) -> None:
         if self._half is None:
             self._half = half.clone()
         else:
             self._half.copy_(half)
         self._under_way = True
 
-    def finish(self) -> None:
-        if self._under_way:
-            self._learner.learn_behavior(self._half)
-            self._under_way = False
-
     def _both(self) -> None:
         # The behavior comes first, because its draws precede those of the next world model step.
-        with beside(self._learner.device) as wait:
-            self._learner.learn_behavior(self._half)
-        self._half.copy_(self._learner.learn_model(self._sample, wait))
+        with beside(self.learner.device) as wait:
+            self.learner.learn_behavior(self._half)
+        self._half.copy_(self.learner.learn_model(self._sample, wait))
 
 
 def captured_updates(
@@ -89,4 +110,6 @@ def captured_updates(
     if overlap:
         return OverlappedUpdates(learner, sample, generators)
     generators = [learner.generator, *generators]
-    return Updates(CapturedStep(lambda: learner.step(sample), device=learner.device, generators=generators))
+    return Updates(
+        learner, CapturedStep(lambda: learner.step(sample), device=learner.device, generators=generators)
+    )

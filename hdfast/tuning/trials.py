@@ -185,7 +185,7 @@ class Trials:
         replay = Replay(specs, num_envs=1, capacity=len(self._rows), device=self.device, place="device")
         for row in self._rows:
             replay.add(row)
-        updates = Updates(partial(learner.step, replay.sample))
+        updates = Updates(learner, partial(learner.step, replay.sample))
         if way != EAGER:
             updates = captured_updates(learner, replay.sample, replay.generators, overlap=way == OVERLAP)
 
