@@ -334,18 +334,6 @@ class Scratch {
 // One thread for little work: waking the others costs as much as some ten thousand elements.
 HDFAST_INLINE int threads_for(int64_t elements, int threads) { return elements < 1 << 14 ? 1 : threads; }
 
-// Calls f with the number of vectors in a row if it is 2 or 4, so that a row can stay in registers, and with zero for
-// every other width: with_vectors(width, [&](auto vectors) { op<vectors>(...) }).
-template <class F>
-HDFAST_INLINE void with_vectors(int64_t width, F f) {
-  if (width == 2 * W)
-    f(std::integral_constant<int, 2>{});
-  else if (width == 4 * W)
-    f(std::integral_constant<int, 4>{});
-  else
-    f(std::integral_constant<int, 0>{});
-}
-
 // Calls f with `number`, clamped to between one and four, as a compile-time constant.
 template <class F>
 HDFAST_INLINE void with_one_to_four(int64_t number, F f) {

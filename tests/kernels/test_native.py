@@ -99,7 +99,7 @@ CASES = [
     layer_norm_silu, layer_norm_gru, two_hot_loss, two_hot_mean, image_loss, image_deconv, kl_balance,
     sample_onehot, onehot_linear, lambda_return,
 ]  # fmt: skip
-# One lane, some lanes, whole vectors of each instruction set (rows of 2 and 4 of them take a path of their own), more.
+# One lane, some lanes, whole vectors of each instruction set (1, 2 and 4 of them take a path of their own), more.
 WIDTHS = [2, 7, 8, 16, 32, 64, 130]
 
 

@@ -97,8 +97,10 @@ void backward_narrow(const T* grad, const T* x, const float* weight, const float
   constexpr int width = V * W;
   if (!far) prefetch_to_write(grad_x + W * width, W * width);
   Vf d[W][V], sum_d[W], sum_dn[W], w[V], b[V];
+  Vf even[2][V] = {}, odd[2][V] = {};  // of d_weight and d_bias: in two sums fewer digits are lost
   for (int v = 0; v < V; v++) w[v] = load(weight + v * W, Whole{}), b[v] = load(bias + v * W, Whole{});
   for (int r = 0; r < W; r++) {
+    auto& part = r % 2 ? odd : even;
     sum_d[r] = sum_dn[r] = Vf{};
     prefetch_to_read(x + (2 * W + r) * width, width);
     prefetch_to_read(grad + (2 * W + r) * width, width);
@@ -106,13 +108,14 @@ void backward_narrow(const T* grad, const T* x, const float* weight, const float
       const int64_t at = r * width + v * W;
       const Vf n = (load(x + at, Whole{}) - mean[r]) * rstd[r];
       const Vf dz = load(grad + at, Whole{}) * silu_slope(n * w[v] + b[v]);
-      d_weight[v] += dz * n;
-      d_bias[v] += dz;
+      part[0][v] += dz * n;
+      part[1][v] += dz;
       d[r][v] = dz * w[v];
       sum_d[r] += d[r][v];
       sum_dn[r] += d[r][v] * n;
     }
   }
+  for (int v = 0; v < V; v++) d_weight[v] = even[0][v] + odd[0][v], d_bias[v] = even[1][v] + odd[1][v];
   const Vf s = load(rstd, Whole{}), mean_d = sums(sum_d) * (1.f / width), slope = sums(sum_dn) * (1.f / width) * s;
   for (int r = 0; r < W; r++)
     for (int v = 0; v < V; v++) {
@@ -162,7 +165,7 @@ void backward_all(const T* grad, const T* x, const float* weight, const float* b
     for_rows<V ? W : together>(rows, [&](int64_t r, auto count) {
       const int64_t at = r * width;
       if constexpr (V && count > 1) {
-        Vf d_weight[V] = {}, d_bias[V] = {};
+        Vf d_weight[V], d_bias[V];
         backward_narrow<V, far>(grad + at, x + at, weight, bias, mean + r, rstd + r, grad_x + at, d_weight, d_bias);
         for (int v = 0; v < V; v++) totals.add(v * W, d_weight[v], d_bias[v], Whole{});
       } else {
@@ -173,6 +176,20 @@ void backward_all(const T* grad, const T* x, const float* weight, const float* b
     });
     if (far) fence();
   }
+}
+
+// Calls f with the number of vectors in a row if it is 1, 2 or 4, so that a row can stay in registers, and with zero for
+// every other width.
+template <class F>
+void with_vectors(int64_t width, F f) {
+  if (width == W)
+    f(std::integral_constant<int, 1>{});
+  else if (width == 2 * W)
+    f(std::integral_constant<int, 2>{});
+  else if (width == 4 * W)
+    f(std::integral_constant<int, 4>{});
+  else
+    f(std::integral_constant<int, 0>{});
 }
 
 template <class T>
