@@ -50,13 +50,14 @@ def describe(config: Config, tasks: Sequence[Task]) -> str:
 
 
 def _environment(env: BatchEnv) -> dict[str, Any]:
-    discrete = isinstance(env.actions, DiscreteActions)
+    own = env.actions
+    actions = {"discrete": own.count} if isinstance(own, DiscreteActions) else {"continuous": own.size}
     return {
         "name": env.name,
         "num_envs": env.num_envs,
         "action_repeat": env.action_repeat,
         "observations": {k: {"shape": v.shape, "dtype": str(v.dtype)} for k, v in env.obs_specs.items()},
-        "actions": {"discrete": env.actions.count} if discrete else {"continuous": env.actions.size},
+        "actions": actions,
     }
 
 

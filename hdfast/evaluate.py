@@ -111,6 +111,7 @@ def load(
         raise ConfigError(f"--seed {seed} is out of range: expected 0 or more")
     saved = rundir.chosen(run)
     config = dataclasses.replace(config_of(saved.run), seed=seed)
+    assert config.task is not None
     task = suites.get(config.suite).task(config.task)
     where = resolve_device(device)
     prepare_device(where, config.little_work)
@@ -209,7 +210,8 @@ class Film:
     def __init__(self, key: str | None, path: Path) -> None:
         if key is None:
             raise ConfigError("--video: this task shows no images")
-        self.key, self.path, self._frames, self._over = key, path, [], False
+        self.key, self.path, self._over = key, path, False
+        self._frames: list[np.ndarray] = []
 
     def __call__(self, step: EnvStep) -> None:
         """Takes one row of every environment. Raises: RunError, DiskFullError."""

@@ -5,6 +5,7 @@ Axes: N environments.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -85,11 +86,11 @@ def play(
         step = env.step(act(step.obs, step.is_first))
 
 
-def summarize(episodes: list[Episode]) -> dict[str, object]:
+def summarize(episodes: list[Episode]) -> dict[str, Any]:
     """Mean score and length, standard error, and every single score, JSON-able."""
     scores = [episode.score for episode in episodes]
     error = float(np.std(scores, ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else 0.0
-    summary: dict[str, object] = {
+    summary: dict[str, Any] = {
         "score": float(np.mean(scores)),
         "length": float(np.mean([episode.length for episode in episodes])),
         "episodes": len(episodes),

@@ -26,5 +26,5 @@ def _other_sizes(run: Path, config: Config) -> list[str]:
     if not (run / "config.json").exists():
         return []
     theirs = filled(read(run).config, Config().to_dict())
-    sides = ({name: side[name] for name in _SIZES} for side in (theirs, config.to_dict()))
-    return difference(*sides, ignore=("rssm.unimix",))
+    before, after = ({name: side[name] for name in _SIZES} for side in (theirs, config.to_dict()))
+    return difference(before, after, ignore=("rssm.unimix",))

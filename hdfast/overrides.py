@@ -1,7 +1,7 @@
 """Fields of a nested dataclass replaced by those of a nested dict, and the range that a number may have."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -17,7 +17,7 @@ class Range:
     high: float
 
 
-def ranges(kind: type, prefix: str = "") -> Iterator[tuple[str, Range]]:
+def ranges(kind: Any, prefix: str = "") -> Iterator[tuple[str, Range]]:
     """Dotted name and range of every field of a dataclass that has one, nested ones included."""
     for name, hint in get_type_hints(kind, include_extras=True).items():
         if dataclasses.is_dataclass(hint):
@@ -37,7 +37,7 @@ def check_ranges(config: Any) -> None:
             raise ConfigError(f"{flag} {value} is out of range: expected {right.low:,} to {right.high:,}")
 
 
-def apply_overrides(config: Any, overrides: dict[str, Any], where: str = "config") -> Any:
+def apply_overrides(config: Any, overrides: Mapping[str, Any], where: str = "config") -> Any:
     """Returns `config` with a nested dict of fields replaced, such as another config's `to_dict`.
 
     Raises: ConfigError on an unknown field, TypeError on a value that is not of the field's type.

@@ -190,9 +190,9 @@ def _otherwise(folders: Sequence[Path], suite: suites.Suite) -> list[str]:
                 _task_of(path, suite, seed)
                 configs[folder] = rundir.filled(rundir.read(path).config, Config().to_dict())
                 break
-    first = next(iter(configs), None)
+    first, own = next(iter(configs.items()), (None, {}))
     ignore = {"seed", *RESUMABLE_CHANGES}
-    lines = {folder: rundir.difference(configs[first], config, ignore) for folder, config in configs.items()}
+    lines = {folder: rundir.difference(own, config, ignore) for folder, config in configs.items()}
     return [f"{folder} against {first}: {', '.join(found)}" for folder, found in lines.items() if found]
 
 
@@ -226,7 +226,8 @@ def _is_number(value: object) -> bool:
 
 def _others(logdir: Path, suite: suites.Suite) -> list[suites.Task]:
     """Trained tasks that are not in the suite's list; warns of a folder that belongs to no task."""
-    listed, tasks = {task.folder for task in suite.tasks}, {}
+    listed = {task.folder for task in suite.tasks}
+    tasks: dict[str, suites.Task] = {}
     for folder in sorted((logdir / suite.name).glob("*")):
         found, astray = {}, []
         for seed, path in () if folder.name in listed else _seeds(folder):
@@ -239,8 +240,8 @@ def _others(logdir: Path, suite: suites.Suite) -> list[suites.Task]:
             else:
                 found[task.name] = task
         if astray and not found:  # of one among others `_runs` warns
-            error = astray[0]
-            errors.warn(str(RunError(error.what, where=folder, hint=error.hint)))
+            one = astray[0]
+            errors.warn(str(RunError(one.what, where=folder, hint=one.hint)))
         tasks |= found
     return list(tasks.values())
 

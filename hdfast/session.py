@@ -186,6 +186,7 @@ class Session:
             self._save()
             raise
         self._save()
+        assert self.evaluation is not None
         summary = {
             **self.evaluation,
             "updates": self.learner.updates,
@@ -201,7 +202,7 @@ class Session:
         logged = False
         if self.step_from is not None:  # the last session was stopped in the middle of a step
             self._learn()
-            logged = self._end_step()
+            logged = self._end_step(self.step_from)
         step = self.env.reset()
         while self.agent_steps < total:
             self.stop.check()
@@ -229,15 +230,15 @@ class Session:
                 self._learn()
             with annotate("receive"):
                 step = self.env.recv()
-            logged = self._end_step()
+            logged = self._end_step(self.step_from)
             if time.monotonic() - self.saved_at >= config.checkpoint.seconds:
                 self._save()
         if not logged:
             self._log()
 
-    def _end_step(self) -> bool:
-        """Ends the step under way: progress, and a log line or video if due. Returns whether it logged."""
-        config, before = self.config, self.step_from
+    def _end_step(self, before: int) -> bool:
+        """Ends the step begun at `before`: progress, log line and video if due. Returns whether it logged."""
+        config = self.config
         self.progress.update(agent_steps=self.agent_steps, updates=self.learner.updates)
         self.step_from = None
         logged = self._crossed(config.log.every, before)

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Distribution -> the name it is imported by, if that is not its name in lower case.
 IMPORTED_AS = {"pillow": "PIL", "ale-py": "ale_py"}
-# Used without an import: pytest's plugins, the linter, and a dependency of dm_control whose version must be ours.
-NOT_IMPORTED = {"pytest-benchmark", "pytest-xdist", "ruff", "mujoco"}
+# Used without an import: pytest's plugins, the linters, and a dependency of dm_control whose version must be ours.
+NOT_IMPORTED = {"pytest-benchmark", "pytest-xdist", "ruff", "mypy", "mujoco"}
 # Calls that import a module by its name, or find it.
 DEFERRED = {"importlib.import_module", "importlib.util.find_spec", "load"}
 

@@ -90,7 +90,8 @@ class Actor(nn.Module):
         super().__init__()
         self.discrete = isinstance(actions, DiscreteActions)
         self.unimix = config.rssm.unimix
-        outputs = {"logits": actions.count} if self.discrete else {"mean": actions.size, "std": actions.size}
+        width = actions.count if isinstance(actions, DiscreteActions) else actions.size
+        outputs = {"logits": width} if self.discrete else {"mean": width, "std": width}
         rssm, net = config.rssm, config.network
         self.mlp = LatentMLP(rssm.deter, rssm.stoch * rssm.classes, net.units, net.layers, outputs)
 
@@ -136,6 +137,8 @@ class Behavior(nn.Module):
         actions: what the environment accepts.
         config: the run's configuration.
     """
+
+    slow_updates: Tensor
 
     def __init__(self, actions: DiscreteActions | ContinuousActions, config: Config):
         super().__init__()
@@ -277,7 +280,8 @@ def _stack(latents: list[Latent]) -> Latent:
     """H+1 latents (N, ...) -> one latent (H+1, N, ...), with a straight-through sample if every state has one."""
     deter = torch.stack([latent.deter for latent in latents])
     index = torch.stack([latent.index for latent in latents])
-    if any(latent.stoch is None for latent in latents[1:]):
+    first, *later = (latent.stoch for latent in latents)
+    drawn = [stoch for stoch in later if stoch is not None]
+    if len(drawn) < len(later):
         return Latent(deter, index)
-    first = torch.zeros_like(latents[1].stoch) if latents[0].stoch is None else latents[0].stoch
-    return Latent(deter, index, torch.stack([first, *(latent.stoch for latent in latents[1:])]))
+    return Latent(deter, index, torch.stack([torch.zeros_like(drawn[0]) if first is None else first, *drawn]))

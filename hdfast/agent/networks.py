@@ -8,7 +8,7 @@ hidden layers and a uniform distribution for output layers.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +39,16 @@ class Latent(NamedTuple):
     """
 
     deter: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     stoch: Tensor | None = None
     rounded: Tensor | None = None
     dense: Tensor | None = None
 
     def deter_as(self, dtype: torch.dtype) -> Tensor:
         """deter in the type of the matrix work."""
-        known = self.rounded is not None and self.rounded.dtype == dtype
-        return self.rounded if known else self.deter.to(dtype)
+        if self.rounded is not None and self.rounded.dtype == dtype:
+            return self.rounded
+        return self.deter.to(dtype)
 
     def round_once(self, dtype: torch.dtype) -> "Latent":
         """The same state, with `deter_as(dtype)` cached, unless gradients flow."""
@@ -67,15 +68,15 @@ class Latent(NamedTuple):
 
     def before_last(self) -> "Latent":
         """All states but the last along the first axis."""
-        return Latent(*(None if part is None else part[:-1] for part in self))
+        return Latent._make(None if part is None else part[:-1] for part in self)
 
     def after_first(self) -> "Latent":
         """All states but the first along the first axis."""
-        return Latent(*(None if part is None else part[1:] for part in self))
+        return Latent._make(None if part is None else part[1:] for part in self)
 
     def flatten(self, start: int = 0, end: int = 1) -> "Latent":
         """Merges the leading axes `start`..`end` of every part."""
-        return Latent(*(None if part is None else part.flatten(start, end) for part in self))
+        return Latent._make(None if part is None else part.flatten(start, end) for part in self)
 
 
 def init_normal_(weight: Tensor, fan_in: int, fan_out: int) -> Tensor:
@@ -187,9 +188,9 @@ class LatentMLP(nn.Module):
         super().__init__()
         self.first = LatentProjection(deter, stoch, units)
         self.norm = Norm(units)
-        self.hidden = nn.ModuleList(Hidden(units, units) for _ in range(layers - 1))
+        self.hidden: Any = nn.ModuleList(Hidden(units, units) for _ in range(layers - 1))
         self._names = tuple(outputs)
-        self.out = nn.ModuleDict(
+        self.out: Any = nn.ModuleDict(
             {_slot(name): Linear(units, width, scale) for name, width in outputs.items()}
         )
 
@@ -235,7 +236,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         widths = [depth << i for i in range(image_stages(resolution))]
         self.kernels = nn.ParameterList()
-        self.norms = nn.ModuleList()
+        self.norms: Any = nn.ModuleList()
         for inputs, outputs in zip([channels, *widths], widths, strict=False):
             kernel = torch.empty(outputs, inputs, 4, 4)
             self.kernels.append(nn.Parameter(init_normal_(kernel, 16 * inputs, 16 * outputs)))
@@ -261,7 +262,7 @@ class ImageDecoder(nn.Module):
         widths = [depth << i for i in reversed(range(stages))]
         self.first = LatentProjection(deter, stoch, 16 * widths[0], bias=True)
         self.kernels = nn.ParameterList()
-        self.norms = nn.ModuleList()
+        self.norms: Any = nn.ModuleList()
         for i, (inputs, outputs) in enumerate(zip(widths, [*widths[1:], channels], strict=True)):
             init = init_uniform_ if i == stages - 1 else init_normal_
             kernel = torch.empty(inputs, outputs, 4, 4)

@@ -62,8 +62,8 @@ class Policy:
         self._fetched = torch.cuda.Event() if self._cuda else None
         self._captured: CapturedStep | None = None
         if graph:
-            step = weakref.WeakMethod(self.step)  # a graph is freed with its policy, at once
-            self._captured = CapturedStep(lambda: step()(), device=device, generators=[self.generator])
+            policy = weakref.proxy(self)  # a graph is freed with its policy, at once
+            self._captured = CapturedStep(lambda: policy.step(), device=device, generators=[self.generator])
         self.reset()
 
     def reset(self) -> None:

@@ -24,6 +24,8 @@ class ReturnRange(nn.Module):
         low, high: the percentiles, as shares in [0, 1].
     """
 
+    bounds: Tensor
+
     def __init__(self, decay: float = 0.99, low: float = 0.05, high: float = 0.95):
         super().__init__()
         self.decay, self.shares = decay, (low, high)

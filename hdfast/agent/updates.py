@@ -67,12 +67,12 @@ class OverlappedUpdates(Updates):
         self._begin(self.learner.learn_model(self._sample))
 
     def finish(self) -> None:
-        if self._under_way:
+        if self._half is not None and self._under_way:
             self.learner.learn_behavior(self._half)
             self._under_way = False
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self._half.state_dict() if self._under_way else {}
+        return self._half.state_dict() if self._half is not None and self._under_way else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._under_way = False
@@ -87,6 +87,7 @@ class OverlappedUpdates(Updates):
         self._under_way = True
 
     def _both(self) -> None:
+        assert self._half is not None
         # The behavior comes first, because its draws precede those of the next world model step.
         with beside(self.learner.device) as wait:
             self.learner.learn_behavior(self._half)

@@ -59,7 +59,7 @@ class WorldModel(nn.Module):
         unknown = [k for k in obs_specs if k not in self.images and k not in self.vectors]
         if unknown or not obs_specs:
             raise ValueError(f"observations must be images (H, W, C) or vectors (n,): got {dict(obs_specs)}")
-        resolutions = {shape[:2] for shape in self.images.values()}
+        resolutions = {(height, width) for height, width, _ in self.images.values()}
         if len(resolutions) > 1:
             raise ValueError(f"images must have one size, got {self.images}")
         rssm, net = config.rssm, config.network
@@ -71,21 +71,21 @@ class WorldModel(nn.Module):
         if self.images:
             resolution = resolutions.pop()
             channels = sum(shape[2] for shape in self.images.values())
-            self.encoder["image"] = ImageEncoder(resolution, channels, net.depth)
+            self.encoder["image"] = images = ImageEncoder(resolution, channels, net.depth)
             self.decoder["image"] = ImageDecoder(deter, stoch, resolution, channels, net.depth)
-            embed += self.encoder["image"].outputs
+            embed += images.outputs
         if self.vectors:
             width = sum(self.vectors.values())
-            self.encoder["vector"] = VectorEncoder(width, net.mlp_units, net.mlp_layers)
+            self.encoder["vector"] = vectors = VectorEncoder(width, net.mlp_units, net.mlp_layers)
             self.decoder["vector"] = LatentMLP(deter, stoch, net.mlp_units, net.mlp_layers, self.vectors)
-            embed += self.encoder["vector"].outputs
+            embed += vectors.outputs
         self.rssm = RSSM(
             deter=deter,
             units=rssm.units,
             stoch=rssm.stoch,
             classes=rssm.classes,
             unimix=rssm.unimix,
-            action=actions.count if self.discrete else actions.size,
+            action=actions.count if isinstance(actions, DiscreteActions) else actions.size,
             discrete=self.discrete,
             embed=embed,
         )
@@ -107,7 +107,7 @@ class WorldModel(nn.Module):
 
     def decode(self, latent: Latent, dtype: torch.dtype) -> dict[str, Tensor]:
         """Predicts every observation from (N, ...) latents: images (N, H, W, C), vectors (N, n) in symlog space."""
-        out = {}
+        out: dict[str, Tensor] = {}
         if self.images:
             image = self.decoder["image"](latent, dtype)
             channels = [shape[2] for shape in self.images.values()]

@@ -4,6 +4,7 @@ Importing this imports no source: envpool, ale-py and MuJoCo are loaded where `m
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from hdfast import suites
 from hdfast.envs.base import ArraySpec, BatchEnv, ContinuousActions, DiscreteActions, EnvStep, installed
@@ -67,7 +68,7 @@ def make(
             )
     if num_envs < 1 or threads < 0:
         raise ValueError(f"num_envs is {num_envs} and threads {threads}; expected 1 or more and 0 or more")
-    shared = {
+    shared: dict[str, Any] = {
         "num_envs": num_envs,
         "seed": seed,
         "action_repeat": benchmark.action_repeat,
@@ -88,7 +89,7 @@ def make(
         case "gym":
             from hdfast.envs.gym import GymEnv
 
-            of_gym = {"kwargs": kwargs, "time_limit": time_limit}
+            of_gym: dict[str, Any] = {"kwargs": kwargs, "time_limit": time_limit}
             return GymEnv(found, **shared, obs=obs, image_size=image_size, **of_gym, stop=stop)
         case "metaworld":
             from hdfast.envs.metaworld import MetaWorld
@@ -105,7 +106,7 @@ def check(suite: str, task: str) -> None:
         find(benchmark.task(task).env_id)
 
 
-def _atari(source: str) -> type[BatchEnv]:
+def _atari(source: str) -> Callable[..., BatchEnv]:
     from hdfast.envs.ale import AtariALE
     from hdfast.envs.atari import AtariPool
 

@@ -70,6 +70,7 @@ class _Game:
         self._rng = np.random.default_rng(seed)
         self._noops = noops
         self._repeat = action_repeat
+        assert task.time_limit is not None
         self._time_limit = task.time_limit
         self._frame, self._earlier = np.zeros((2, *FRAME), np.uint8)
         self._agent_step = 0

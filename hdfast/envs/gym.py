@@ -110,9 +110,11 @@ class GymEnv(BatchEnv):
         stop: Callable[[], object] = lambda: None,
     ) -> None:
         self.name = task.name
-        self._seeds: list[int] | None = env_seeds(seed, num_envs)
+        self._seeds: list[int | None] | None = list(env_seeds(seed, num_envs))
         make = Maker(find(task.env_id), obs, image_size, kwargs, time_limit, os.getpid())
-        kind = AsyncVectorEnv if num_envs > 1 and threads != 1 else SyncVectorEnv
+        kind: type[AsyncVectorEnv | SyncVectorEnv] = (
+            AsyncVectorEnv if num_envs > 1 and threads != 1 else SyncVectorEnv
+        )
         self._vector = kind.__new__(kind)  # its processes are known while it is being made
         self._stop, self._thread = stop, GymThread(stop)
         # Also called if this is garbage, or still open when Python exits, which would wait for ever.
@@ -124,13 +126,11 @@ class GymEnv(BatchEnv):
             self._kill()
             raise
         self._made = True
+        seen: Any = self._vector.single_observation_space
         super().__init__(
             task.name,
             num_envs=num_envs,
-            obs_specs={
-                key: ArraySpec(space.shape, space.dtype)
-                for key, space in self._vector.single_observation_space.items()
-            },
+            obs_specs={key: ArraySpec(space.shape, space.dtype) for key, space in seen.items()},
             actions=actions_of(self._vector.single_action_space, task.name),
             action_repeat=action_repeat,
         )
@@ -181,7 +181,8 @@ class GymEnv(BatchEnv):
         if not isinstance(self._vector, SyncVectorEnv):
             raise ValueError(f"{self.name}: its environments are in processes of their own; take one alone")
         with env_errors(self.name):
-            return {key: array[None] for key, array in self._vector.envs[0].row_of(observation).items()}
+            seen: Any = self._vector.envs[0]
+            return {key: array[None] for key, array in seen.row_of(observation).items()}
 
     def own_action(self, action: np.ndarray) -> Any:
         first = self._theirs(action[:1])[0]
@@ -189,7 +190,7 @@ class GymEnv(BatchEnv):
 
     def _theirs(self, action: np.ndarray) -> np.ndarray:
         """Actions (N,) or (N, size) in [-1, 1] as the environment counts or scales them."""
-        space = self._vector.single_action_space
+        space: Any = self._vector.single_action_space
         if (choices := choices_of(space)) is not None:
             numbers = np.stack(np.unravel_index(action, choices), -1).reshape(len(action), *space.shape)
             return (numbers + getattr(space, "start", 0)).astype(space.dtype)
@@ -235,11 +236,11 @@ def _make(vector: SyncVectorEnv | AsyncVectorEnv, make: Maker, num_envs: int) ->
     """Makes N environments that reset at the step after an episode's last."""
     makers = [make, *[dataclasses.replace(make, quiet=True)] * (num_envs - 1)]
     if isinstance(vector, SyncVectorEnv):
-        vector.__init__(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
+        SyncVectorEnv.__init__(vector, makers, autoreset_mode=AutoresetMode.NEXT_STEP)
         return
     warnings.filterwarnings("ignore", r"\x1b\[31mERROR: ")  # gymnasium's, about an error that it then raises
     _start_server()
-    vector.__init__(makers, autoreset_mode=AutoresetMode.NEXT_STEP, context="forkserver")
+    AsyncVectorEnv.__init__(vector, makers, autoreset_mode=AutoresetMode.NEXT_STEP, context="forkserver")
 
 
 def _how_it_ended(vector: AsyncVectorEnv) -> str:

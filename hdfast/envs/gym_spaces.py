@@ -5,7 +5,7 @@ Axes: H, W pixels, C channels.
 
 import math
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 import gymnasium
 import numpy as np
@@ -44,7 +44,7 @@ def called(key: Any) -> Any:
     return new if _NAME.fullmatch(new) else key
 
 
-def is_image(space: spaces.Space) -> bool:
+def is_image(space: spaces.Space) -> TypeGuard[spaces.Box]:
     """Whether a space is meant as an image; `wrong` says whether the agent can take it."""
     return isinstance(space, spaces.Box) and (
         len(space.shape) == 3 or (len(space.shape) == 2 and space.dtype == np.uint8)
@@ -70,8 +70,10 @@ def channels_first(space: spaces.Box) -> bool:
 def shape_of(space: spaces.Box) -> tuple[int, int, int]:
     """(H, W, C) of an image."""
     if channels_first(space):
-        return *space.shape[1:], space.shape[0]
-    return *space.shape[:2], math.prod(space.shape[2:])
+        channels, height, width = space.shape
+        return height, width, channels
+    height, width, *channels_last = space.shape
+    return height, width, math.prod(channels_last)
 
 
 def white_of(space: spaces.Box) -> int | None:
@@ -122,14 +124,14 @@ def outside(space: spaces.Space, value: Any, key: str) -> str | None:
                 return None
             return f"observation {key!r} is {value!s:.50}, expected a whole number from {low} to {high}"
         case spaces.MultiDiscrete():
-            numbers, low, high = np.asarray(value), space.start, space.start + space.nvec - 1
+            numbers, least, most = np.asarray(value), space.start, space.start + space.nvec - 1
             if numbers.dtype.kind not in "biu" or numbers.shape != space.shape:
                 given = f"{numbers.shape} {numbers.dtype}"
                 return f"observation {key!r} is {given}, expected {space.shape} of whole numbers"
-            if not (out := (numbers < low) | (numbers > high)).any():
+            if not (out := (numbers < least) | (numbers > most)).any():
                 return None
             at = tuple(np.argwhere(out)[0].tolist())
-            right = f"expected a whole number from {low[at]} to {high[at]}"
+            right = f"expected a whole number from {least[at]} to {most[at]}"
             return f"observation {key!r} has {numbers[at]} at {list(at)}, {right}"
         case _:
             return None

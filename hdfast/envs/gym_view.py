@@ -76,7 +76,7 @@ def _raised(
 ) -> HdfastError:
     """One line about what environment `name` raised."""
     ours = (
-        *(Path(module.__file__).parent for module in (gymnasium, importlib)),
+        *(Path(module.__path__[0]) for module in (gymnasium, importlib)),
         Path(__file__).parents[1],
     )
     frames = [
@@ -120,6 +120,7 @@ def _end_with_parent() -> None:
     an environment that hangs may never release. The fork server is only nominally its parent.
     """
     parent = multiprocessing.parent_process()
+    assert parent is not None
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, os.O_ASYNC)
@@ -199,7 +200,7 @@ class Maker:
         for key, space in seen.vectors.items():
             if holds_image(space):
                 _tell_flat(name, key, spaces.flatdim(space))
-        if seen.env.spec.max_episode_steps is None:
+        if seen.endless:
             _tell_endless(name)
 
     def _make(self, **more: Any) -> gymnasium.Env:
@@ -235,8 +236,6 @@ class _Raising(spaces.Dict):
     def __eq__(self, other: object) -> bool:
         raise self._error
 
-    __hash__ = None
-
 
 class Seen(gymnasium.ObservationWrapper):
     """Observations as a Dict of images (H, W, 1 or 3) uint8 and vectors (n,) float32; `info` keeps success alone.
@@ -244,12 +243,17 @@ class Seen(gymnasium.ObservationWrapper):
     image_size: side of the images, in pixels; a smaller power of two is kept if all images have it.
     drawn: its one image, of any size, is drawn, not observed.
     vectors: the environment's own spaces of the vectors that are seen.
+    endless: whether gymnasium knows of no time limit.
     """
+
+    observation_space: spaces.Dict  # type: ignore[override]
 
     def __init__(self, env: gymnasium.Env, obs: str, *, image_size: int, drawn: bool) -> None:
         super().__init__(env)
         self._drawn = drawn
+        assert env.spec is not None
         self._name = name = env.spec.id
+        self.endless = env.spec.max_episode_steps is None
         parts = parts_of(env.observation_space, name)
         images = {key: space for key, space in parts.items() if is_image(space) and obs != "state"}
         vectors = {key: space for key, space in parts.items() if not is_image(space) and obs != "image"}
@@ -272,7 +276,7 @@ class Seen(gymnasium.ObservationWrapper):
         fits = len(sides) == 1 and sides <= {1 << k for k in range(3, image_size.bit_length())}
         self._side = next(iter(sides)) if fits else image_size
         self._images, self.vectors = images, vectors
-        self._white = {key: white_of(space) for key, space in images.items()}
+        self._white = {key: white for key, space in images.items() if (white := white_of(space)) is not None}
         self.observation_space = spaces.Dict(
             {
                 **{key: self._image_space(space) for key, space in images.items()},
@@ -331,11 +335,12 @@ class Seen(gymnasium.ObservationWrapper):
     def _vector(self, key: str, value: Any) -> np.ndarray:
         if (what := outside(self.vectors[key], value, key)) is not None:
             raise EnvError(what, where=self._name)
-        vector = spaces.flatten(self.vectors[key], value).astype(np.float32)
-        right = self.observation_space[key].shape
-        if vector.shape != right:
+        flat: Any = spaces.flatten(self.vectors[key], value)
+        vector = flat.astype(np.float32)
+        if vector.shape != self.observation_space[key].shape:
+            right = spaces.flatdim(self.vectors[key])
             raise EnvError(
-                f"observation {key!r} has {len(vector)} numbers, expected {right[0]}", where=self._name
+                f"observation {key!r} has {len(vector)} numbers, expected {right}", where=self._name
             )
         if not np.isfinite(vector).all():
             raise EnvError(f"observation {key!r} has numbers that are not finite", where=self._name)

@@ -116,6 +116,7 @@ class MujocoEnv(PoolEnv):
     ) -> None:
         self._image, self._state, self._unused, self._flip = obs != "state", obs != "image", unused, flip
         self._side = image_size
+        assert task.time_limit is not None
         settings = {"max_episode_steps": task.time_limit * action_repeat, **pool_settings}
         self._folder = tempfile.TemporaryDirectory(prefix="hdfast-assets-")
         if self._image:

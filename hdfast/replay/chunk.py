@@ -90,7 +90,7 @@ class RecordWriter:
         """Take one packed row, uint8 (P,), which is copied."""
         np.bitwise_xor(packed, self._last, out=self._delta)
         self._last[:] = packed
-        self._pieces.append(self._zlib.compress(self._delta))
+        self._pieces.append(self._zlib.compress(self._delta.data))
         self.rows += 1
 
     def finish(self, crc: int) -> tuple[bytes, int]:

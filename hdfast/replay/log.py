@@ -156,6 +156,7 @@ class ReplayLog:
             path, data = self._unwritten[0]
             if path != self._file_path:
                 self._open(path)
+            assert self._file is not None
             self._synced = False
             with disk_errors("write", path):
                 try:
@@ -180,6 +181,8 @@ class ReplayLog:
             raise ReplayError(f"{self.directory}: the disk failed before, rows of the replay may be lost")
         if self._synced:
             return
+        assert self._file is not None
+        assert self._file_path is not None
         self._sync_failed = True
         with disk_errors("write", self._file_path):
             os.fsync(self._file)

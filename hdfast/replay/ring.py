@@ -15,7 +15,7 @@ import functools
 import gc
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class Replay:
             )
             for key, spec in self._layout.specs.items()
         }
-        self._by_env = {
+        self._by_env: dict[str, Any] = {
             key: host_view(rows.unflatten(0, (num_envs, self.ring))) for key, rows in self._storage.items()
         }
         self._rows_added = torch.zeros((), dtype=torch.int64, device=home)
@@ -268,8 +268,8 @@ class Replay:
             self._restore(first_row + to_end, packed[to_end:])
         rows = torch.from_numpy(packed[:to_end]).to(self._rows_added.device)
         for key, view in self._layout.unpack(rows).items():
-            view = host_view(view.transpose(0, 1))  # (K, N, ...) -> (N, K, ...)
-            self._by_env[key][:, slot : slot + len(rows)] = view
+            # (K, N, ...) -> (N, K, ...)
+            self._by_env[key][:, slot : slot + len(rows)] = host_view(view.transpose(0, 1))
 
 
 def _place(device: torch.device, nbytes: int) -> Literal["device", "host"]:

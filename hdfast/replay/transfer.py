@@ -69,10 +69,10 @@ class WindowPrefetch:
         self._cuda = device.type == "cuda"
         self._pinned: dict[str, Tensor] = {}
         self._arriving: dict[str, Tensor] = {}
-        self._stream = _stream(device) if self._cuda else None
-        self._device = self._stream.device if self._stream else device  # with its index
-        self._sent = torch.cuda.Event() if self._cuda else None
-        self._taken = torch.cuda.Event() if self._cuda else None
+        self._device = device
+        if self._cuda:
+            self._stream, self._sent, self._taken = _stream(device), torch.cuda.Event(), torch.cuda.Event()
+            self._device = self._stream.device  # with its index
         # Each thread has its own current device, which is at first the first card.
         begin = functools.partial(torch.cuda.set_device, self._device) if self._cuda else None
         self._thread = ThreadPoolExecutor(1, "replay-prefetch", initializer=begin)

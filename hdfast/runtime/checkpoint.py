@@ -188,7 +188,7 @@ def _header(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> tup
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _verify(path: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Console(console.Console):
     """
 
     def __init__(self, stream: TextIO | None = None, **options: Any) -> None:
-        super().__init__(file=_Lasting(sys.stdout if stream is None else stream), **options)
+        super().__init__(file=_Lasting(sys.stdout if stream is None else stream), **options)  # type: ignore[arg-type]
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(encodable(text, self.encoding), **options)

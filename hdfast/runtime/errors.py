@@ -211,7 +211,7 @@ def begin() -> None:
 def tell_warnings() -> None:
     """From now on, a Python warning of this process is one line, without location and colours."""
 
-    def show(message: Warning | str, *_: object) -> None:
+    def show(message: Warning | str, *_: object, **__: object) -> None:
         text = re.sub(r"\x1b\[\d*m", "", str(message))
         warn(re.sub(r"^WARN: ", "", text))  # gymnasium's
 
@@ -251,7 +251,9 @@ def main(door: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-def _code_of(door: Callable[[], int | None]) -> int:
+def _code_of(door: Callable[[], int | None]) -> int | str:
+    code: int | str
+    told: HdfastError | None
     try:
         try:
             code = door() or 0

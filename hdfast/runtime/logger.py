@@ -56,7 +56,7 @@ class Logger:
         self._directory, self._action_repeat = directory, action_repeat
         self._began = time.monotonic() - seconds
         self._files = {}
-        self._tensorboard = None
+        self._tensorboard: TensorBoard | None = None
         with contextlib.ExitStack() as opened:
             for name in ("metrics", "scores"):
                 path = directory / f"{name}.jsonl"
@@ -65,11 +65,13 @@ class Logger:
                     self._files[name] = opened.enter_context(open(path, "ab", buffering=0))
             if tensorboard:
                 # The evaluation at that step is repeated, and TensorBoard hides all of a step or nothing.
-                again = None not in (resumed_at, evaluated_at) and evaluated_at < resumed_at
-                self._tensorboard = TensorBoard(directory / "tensorboard", resumed_at=resumed_at, again=again)
-                opened.callback(self._tensorboard.close)
-                if again:
-                    self._show_again(resumed_at)
+                behind = resumed_at is not None and evaluated_at is not None and evaluated_at < resumed_at
+                again = resumed_at if behind else None
+                board = TensorBoard(directory / "tensorboard", resumed_at=resumed_at, again=again is not None)
+                opened.callback(board.close)
+                if again is not None:
+                    self._show_again(board, again)
+                self._tensorboard = board
             self._opened = opened.pop_all()
 
     @property
@@ -132,19 +134,19 @@ class Logger:
     ) -> None:
         self.close()
 
-    def _show_again(self, agent_steps: int) -> None:
+    def _show_again(self, tensorboard: TensorBoard, agent_steps: int) -> None:
         """Shows TensorBoard again what the logs and videos/ hold of an agent step."""
         for file in self._files.values():
             with disk_errors(file.name, "read the log"):
                 lines = [json.loads(line) for line in Path(file.name).read_bytes().splitlines()]
             for line in lines:
                 if line["agent_steps"] == agent_steps:
-                    self._tensorboard.scalars(agent_steps, _points(line))
+                    tensorboard.scalars(agent_steps, _points(line))
         for path in sorted((self._directory / "videos").glob(f"*_{agent_steps:010d}.gif")):
             name = path.stem.rpartition("_")[0]
             if name != "evaluate":  # that one comes from hdfast.evaluate, not from the run
                 with disk_errors(path, "read the video"):
-                    self._tensorboard.gif(agent_steps, name, path.read_bytes())
+                    tensorboard.gif(agent_steps, name, path.read_bytes())
 
     def _when(self, agent_steps: int) -> dict[str, Any]:
         frames = agent_steps * self._action_repeat
@@ -171,7 +173,7 @@ def to_host(metrics: Mapping[str, Metric]) -> dict[str, float]:
 
     A float32 becomes the shortest decimal that reads back the same: 0.1, not 0.10000000149011612.
     """
-    values = dict(metrics)
+    values: dict[str, Any] = dict(metrics)
     tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
     if tensors:
         copied = torch.stack([tensor.detach().reshape(()).double() for tensor in tensors.values()]).tolist()

@@ -90,7 +90,7 @@ class Progress:
         self._evaluation = self._evaluation if evaluation is None else evaluation
         self._harmony = self._harmony if harmony is None else dict(harmony)
         new_phase = phase is not None and phase != self._phase
-        self._phase = phase if new_phase else self._phase
+        self._phase = self._phase if phase is None else phase
         self._done = done if new_phase or done is not None else self._done
         now = self._clock()
         if agent_steps is not None or (self._samples and done is None):  # rates are of training alone
@@ -214,7 +214,7 @@ class _Line:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: object, options: ConsoleOptions) -> RenderResult:
         yield from self._progress.live_lines(options.max_width, dash="-" if options.ascii_only else "━")
 
 

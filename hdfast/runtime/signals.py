@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 from hdfast.runtime.errors import Interrupted, OutputFullError
 
@@ -25,7 +25,7 @@ class StopRequest:
         self.signum: int | None = None
         self._at_once = False
         self.say: Callable[[str], object] = lambda text: None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __bool__(self) -> bool:
         return self.signum is not None

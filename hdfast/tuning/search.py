@@ -35,7 +35,7 @@ DEFINITION, TOGETHER, CAPTURING, TIMES = "plain PyTorch", "all together", "CUDA 
 EAGER_TIMES, FINE, INSTEAD = "times without graphs", "times without each", "times with other kernels"
 OVERLAPPING = "updates that overlap"
 
-Report = Callable[[Mapping[str, Any]], None]
+Report = Callable[[Mapping[str, Any]], object]
 
 
 class TuningError(RuntimeError):
@@ -94,7 +94,9 @@ def search(
 
 def milliseconds(report: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """How long an update took in each way that was last timed, in ms."""
-    ms = next((report[name]["ms"] for name in (EAGER_TIMES, TIMES) if "ms" in report.get(name, {})), {})
+    ms: dict[str, float] = next(
+        (report[name]["ms"] for name in (EAGER_TIMES, TIMES) if "ms" in report.get(name, {})), {}
+    )
     overlapping = report.get(OVERLAPPING, {}).get("ms", {}).get("beside each other")
     return {**ms, **({} if overlapping is None else {"overlapping": overlapping})}
 

@@ -207,7 +207,7 @@ class Trials:
         for module in (self.learner.model, self.learner.behavior):
             for parameter in module.parameters():
                 noise = 2 * torch.rand(parameter.shape, generator=generator) - 1
-                parameter *= 1 + eps * noise.to(self.device)
+                parameter.mul_(1 + eps * noise.to(self.device))
 
     def _changes(self, ops: Ops, dtype: torch.dtype, nudge: int = 0) -> dict[str, Tensor]:
         """Gradient (as Adam's first moment) of every parameter in one update, in float32 its step, too.
@@ -296,5 +296,6 @@ def _distances(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> dic
     for name in names:
         part = _part(name)
         if part != name:
-            found[part] = tuple(a + b for a, b in zip(found.get(part, (0.0, 0.0)), found[name], strict=True))
+            apart, size = found.get(part, (0.0, 0.0))
+            found[part] = apart + found[name][0], size + found[name][1]
     return {name: math.sqrt(apart / max(size, 1e-60)) for name, (apart, size) in found.items()}

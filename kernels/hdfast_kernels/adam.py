@@ -25,10 +25,10 @@ from .numerics import check_device, check_shape
 
 
 def adam_step_reference(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avg: Sequence[Tensor],
-    exp_avg_sq: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
     step: Tensor,
     lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),

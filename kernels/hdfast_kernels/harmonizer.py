@@ -106,8 +106,8 @@ class Harmonizer(nn.Module):
             raise ValueError(
                 f"Harmonizer: mode is {mode!r} and would not use fixed={unused}, expected mode 'fixed'"
             )
-        members = [loss for group in self.groups.values() for loss in group]
-        if twice := sorted({loss for loss in members if members.count(loss) > 1}):
+        grouped = [loss for group in self.groups.values() for loss in group]
+        if twice := sorted({loss for loss in grouped if grouped.count(loss) > 1}):
             raise ValueError(f"Harmonizer: in more than one group: {', '.join(twice)}")
         self.fixed = {name: float(fixed.get(name, 1.0)) for name in self.groups}
         self.regularizer = tuple(float(regularizer.get(name, 1.0)) for name in self.groups)
@@ -196,10 +196,13 @@ class Harmonizer(nn.Module):
                 for loss, weight in members.items():
                     numbers[loss] = number if self.mode == "learned" else -1
                     weights[loss] = float(weight) * (1.0 if self.mode == "learned" else self.fixed[group])
-        group, weight = tuple(numbers.get(name, -1) for name in names), tuple(weights[name] for name in names)
-        fixed = tuple(self.fixed.values()) if self.mode == "fixed" else ()
         # The names are not enough: groups and scales may have been changed since.
-        key = group, weight, fixed, device
+        key = (
+            tuple(numbers.get(name, -1) for name in names),
+            tuple(weights[name] for name in names),
+            tuple(self.fixed.values()) if self.mode == "fixed" else (),
+            device,
+        )
         plan = self._plans.get(key)
         if plan is None:
             plan = self._make_plan(*key)

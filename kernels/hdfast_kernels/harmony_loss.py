@@ -128,11 +128,11 @@ class _HarmonyLoss(torch.autograd.Function):
         regularizer: tuple[float, ...],
         *losses: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        (log_sigma, *losses), rows = as_contiguous((log_sigma, *losses)), losses[0].numel()
+        (log_sigma, *held), rows = as_contiguous((log_sigma, *losses)), losses[0].numel()
         total, means = log_sigma.new_empty(()), log_sigma.new_empty(len(losses))
         block = min(BLOCK, triton.next_power_of_2(rows))
         harmony_loss_forward[(1,)](
-            tuple(losses), log_sigma, total, means, rows,
+            tuple(held), log_sigma, total, means, rows,
             group, weight, regularizer, len(losses), len(regularizer), triton.cdiv(rows, block), block,
             num_warps=WARPS,
         )  # fmt: skip

@@ -22,7 +22,7 @@ def _constants(
 class _HarmonyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, log_sigma: Tensor, group, weight, regularizer, *losses: Tensor) -> tuple[Tensor, Tensor]:
-        losses, log_sigma = [native.as_float(loss) for loss in losses], native.as_float(log_sigma)
+        losses, log_sigma = tuple(native.as_float(loss) for loss in losses), native.as_float(log_sigma)
         constants = _constants(tuple(group), tuple(weight), tuple(regularizer))
         numbers, factors, bounds = (values.buffer_info()[0] for values in constants)
         count, groups = len(losses), log_sigma.numel()

@@ -171,7 +171,7 @@ def blocks_of(image: Tensor, summed: bool = False) -> tuple[Tensor, Tensor | Non
         image_blocks_forward[(images, tiles)](
             image, blocks, sums, height, width, channels, down, across, summed, POSITIONS, num_warps=WARPS
         )
-    return blocks, sums.sum((0, 1))[:channels] if summed else None
+    return blocks, None if sums is None else sums.sum((0, 1))[:channels]
 
 
 def _channels_of_tile(channels: int, most: int) -> int:

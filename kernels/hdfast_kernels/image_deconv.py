@@ -22,7 +22,8 @@ def image_deconv_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The definition, in plain PyTorch; see `image_deconv`."""
     kernel = weight.to(x.dtype, memory_format=torch.channels_last)
     given = x.permute(0, 3, 1, 2), kernel, bias.to(x.dtype)
-    out = F.conv_transpose2d(*(in_safe_type(one, x.shape[2]) for one in given), stride=2, padding=1)
+    maps, kernel, shift = (in_safe_type(one, x.shape[2]) for one in given)
+    out = F.conv_transpose2d(maps, kernel, shift, stride=2, padding=1)
     return out.permute(0, 2, 3, 1).to(x.dtype)
 
 

@@ -31,7 +31,7 @@ def _leave_mkl(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> bool
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of matrices (M, K) and (K, N) of one dtype, without a gradient. `a` is best contiguous, `b` need not be."""
-    return _onednn(a, b.mT) if _leave_mkl(*a.shape, b.shape[1], a.dtype) else a @ b
+    return _onednn(a, b.mT) if _leave_mkl(a.shape[0], a.shape[1], b.shape[1], a.dtype) else a @ b
 
 
 def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
@@ -72,6 +72,6 @@ class _Linear(torch.autograd.Function):
 
 
 def linear_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if x.ndim < 2 or not _leave_mkl(x.shape[:-1].numel(), *weight.shape, x.dtype):
+    if x.ndim < 2 or not _leave_mkl(x.shape[:-1].numel(), weight.shape[0], weight.shape[1], x.dtype):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)

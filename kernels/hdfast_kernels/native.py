@@ -31,7 +31,7 @@ def module() -> ModuleType:
     Raises BackendError with the build command if it is missing or built from other sources; IsaError.
     """
     try:
-        from . import _native
+        from . import _native  # type: ignore[attr-defined]
     except ImportError as error:
         message = f"the C++ module hdfast_kernels._native cannot be loaded ({error})"
         raise BackendError(f"{message}; build it with `{BUILD_COMMAND}`") from error

@@ -40,13 +40,13 @@ def check_device(op: str, **tensors: Tensor | None) -> None:
 
     For some mixtures PyTorch itself returns meaningless numbers. Also as `check_tensor`.
     """
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            check_tensor(op, name, tensor)
-    (first, like), *others = tensors.items()
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    for name, tensor in given.items():
+        check_tensor(op, name, tensor)
+    (first, like), *others = given.items()
     device = like.device
     for name, tensor in others:
-        if tensor is not None and tensor.device != device:
+        if tensor.device != device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, {first} on {device}; expected one device")
 
 

@@ -139,7 +139,7 @@ def inspect(cubin: bytes) -> tuple[int, int, dict[str, int]]:
             ).stdout
             for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
+    registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK"))
     return registers, stack, {name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()}
 
 
@@ -185,9 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     known = list(dict.fromkeys(case.op for case in cases()))
     chips = list(SHARED_LIMIT)
-    names = {"metavar": "OP", "help": f"only these ops: {', '.join(known)}"}
+    only = f"only these ops: {', '.join(known)}"
     parser.add_argument("--sm", type=int, nargs="+", choices=chips, default=chips, help="only these chips")
-    parser.add_argument("--op", nargs="+", choices=known, default=known, **names)
+    parser.add_argument("--op", nargs="+", choices=known, default=known, metavar="OP", help=only)
     parser.add_argument("--quick", action="store_true", help="one shape an op")
     parser.add_argument("--json", action="store_true", help="a JSON array instead of a table")
     options = parser.parse_args(arguments)

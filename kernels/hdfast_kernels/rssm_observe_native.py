@@ -10,10 +10,10 @@ Axes: T time, B batch, D deter, U units, S groups, K classes.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from . import native
 from .autograd import once_differentiable
@@ -30,7 +30,7 @@ STATE = ("deter", "index", "logp", "in_sum", "gates_sum", "post_sum", "gru_low",
 
 class _Observe(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, embed, action, is_first, uniform, *rest):
+    def forward(ctx, embed, action, is_first, uniform, *rest):
         *weights, unimix, eps = rest
         T, B, S = uniform.shape
         fixed = {}
@@ -122,7 +122,7 @@ def _outer(grad: Tensor, operand: Tensor) -> Tensor:
     return weight_grad(grad.flatten(0, 1), operand.flatten(0, 1))
 
 
-def _call(function: str, ctx: FunctionCtx, tensors: dict[str, Tensor | None]) -> None:
+def _call(function: str, ctx: Any, tensors: dict[str, Tensor | None]) -> None:
     addresses = {name: 0 if value is None else native.ptr(value) for name, value in tensors.items()}
     getattr(native.module(), function)(*ctx.constants, native.threads(), **ctx.sizes, **addresses)
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ._triton import triton
 from .autograd import once_differentiable
@@ -117,7 +116,7 @@ def _launch(
 
 class _Observe(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, persistent: bool, *arguments):
+    def forward(ctx, persistent: bool, *arguments):
         *tensors, unimix, eps = arguments
         embed, action, is_first, uniform, initial_deter, initial_index, in_stoch, *weights = as_contiguous(
             tensors
