@@ -32,6 +32,7 @@ from hdfast.runtime.video import encode_gif, save_gif
 from hdfast.sections import MOST_ENVS
 from hdfast.streams import make_envs, stream_seed
 
+FILMED = 128  # pixels; side of images that are drawn for the film alone
 PLAIN_SECONDS = 30.0  # between two lines of progress, if there is no live one
 
 
@@ -119,7 +120,9 @@ def load(
     unseen = drawn and config.env.obs != "image" and not any(spec.is_image for spec in env.obs_specs.values())
     if unseen:
         env.close()
-        shown = dataclasses.replace(config, env=dataclasses.replace(config.env, obs="both"))
+        shown = dataclasses.replace(
+            config, env=dataclasses.replace(config.env, obs="both", image_size=FILMED)
+        )
         try:
             env = make_envs(shown, task, num_envs=num_envs, stream="evaluate")
         except HdfastError as error:

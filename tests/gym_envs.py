@@ -47,6 +47,8 @@ class Count(gymnasium.Env):
         space = space or self.observation_space
         if isinstance(space, spaces.Dict):
             return {key: self.observe(part) for key, part in space.items()}
+        if isinstance(space, Sentence | spaces.Sequence):
+            return ()
         return self.age if isinstance(space, spaces.Discrete) else np.full(space.shape, self.age, space.dtype)
 
     def render(self) -> np.ndarray:
@@ -66,6 +68,13 @@ class Pictured(Count):
         return (np.moveaxis(image, -1, 0) if self.first else image).astype(dtype) * dtype.type(
             self.white / 255
         )
+
+
+class Sentence(spaces.Space):
+    """A kind of space of somebody's own, like minigrid's missions: it does not say whether it has a fixed length."""
+
+    def contains(self, x: Any) -> bool:
+        return True
 
 
 class Many(gymnasium.vector.VectorEnv):
@@ -272,12 +281,15 @@ PICTURES = {  # how `Pictured` shows its picture
 }
 
 GOALS = spaces.Dict(
-    {"image": pixels(30, 20, 3), "depth": pixels(64, 64, 1), "arm": box(2, 2), "goal": spaces.Discrete(7)}
+    {"image": pixels(30, 24, 3), "depth": pixels(64, 64, 1), "arm": box(2, 2), "goal": spaces.Discrete(7)}
 )
 
 NAMES = {  # name of the environment -> name of the vector that it observes beside "image"
-    **{f"Named{i}": name for i, name in enumerate(("keys", "training", "type", "to", "t 1-a_b", "a/b"))},
-    **{f"Misnamed{i}": name for i, name in enumerate(("a.b", "", "../../x", "new\nline", 7))},
+    **{
+        f"Named{i}": name
+        for i, name in enumerate(("keys", "training", "type", "to", "t 1-a_b", "a/b", "a.b"))
+    },
+    **{f"Misnamed{i}": name for i, name in enumerate(("", "../../x", "new\nline", 7))},
     **{f"Lost{name.title()}": name for name in ("dyn", "rep", "cont")},
 }
 
@@ -324,6 +336,15 @@ for name, kind, settings in (
         Count,
         {"observation": spaces.Dict({"image": pixels(8, 8, 3), "list": spaces.Sequence(box(2))})},
     ),
+    (
+        "Sentence",
+        Count,
+        {"observation": spaces.Dict({"image": pixels(8, 8, 3), "task": Sentence(), "way": box(2, high=9)})},
+    ),
+    ("SentenceAlone", Count, {"observation": spaces.Dict({"task": Sentence()})}),
+    ("Cells", Count, {"observation": pixels(7, 7, 3)}),
+    ("StackedLast", Count, {"observation": pixels(84, 84, 12)}),
+    ("StackedBeside", Count, {"observation": spaces.Dict({"eyes": pixels(4, 84, 84), "arm": box(2)})}),
     ("Empty", Count, {"observation": box(0)}),
     ("EmptyPart", Count, {"observation": spaces.Dict({"arm": box(2), "hand": box(2, 0)})}),
     ("EmptyWithin", Count, {"observation": spaces.Dict({"hand": spaces.Dict({"tip": box(0)})})}),

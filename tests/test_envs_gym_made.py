@@ -3,19 +3,23 @@
 Axes: N environments.
 """
 
+import ctypes
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import gymnasium
 import numpy as np
 import pytest
 
 from hdfast import envs
-from hdfast.envs import gym_view
+from hdfast.envs import gym, gym_view
 from hdfast.evaluate import evaluate
 from hdfast.runtime.errors import ConfigError, EnvError
 from tests import loop_cases
-from tests.loop_cases import one_thread, path_of, tiny  # noqa: F401
+from tests.loop_cases import PYTHONPATH, one_thread, path_of, tiny  # noqa: F401
 
 
 def make(name, num_envs=1, **settings):
@@ -108,10 +112,46 @@ def test_a_time_limit_is_of_agent_steps_and_never_terminal(name, time_limit, end
 
 @pytest.mark.parametrize("num_envs", [1, 2])
 def test_an_environment_without_a_time_limit_is_told_once(num_envs, capfd):
-    gym_view._tell_endless.cache_clear()
+    gym_view._tell.cache_clear()
     for settings in ({"time_limit": 4}, {}, {}):
         make("Endless", num_envs, **settings).close()
     for name in ("Limited", "LimitedInside"):
         make(name, num_envs).close()
     what = "gymnasium knows of no time limit; if an episode may not end, --env.time-limit ends it"
     assert capfd.readouterr().err == f"warning: Endless-v0: {what}\n"
+
+
+def test_mujoco_draws_without_a_display(monkeypatch):
+    """The package mujoco looks for a display unless MUJOCO_GL says otherwise."""
+    pytest.importorskip("mujoco")
+    try:
+        ctypes.CDLL("libEGL.so.1")
+    except OSError:
+        pytest.skip("needs libEGL")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
+        monkeypatch.delenv(name, raising=False)
+    script = (
+        "from hdfast import envs\n"
+        "with envs.make('gym', 'HalfCheetah-v5', num_envs=1, seed=0, obs='image') as env:\n"
+        "    image = env.reset().obs['image']\n"
+        "assert image.shape == (1, 64, 64, 3) and image.std() > 10, image\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("DISPLAY", ":0"), ("WAYLAND_DISPLAY", "wayland-0"), ("MUJOCO_GL", "osmesa")]
+)
+def test_how_mujoco_draws_is_left_to_a_display_or_the_user(name, value, monkeypatch):
+    for other in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
+        monkeypatch.setenv(other, "")
+        monkeypatch.delenv(other)
+    monkeypatch.setenv(name, value)
+    gym.find("CartPole-v1")
+    assert os.environ.get("MUJOCO_GL") == (value if name == "MUJOCO_GL" else None)

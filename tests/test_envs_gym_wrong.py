@@ -33,7 +33,7 @@ def test_what_an_environment_raises_is_one_line_with_its_own_frames(threads):
 @pytest.mark.parametrize(
     ("how", "text"),
     [
-        ("nan", "observation 'arm' has numbers that are not finite"),
+        ("nan", "observation 'arm' has numbers that are not finite, the first is number 1"),
         ("long", "observation 'arm' has 3 numbers, expected 2"),
         ("count", "observation 'arm' is -2, expected a whole number from -1 to 1"),
         ("float", "observation 'image' is (8, 8, 3) float64, its space says (8, 8, 3) uint8"),

@@ -4,18 +4,19 @@ A task is what `gymnasium.make` takes: `CarRacing-v3`, or `my_envs:Maze-v0`, for
 first. Episodes end when the environment says so: `terminated` is terminal, `truncated` (a time limit) is not.
 
 Images are observations of (H, W, 3), (H, W, 1) or (H, W) uint8, of (3, H, W) or (1, H, W), or floats of 0 to 1 or 0 to
-255 with three axes, alone or in a Dict under names of letters, digits, `_`, `-` and spaces (a `/` becomes `-`). Where
-there is none, and one is asked for, the environment is drawn (`render_mode="rgb_array"`). All other observations are
-vectors, Discrete ones one-hot, a Dict or Tuple inside the Dict joined into one. Images that are not all square with
-one side of 8, 16, 32 or 64 become 64 x 64 by Pillow's box filter; `image_size` sets another power of two in
-place of 64. Each combination of MultiDiscrete and MultiBinary actions is one action of the agent. Bounded Box actions
-are stretched to [-1, 1]; the bounds of a ClipAction are those that it clips to. Where `info` holds `success` or
-`is_success`, an episode succeeds if one of its rows does.
+255 with three axes, alone or in a Dict under names of letters, digits, `_`, `-` and spaces (`/` and `.` become `-`).
+Where there is none, and one is asked for, the environment is drawn (`render_mode="rgb_array"`). All other observations
+are vectors, Discrete ones one-hot, a Dict or Tuple inside the Dict joined into one; what has no fixed length is left
+out, if others are seen. Images that are not all square with one side of 8, 16, 32 or 64 become 64 x 64 by Pillow's box
+filter; `image_size` sets another power of two in place of 64. Each combination of MultiDiscrete and MultiBinary actions
+is one action of the agent. Bounded Box actions are stretched to [-1, 1]; the bounds of a ClipAction are those that it
+clips to. Where `info` holds `success` or `is_success`, an episode succeeds if one of its rows does.
 
 Axes: N environments, H, W pixels.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import importlib
 import multiprocessing
@@ -24,7 +25,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from concurrent.futures import Future
 from functools import partial
 from multiprocessing import connection, forkserver, resource_tracker
@@ -39,9 +40,10 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import clear_mpi_env_vars
 
 from hdfast.envs.base import ArraySpec, BatchEnv, EnvStep, env_seeds
+from hdfast.envs.gym_errors import env_errors
 from hdfast.envs.gym_spaces import actions_of, choices_of
 from hdfast.envs.gym_thread import GymThread
-from hdfast.envs.gym_view import SIGNALS, Maker, env_errors
+from hdfast.envs.gym_view import SIGNALS, Maker
 from hdfast.runtime.errors import ConfigError, EnvError, HdfastError, suggest
 from hdfast.suites import Task, UnknownName
 
@@ -53,6 +55,8 @@ def find(env_id: str) -> EnvSpec:
     the module imports a missing package; EnvError for what it raises.
     """
     module, _, name = env_id.rpartition(":")
+    _draw_without_display()
+    before = set(gymnasium.registry)
     if module:
         with env_errors(module):
             try:
@@ -68,13 +72,37 @@ def find(env_id: str) -> EnvSpec:
     try:
         return gymnasium.spec(name)
     except gymnasium.error.Error:
-        hint = suggest(name, gymnasium.registry)
-        if module and "did you mean" in hint:
-            hint = re.sub(r"'(.+?)'", rf"'{module}:\1'", hint)  # so that it can be given as it is
-        if not module and "did you mean" not in hint:
-            names = "ale_py:ALE/Pong-v5 or my_envs:Maze-v0"
-            hint = f"; those of a package are named with its module before a colon, such as {names}"
+        hint = _nearest(module, name, before)
         raise UnknownName(f"no environment {name!r} is registered with gymnasium{hint}") from None
+
+
+def _nearest(module: str, name: str, before: Set[str]) -> str:
+    """What may have been meant by `name`, of the environments of its module if it has one."""
+    if not module:
+        hint = suggest(name, gymnasium.registry)
+        names = "ale_py:ALE/Pong-v5 or my_envs:Maze-v0"
+        others = f"; those of a package are named with its module before a colon, such as {names}"
+        return (hint if "did you mean" in hint else "") + others
+
+    def package(spec: EnvSpec) -> str:
+        made = spec.entry_point or spec.vector_entry_point
+        origin = made if isinstance(made, str) else getattr(made, "__module__", "")
+        return re.split("[.:]", origin)[0]
+
+    top = module.partition(".")[0]
+    theirs = [one for one, spec in gymnasium.registry.items() if package(spec) == top or one not in before]
+    if not theirs:
+        return f"; importing {module} registers none"
+    return re.sub(r"'(.+?)'", rf"'{module}:\1'", suggest(name, theirs))  # so that it can be given as it is
+
+
+def _draw_without_display() -> None:
+    """Lets the package mujoco draw through EGL where there is no display, for which it would look in vain."""
+    if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or "MUJOCO_GL" in os.environ:
+        return
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libEGL.so.1")
+        os.environ["MUJOCO_GL"] = "egl"
 
 
 class GymEnv(BatchEnv):

@@ -39,8 +39,8 @@ def parts_of(space: spaces.Space, name: str) -> dict[str, spaces.Space]:
 
 
 def called(key: Any) -> Any:
-    """The agent's name for an observation of a Dict: "-" replaces "/" if that makes a valid name."""
-    new = key.replace("/", "-") if isinstance(key, str) else ""
+    """The agent's name for an observation of a Dict: "-" replaces "/", and "." between letters, if that is valid."""
+    new = re.sub(r"(?<=\w)\.(?=\w)", "-", key.replace("/", "-")) if isinstance(key, str) else ""
     return new if _NAME.fullmatch(new) else key
 
 
@@ -92,15 +92,30 @@ def wrong(key: str, space: spaces.Space) -> str | None:
     if key in _TAKEN:
         return f"an observation cannot be called {key!r}; replay has a column of that name"
     if not is_image(space):
-        if not space.is_np_flattenable:
-            return f"observation {key!r} is {space}, which has no fixed length"
+        if not _has_fixed_length(space):
+            own = type(space).__module__.partition(".")[0] == "gymnasium"
+            return (
+                f"observation {key!r} is {space if own else type(space).__name__}, which has no fixed length"
+            )
         return None if spaces.flatdim(space) else f"observation {key!r} is {space}, which holds no number"
     if 0 in space.shape:
         return f"observation {key!r} is {space.shape} {space.dtype}, which holds no pixel"
-    if white_of(space) is None or shape_of(space)[2] not in (1, 3):
-        right = "an image is (H, W, 3), (H, W, 1) or (H, W) uint8; gymnasium.wrappers.TransformObservation makes one"
-        return f"observation {key!r} is {space.shape} {space.dtype}; {right}"
+    what = f"observation {key!r} is {space.shape} {space.dtype}"
+    makes = "gymnasium.wrappers.TransformObservation makes one"
+    if shape_of(space)[2] not in (1, 3):
+        stack = "; leave out stacks of frames, the agent remembers"
+        return f"{what}; an image is (H, W, 3), (H, W, 1) or (H, W) uint8; {makes}{stack}"
+    if white_of(space) is None:
+        within = f" of {space.low.min():g} to {space.high.max():g}"
+        return f"{what}{within}; an image is uint8, or floats of 0 to 1 or 0 to 255; {makes}"
     return None
+
+
+def _has_fixed_length(space: spaces.Space) -> bool:
+    try:
+        return space.is_np_flattenable
+    except NotImplementedError:  # somebody's own kind of space, such as a sentence, or a Dict with one
+        return False
 
 
 def outside(space: spaces.Space, value: Any, key: str) -> str | None:

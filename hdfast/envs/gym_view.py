@@ -1,22 +1,17 @@
-"""One environment of gymnasium as the agent sees it, and the errors of one that misbehaves.
+"""One environment of gymnasium as the agent sees it.
 
 Axes: H, W pixels.
 """
 
-import contextlib
 import fcntl
 import functools
-import importlib
 import json
 import multiprocessing
 import os
 import signal
-import sys
-import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -27,6 +22,7 @@ from gymnasium.vector import VectorEnv
 from gymnasium.wrappers import AddRenderObservation, TimeLimit
 from PIL import Image
 
+from hdfast.envs.gym_errors import env_errors, raised
 from hdfast.envs.gym_spaces import (
     action_space_of,
     actions_of,
@@ -46,47 +42,8 @@ from hdfast.runtime.errors import ConfigError, EnvError, HdfastError, MissingLib
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the learner handles them: it saves, then stops
 _LOSSES = ("dyn", "rep", "cont")  # names of the agent's other losses; all images share one, "image"
 _TO_SEE = "let it observe (H, W, 3) uint8, or render 'rgb_array'; --env.obs state does without"
+_SMALL = 24  # pixels; a smaller image, such as a map of 7 x 7 categories, may not be meant as a picture
 _LARGEST = float(np.finfo(np.float32).max)
-
-
-@contextlib.contextmanager
-def env_errors(name: str) -> Iterator[None]:
-    """Turns what environment `name` raises in the block into one line, with its own frames as details.
-
-    Raises: EnvError; MissingLibraryError where it imports a missing package. An HdfastError, which is one line already,
-    passes.
-    """
-    try:
-        yield
-    except HdfastError:
-        raise
-    except gymnasium.error.DependencyNotInstalled as error:
-        raise MissingLibraryError(str(error), where=name) from error
-    except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name:
-            package = error.name.partition(".")[0]
-            if package not in sys.modules:  # else a part of it, perhaps the user's own, is misnamed
-                hint = f"pip install {package}"
-                raise MissingLibraryError(f"{name} needs {error.name}", hint=hint) from error
-        raise _raised(error, name) from error
-
-
-def _raised(
-    error: BaseException, name: str, hint: str = "", *, kind: type[HdfastError] = EnvError
-) -> HdfastError:
-    """One line about what environment `name` raised."""
-    ours = (
-        *(Path(module.__path__[0]) for module in (gymnasium, importlib)),
-        Path(__file__).parents[1],
-    )
-    frames = [
-        f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith("<frozen ")
-        and not any(Path(frame.filename).is_relative_to(folder) for folder in ours)
-    ]
-    what = ": ".join(filter(None, (type(error).__name__, str(error).strip())))
-    return kind(f"it raised {what}", where=name, hint=hint, details=frames)
 
 
 def _refuse_many(spec: EnvSpec) -> None:
@@ -98,19 +55,8 @@ def _refuse_many(spec: EnvSpec) -> None:
 
 
 @functools.cache  # once, not again for evaluation
-def _tell_unseen(name: str, seen: tuple[str, ...], unseen: tuple[str, ...]) -> None:
-    warn(f"{name}: sees {', '.join(seen)}, not {', '.join(unseen)}; --env.obs both sees all")
-
-
-@functools.cache
-def _tell_flat(name: str, key: str, numbers: int) -> None:
-    right = "an image stands alone or in the outermost Dict, (H, W, 3)"
-    warn(f"{name}: sees the images in {key} as a vector of {numbers:,} numbers; {right}")
-
-
-@functools.cache
-def _tell_endless(name: str) -> None:
-    warn(f"{name}: gymnasium knows of no time limit; if an episode may not end, --env.time-limit ends it")
+def _tell(text: str) -> None:
+    warn(text)
 
 
 def _end_with_parent() -> None:
@@ -189,19 +135,31 @@ class Maker:
             hint = "--env.obs state does without drawing"
             raise MissingLibraryError(str(error), where=self.spec.id, hint=hint) from error
         except NotImplementedError as error:
-            raise _raised(error, self.spec.id, _TO_SEE) from error
+            raise raised(error, self.spec.id, _TO_SEE) from error
 
     def _tell(self, seen: "Seen", parts: Mapping[str, spaces.Space], *, images_alone: bool) -> None:
-        """Warns, once each, of what may surprise: vectors not seen, images seen as vectors, endless episodes."""
-        name = self.spec.id
-        unseen = tuple(key for key, space in parts.items() if not is_image(space) and not wrong(key, space))
+        """Warns, once each, of what may surprise: what is not seen, or seen otherwise than meant; endless episodes."""
+        name, keys = self.spec.id, tuple(seen.observation_space)
+        unseen = [key for key in parts if key not in keys]
         if images_alone and unseen:
-            _tell_unseen(name, tuple(seen.observation_space), unseen)
+            more = [key for key in unseen if wrong(key, parts[key]) is None]
+            also = f"; --env.obs both sees {'all' if more == unseen else ', '.join(more)}" if more else ""
+            _tell(f"{name}: sees {', '.join(keys)}, not {', '.join(unseen)}{also}")
+        for what in seen.left_out:
+            _tell(f"{name}: goes on without what the agent cannot take: {what}")
+        for key, (height, width) in seen.enlarged.items():
+            right = "if its numbers are categories, not brightness, let it observe a picture"
+            _tell(f"{name}: enlarges {key} from {height} x {width} pixels; {right}")
         for key, space in seen.vectors.items():
             if holds_image(space):
-                _tell_flat(name, key, spaces.flatdim(space))
+                right = "an image stands alone or in the outermost Dict, (H, W, 3)"
+                if isinstance(space, spaces.Box):
+                    right = "frames need no stacking, the agent remembers"
+                what = f"the images in {key} as a vector of {spaces.flatdim(space):,} numbers"
+                _tell(f"{name}: sees {what}; {right}")
         if seen.endless:
-            _tell_endless(name)
+            what = "gymnasium knows of no time limit; if an episode may not end, --env.time-limit ends it"
+            _tell(f"{name}: {what}")
 
     def _make(self, **more: Any) -> gymnasium.Env:
         """The registered environment, made with the arguments asked for and `more`."""
@@ -216,7 +174,7 @@ class Maker:
                 raise
             hint = f"--env.kwargs gave it {self.kwargs}"
             first = error.__context__ or error  # gymnasium adds the arguments to the message
-            raise _raised(first, self.spec.id, hint, kind=ConfigError) from error
+            raise raised(first, self.spec.id, hint, kind=ConfigError) from error
         return TimeLimit(env, self.time_limit) if self.time_limit else env
 
 
@@ -243,6 +201,8 @@ class Seen(gymnasium.ObservationWrapper):
     image_size: side of the images, in pixels; a smaller power of two is kept if all images have it.
     drawn: its one image, of any size, is drawn, not observed.
     vectors: the environment's own spaces of the vectors that are seen.
+    left_out: why the agent cannot take the vectors that were asked for and are not seen.
+    enlarged: (H, W) of images so small that they may be no pictures.
     endless: whether gymnasium knows of no time limit.
     """
 
@@ -258,9 +218,18 @@ class Seen(gymnasium.ObservationWrapper):
         images = {key: space for key, space in parts.items() if is_image(space) and obs != "state"}
         vectors = {key: space for key, space in parts.items() if not is_image(space) and obs != "image"}
         self._whole = not isinstance(env.observation_space, spaces.Dict)
-        for key, space in ({**images, **vectors} or parts).items():  # or those to choose from
-            if (what := wrong(key, space)) is not None:
-                raise ConfigError(what, where=name)
+        wanted = {**images, **vectors} or parts  # or those to choose from
+        faults = {key: what for key, space in wanted.items() if (what := wrong(key, space)) is not None}
+        for key, what in faults.items():
+            if key not in vectors or len(faults) == len(wanted):
+                others = any(
+                    not is_image(part) and wrong(other, part) is None for other, part in parts.items()
+                )
+                raise ConfigError(
+                    what, where=name, hint="--env.obs state does without images" if others else ""
+                )
+        self.left_out = list(faults.values())
+        vectors = {key: space for key, space in vectors.items() if key not in faults}
         for key in vectors.keys() & {*_LOSSES, *(["image"] if images else [])}:
             what = (
                 f"an observation that is no image cannot be called {key!r}; the agent has a loss of that name"
@@ -276,6 +245,11 @@ class Seen(gymnasium.ObservationWrapper):
         fits = len(sides) == 1 and sides <= {1 << k for k in range(3, image_size.bit_length())}
         self._side = next(iter(sides)) if fits else image_size
         self._images, self.vectors = images, vectors
+        self.enlarged = {
+            key: shape_of(space)[:2]
+            for key, space in images.items()
+            if not drawn and min(shape_of(space)[:2]) < min(_SMALL, self._side)
+        }
         self._white = {key: white for key, space in images.items() if (white := white_of(space)) is not None}
         self.observation_space = spaces.Dict(
             {
@@ -343,7 +317,9 @@ class Seen(gymnasium.ObservationWrapper):
                 f"observation {key!r} has {len(vector)} numbers, expected {right}", where=self._name
             )
         if not np.isfinite(vector).all():
-            raise EnvError(f"observation {key!r} has numbers that are not finite", where=self._name)
+            at = int(np.argmin(np.isfinite(vector)))
+            what = f"observation {key!r} has numbers that are not finite, the first is number {at}"
+            raise EnvError(what, where=self._name)
         return vector
 
     def _image(self, key: str, value: Any) -> np.ndarray:

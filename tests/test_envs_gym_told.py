@@ -1,0 +1,82 @@
+"""What a run says of users' own environments that may surprise: what is not seen, or seen otherwise than meant."""
+
+import re
+
+import numpy as np
+import pytest
+
+from hdfast.envs import gym_view
+from tests import gym_envs, loop_cases
+from tests.test_envs_gym import make
+
+
+@pytest.mark.parametrize("threads", ["0", "1"])
+def test_a_run_tells_once_which_vectors_it_does_not_see(tmp_path, threads):
+    """Not again for its evaluations, nor for each of its environments."""
+    task = ["--suite", "gym", "--task", "tests.gym_envs:Goals-v0", "--eval.every", "20"]
+    argv = [*loop_cases.flags()[2:], *task, "--env.threads", threads, "--logdir", str(tmp_path)]
+    process = loop_cases.start(argv)
+    _, err = process.communicate(timeout=300)
+    said = "warning: Goals-v0: sees depth, image, not arm, goal; --env.obs both sees all\n"
+    assert (process.returncode, err) == (0, said)
+
+
+@pytest.mark.parametrize(
+    ("name", "obs"),
+    [("Goals", "both"), ("Goals", "state"), ("Drawn", "image"), ("Drawn", "auto"), ("Count", "auto")],
+)
+def test_nothing_is_told_where_all_is_seen_that_was_asked_for(name, obs, capfd):
+    make(name, obs=obs).close()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "numbers", "right"),
+    [
+        ("Frames", "state", 768, "frames need no stacking, the agent remembers"),
+        ("Nested", "eyes", 192, "an image stands alone or in the outermost Dict, (H, W, 3)"),
+    ],
+)
+def test_images_that_are_seen_as_numbers_are_told(name, key, numbers, right, capfd):
+    make(name, obs="image").close()  # draws it
+    assert capfd.readouterr().err == ""
+    make(name, obs="auto").close()
+    what = f"{name}-v0: sees the images in {key} as a vector of {numbers} numbers; {right}"
+    assert capfd.readouterr().err == f"warning: {what}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "obs", "seen", "said"),
+    [
+        ("Sentence", "auto", ["image"], "sees image, not task, way; --env.obs both sees way"),
+        ("Sentence", "state", ["way"], "observation 'task' is Sentence, which has no fixed length"),
+        ("Sentence", "both", ["image", "way"], "observation 'task' is Sentence, which has no fixed length"),
+        ("List", "both", ["image"], r"observation 'list' is Sequence\(.*, which has no fixed length"),
+        (
+            "EmptyPart",
+            "state",
+            ["arm"],
+            r"observation 'hand' is Box\(.*\(2, 0\), float32\), which holds no number",
+        ),
+        ("TakenStarts", "state", ["hand"], "cannot be called 'starts'; replay has a column of that name"),
+        *(
+            (name, "both", ["image"], re.escape(f"an observation cannot be called {key!r}; expected letters"))
+            for name, key in gym_envs.NAMES.items()
+            if name.startswith("Misnamed")
+        ),
+    ],
+)
+def test_vectors_that_the_agent_cannot_take_are_left_out_beside_others_and_told(name, obs, seen, said, capfd):
+    gym_view._tell.cache_clear()
+    with make(name, obs=obs) as env:
+        assert sorted(env.obs_specs) == seen
+        env.reset()
+        env.step(np.zeros(1, np.int32))
+    what = said if "sees" in said else f"goes on without what the agent cannot take: .*{said}"
+    assert re.search(rf"^warning: {name}-v0: {what}", capfd.readouterr().err)
+
+
+def test_an_image_too_small_for_a_picture_is_told(capfd):
+    make("Cells").close()
+    what = "Cells-v0: enlarges image from 7 x 7 pixels; if its numbers are categories, not brightness, let it observe"
+    assert what in capfd.readouterr().err
