@@ -96,6 +96,11 @@ class Config:
         return rows * self.env.num_envs
 
     @property
+    def updates(self) -> int:
+        """Updates in the whole run."""
+        return max(0, int((self.total_agent_steps - self.prefill_agent_steps) * self.updates_per_step))
+
+    @property
     def little_work(self) -> bool:
         """Whether the ops of an update are too short for CPU threads to share: layers of at most 128, and 512 rows."""
         width = max(self.rssm.deter, self.rssm.units, self.network.units)

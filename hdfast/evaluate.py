@@ -175,7 +175,8 @@ def evaluate(
     Args:
         episodes: at least 1.
         seed, num_envs, greedy: as `load`; no more environments than episodes. The published protocol samples.
-        video: also write the first episode to videos/evaluate_<agent steps>.gif in the run's directory.
+        video: also write an episode to videos/evaluate_<agent steps>.gif in the run's directory: the first, or one more
+            where the agent sees no images.
         tell: gets at every step how many episodes are done.
 
     Raises:
@@ -185,12 +186,15 @@ def evaluate(
     if episodes < 1:
         raise ConfigError(f"--episodes {episodes} is out of range: expected 1 or more")
     envs = min(num_envs, episodes)
-    with load(run, num_envs=envs, seed=seed, device=device, greedy=greedy, drawn=video) as trained:
+    with load(run, num_envs=envs, seed=seed, device=device, greedy=greedy) as trained:
         agent_steps = trained.checkpoint.meta["agent_steps"]
         film = None
-        if video:
-            key = next((key for key, spec in trained.env.obs_specs.items() if spec.is_image), None)
-            film = Film(key, trained.checkpoint.run / "videos" / f"evaluate_{agent_steps:010d}.gif")
+        if video and _image_of(trained.env) is not None:
+            film = Film.of(trained)
+        elif video:  # drawing takes longer than all else, so only the episode that is shown is drawn
+            with load(trained.checkpoint.path, seed=seed, device=device, greedy=greedy, drawn=True) as drawn:
+                film = Film.of(drawn)
+                evaluation.play(drawn.env, drawn.policy, 1, watch=film)
         watch = film or (lambda step: None)
         played = evaluation.play(trained.env, trained.policy, episodes, watch=watch, tell=tell)
     played_by = trained.checkpoint
@@ -216,6 +220,12 @@ class Film:
         self.key, self.path, self._over = key, path, False
         self._frames: list[np.ndarray] = []
 
+    @classmethod
+    def of(cls, trained: Trained) -> "Film":
+        """The film that belongs into the directory of a run."""
+        name = f"evaluate_{trained.checkpoint.meta['agent_steps']:010d}.gif"
+        return cls(_image_of(trained.env), trained.checkpoint.run / "videos" / name)
+
     def __call__(self, step: EnvStep) -> None:
         """Takes one row of every environment. Raises: RunError, DiskFullError."""
         if not self._over:
@@ -227,6 +237,11 @@ class Film:
             if self._over:
                 save_gif(self.path, encode_gif(np.stack(self._frames)))
                 self._frames.clear()
+
+
+def _image_of(env: BatchEnv) -> str | None:
+    """The first image that the environments show."""
+    return next((key for key, spec in env.obs_specs.items() if spec.is_image), None)
 
 
 @contextlib.contextmanager
@@ -267,7 +282,11 @@ def main() -> None:
     parser.add_argument("--seed", type=natural, default=0, help="of environments and policy")
     parser.add_argument("--num-envs", type=positive, default=8, help="environments stepped together")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--video", action="store_true", help="write the first episode as a GIF")
+    parser.add_argument(
+        "--video",
+        action="store_true",
+        help="write the first episode as a GIF, or one more if it must be drawn for that",
+    )
     parser.add_argument("--greedy", action="store_true", help="the likeliest actions instead of sampled ones")
     flags = parser.parse_args()
     with _telling(flags.episodes) as tell:

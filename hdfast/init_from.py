@@ -7,7 +7,9 @@ from hdfast.config import Config
 from hdfast.runtime import checkpoint
 from hdfast.runtime.rundir import chosen, difference, filled, read
 
-_SIZES = ("rssm", "network")  # sections of the config that set the shapes of parameters
+# What sets the shapes of parameters.
+_SIZES = ("rssm", "network", "env.obs", "env.image_size", "suite", "task")
+_HINT = "--init-from needs a run with the same observations, actions and sizes"
 
 
 def checkpoint_for(config: Config) -> checkpoint.Checkpoint | None:
@@ -17,14 +19,16 @@ def checkpoint_for(config: Config) -> checkpoint.Checkpoint | None:
 
 def load_parameters(learner: Learner, start: checkpoint.Checkpoint, config: Config) -> None:
     """Gives the learner the parameters of `start`. Raises: CheckpointError if the models differ in size."""
-    with checkpoint.fitting(start.path, _other_sizes(start.run, config)):
+    with checkpoint.fitting(start.path, _otherwise(start.run, config), hint=_HINT):
         learner.load_parameters(start.part("learner."))
 
 
-def _other_sizes(run: Path, config: Config) -> list[str]:
-    """Where the model of another run has other sizes, as lines of `difference`; none for a checkpoint without a run."""
+def _otherwise(run: Path, config: Config) -> list[str]:
+    """Where another run may have another model, as lines of `difference`; none for a checkpoint without a run."""
     if not (run / "config.json").exists():
         return []
     theirs = filled(read(run).config, Config().to_dict())
-    before, after = ({name: side[name] for name in _SIZES} for side in (theirs, config.to_dict()))
-    return difference(before, after, ignore=("rssm.unimix",))
+    lines = difference(theirs, config.to_dict(), ignore=("rssm.unimix",))
+    return [
+        line for line in lines if line.startswith(tuple(f"{name}{end}" for name in _SIZES for end in ".:"))
+    ]

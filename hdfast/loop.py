@@ -101,7 +101,11 @@ def run(config: Config) -> dict[str, Any]:
         ) as rundir,
     ):
         if rundir.summary is not None:
-            say(f"{rundir.path}: finished already")
+            done = read(rundir.path).config["agent_steps"]
+            say(
+                f"{rundir.path}: finished already"
+                + (f", at agent step {done:,}" if done > config.agent_steps else "")
+            )
             return dict(rundir.summary)
         with StopRequest() as stop:
             try:

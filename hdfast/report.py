@@ -247,8 +247,12 @@ def _others(logdir: Path, suite: suites.Suite) -> list[suites.Task]:
 
 
 def show(suite: suites.Suite, rows: Sequence[TaskScores]) -> None:
-    """Prints the table; with room for 120 columns when the output is not a terminal."""
-    _print(title(suite, [rows]), table(suite, rows))
+    """Prints the table; with room for 120 columns when the output is not a terminal.
+
+    Tasks without a finished run are left out, unless there are published scores to show.
+    """
+    shown = [row for row in rows if row.scores or row.task.published]
+    _print(title(suite, [shown]), table(suite, shown) if shown else "no run is finished yet\n")
 
 
 def compare(suite: suites.Suite, found: Mapping[str, Sequence[TaskScores]]) -> None:

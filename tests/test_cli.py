@@ -153,6 +153,27 @@ def test_a_run_that_ends_before_it_learns_is_warned_of(tmp_path, monkeypatch, ca
     assert ran == [632, 633]
 
 
+def test_a_run_without_an_update_is_warned_of(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(train, "run", lambda config: None)
+    # 256 rows a batch at 0.1 of them an agent step: the first update comes 2,560 agent steps after the 632.
+    for agent_steps, ratio, warned in (("3184", "0.1", True), ("3192", "0.1", False), ("3184", "0", False)):
+        argv = [
+            "--suite",
+            "demo",
+            "--logdir",
+            str(tmp_path),
+            "--agent-steps",
+            agent_steps,
+            "--train.ratio",
+            ratio,
+        ]
+        code, _, err = door(train.main, argv, monkeypatch, capfd)
+        warning = (
+            "warning: --train.ratio 0.1 is an update every 2,560 agent steps: the run ends before the first\n"
+        )
+        assert (code, err) == (0, warning if warned else "")
+
+
 def test_as_a_process(tmp_path):
     """Exit code, stdout and stderr of a real process; the other tests call its main."""
     process = start(["--suite", "demo", "--tsk", "Catch", "--logdir", str(tmp_path)])

@@ -229,3 +229,64 @@ def test_a_package_that_does_not_load_says_why(monkeypatch, source):
     with pytest.raises(MissingLibraryError, match=r"does not load: libGL.so.1: cannot open") as raised:
         envs.make("atari100k", "Pong", num_envs=1, seed=0, source=source)
     assert raised.value.exit_code == 6
+
+
+def seeing(**specs):
+    """An environment that shows these."""
+    env = Recorder(base.DiscreteActions(2))
+    env.obs_specs = {name: base.ArraySpec(*spec) for name, spec in specs.items()}
+    return env
+
+
+ARM, IMAGE, HEIGHT = ((2,), np.float32), ((8, 8, 3), np.uint8), ((1,), np.float32)
+
+
+def test_an_observation_of_ones_own_may_be_of_any_numbers():
+    """A robot's driver gives doubles, lists and numbers; each becomes a row of what the agent sees."""
+    env, image = seeing(arm=ARM, height=HEIGHT, image=IMAGE), np.full((8, 8, 3), 7, np.uint8)
+    for arm, height in (([1, 2], 3), (np.array([1.0, 2.0]), np.float64(3)), (np.array([1, 2]), [3])):
+        row = env.row_of({"arm": arm, "height": height, "image": image, "more": None})
+        assert {key: (value.shape, value.dtype) for key, value in row.items()} == {
+            "arm": ((1, 2), np.float32),
+            "height": ((1, 1), np.float32),
+            "image": ((1, 8, 8, 3), np.uint8),
+        }
+        assert (row["arm"].tolist(), row["height"].tolist()) == ([[1, 2]], [[3]])
+
+
+@pytest.mark.parametrize(
+    ("specs", "observation", "error", "message"),
+    [
+        (
+            {"arm": ARM},
+            [1, np.nan],
+            ValueError,
+            "Recorder: observation 'arm' has numbers that are not finite",
+        ),
+        ({"arm": ARM}, [1, 1e39], ValueError, "Recorder: observation 'arm' has numbers that are not finite"),
+        (
+            {"arm": ARM},
+            [1, 2, 3],
+            ValueError,
+            r"Recorder: observation 'arm' has shape \(3,\), expected \(2,\)$",
+        ),
+        ({"arm": ARM}, 1, ValueError, r"Recorder: observation 'arm' has shape \(\), expected \(2,\)$"),
+        ({"arm": ARM}, ["a", "b"], TypeError, "Recorder: observation 'arm' has dtype <U1, expected float32"),
+        ({"arm": ARM}, {"leg": 1}, ValueError, "Recorder: the observation has no 'arm', but leg"),
+        (
+            {"image": IMAGE},
+            np.zeros((8, 8, 3)),
+            TypeError,
+            "observation 'image' has dtype float64, expected uint8",
+        ),
+        (
+            {"arm": ARM, "height": HEIGHT},
+            [1, 2],
+            TypeError,
+            "Recorder: the observation is of type list, expected arm, height by name",
+        ),
+    ],
+)
+def test_an_observation_of_ones_own_that_does_not_fit_is_told(specs, observation, error, message):
+    with pytest.raises(error, match=message):
+        seeing(**specs).row_of(observation)

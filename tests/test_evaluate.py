@@ -374,7 +374,7 @@ def test_what_it_cannot_act_on_is_told(run):
         with pytest.raises(ValueError, match="Catch: the observation has no 'image', but pixels"):
             trained.act({"pixels": np.zeros((16, 16, 3), np.uint8)})
         with pytest.raises(
-            ValueError, match=r"obs\['image'\] has shape \(1, 8, 8, 3\), expected \(1, 16, 16, 3\)"
+            ValueError, match=r"Catch: observation 'image' has shape \(8, 8, 3\), expected \(16, 16, 3\)"
         ):
             trained.act(np.zeros((8, 8, 3), np.uint8))
     several = evaluate.load(path_of(run), num_envs=2, device="cpu")

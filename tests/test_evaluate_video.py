@@ -10,7 +10,7 @@ from PIL import Image
 
 from hdfast import evaluate
 from hdfast.runtime.errors import RunError
-from tests import loop_cases
+from tests import gym_envs, loop_cases
 from tests.loop_cases import (
     one_thread,  # noqa: F401
     path_of,
@@ -55,6 +55,20 @@ def test_a_video_of_a_run_from_vectors_is_drawn_and_changes_no_score(tmp_path, o
             image.seek(frame)
             ages.append(image.convert("RGB").getpixel((100, 100)))
     assert ages == [(10 * age,) * 3 for age in range(6)]
+
+
+def test_what_the_agent_does_not_see_is_drawn_for_the_film_alone(tmp_path, monkeypatch):
+    loop_cases.train(
+        tiny(tmp_path, agent_steps=4, suite="gym", task="tests.gym_envs:Drawn-v0", env={"obs": "state"})
+    )
+    (run,) = tmp_path.glob("gym/*/seed0")
+    drawn, render = [], gym_envs.Count.render
+    monkeypatch.setattr(gym_envs.Count, "render", lambda self: (drawn.append(1), render(self))[1])
+    found = evaluate.evaluate(run, episodes=4, num_envs=1, video=True, device="cpu")
+    assert len(found["scores"]) == 4
+    with Image.open(found["video"]) as image:
+        assert image.n_frames == 6
+    assert len(drawn) == 7  # once to see how large it is
 
 
 def test_a_video_of_a_long_episode_is_cut_and_told(run, monkeypatch, capfd):

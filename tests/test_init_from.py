@@ -107,10 +107,26 @@ def test_parameters_to_begin_with_that_are_not_there_or_do_not_fit_are_one_line(
         with pytest.raises(kind, match=text) as error:
             loop_cases.train(tiny(tmp_path / "second", init_from=str(where), **options))
         assert error.value.details[:1] == (("rssm.deter: 16 -> 8",) if options else ())
+        if kind is CheckpointError:
+            assert error.value.hint == "--init-from needs a run with the same observations, actions and sizes"
         assert not (tmp_path / "second").exists(), "a run that never began leaves nothing"
     shutil.rmtree(path_of(first) / "checkpoints")
     with pytest.raises(CheckpointError, match="there is no checkpoint yet"):
         loop_cases.train(tiny(tmp_path / "second", init_from=str(path_of(first))))
+
+
+def test_parameters_of_another_task_that_do_not_fit_say_how_it_differs(tmp_path):
+    first = tiny(tmp_path / "first", agent_steps=4)
+    loop_cases.train(first)
+    task = {"suite": "gym", "task": "tests.gym_envs:Blind-v0", "env": {"obs": "state"}}
+    other = tiny(tmp_path / "second", init_from=str(path_of(first)), **task)
+    with pytest.raises(CheckpointError, match="the checkpoint does not fit") as error:
+        loop_cases.train(other)
+    assert {*error.value.details[:3]} == {
+        'env.obs: "image" -> "state"',
+        'suite: "demo" -> "gym"',
+        'task: "Catch" -> "tests.gym_envs:Blind-v0"',
+    }
 
 
 def test_what_a_run_began_with_may_be_named_otherwise_or_be_gone_when_it_goes_on(

@@ -49,6 +49,26 @@ class ArraySpec:
         if array.shape != shape:
             raise ValueError(f"{where} has shape {array.shape}, expected {shape}")
 
+    def row_of(self, value: object, where: str) -> np.ndarray:
+        """One of these from what a user has: for a vector any numbers, and a number for a vector of one.
+
+        Raises: TypeError (an image of another dtype, no numbers) or ValueError (another shape, numbers that are not
+        finite); messages begin with `where`.
+        """
+        array = np.asarray(value)
+        if array.shape == () and self.shape == (1,):
+            array = array[None]
+        if array.shape != self.shape:
+            raise ValueError(f"{where} has shape {array.shape}, expected {self.shape}")
+        if self.dtype.kind == "f" and array.dtype.kind in "biuf":
+            with np.errstate(over="ignore"):  # what is too large becomes infinite
+                array = array.astype(self.dtype)
+            if not np.isfinite(array).all():
+                raise ValueError(f"{where} has numbers that are not finite")
+        if array.dtype != self.dtype:
+            raise TypeError(f"{where} has dtype {array.dtype}, expected {self.dtype}")
+        return array
+
 
 @dataclass(frozen=True)
 class DiscreteActions:
@@ -174,18 +194,28 @@ class BatchEnv(ABC):
     def row_of(self, observation: Any) -> dict[str, np.ndarray]:
         """An observation of a single environment of the user's own as rows (1, ...), one for each of `obs_specs`.
 
-        observation: a mapping by name, or the value itself where the agent sees only one.
+        observation: a mapping by name, or the value itself where the agent sees only one. A vector may be of any
+            numbers, and a number stand for a vector of one.
 
-        Raises ValueError where one is missing.
+        Raises ValueError where one is missing, has another shape, or is not finite, TypeError where it is of another
+        type.
         """
-        named = (
-            observation if isinstance(observation, Mapping) else dict.fromkeys(self.obs_specs, observation)
-        )
+        names = ", ".join(self.obs_specs)
+        if isinstance(observation, Mapping):
+            named = observation
+        elif len(self.obs_specs) == 1:
+            named = dict.fromkeys(self.obs_specs, observation)
+        else:
+            kind = type(observation).__name__
+            raise TypeError(f"{self.name}: the observation is of type {kind}, expected {names} by name")
         if missing := [key for key in self.obs_specs if key not in named]:
             raise ValueError(
                 f"{self.name}: the observation has no {missing[0]!r}, but {', '.join(map(str, named))}"
             )
-        return {key: np.asarray(named[key])[None] for key in self.obs_specs}
+        return {
+            key: spec.row_of(named[key], f"{self.name}: observation {key!r}")[None]
+            for key, spec in self.obs_specs.items()
+        }
 
     def own_action(self, action: np.ndarray) -> Any:
         """The first of the actions (N, ...), as a single environment of the user's own takes it."""

@@ -104,7 +104,7 @@ class Replay:
         """One line for the start of a run: rows, bytes, place."""
         rows, where = self.num_envs * self.ring, self._rows_added.device
         batches = f", batches prefetched to {self.device}" if self.place == "host" else ""
-        return f"replay: {rows:,} rows, {self.nbytes / 1e9:.2f} GB on {where}{batches}"
+        return f"replay: room for {rows:,} rows, {self.nbytes / 1e9:.2f} GB on {where}{batches}"
 
     def ready(self, length: int) -> bool:
         """Whether there is a window of `length` rows to sample."""

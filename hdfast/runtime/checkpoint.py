@@ -215,10 +215,11 @@ def _chunks(file: Any) -> Iterator[memoryview]:
 
 
 @contextlib.contextmanager
-def fitting(path: Path, differing: Sequence[str] = ()) -> Iterator[None]:
+def fitting(path: Path, differing: Sequence[str] = (), hint: str = "") -> Iterator[None]:
     """Turns torch's error about other names or shapes of parameters into one line about the checkpoint at `path`.
 
     differing: lines about known differences from training, given before a parameter's shape.
+    hint: what would be right, if known.
     """
     try:
         yield
@@ -226,7 +227,8 @@ def fitting(path: Path, differing: Sequence[str] = ()) -> Iterator[None]:
         first, *_, example = str(error).splitlines()
         if "loading state_dict" not in first:
             raise
-        hint = "" if differing else "is its environment, or config.json, another than in training?"
+        if not hint and not differing:
+            hint = "is its environment, or config.json, another than in training?"
         details = [*differing, example.strip()]
         raise CheckpointError(
             "the checkpoint does not fit", where=path, hint=hint, details=details

@@ -82,7 +82,7 @@ class RunDir:
         config: the resolved configuration, nested and JSON-able.
         ignore: dotted fields that may differ on resuming ("device", "log.every"); "log" covers all below it.
         growing: top-level numbers that may be larger on resuming; a finished run then goes on. From `grow` on they
-            are the run's own, and it is no longer finished.
+            are the run's own, and it is no longer finished. For a finished run they may be smaller, too.
         defaults: values of the fields that a saved config lacks, because they are newer than it.
         device: `describe_device(...)`, kept with the provenance.
 
@@ -128,16 +128,22 @@ class RunDir:
         if record is None and begun:
             hint = "restore config.json or remove the directory"
             raise RunError("there are checkpoints but no config.json", where=path, hint=hint)
+        finished = record is not None and record.summary is not None
         saved = filled(record.config, defaults) if record is not None else requested
+        if finished:  # to be shorter than it is asks for nothing
+            ignore = {*ignore, *(name for name in growing if requested[name] < saved[name])}
         grown = {name: requested[name] for name in growing if requested[name] > saved[name]}
         lines = difference(saved, requested, {*ignore, *grown})
         # Until its first checkpoint a run has learnt nothing, and its config may still change.
-        if record is None or (lines and not begun):
+        if record is None or (lines and not begun and not finished):
             write_json(path / "config.json", {"config": requested, "created": origin, "resumed": []})
             return cls(path, "new", None, lock)
         if lines:
             hint = "give the saved values, or another --logdir or --seed for a new run"
             raise ConfigError("this run has another config", where=path, hint=hint, details=lines)
+        if grown and finished and not begun:
+            hint = "restore them, or give another --logdir or --seed for a new run"
+            raise CheckpointError("it is finished, but its checkpoints are gone", where=path, hint=hint)
         if record.summary is not None and not grown:
             return cls(path, "finished", record.summary, lock)
         resumed = [*record.resumed, {**origin, "changed": difference(saved, requested)}]
