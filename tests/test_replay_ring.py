@@ -229,10 +229,10 @@ def test_describe_names_rows_bytes_and_place():
     replay = Replay(SPECS, num_envs=4, capacity=1_000_003)
     row = 36 + 12 + 16 + 4 + 4 + 3
     assert replay.nbytes == 1_000_000 * row
-    assert replay.describe() == "replay: 1,000,000 rows, 0.07 GB on cpu"
+    assert replay.describe() == "replay: room for 1,000,000 rows, 0.07 GB on cpu"
     assert replay.ring == 250_000
     replay = Replay(SPECS, num_envs=4, capacity=100, place="host")
-    assert replay.describe() == "replay: 100 rows, 0.00 GB on cpu, batches prefetched to cpu"
+    assert replay.describe() == "replay: room for 100 rows, 0.00 GB on cpu, batches prefetched to cpu"
 
 
 def test_ready_counts_rows_per_environment_up_to_the_ring():
