@@ -265,7 +265,7 @@ def test_metrics_tensorboard_and_videos(tmp_path, capfd):
     names = [path.name for path in sorted((folder / "videos").iterdir())]
     assert names == ["open_loop_image_0000000020.gif", "open_loop_image_0000000040.gif"]
     out = capfd.readouterr().out.splitlines()
-    assert out[0].startswith(f"{folder}: new run; replay: 40 rows")
+    assert out[0].startswith(f"{folder}: new run; replay: room for 40 rows")
     assert out[-1].startswith("[Catch seed 0] agent_steps=40/40 done=100.0%")
     for word in ("score=", "eval=", "harmony=reward:", "kl:", "image:"):
         assert word in out[-1]
