@@ -151,7 +151,13 @@ def parse(
     argv, file = config_file.split(sys.argv[1:] if argv is None else argv)
     suite, size = peek(argv, "--suite"), peek(argv, "--size")
     default = default_config(suite or "atari100k", size) if file is None else _from_file(file, suite, size)
-    return validate(parse_flags(argv, default, prog, {config_file.FLAG: config_file.ABOUT, **others}))
+    asked = parse_flags(argv, default, prog, {config_file.FLAG: config_file.ABOUT, **others})
+    try:
+        return validate(asked)
+    except ConfigError as error:
+        if file is not None and _refused(default) == str(error):  # with or without the flags
+            raise ConfigError(error.what, where=f"{config_file.FLAG} {file}", hint=error.hint) from None
+        raise
 
 
 def check_no_dry_run(config: Config) -> None:
@@ -182,6 +188,15 @@ def _from_file(file: Path, suite: str | None, size: str | None) -> Config:
         raise ConfigError(str(error), where=f"{config_file.FLAG} {file}") from None
     except ConfigError as error:
         raise ConfigError(error.what, where=f"{config_file.FLAG} {file}", hint=error.hint) from None
+
+
+def _refused(config: Config) -> str | None:
+    """What `validate` says against a configuration."""
+    try:
+        validate(config)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def validate(config: Config) -> Config:

@@ -68,6 +68,8 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
             value = "on" if value else "off"
         right = value in get_args(kind)
     else:
+        if kind is int and isinstance(value, float) and value.is_integer():  # 1e5
+            value = int(value)
         also = {float: int, Path: str}.get(kind, kind)  # in JSON, and 64 where a float belongs is 64.0
         right = isinstance(value, kind | also) and (kind is bool or not isinstance(value, bool))
     if not right:

@@ -83,6 +83,8 @@ class Suite:
             for suite in SUITES.values():
                 if _key(name) in suite._known():
                     hint = f"; suite {suite.name} has it"
+            if "," in name:
+                hint = "; several are trained by python -m hdfast.sweep --tasks"
             raise UnknownName(f"no task {name!r} in suite {self.name}{hint}")
         return task
 

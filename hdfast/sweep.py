@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from hdfast import config, config_file, envs, report, suites
+from hdfast import config, config_file, envs, report, results, suites
 from hdfast.flags import field_names
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, natural, positive
@@ -276,7 +276,9 @@ def main() -> None:
     parser = Arguments("python -m hdfast.sweep", __doc__)
     parser.usage = "%(prog)s [options] [-- flags of hdfast.train]"
     parser.add_argument("--suite", default="atari100k", help="suite to train")
-    parser.add_argument("--tasks", nargs="+", help="tasks to train; all of the suite if left out")
+    parser.add_argument(
+        "--tasks", "--task", nargs="+", metavar="TASK", help="tasks to train; all of the suite if left out"
+    )
     parser.add_argument("--seed", type=natural, default=0, help="first seed")
     parser.add_argument(
         "--seeds", type=positive, default=5, help="seeds of each task, counting up from --seed"
@@ -293,7 +295,7 @@ def main() -> None:
     if given := [flag for flag in flags if flag.partition("=")[0] in OWN_FLAGS]:
         raise ConfigError(f"{given[0]} cannot come after --", hint="see python -m hdfast.sweep --help")
     suite = suites.get(args.suite)
-    tasks = suite.select(args.tasks or [])
+    tasks = suite.select(name for given in args.tasks or () for name in given.split(",") if name)
     seeds = ["--seed", str(args.seed), "--seeds", str(args.seeds)]
     parsed = config.parse(["--suite", suite.name, *seeds, *flags])
     logdir, threads = parsed.logdir, 1 if parsed.little_work else None
@@ -308,7 +310,7 @@ def main() -> None:
     say = functools.partial(Console(highlight=False).print, markup=False, soft_wrap=True)
     with StopRequest() as stop:
         failed = run(pool, jobs, args.jobs, stop, say)
-    report.show(suite, report.collect(logdir, suite, tasks))
+    report.show(suite, results.collect(logdir, suite, tasks))
     if failed:
         logs = {job.name: job.log for job in jobs}
         details = [f"{name}: {_ending(code)}: {_last_line(logs[name])}" for name, code in failed.items()]

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 
-from hdfast import report, suites
+from hdfast import report, results, suites
 from hdfast.config import parse
 from hdfast.dry_run import describe
 from hdfast.loop import run
@@ -28,7 +28,7 @@ def main() -> None:
     for seed in range(config.seed, config.seed + config.seeds):
         for task in tasks:
             run(dataclasses.replace(config, task=task.name, seed=seed))
-    report.show(suite, report.collect(config.logdir, suite, tasks))
+    report.show(suite, results.collect(config.logdir, suite, tasks))
 
 
 if __name__ == "__main__":

@@ -126,6 +126,7 @@ def test_the_demo_computes_on_one_thread_unless_told_otherwise(monkeypatch, capf
     [
         (["--suite", "atari10k"], "no suite 'atari10k'; did you mean 'atari100k'?"),
         (["--task", "Pnog"], "no task 'Pnog' in suite atari100k; did you mean 'Pong'?"),
+        (["--task", "Pong,Boxing"], "; several are trained by python -m hdfast.sweep --tasks"),
         (["--rsm.deter", "3"], "there is no option --rsm.deter; did you mean '--rssm.deter'"),
         (["--suite", "demo", ""], "there is no argument ''"),
         (["--suite", "demo", "--logdir", ""], "--logdir needs a value, got an empty one"),

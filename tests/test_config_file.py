@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,10 @@ def test_a_run_s_configuration_is_where_the_next_begins(tmp_path):
         ({"rssm": {"detr": 3}}, "config.rssm has no field 'detr'; did you mean 'deter'"),
         ({"rssm.deter": 3}, 'config has no field \'rssm.deter\'; expected {"rssm": {"deter": ...}}'),
         ({"rssm": {"deter": "many"}}, "config.rssm.deter cannot be 'many'; expected a whole number"),
-        ({"agent_steps": 1e5}, "config.agent_steps cannot be 100000.0; expected a whole number"),
+        ({"agent_steps": 1.5}, "config.agent_steps cannot be 1.5; expected a whole number"),
+        ({"agent_steps": math.inf}, "config.agent_steps cannot be inf; expected a whole number"),
+        ({"train": {"ratio": -3}}, "--train.ratio -3.0 is out of range: expected 0 to"),
+        ({"seed": -1}, "--seed -1 is out of range"),
         ({"train": {"ratio": "512"}}, "config.train.ratio cannot be '512'; expected a number"),
         ({"env": {"kwargs": {"n": 3}}}, "config.env.kwargs cannot be {'n': 3}; expected a string"),
         ({"logdir": 5}, "config.logdir cannot be 5; expected a string"),
@@ -71,6 +75,18 @@ def test_a_file_of_no_configuration_is_one_line(tmp_path, content, text):
         parse(["--config", str(file)])
     assert str(error.value).startswith(f"--config {file}: ")
     assert text in str(error.value)
+
+
+def test_the_file_is_named_only_for_what_is_wrong_in_it(tmp_path):
+    file = str(written(tmp_path / "config.json", {"train": {"ratio": -3}, "agent_steps": 1e5}))
+    for argv, text in (
+        (["--train.ratio", "-4"], "--train.ratio -4.0 is out of range"),
+        (["--train.ratio", "4", "--seed", "-1"], "--seed -1 is out of range"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{text}"):
+            parse(["--config", file, *argv])
+    mended = parse(["--config", file, "--train.ratio", "4"])
+    assert (mended.train.ratio, mended.agent_steps, type(mended.agent_steps)) == (4, 100_000, int)
 
 
 @pytest.mark.parametrize("argv", [["--config"], ["--config="], ["--config", "--seed", "1"]])

@@ -8,7 +8,7 @@ import signal
 import gymnasium
 import pytest
 
-from hdfast import loop, report, suites
+from hdfast import loop, results, suites
 from hdfast.evaluate import evaluate
 from hdfast.runtime.errors import CheckpointError, HdfastError, Interrupted, RunError
 from tests import loop_cases
@@ -46,7 +46,7 @@ def test_a_run_tells_how_often_it_succeeds(tmp_path):
     told = [line["success"] for line in lines(config, "scores", kind="episode")]
     assert set(told) == {False, True}
     assert evaluate(path_of(config), episodes=4, num_envs=2, device="cpu")["success"] == 0.5
-    (row,) = report.collect(tmp_path, suites.get("gym"))
+    (row,) = results.collect(tmp_path, suites.get("gym"))
     assert row.success == {0: 0.5}
 
 
@@ -59,7 +59,7 @@ def test_a_run_on_an_environment_of_ones_own(tmp_path):
     assert (path / "finished.json").exists()
     assert summary["length"] == 5
     assert evaluate(path, episodes=2, device="cpu")["scores"] == pytest.approx([15, 15], abs=0.11)
-    (row,) = report.collect(tmp_path, suites.get("gym"))
+    (row,) = results.collect(tmp_path, suites.get("gym"))
     assert (row.task.name, row.scores) == (task, {0: summary["score"]})
 
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from rich.console import Console
 
-from hdfast import report, suites, tables
+from hdfast import report, results, suites, tables
 from hdfast.config import default_config
 from hdfast.overrides import apply_overrides
 from hdfast.runtime.rundir import RunDir
@@ -41,14 +41,14 @@ def test_scores_of_finished_runs_alone(tmp_path):
     finish(tmp_path, "Boxing", 0, float("nan"))
     (tmp_path / "atari100k" / "Alien" / "seed0").mkdir(parents=True)  # not a run yet
     finish(tmp_path, "Pong", 5, 7.0).rename(tmp_path / "atari100k" / "Pong" / "seed5-old")
-    rows = {row.task.name: row for row in report.collect(tmp_path, ATARI)}
+    rows = {row.task.name: row for row in results.collect(tmp_path, ATARI)}
     assert list(rows) == [task.name for task in ATARI.tasks]
     assert rows["Pong"].scores == {0: 14.0, 3: 18.0}
     assert rows["Pong"].mean == 16.0
     assert math.isnan(rows["Boxing"].mean)
     assert rows["Alien"].scores == rows["Qbert"].scores == {}
     assert math.isnan(rows["Alien"].mean)
-    one = report.collect(tmp_path, ATARI, [ATARI.task("Pong")])
+    one = results.collect(tmp_path, ATARI, [ATARI.task("Pong")])
     assert [row.task.name for row in one] == ["Pong"]
 
 
@@ -58,7 +58,7 @@ def test_the_table_is_worked_out_by_hand(tmp_path):
         finish(tmp_path, "Pong", seed, score)
     finish(tmp_path, "Boxing", 0, 24.1)  # 2
     finish(tmp_path, "Alien", 0, 1607.78)  # 0.2
-    text = text_of(ATARI, report.collect(tmp_path, ATARI))
+    text = text_of(ATARI, results.collect(tmp_path, ATARI))
     header = cells(text, "task")
     assert header == ["task", "seeds", "score", "human-norm.", "HarmonyDream", "DreamerV3,", "rerun"]
     # The published columns are means over five seeds: of 19.1 19.8 19.6 17.2 17.5, and of 11.4 19.6 14.3 15.1 20.
@@ -134,15 +134,15 @@ def test_how_a_score_and_its_error_are_written(tmp_path, scores, text):
     demo = suites.get("demo")
     for seed, score in enumerate(scores):
         finish(tmp_path, "Catch", seed, score, suite="demo")
-    shown = cells(text_of(demo, report.collect(tmp_path, demo)), "Catch")
+    shown = cells(text_of(demo, results.collect(tmp_path, demo)), "Catch")
     assert shown == ["Catch", str(len(scores)), *text.split()]
 
 
 def test_nothing_trained_yet(tmp_path):
-    text = text_of(ATARI, report.collect(tmp_path, ATARI))
+    text = text_of(ATARI, results.collect(tmp_path, ATARI))
     assert cells(text, "Pong") == ["Pong", "0", "-", "-", "18.6", "16.1"]
     assert "human-norm. mean" not in text
-    about = tables.as_dict(ATARI, report.collect(tmp_path, ATARI))
+    about = tables.as_dict(ATARI, results.collect(tmp_path, ATARI))
     assert (about["standard_error"], about["human_normalized"], about["interval"]) == (None, None, None)
 
 
@@ -150,7 +150,7 @@ def test_what_was_trained_beside_the_tasks_of_the_suite_is_shown(tmp_path):
     dmc = suites.get("dmc")
     finish(tmp_path, "point_mass_easy", 0, 7.0, suite="dmc")
     finish(tmp_path, "walker_walk", 0, 900.0, suite="dmc")
-    rows = report.collect(tmp_path, dmc)
+    rows = results.collect(tmp_path, dmc)
     assert [row.task.name for row in rows] == [*(task.name for task in dmc.tasks), "point_mass_easy"]
     assert rows[-1].scores == {0: 7.0}
 
@@ -158,7 +158,7 @@ def test_what_was_trained_beside_the_tasks_of_the_suite_is_shown(tmp_path):
 def test_a_suite_without_humans(tmp_path):
     demo = suites.get("demo")
     finish(tmp_path, "Catch", 0, 0.96, suite="demo")
-    text = text_of(demo, report.collect(tmp_path, demo))
+    text = text_of(demo, results.collect(tmp_path, demo))
     assert cells(text, "task") == ["task", "seeds", "score"]
     assert cells(text, "Catch") == ["Catch", "1", "0.96"]
     assert "human" not in text
@@ -169,7 +169,7 @@ def test_success_rates_stand_beside_the_scores(tmp_path):
     metaworld = suites.get("metaworld")
     for seed, success in enumerate((0.5, 1.0)):
         finish(tmp_path, "lever-pull", seed, 100.0 * seed, suite="metaworld", success=success)
-    rows = report.collect(tmp_path, metaworld)
+    rows = results.collect(tmp_path, metaworld)
     text = text_of(metaworld, rows)
     assert cells(text, "task") == ["task", "seeds", "score", "success"]
     assert " ".join(cells(text, "lever-pull")) == "lever-pull 2 50.0 ± 50.0 75% ± 25%"
@@ -177,7 +177,7 @@ def test_success_rates_stand_beside_the_scores(tmp_path):
     about = tables.as_dict(metaworld, rows)
     assert about["success"] == {"lever-pull": {"0": 0.5, "1": 1.0}}
     assert about["standard_error"] == {"lever-pull": {"score": 50.0, "success": 0.25}}
-    assert tables.as_dict(ATARI, report.collect(tmp_path, ATARI))["success"] is None
+    assert tables.as_dict(ATARI, results.collect(tmp_path, ATARI))["success"] is None
 
 
 def test_the_door(tmp_path, monkeypatch, capfd):
@@ -214,7 +214,16 @@ def test_without_a_suite_every_suite_that_has_runs_is_shown(tmp_path, monkeypatc
     assert (code, out) == (1, "")
     assert err.startswith(f"error: {tmp_path}: there are no runs in this folder; a run is <logdir>/<suite>/")
     assert err.count("\n") == 1
-    finish(tmp_path, "Catch", 0, 0.96, suite="demo")
+    run = finish(tmp_path, "Catch", 0, 0.96, suite="demo")
+    for inside in (run, run.parent, run.parent.parent):
+        err = door(report.main, ["--logdir", str(inside)], monkeypatch, capfd)[2]
+        assert err.startswith(
+            f"error: {inside}: there are no runs in this folder; --logdir {tmp_path} is the"
+        )
+    for folder, inside, shown in ((run, ".", tmp_path), (tmp_path, "demo", ".")):
+        monkeypatch.chdir(folder)
+        err = door(report.main, ["--logdir", inside], monkeypatch, capfd)[2]
+        assert err.endswith(f"; --logdir {shown} is the folder that holds {inside}\n")
     finish(tmp_path, "Catch", 1, math.nan, suite="demo")
     finish(tmp_path, "walker_walk", 0, 900.0, suite="dmc", finished=False)
     code, out, err = door(report.main, argv, monkeypatch, capfd)
@@ -287,12 +296,12 @@ def test_seeds_of_different_precision_are_told_whatever_was_asked_for(tmp_path, 
     for seed, precision in enumerate(["bfloat16", "float32", None, "bfloat16"]):
         finish(tmp_path, "Pong", seed, 1.0, **({"precision": precision} if precision else {}))
         finish(tmp_path, "Boxing", seed, 1.0, **({"precision": "bfloat16"} if precision else {}))
-    report.collect(tmp_path, suites.get("atari100k"))
+    results.collect(tmp_path, suites.get("atari100k"))
     said = "warning: atari100k Pong: its seeds differ in precision (bfloat16 and float32)\n"
     assert capfd.readouterr().err == said
     finish(tmp_path, "Alien", 0, 1.0)
     finish(tmp_path, "Alien", 1, 1.0, episodes=10)
-    report.collect(tmp_path, suites.get("atari100k"), [suites.get("atari100k").task("Alien")])
+    results.collect(tmp_path, suites.get("atari100k"), [suites.get("atari100k").task("Alien")])
     assert (
         capfd.readouterr().err == "warning: atari100k Alien: its seeds differ in eval.episodes (10 and 100)\n"
     )
@@ -305,11 +314,11 @@ def test_a_field_that_an_older_version_did_not_have_counts_as_its_default(tmp_pa
     about = json.loads(path.read_text())
     del about["config"]["env"]["render"], about["config"]["harmony"]
     path.write_text(json.dumps(about))
-    report.collect(tmp_path, demo)
+    results.collect(tmp_path, demo)
     assert capfd.readouterr().err == ""
     about["config"]["harmony"] = None
     path.write_text(json.dumps(about))
-    report.collect(tmp_path, demo)
+    results.collect(tmp_path, demo)
     assert "its seeds differ in harmony.mode, " in capfd.readouterr().err
 
 
@@ -361,6 +370,6 @@ def test_tasks_that_share_a_folder_have_their_own_runs(tmp_path, capfd):
         about = json.loads((path / "config.json").read_text())
         about["config"]["task"] = name
         (path / "config.json").write_text(json.dumps(about))
-    rows = report.collect(tmp_path, suites.get("gym"))
+    rows = results.collect(tmp_path, suites.get("gym"))
     assert {row.task.name: row.scores for row in rows} == {"my/Maze-v0": {0: 0.0}, "my-Maze-v0": {1: 1.0}}
     assert capfd.readouterr().err == ""

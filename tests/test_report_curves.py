@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from hdfast import report, suites
+from hdfast import report, results, suites
 from hdfast.runtime.logger import Logger
 from tests.loop_cases import door
 from tests.test_report import finish
@@ -21,7 +21,7 @@ def evaluate(path, *evaluations, action_repeat=1):
     with Logger(path, action_repeat=action_repeat, resumed_at=0, tensorboard=False, seconds=10.0) as logger:
         for agent_steps, more in evaluations:
             logger.score("episode", agent_steps=agent_steps, score=5.0, length=3)
-            logger.score("evaluation", agent_steps=agent_steps, length=3.0, scores=[1.0], **more)
+            logger.score("evaluation", agent_steps=agent_steps, length=3.0, episodes=1, scores=[1.0], **more)
 
 
 @pytest.fixture
@@ -49,16 +49,18 @@ def test_the_curves_are_every_evaluation_in_order(evaluated, tmp_path, monkeypat
     code, out, err = door(report.main, argv, monkeypatch, capfd)
     assert (code, out, err) == (0, f"5 evaluations of 3 runs: {file}\n", "")
     text = file.read_bytes().decode()
-    assert text.startswith("suite,task,seed,agent_steps,frames,seconds,score,standard_error,success\n")
+    assert text.startswith(
+        "suite,task,seed,agent_steps,frames,seconds,episodes,score,standard_error,success\n"
+    )
     assert "\r" not in text
     rows = list(csv.DictReader(text.splitlines()))
     assert all(10 <= float(row.pop("seconds")) < 70 for row in rows)
     assert [",".join(row.values()) for row in rows] == [
-        "atari100k,Pong,2,20,80,7.0,,",
-        "atari100k,Pong,2,100,400,-2.5,0.5,",
-        "atari100k,Pong,10,20,80,7.0,,",
-        "atari100k,Pong,10,100,400,-2.5,0.5,",
-        "gym,my/Task-v0,0,5,5,NaN,0.0,0.25",
+        "atari100k,Pong,2,20,80,1,7.0,,",
+        "atari100k,Pong,2,100,400,1,-2.5,0.5,",
+        "atari100k,Pong,10,20,80,1,7.0,,",
+        "atari100k,Pong,10,100,400,1,-2.5,0.5,",
+        "gym,my/Task-v0,0,5,5,1,NaN,0.0,0.25",
     ]
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["curves.csv"]
 
@@ -105,23 +107,23 @@ def test_a_damaged_line_is_told_and_left_out(tmp_path, capfd, line):
     evaluate(path, (1, {"score": 1.0}))
     with open(path / "scores.jsonl", "a") as file:
         file.write(f"{line}\n")
-    assert [row["agent_steps"] for row in report.curves(tmp_path, ATARI)] == [1]
+    assert [row["agent_steps"] for row in results.curves(tmp_path, ATARI)] == [1]
     assert capfd.readouterr().err == f"warning: {path / 'scores.jsonl'}: 1 damaged line left out\n"
 
 
 def test_scores_that_cannot_be_read_hide_no_other(tmp_path, capfd):
     (finish(tmp_path, "Pong", 0, 1.0) / "scores.jsonl").mkdir()
     evaluate(finish(tmp_path, "Pong", 1, 1.0), (1, {"score": 1.0}))
-    assert [row["seed"] for row in report.curves(tmp_path, ATARI)] == [1]
+    assert [row["seed"] for row in results.curves(tmp_path, ATARI)] == [1]
     path = tmp_path / "atari100k" / "Pong" / "seed0" / "scores.jsonl"
     assert capfd.readouterr().err == f"warning: {path}: cannot read the scores: Is a directory\n"
 
 
 def test_a_copied_folder_adds_no_rows(evaluated, capfd):
     task = suites.get("gym"), evaluated / "gym" / "my-Task-v0"
-    before = report.curves(evaluated, task[0])
+    before = results.curves(evaluated, task[0])
     shutil.copytree(task[1], evaluated / "gym" / "backup")
-    assert report.curves(evaluated, task[0]) == before
+    assert results.curves(evaluated, task[0]) == before
     assert len(before) == 1
     assert capfd.readouterr().err.startswith(
         f"warning: {evaluated / 'gym' / 'backup'}: left out: it holds gym my/"
@@ -148,4 +150,4 @@ def test_a_link_to_the_curves_stays_one(tmp_path):
     (tmp_path / "link.csv").symlink_to("curves.csv")
     report.write_curves(tmp_path / "link.csv", [])
     assert (tmp_path / "link.csv").is_symlink()
-    assert (tmp_path / "curves.csv").read_text() == ",".join(report.CURVES) + "\n"
+    assert (tmp_path / "curves.csv").read_text() == ",".join(results.CURVES) + "\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hdfast import report
+from hdfast import report, results
 from hdfast.config import default_config
 from tests.loop_cases import door
 from tests.test_report import cells, configured, finish
@@ -141,7 +141,7 @@ def test_curves_name_the_folder_first(folders, monkeypatch, capfd):
     code, out, err = door(report.main, argv, monkeypatch, capfd)
     assert (code, out, err) == (0, "4 evaluations of 4 runs: curves.csv\n", "")
     rows = list(csv.DictReader(file.read_text().splitlines()))
-    assert list(rows[0]) == ["logdir", *report.CURVES]
+    assert list(rows[0]) == ["logdir", *results.CURVES]
     assert [(row["logdir"], row["seed"], row["score"]) for row in rows] == [
         ("runs-off", "0", "2.0"),
         ("runs-off", "1", "3.0"),
@@ -149,7 +149,7 @@ def test_curves_name_the_folder_first(folders, monkeypatch, capfd):
         ("runs", "1", "2.0"),
     ]
     code, _, _ = door(report.main, ["--logdir", "runs", "--curves", str(file)], monkeypatch, capfd)
-    assert (code, file.read_text().splitlines()[0]) == (0, ",".join(report.CURVES))
+    assert (code, file.read_text().splitlines()[0]) == (0, ",".join(results.CURVES))
     finish(Path("a"), "Catch", 0, 1.0, suite="demo")
     finish(Path("b"), "Catch", 0, 1.0, suite="demo")
     code, out, err = door(report.main, ["--logdir", "a", "b", "--curves", "x.csv"], monkeypatch, capfd)

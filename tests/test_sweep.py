@@ -240,6 +240,7 @@ def test_sweep_tells_what_is_wrong_in_one_line(monkeypatch, capfd):
         (["--suit", "demo"], 2, "there is no option --suit; did you mean '--suite'"),
         (["--suite", "dmo"], 2, "no suite 'dmo'; did you mean 'demo'"),
         (["--suite", "demo", "--tasks", "Pong"], 2, "no task 'Pong' in suite demo"),
+        (["--task", "Pong,Pnog"], 2, "no task 'Pnog' in suite atari100k"),
         (
             ["--suite", "gym", "--tasks", "CartPole-v9"],
             2,

@@ -10,6 +10,13 @@ from typing import NoReturn
 from hdfast.runtime.errors import ConfigError, suggest
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells what the default is, but not that there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, False, ()) else action.help
+
+
 class Arguments(argparse.ArgumentParser):
     """An ArgumentParser that raises ConfigError where argparse would print its usage and exit."""
 
@@ -18,7 +25,7 @@ class Arguments(argparse.ArgumentParser):
             prog=prog,
             description=description,
             allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
         )
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
