@@ -271,6 +271,7 @@ class Session:
             self.replay.stage(batch, length)
             self._update()
             self.learner.updates += 1
+            self.progress.update(updates=self.learner.updates)
             if self.learner.device.type == "cpu":
                 self._check_finite()
 

@@ -15,6 +15,7 @@ from hdfast import loop, session
 from hdfast.agent.learner import Learner
 from hdfast.agent.policy import Policy
 from hdfast.envs.base import ContinuousActions
+from hdfast.runtime.progress import Progress
 from hdfast.streams import stream_seed
 from tests.loop_cases import (
     differing,
@@ -216,6 +217,21 @@ def test_steps_that_are_no_whole_steps_of_all_environments_are_told(tmp_path, mo
     train(config)
     assert "; 8 agent steps, whole steps of 2 environments" in capfd.readouterr().out
     assert saved(config).meta["agent_steps"] == 8
+
+
+def test_updates_are_told_as_they_come(tmp_path, monkeypatch):
+    told, update = [], Progress.update
+
+    def watch(self, **what):
+        told.append(what)
+        update(self, **what)
+
+    monkeypatch.setattr(Progress, "update", watch)
+    script(monkeypatch)
+    train(tiny(tmp_path, train={"ratio": 8.0}))
+    steps = [i for i, what in enumerate(told) if "agent_steps" in what]
+    within = told[steps[-2] + 1 : steps[-1]]
+    assert [what["updates"] for what in within if "updates" in what] == [told[steps[-1]]["updates"] - 1, 30]
 
 
 def test_scores_come_as_episodes_end(tmp_path, monkeypatch, counted):

@@ -40,12 +40,32 @@ def test_piped_lines_are_plain_and_come_at_intervals():
                 )
     assert stream.getvalue().splitlines() == [
         "[Pong seed 0] agent_steps=0/100000 done=0.0%",
-        "[Pong seed 0] agent_steps=300/100000 done=0.3% frames/s=40.0 updates/s=5.00 left=2:46:10",
-        "[Pong seed 0] agent_steps=600/100000 done=0.6% frames/s=40.0 updates/s=5.00 score=-20.0 eval=-18.8"
+        "[Pong seed 0] agent_steps=300/100000 done=0.3% updates=150 frames/s=40.0 updates/s=5.00 left=2:46:10",
+        "[Pong seed 0] agent_steps=600/100000 done=0.6% updates=300 frames/s=40.0 updates/s=5.00 score=-20.0 eval=-18.8"
         " harmony=reward:1.00,image:0.50,kl:1.34 left=2:45:40",
-        "[Pong seed 0] agent_steps=900/100000 done=0.9% frames/s=40.0 updates/s=5.00 score=-20.0 eval=-18.8"
+        "[Pong seed 0] agent_steps=900/100000 done=0.9% updates=450 frames/s=40.0 updates/s=5.00 score=-20.0 eval=-18.8"
         " harmony=reward:1.00,image:0.50,kl:1.34 left=2:45:10",
     ]
+
+
+def test_updates_within_a_step_are_told_and_rates_stay_those_of_whole_steps():
+    progress, clock, stream = piped(total=1000, plain_seconds=30)
+    for second in range(11):
+        clock.now = 1000.0 + second
+        progress.update(agent_steps=10 * second, updates=0)
+    for updates in range(1, 5):  # of 20 seconds each, all in one step
+        clock.now += 20
+        progress.update(updates=updates)
+    assert [line.split()[1:] for line in stream.getvalue().splitlines()] == [
+        ["done=0.0%"],
+        ["done=10.0%", "updates=1", "frames/s=10.0", "updates/s=0.00"],
+        ["done=10.0%", "updates=3", "frames/s=10.0", "updates/s=0.00"],
+    ]
+    for step in range(1, 3):
+        clock.now += 20
+        progress.update(agent_steps=100 + step, updates=4 + step)
+    assert progress.updates_per_second == pytest.approx(1 / 20)
+    assert progress.seconds_left == pytest.approx((1000 - 102) * 20)
 
 
 def test_a_new_phase_is_told_at_once():
@@ -68,7 +88,7 @@ def test_a_phase_tells_how_much_of_it_is_done_and_rates_stay_those_of_training()
         clock.now += 15
         progress.update(done=(done, 8))
     progress.update(phase="")
-    rates = "agent_steps=100/1000 done=10.0% frames/s=10.0 updates/s=5.00 left=0:01:30"
+    rates = "agent_steps=100/1000 done=10.0% updates=50 frames/s=10.0 updates/s=5.00 left=0:01:30"
     lines = stream.getvalue().splitlines()[1:]
     assert lines[:5] == [f"{rates} phase=evaluate,{done}/8" for done in (0, 2, 4, 6, 8)]
     assert "phase" not in lines[5]
@@ -137,7 +157,7 @@ def test_a_run_that_stands_still_has_no_known_end():
     for _ in range(100):
         clock.now += 1
         progress.update()
-    assert progress.fields() == {"frames/s": "0.00", "updates/s": "0.00", "left": "?"}
+    assert progress.fields() == {"updates": "1", "frames/s": "0.00", "updates/s": "0.00", "left": "?"}
 
 
 def test_a_message_is_kept_as_it_is():

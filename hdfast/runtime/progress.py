@@ -78,7 +78,7 @@ class Progress:
         """Say what changed; drawn when enough time has passed since the last drawing, or the phase is new.
 
         Rates count from the first call with agent_steps (give updates with it): earlier steps of
-        a resumed run are not taken for speed.
+        a resumed run are not taken for speed. Updates without agent_steps, within a step, do not change them.
         agent_steps, updates: counts so far. score: of the last episode; the mean of the last EPISODES is shown.
         evaluation: mean of the last one.
         harmony: weights by name, in the order to be shown. phase: a word for what is going on, such as "evaluate".
@@ -93,7 +93,10 @@ class Progress:
         self._phase = self._phase if phase is None else phase
         self._done = done if new_phase or done is not None else self._done
         now = self._clock()
-        if agent_steps is not None or (self._samples and done is None):  # rates are of training alone
+        within_step = done is not None or (updates is not None and agent_steps is None)
+        if agent_steps is not None or (
+            self._samples and not within_step
+        ):  # rates are of whole steps of training
             self._sample(now)
         if now >= self._next_seconds or new_phase:
             self._draw(now)
@@ -132,7 +135,8 @@ class Progress:
 
         Until then steps are random, and much faster.
         """
-        rate = self.steps_per_second if self._updates else math.nan
+        learning = self._samples and self._samples[-1][2] > 0
+        rate = self.steps_per_second if learning else math.nan
         return (self._total - self._agent_steps) / rate if rate else math.inf
 
     def fields(self) -> dict[str, str]:
@@ -143,7 +147,8 @@ class Progress:
             "score": sum(self._scores) / len(self._scores) if self._scores else math.nan,
             "eval": self._evaluation,
         }
-        shown = {name: _number(value) for name, value in values.items() if not math.isnan(value)}
+        shown = {"updates": f"{self._updates}"} if self._updates else {}
+        shown |= {name: _number(value) for name, value in values.items() if not math.isnan(value)}
         if self._harmony:
             shown["harmony"] = " ".join(f"{name}:{_number(value)}" for name, value in self._harmony.items())
         if not math.isnan(self.seconds_left):
