@@ -1,7 +1,7 @@
 """Prints a table of the finished runs of every suite, beside the published scores.
 
 Several folders, such as runs with and without harmony, are compared side by side (--logdir A B). --curves writes the
-learning curves of all runs, finished or not.
+learning curves of all runs, finished or not, as a plot or as numbers.
 """
 
 import argparse
@@ -25,10 +25,13 @@ from hdfast.runtime.errors import ConfigError, RunError, disk_errors
 from hdfast.runtime.files import plain, replacing
 from hdfast.tables import TaskScores, as_dict, side_by_side, table, title
 
+PICTURES = ("png", "pdf", "svg")
+
 
 def write_curves(path: Path, rows: Sequence[Mapping[str, Any]], folders: Sequence[str] = ()) -> None:
-    """Writes rows of `curves` as CSV, by suite, task, seed and agent steps, atomically.
+    """Writes rows of `curves` as a picture or as CSV, by suite, task, seed and agent steps, atomically.
 
+    path: that of a picture if it ends like one of PICTURES.
     folders: the rows come in this order, and then have a first column `logdir` that names the folder.
 
     Raises: DiskFullError, RunError.
@@ -37,16 +40,25 @@ def write_curves(path: Path, rows: Sequence[Mapping[str, Any]], folders: Sequenc
     def order(row: Mapping[str, Any]) -> list[Any]:
         return [*([folders.index(row["logdir"])] if folders else []), *(row[name] for name in CURVES[:4])]
 
-    text = io.StringIO()
-    writer = csv.DictWriter(text, (*(["logdir"] if folders else []), *CURVES), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(sorted(rows, key=order))
+    ordered, names = sorted(rows, key=order), list(map(str, folders))
+    if (kind := path.suffix.removeprefix(".").lower()) in PICTURES:
+        from hdfast.plots import draw_curves  # slow to import
+
+        picture = io.BytesIO()
+        draw_curves(ordered, names).savefig(picture, format=kind, dpi=120)
+        content = picture.getvalue()
+    else:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, (*(["logdir"] if folders else []), *CURVES), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(ordered)
+        content = text.getvalue().encode()
     with disk_errors(path, "write the curves"):
         target = Path(os.path.realpath(path))  # a link stays one
         if target.exists() and not target.is_file():
             raise RunError("cannot write the curves: it is there, and not a file", where=path)
         with replacing(target) as file:
-            file.write(text.getvalue().encode())
+            file.write(content)
 
 
 def show(suite: suites.Suite, rows: Sequence[TaskScores]) -> None:
@@ -94,7 +106,7 @@ def main() -> None:
         "--curves",
         type=given_path,
         metavar="FILE",
-        help="write every evaluation of every run to it as CSV instead",
+        help="write every evaluation of every run to it instead: a plot if it ends in .png, .pdf or .svg, else CSV",
     )
     args = parser.parse_args()
     chosen = [suites.get(args.suite)] if args.suite is not None else []

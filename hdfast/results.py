@@ -180,8 +180,7 @@ def _evaluations(path: Path) -> list[dict[str, Any]]:
         else:
             found.append(entry)
     if damaged:
-        lines = f"damaged line{'s' * (len(damaged) > 1)}"
-        errors.warn(f"{path}: {len(damaged)} {lines} left out")
+        errors.warn(f"{path}: {len(damaged)} damaged line{'s' * (len(damaged) > 1)} left out")
     return found
 
 

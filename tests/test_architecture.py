@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "hdfast_kernels",
     ),
     "hdfast.results": ("hdfast.config", "hdfast.loop", "hdfast.runtime", "hdfast.suites", "hdfast.tables"),
+    "hdfast.plots": (),
     **{f"hdfast.{door}": ("hdfast", "hdfast_kernels") for door in DOORS},
     "hdfast": (  # the loop and the rest, except the commands
         *(

@@ -26,7 +26,17 @@ from hdfast.runtime import output
 # What hdfast is installed with: name in an import -> name that pip knows.
 PACKAGES = {"PIL": "pillow"} | {
     name: name
-    for name in ("envpool", "gymnasium", "numpy", "rich", "safetensors", "tensorboard", "torch", "tyro")
+    for name in (
+        "envpool",
+        "gymnasium",
+        "matplotlib",
+        "numpy",
+        "rich",
+        "safetensors",
+        "tensorboard",
+        "torch",
+        "tyro",
+    )
 }
 _MAKE_ROOM = "make room and run it again"
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
