@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from bench import table
-from bench.machine import copy_gb_per_second, gemm_gflop_per_second, in_a_row, seconds, synchronised
+from bench.machine import (
+    copy_gb_per_second,
+    copy_seconds,
+    gemm_gflop_per_second,
+    in_a_row,
+    launches,
+    seconds,
+    synchronised,
+)
 from hdfast.runtime.device import prepare_device, resolve_device
 
 DEVICE = resolve_device("auto")
@@ -56,12 +64,14 @@ def compare(benchmark) -> Callable[..., None]:
 
         implementation, against: the names of `run` and `beside`.
         default: whether `run` is what runs if nothing is chosen.
-        nbytes: the least that has to move; reported as a rate, and as a share of the rate of a large copy.
+        nbytes: the least that has to move; reported as a rate, and as a share of the rate of a large copy. Of a graph
+            also as a share of what copies reach that move as much in as many launches.
         gflop, dtype: of the matrix work; reported as a rate, and as a share of the rate of a large product.
         count: what `run` gets done, reported per second.
         graph: whether on CUDA both run as replays of a CUDA graph, see `in_a_row`.
         rounds: by default as many as take about SECONDS, between 7 and 100.
         """
+        called = run
         prepare = in_a_row if graph else lambda function, device: (synchronised(function, device), 1)
         run, calls = prepare(run, DEVICE)
         beside, others = prepare(beside, DEVICE) if beside else (None, 1)
@@ -95,6 +105,9 @@ def compare(benchmark) -> Callable[..., None]:
             rate = nbytes / median / 1e9
             share = rate / copy_gb_per_second(DEVICE)
             info |= {"bytes": nbytes, "gb_per_second": rate, "share_of_peak": share}
+            if calls > 1 and beside and (count_of := launches(called, DEVICE)):
+                of_copies = copy_seconds(DEVICE, nbytes, count_of) / median
+                info |= {"launches": count_of, "share_of_copies": of_copies}
         if gflop:
             rate = gflop / median
             share = rate / gemm_gflop_per_second(DEVICE, dtype)

@@ -226,10 +226,12 @@ def ops(record: dict[str, Any]) -> list[str]:
             f"{row['times_beside']:.2f}" if "times_beside" in row else "",
             number(row.get("gb_per_second")),
             percent(row.get("share_of_peak")),
+            percent(row.get("share_of_copies")),
+            str(row.get("launches", "")),
         ]
         for row in sorted(record.get("benchmarks", []), key=lambda row: (row["group"], row["us"]))
     ]
-    head = ["", "implementation", "median µs", "x eager", "GB/s", "of a copy"]
+    head = ["", "implementation", "median µs", "x eager", "GB/s", "of a copy", "of copies alike", "launches"]
     return [table(head, rows, texts=2)] if rows else []
 
 

@@ -46,6 +46,9 @@ ON_CPU = [("tiny", "float32")]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The graph of two branches comes last: if its capture fails, PyTorch's allocator remains in it, and the process can
 # make no other graph.
+# An update whose convolutions are those that cuDNN finds fastest. A run leaves them to cuDNN's rules: what it finds may
+# differ from run to run, and round otherwise.
+SEARCHED = "update, cudnn.benchmark"
 PARTS = ("update", "scan", "observe", "imagine", "act 1", "act 8", "sample", "add", "overlap")
 ROUNDS, ROUND_SECONDS = 5, 0.1
 # A model in which every kernel runs, small because compute-sanitizer takes some thousand times as long.
@@ -85,6 +88,17 @@ def backend(name: str) -> Iterator[None]:
     finally:
         for device, table in before.items():
             dispatch.use(device, table)
+
+
+@contextlib.contextmanager
+def searching(on: bool) -> Iterator[None]:
+    """Whether cuDNN tries its algorithms for each new convolution inside the block."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def synchronize(device: torch.device) -> None:
@@ -147,8 +161,8 @@ def part(bench: Bench, name: str, graph: bool) -> Run:
     if name == "add":
         row = random_row(np.random.default_rng(0), 1)
         return lambda: bench.replay.add(row)
-    if graph and name in ("update", "overlap"):
-        return getattr(bench, "graph" if name == "update" else name)()
+    if graph and name in ("update", SEARCHED, "overlap"):
+        return getattr(bench, "overlap" if name == "overlap" else "graph")()
     others = {"scan": lambda: scan(bench), "sample": lambda: bench.sample}
     run = others.get(name, lambda: getattr(bench, name)())()
     if not graph:
@@ -163,14 +177,14 @@ def timings(device: torch.device, name: str, write: "Rows") -> None:
     for size, precision in (ON_CUDA if on_cuda else ON_CPU)[: 1 if persistent else None]:
         config = config_of(size)
         bench = Bench(config, device, DTYPES[precision])
-        parts = ("update", "scan", "overlap") if persistent else PARTS[:-1]
+        parts = ("update", "scan", SEARCHED, "overlap") if persistent else PARTS[:-1]
         for what, graph in [(what, graph) for what in parts for graph in (False, True)]:
-            if (graph and (not on_cuda or what == "add")) or (what == "overlap" and not graph):
+            if (graph and (not on_cuda or what == "add")) or (what in (SEARCHED, "overlap") and not graph):
                 continue
             about = {"part": what, "size": size, "precision": precision, "backend": name, "graph": graph}
-            with write.row(kind="timing", **about) as row, backend(name):
+            with write.row(kind="timing", **about) as row, backend(name), searching(what == SEARCHED):
                 row |= timed(part(bench, what, graph), device, WARMUP + 3 if graph else 2)
-                if what in ("update", "overlap"):
+                if what in ("update", SEARCHED, "overlap"):
                     row |= {
                         "gflop": gflop(config, "update", device),
                         "parameters": bench.learner.parameter_counts()["total"],
@@ -248,11 +262,15 @@ def peaks(device: torch.device, name: str, write: "Rows") -> None:
             row["value"] = gemm_gflop_per_second(device, dtype)
     if device.type != "cuda":
         return
-    for programs in (16, 64, 108, torch.cuda.get_device_properties(device).multi_processor_count):
-        with write.row(kind="peak", what=f"grid barrier, {programs} programs", unit="µs") as row:
+    most = torch.cuda.get_device_properties(device).multi_processor_count
+    barriers = [(f"grid barrier, {count} programs", {"programs": count}) for count in (16, 64, 108, most)]
+    barriers += [("grid barrier, 64 programs of 4 warps", {"warps": 4})]
+    barriers += [("the same, asking by loads", {"warps": 4, "loads": True})]
+    for what, how in barriers:
+        with write.row(kind="peak", what=what, unit="µs") as row:
             from bench.barrier import barrier_us
 
-            row["value"] = barrier_us(programs)
+            row["value"] = barrier_us(**how)
 
 
 def choice(device: torch.device, name: str, write: "Rows") -> None:

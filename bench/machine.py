@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from hdfast_kernels import linear
 
@@ -88,6 +89,31 @@ def copy_gb_per_second(device: torch.device) -> float:
     copy, calls = in_a_row(lambda: target.copy_(source), device)
     copy()
     return 2 * source.nbytes * calls / min(seconds(copy) for _ in range(TRIES)) / 1e9
+
+
+def launches(function: Callable[[], Any], device: torch.device) -> int:
+    """How many kernels, copies and fills `function` starts on a CUDA device; 0 on any other."""
+    if device.type != "cuda":
+        return 0
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        function()
+        torch.cuda.synchronize(device)
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in found.events())
+
+
+@functools.cache
+def copy_seconds(device: torch.device, nbytes: int, pieces: int) -> float:
+    """Time of so many copies, one after another, that read and write `nbytes` in all; the least of several tries.
+
+    On CUDA they run as an op does, see `in_a_row`. It is what an op can reach that moves as much in as many launches.
+    """
+    size = max(1, nbytes // (2 * pieces))
+    source = torch.ones(pieces, size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    pairs = list(zip(target, source, strict=True))
+    copy, calls = in_a_row(lambda: [to.copy_(piece) for to, piece in pairs], device)
+    copy()
+    return min(seconds(copy) for _ in range(TRIES)) / calls
 
 
 @functools.cache

@@ -75,6 +75,14 @@ def test_what_waits_for_the_device_is_not_captured(monkeypatch):
     assert (calls, modes) == (1, ["error", "default"])
 
 
+def test_copies_are_timed_in_pieces():
+    """The time is for all bytes, read and written, however many copies there are."""
+    large, small = (machine.copy_seconds(CPU, nbytes, 4) for nbytes in (64 << 20, 1 << 20))
+    assert 0 < small < large
+    assert (64 << 20) / large / 1e9 < 10 * machine.copy_gb_per_second(CPU)
+    assert machine.launches(lambda: pytest.fail("called"), CPU) == 0
+
+
 @pytest.mark.parametrize("part", PARTS[:3])
 def test_gflop_grows_with_the_batch_alone(part):
     """Counting one window and multiplying gives the same as counting all."""

@@ -128,7 +128,16 @@ def full_record():
         },
     ]  # fmt: skip
     benchmarks = [
-        bench_row("kl_balance", "triton", 20.0, times_beside=3.0, gb_per_second=1500.0, share_of_peak=0.6)
+        bench_row(
+            "kl_balance",
+            "triton",
+            20.0,
+            times_beside=3.0,
+            gb_per_second=1500.0,
+            share_of_peak=0.6,
+            share_of_copies=0.9,
+            launches=2,
+        )
     ]
     test = {"file": "test_kl_balance", "name": "t[triton-cuda]"}
     ops = {"kl_balance": ("reference", "triton")}
@@ -183,7 +192,7 @@ def test_the_markdown_tells_it_all():
         "linear (off \\| by 2) |",
         "| small float32 | TuningError: no memory |  |  |",
         "| grid barrier, 64 programs | RuntimeError: a \\| b | µs |",
-        "| g fp32 | triton | 20.00 | 3.00 | 1,500 | 60% |",
+        "| g fp32 | triton | 20.00 | 3.00 | 1,500 | 60% | 90% | 2 |",
         "| small, triton in a graph | 2,100 | 9,000 | 10,000 | 10% |",
         "| sheeprl | 0.8.4 | default | float32 | 250.0 | 25.00 |",
         "| hdfast | 1 | default | bfloat16 | 10.00 | 1.00 |",

@@ -15,7 +15,9 @@ from ._triton import tl, triton
 from .image_input_native import image_input_native
 from .numerics import check_tensor
 
-BLOCK, WARPS = 4096, 4  # 16 pixels a thread are one 16-byte load; two of them
+# Pixels and warps of a block, by the bytes of a number written. In float32 4 pixels a thread are a 16-byte store beside
+# that of the next thread; in bfloat16 16 pixels are a 16-byte load and two stores, for which threads exchange numbers.
+BLOCKS = {4: (1024, 8), 2: (4096, 4)}
 
 
 def image_input_reference(image: Tensor, dtype: torch.dtype) -> Tensor:
@@ -36,8 +38,9 @@ def image_input_forward(image_ptr, out_ptr, pixels, BLOCK: tl.constexpr):
 def _image_input_triton(image: Tensor, dtype: torch.dtype) -> Tensor:
     image = image.contiguous()
     out = torch.empty(image.shape, dtype=dtype, device=image.device)
-    programs = max(1, triton.cdiv(image.numel(), BLOCK))
-    image_input_forward[(programs,)](image, out, image.numel(), BLOCK, num_warps=WARPS)
+    block, warps = BLOCKS[out.element_size()]
+    programs = max(1, triton.cdiv(image.numel(), block))
+    image_input_forward[(programs,)](image, out, image.numel(), block, num_warps=warps)
     return out
 
 

@@ -21,9 +21,10 @@ from .image_loss_native import image_loss_native
 from .numerics import check_axes, check_device, check_shape, compute_dtype
 from .tiles import as_rows
 
-# 16 pixels a thread are one 16-byte load of the image and two of a bfloat16 prediction; 64 x 64 x 3 pixels
-# are 6 blocks.
-BLOCK, WARPS = 2048, 4
+# Pixels and warps of a block. With 4 pixels a thread, the threads of a warp read side by side: with 16, which are one
+# 16-byte load of the image, a float32 prediction is read in pieces 64 bytes apart. Forward then takes 32 registers a
+# thread, so that 8 programs, of an image each, run at once on a multiprocessor. Backward in bfloat16 has 16.
+FORWARD, BACKWARD = (1024, 8), {4: (1024, 8), 2: (2048, 4)}  # those by the bytes of a number
 
 
 def image_loss_reference(pred: Tensor, image: Tensor) -> Tensor:
@@ -63,8 +64,8 @@ class _ImageLoss(torch.autograd.Function):
         flat, image = as_rows(pred, pixels), as_rows(image, pixels)
         loss = torch.empty(pred.shape[:-3], dtype=torch.float32, device=pred.device)
         if len(flat):
-            block = min(BLOCK, triton.next_power_of_2(pixels))
-            image_loss_forward[(len(flat),)](flat, image, loss, pixels, block, num_warps=WARPS)
+            block = min(FORWARD[0], triton.next_power_of_2(pixels))
+            image_loss_forward[(len(flat),)](flat, image, loss, pixels, block, num_warps=FORWARD[1])
         ctx.save_for_backward(flat, image)
         ctx.shape = pred.shape
         return loss
@@ -76,9 +77,10 @@ class _ImageLoss(torch.autograd.Function):
         rows, pixels = pred.shape
         dpred = torch.empty_like(pred)
         if rows:
-            block = min(BLOCK, triton.next_power_of_2(pixels))
+            most, warps = BACKWARD[pred.element_size()]
+            block = min(most, triton.next_power_of_2(pixels))
             image_loss_backward[(rows, triton.cdiv(pixels, block))](
-                pred, image, dloss.contiguous(), dpred, pixels, block, num_warps=WARPS
+                pred, image, dloss.contiguous(), dpred, pixels, block, num_warps=warps
             )
         return dpred.view(ctx.shape), None
 

@@ -17,12 +17,34 @@ from ._triton import tl, triton
 from .autograd import once_differentiable
 from .layer_norm_silu_native import layer_norm_silu_native
 from .numerics import as_contiguous, check_axes, check_device, check_eps, check_shape, compute_dtype
-from .tiles import as_rows, normalise, row_tile, sigmoid, sum_of_partials
+from .tiles import (
+    Tile,
+    as_rows,
+    normalise,
+    row_sums,
+    row_tile,
+    sigmoid,
+    sum_of_partials,
+    tile_of_warps,
+)
 
 # Backward: numbers in a tile, and for each thread: one 16-byte load of bfloat16 for each operand, with the next tile's
-# under way meanwhile. It takes up to 80 registers a thread, or 96 for rows of WIDE numbers or more, so that 6 or 5
-# programs run at once on each of an H100's 132 multiprocessors. Each program has a row of partial sums.
-TILE, THREAD, WIDE, PARTIALS, WIDE_PARTIALS = 1024, 8, 512, 792, 660
+# under way meanwhile.
+TILE, THREAD = 1024, 8
+# Programs that run at once on the 132 multiprocessors of an H100, by the registers of a thread, each with a row of
+# partial sums. Up to 80 registers are taken by bfloat16 and by rows without kept moments, up to 96 by float32; a warp's
+# row of 512 columns, 16 numbers a thread, takes 128 and 168.
+AT_ONCE = {80: 792, 96: 660, 128: 528, 168: 396}
+# From so many channels on, backward reads the moments that forward kept: 16 bytes a row, of at least 640 in all.
+KEPT_FROM = 64
+
+
+def backward_tile(channels: int, itemsize: int) -> tuple[Tile, int]:
+    """The tile of backward for rows of so many channels, of so many bytes each, and the registers of a thread."""
+    tile, low = tile_of_warps(channels, itemsize) or row_tile(channels, TILE, THREAD), itemsize == 2
+    if tile.rows * tile.block == 16 * 32 * tile.warps:
+        return tile, 128 if low else 168
+    return tile, 80 if low or channels < KEPT_FROM else 96
 
 
 def layer_norm_silu_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-3) -> Tensor:
@@ -33,18 +55,43 @@ def layer_norm_silu_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: floa
 
 
 @triton.jit
+def _tile(ROWS: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr):
+    """Rows (PARTS * ROWS, 1) and columns of a tile; part p of row r is its row p * ROWS + r."""
+    lane = tl.arange(0, LANES)[None, :]
+    if PARTS == 1:
+        return tl.arange(0, ROWS)[:, None], lane
+    else:
+        row = tl.arange(0, PARTS * ROWS)[:, None]
+        return row % ROWS, row // ROWS * LANES + lane
+
+
+@triton.jit
 def layer_norm_silu_forward(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, rows, eps, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    moments_ptr,  # (2, rows) float32: mean and rstd of each row
+    rows,
+    eps,
+    KEEP: tl.constexpr,  # whether to write the moments
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
-    column = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
+    row, column = _tile(ROWS, PARTS, LANES)
+    row += tl.program_id(0).to(tl.int64) * ROWS
     inside = (row < rows) & (column < C)
     weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, mask=column < C, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + row * C + column, mask=inside, other=0.0).to(tl.float32)
-    normed, _ = normalise(x, column < C, C, eps)
+    normed, mean, rstd = normalise(x, column < C, C, eps, PARTS)
     z = normed * weight + bias
     tl.store(y_ptr + row * C + column, (z * sigmoid(z)).to(y_ptr.dtype.element_ty), mask=inside)
+    if KEEP:
+        tl.store(moments_ptr + row, mean, mask=row < rows)
+        tl.store(moments_ptr + rows + row, rstd, mask=row < rows)
 
 
 @triton.jit
@@ -53,48 +100,65 @@ def layer_norm_silu_backward(
     weight_ptr,
     bias_ptr,
     dy_ptr,
+    moments_ptr,  # of the forward pass
     dx_ptr,
     partial_ptr,  # (2, programs, C) float32: each program's share of dweight and dbias
     rows,
     eps,
     ITERATIONS: tl.constexpr,  # tiles a program works through, `programs` apart
+    KEPT: tl.constexpr,  # whether there are moments to read
     C: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    column = tl.arange(0, BLOCK)[None, :]
+    row, column = _tile(ROWS, PARTS, LANES)
     weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, mask=column < C, other=0.0).to(tl.float32)
-    dweight = tl.zeros((ROWS, BLOCK), tl.float32)
-    dbias = tl.zeros((ROWS, BLOCK), tl.float32)
-    row = program * ROWS + tl.arange(0, ROWS)[:, None]
-    inside = (row < rows) & (column < C)
-    next_x = tl.load(x_ptr + row * C + column, mask=inside, other=0.0)
-    next_dy = tl.load(dy_ptr + row * C + column, mask=inside, other=0.0)
+    dweight = tl.zeros((PARTS * ROWS, LANES), tl.float32)
+    dbias = tl.zeros((PARTS * ROWS, LANES), tl.float32)
+    row += program * ROWS
+    known = row < rows
+    next_x = tl.load(x_ptr + row * C + column, mask=known & (column < C), other=0.0)
+    next_dy = tl.load(dy_ptr + row * C + column, mask=known & (column < C), other=0.0)
+    if KEPT:
+        next_mean = tl.load(moments_ptr + row, mask=known, other=0.0)
+        next_rstd = tl.load(moments_ptr + rows + row, mask=known, other=0.0)
     for iteration in range(ITERATIONS):
-        x, dy, at, known = next_x.to(tl.float32), next_dy.to(tl.float32), row * C + column, inside
+        x, dy, at, inside = (
+            next_x.to(tl.float32),
+            next_dy.to(tl.float32),
+            row * C + column,
+            known & (column < C),
+        )
+        if KEPT:
+            mean, rstd = next_mean, next_rstd
+            normed = (x - mean) * rstd
+        else:
+            normed, mean, rstd = normalise(x, column < C, C, eps, PARTS)
         # the next tile is on its way while this one is worked on; after the last one there is none
         row += programs * ROWS
-        inside = (row < rows) & (column < C) & (iteration + 1 < ITERATIONS)
-        next_x = tl.load(x_ptr + row * C + column, mask=inside, other=0.0)
-        next_dy = tl.load(dy_ptr + row * C + column, mask=inside, other=0.0)
-        # mean and rstd again rather than from memory: the row is in registers, and with few channels they are
-        # 1/8 of it
-        normed, rstd = normalise(x, column < C, C, eps)
+        known = (row < rows) & (iteration + 1 < ITERATIONS)
+        next_x = tl.load(x_ptr + row * C + column, mask=known & (column < C), other=0.0)
+        next_dy = tl.load(dy_ptr + row * C + column, mask=known & (column < C), other=0.0)
+        if KEPT:
+            next_mean = tl.load(moments_ptr + row, mask=known, other=0.0)
+            next_rstd = tl.load(moments_ptr + rows + row, mask=known, other=0.0)
         z = normed * weight + bias
         gate = sigmoid(z)
         dz = dy * gate * (1.0 + z * (1.0 - gate))
         dweight += dz * normed
         dbias += dz
         dnormed = dz * weight
-        mean = (tl.sum(dnormed, axis=1) * (1.0 / C))[:, None]
-        along = (tl.sum(dnormed * normed, axis=1) * (1.0 / C))[:, None]
-        dx = rstd * (dnormed - mean - normed * along)
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=known)
-    slot = tl.arange(0, BLOCK)
-    tl.store(partial_ptr + program * C + slot, tl.sum(dweight, axis=0), mask=slot < C)
-    tl.store(partial_ptr + (programs + program) * C + slot, tl.sum(dbias, axis=0), mask=slot < C)
+        along = row_sums(dnormed * normed, PARTS) * (1.0 / C)
+        dx = rstd * (dnormed - row_sums(dnormed, PARTS) * (1.0 / C) - normed * along)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    slot = tl.arange(0, PARTS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    dweight = tl.sum(tl.reshape(dweight, (PARTS, ROWS, LANES)), axis=1)
+    dbias = tl.sum(tl.reshape(dbias, (PARTS, ROWS, LANES)), axis=1)
+    tl.store(partial_ptr + program * C + slot, dweight, mask=slot < C)
+    tl.store(partial_ptr + (programs + program) * C + slot, dbias, mask=slot < C)
 
 
 class _LayerNormSiLU(torch.autograd.Function):
@@ -102,25 +166,30 @@ class _LayerNormSiLU(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         channels = x.shape[-1]
         flat, (weight, bias) = as_rows(x, channels), as_contiguous((weight, bias))
-        y, tile = torch.empty_like(flat), row_tile(channels)
+        y, tile = torch.empty_like(flat), tile_of_warps(channels, x.element_size()) or row_tile(channels)
+        keep = channels >= KEPT_FROM and any(ctx.needs_input_grad)
+        kept = flat.new_empty((2, len(flat) if keep else 0), dtype=torch.float32)
         layer_norm_silu_forward[(tile.programs(len(flat)),)](
-            flat, weight, bias, y, len(flat), eps, channels, tile.rows, tile.block, num_warps=tile.warps
-        )
-        ctx.save_for_backward(flat, weight, bias)
+            flat, weight, bias, y, kept, len(flat), eps, keep,
+            channels, tile.rows, tile.parts, tile.lanes, num_warps=tile.warps,
+        )  # fmt: skip
+        ctx.save_for_backward(flat, weight, bias, kept)
         ctx.eps = eps
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, bias = ctx.saved_tensors
-        (rows, channels), tile = x.shape, row_tile(x.shape[1], TILE, THREAD)
-        iterations = -(-tile.programs(rows) // (PARTIALS if tile.block < WIDE else WIDE_PARTIALS))
+        x, weight, bias, kept = ctx.saved_tensors
+        rows, channels = x.shape
+        tile, registers = backward_tile(channels, x.element_size())
+        iterations = -(-tile.programs(rows) // AT_ONCE[registers])
         programs = -(-tile.programs(rows) // iterations)  # no more than it takes to be done at the same time
         dx, partial = torch.empty_like(x), x.new_empty((2, programs, channels), dtype=torch.float32)
         layer_norm_silu_backward[(programs,)](
-            x, weight, bias, as_rows(dy, channels), dx, partial, rows, ctx.eps,
-            iterations, channels, tile.rows, tile.block, num_warps=tile.warps,
+            x, weight, bias, as_rows(dy, channels), kept, dx, partial, rows, ctx.eps,
+            iterations, channels >= KEPT_FROM, channels, tile.rows, tile.parts, tile.lanes,
+            num_warps=tile.warps, maxnreg=80 if tile.block > 512 else None,
         )  # fmt: skip
         dweight, dbias = sum_of_partials(partial).to(weight.dtype)
         return dx.view(dy.shape), dweight, dbias, None

@@ -29,7 +29,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 REGISTER_LIMIT = 255
 
 # What to count in the machine code: all instructions, products of tensor cores, special functions (exp, log, 1/x),
-# loads and stores of global memory and those of 16 bytes among them, traffic of spilled registers, exchanges in a
+# loads and stores of global memory, with those of 16 bytes and of 1 or 2, traffic of spilled registers, exchanges in a
 # warp, barriers, atomics.
 INSTRUCTIONS = {
     "all": r"(?m)^\s*/\*[0-9a-f]{4,}\*/\s.*;",
@@ -37,6 +37,7 @@ INSTRUCTIONS = {
     "mufu": r"\bMUFU\b",
     "ldg": r"\bLDG(?:STS)?\b",
     "ldg128": r"\bLDG(?:STS)?\b[.\w]*\.128\b",
+    "ldg16": r"\bLDG(?:STS)?\b[.\w]*\.[US](?:8|16)\b",
     "stg": r"\bSTG\b",
     "stg128": r"\bSTG\b[.\w]*\.128\b",
     "local": r"\b(?:LDL|STL)\b",

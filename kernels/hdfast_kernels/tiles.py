@@ -19,17 +19,25 @@ TILE, THREAD = 2048, 16
 # which one reduction adds up in a fixed order: 4 a multiprocessor of an H100 (132), and no atomics, so that a
 # run repeats bit by bit.
 PARTIALS = 528
+# Rows, and warps, of a tile whose rows belong to one warp each.
+WARPS = 4
 # Rows and columns of them that a program of that reduction reads at once.
 SUM_ROWS, SUM_COLUMNS = 1024, 8
 
 
 @dataclass(frozen=True)
 class Tile:
-    """ROWS x BLOCK numbers for one program of `warps` warps."""
+    """ROWS x BLOCK numbers for one program of `warps` warps; see `row_sums` for rows in parts."""
 
     rows: int
     block: int
     warps: int
+    parts: int = 1
+
+    @property
+    def lanes(self) -> int:
+        """Columns of a part."""
+        return self.block // self.parts
 
     def programs(self, rows: int) -> int:
         """How many tiles cover that many rows; at least 1, since a launch of none is an error."""
@@ -41,6 +49,16 @@ def row_tile(columns: int, numbers: int = TILE, thread: int = THREAD) -> Tile:
     block = triton.next_power_of_2(columns)
     rows = max(1, numbers // block)
     return Tile(rows, block, min(16, max(1, rows * block // (32 * thread))))
+
+
+def tile_of_warps(columns: int, itemsize: int) -> Tile | None:
+    """A row for each of four warps, in parts that the warp loads with 16 bytes a thread.
+
+    None for rows that fit one such part, which `row_tile` gives to one warp anyway, and for rows of more than 512
+    columns, for which a warp has too few registers.
+    """
+    block, lanes = triton.next_power_of_2(columns), 32 * 16 // itemsize
+    return Tile(WARPS, block, WARPS, block // lanes) if lanes < block <= 512 else None
 
 
 def as_rows(x: Tensor, columns: int) -> Tensor:
@@ -117,17 +135,33 @@ def softmax_rows(x, inside):
 
 
 @triton.jit
-def normalise(x, inside, COLUMNS: tl.constexpr, eps):
-    """Layer norm of a tile's rows without its affine part: (x - mean) * rstd, and rstd (ROWS, 1).
+def row_sums(x, PARTS: tl.constexpr):
+    """Sums of rows that lie in a tile in PARTS pieces: (PARTS * ROWS, LANES) -> (PARTS * ROWS, 1).
 
-    The rounding error of the mean is the mean of the centred row, and is subtracted as well: otherwise a row of equal
+    Row r has tile rows r, r + ROWS, ...; each of them gets the sum of all. With ROWS a multiple of the warps, and as
+    many LANES as a warp loads at once, a row belongs to one warp, and its sum needs no barrier.
+    """
+    if PARTS == 1:
+        return tl.sum(x, axis=1)[:, None]
+    else:
+        ROWS: tl.constexpr = x.shape[0] // PARTS
+        total = tl.sum(tl.sum(tl.reshape(x, (PARTS, ROWS, x.shape[1])), axis=0), axis=1)
+        return tl.reshape(tl.broadcast_to(total[None, :, None], (PARTS, ROWS, 1)), (PARTS * ROWS, 1))
+
+
+@triton.jit
+def normalise(x, inside, COLUMNS: tl.constexpr, eps, PARTS: tl.constexpr = 1):
+    """Layer norm of a tile's rows without its affine part, and the rows' mean and rstd, each (PARTS * ROWS, 1).
+
+    The mean's rounding error is the mean of the centred row, and is subtracted as well: otherwise a row of equal
     numbers would come out as that error times rstd, a large number. Its sum runs beside that of the squares.
     """
-    centred = tl.where(inside, x - (tl.sum(x, axis=1) * (1.0 / COLUMNS))[:, None], 0.0)
-    missed = tl.sum(centred, axis=1) * (1.0 / COLUMNS)
-    variance = tl.sum(centred * centred, axis=1) * (1.0 / COLUMNS) - missed * missed
-    rstd = tl.rsqrt(tl.maximum(variance, 0.0) + eps)[:, None]
-    return centred * rstd - missed[:, None] * rstd, rstd
+    mean = row_sums(x, PARTS) * (1.0 / COLUMNS)
+    centred = tl.where(inside, x - mean, 0.0)
+    missed = row_sums(centred, PARTS) * (1.0 / COLUMNS)
+    variance = row_sums(centred * centred, PARTS) * (1.0 / COLUMNS) - missed * missed
+    rstd = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
+    return centred * rstd - missed * rstd, mean + missed, rstd
 
 
 @triton.jit

@@ -10,8 +10,19 @@ from checks import backends, check_against_fp64, random
 from hdfast_kernels import layer_norm_silu, tiles
 from hdfast_kernels.layer_norm_silu import layer_norm_silu_reference
 
-# one row; odd channels; images of the encoder; a hidden layer; no rows; many rows
-SHAPES = [(1, 7), (5, 33), (2, 4, 4, 32), (3, 5, 640), (0, 16), (600, 8)]
+# one row; odd channels; images of the encoder; hidden layers, whole and ragged; no rows; many rows
+SHAPES = [
+    (1, 7),
+    (5, 33),
+    (2, 4, 4, 32),
+    (3, 5, 640),
+    (7, 512),
+    (5, 400),
+    (6, 200),
+    (9, 64),
+    (0, 16),
+    (600, 8),
+]
 
 
 def inputs(shape, dtype, device, offset=0.0):
@@ -62,10 +73,10 @@ def test_rows_of_equal_numbers(channels, backend):
 
 
 @pytest.mark.parametrize("backend", [b for b in backends("layer_norm_silu") if "triton" in b.id])
-@pytest.mark.parametrize("shape", [(600, 8), (7, 520)], ids=str)
+@pytest.mark.parametrize("shape", [(600, 8), (7, 520), (27, 400)], ids=str)
 def test_few_programs_take_many_tiles_and_repeat_bit_by_bit(shape, backend, monkeypatch):
-    for name in ("PARTIALS", "WIDE_PARTIALS"):
-        monkeypatch.setattr(importlib.import_module("hdfast_kernels.layer_norm_silu"), name, 2)
+    own = importlib.import_module("hdfast_kernels.layer_norm_silu")
+    monkeypatch.setattr(own, "AT_ONCE", dict.fromkeys(own.AT_ONCE, 2))
     monkeypatch.setattr(tiles, "SUM_ROWS", 1)
     op = partial(layer_norm_silu, backend=backend.name)
     first, second = (
