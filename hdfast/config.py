@@ -217,18 +217,10 @@ def validate(config: Config) -> Config:
         asked = f"--seed {config.seed} --seeds {config.seeds}"
         raise ConfigError(f"{asked} ends at seed {last:,}, out of range: expected up to {LAST_SEED:,}")
     config = dataclasses.replace(config, env=_checked_env(config.env, suite))
-    plain = Config()
-    for section, mode, names in (
-        ("harmony", "fixed", ("reward", "image", "kl")),
-        ("loss", "off", ("reward", "image")),
-    ):
-        for name in names:
-            given, default = (getattr(getattr(one, section), name) for one in (config, plain))
-            if given != default and config.harmony.mode != mode:
-                raise ConfigError(
-                    f"--{section}.{name} has no effect with --harmony.mode {config.harmony.mode}",
-                    hint=f"--harmony.mode {mode} takes it",
-                )
+    _check_weights(config)
+    low, high = config.behavior.return_low, config.behavior.return_high
+    if not low < high:
+        raise ConfigError(f"--behavior.return-low {low} is not below --behavior.return-high {high}")
     if config.harmony.mode != "off" and not config.loss.dyn + config.loss.rep:
         raise ConfigError("--loss.dyn and --loss.rep are both 0, and harmony splits the KL by them")
     rows = config.replay.length * config.env.num_envs
@@ -238,6 +230,23 @@ def validate(config: Config) -> Config:
             f"windows of {config.replay.length} rows need at least {2 * rows}"
         )
     return config
+
+
+def _check_weights(config: Config) -> None:
+    """Raises: ConfigError for a weight of a loss that the mode of harmony does not use, or cannot."""
+    mode, plain = config.harmony.mode, Config()
+    others = {
+        "harmony": ("learned or fixed", ("reward", "image", "kl")),
+        "loss": ("off", ("reward", "image")),
+    }
+    for section, (modes, names) in others.items():
+        for name in names:
+            given, default = (getattr(getattr(one, section), name) for one in (config, plain))
+            if given != default and mode not in modes:
+                what = f"--{section}.{name} has no effect with --harmony.mode {mode}"
+                raise ConfigError(what, hint=f"--harmony.mode {modes} takes it")
+            if section == "harmony" and mode == "learned" and not given:
+                raise ConfigError(f"--harmony.{name} {given} is no weight to start from; expected more")
 
 
 def _checked_env(env: EnvConfig, suite: suites.Suite) -> EnvConfig:

@@ -106,13 +106,13 @@ class HarmonyConfig:
     """The balance of observation, reward and dynamics losses (HarmonyDream, section 3)."""
 
     mode: Literal["learned", "fixed", "off"] = "learned"
-    """learned: three scalars; fixed: the constants below; off: DreamerV3's own loss scales."""
+    """learned: three scalars, from the weights below on; fixed: these weights; off: DreamerV3's own loss scales."""
     reward: Scale = 1.0
-    """Constant weight of the reward loss (mode fixed)."""
+    """Weight of the reward loss, at first or (mode fixed) always."""
     image: Scale = 1.0
-    """Constant weight of the image loss (mode fixed)."""
+    """Weight of the image loss, likewise."""
     kl: Scale = 1.0
-    """Constant weight of the two KL losses, split 5 to 1 (mode fixed); 0.6 gives DreamerV3's scales."""
+    """Weight of the two KL losses, split 5 to 1, likewise; fixed at 0.6 it gives DreamerV3's scales."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,17 @@ class BehaviorConfig:
     slow_rate: Share = 0.02
     """How far the slow critic moves towards the critic at each update."""
     return_decay: Share = 0.99
-    """Decay of the running 5% and 95% percentiles of the returns."""
+    """Decay of the running percentiles of the returns."""
+    return_low: Share = 0.05
+    """The lower of these percentiles, as a share."""
+    return_high: Share = 0.95
+    """The upper one."""
+    return_floor: Positive = 1.0
+    """Advantages are divided by the range between them, or by this if it is larger."""
+    unimix: Annotated[float, Range(0, 0.5)] = 0.01
+    """Share of the uniform distribution in the policy of discrete actions."""
+    actor_grad: Literal["auto", "reinforce"] = "auto"
+    """auto: REINFORCE for discrete actions, and through the dynamics for continuous ones; or REINFORCE for both."""
 
 
 @dataclass(frozen=True)

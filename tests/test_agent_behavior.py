@@ -25,8 +25,8 @@ GAMMA = 1 - 1 / 333
 class Rollout:
     """A small learner with spread parameters, and a rollout from 5 random states."""
 
-    def __init__(self, continuous: bool):
-        self.learner = make_learner(continuous)
+    def __init__(self, continuous: bool, **behavior: str):
+        self.learner = make_learner(continuous, behavior={"horizon": 4, **behavior})
         self.model, self.behavior = self.learner.model, self.learner.behavior
         generator = torch.Generator().manual_seed(0)
         self.start = Latent(
@@ -46,9 +46,12 @@ class Rollout:
         self.scores = self.behavior.score(self.trajectory, F32)
 
 
-@pytest.fixture(params=[False, True], ids=["discrete", "continuous"])
+REINFORCE = {"actor_grad": "reinforce"}
+
+
+@pytest.fixture(params=["discrete", "continuous", "continuous by REINFORCE"])
 def rollout(request) -> Rollout:
-    return Rollout(request.param)
+    return Rollout(request.param != "discrete", **(REINFORCE if "REINFORCE" in request.param else {}))
 
 
 class Table(nn.Module):
@@ -108,8 +111,12 @@ def test_the_return_range_on_literal_numbers():
     assert ranges.updated(torch.tensor([0.0, 1.0])).tolist() == pytest.approx(
         [0.99 * 0.05 + 0.01 * 0.05, 0.99 * 0.95 + 0.01 * 0.95]  # interpolated
     )
-    assert ReturnRange.scale(torch.tensor([-3.0, 4.0])).item() == 7.0
-    assert ReturnRange.scale(torch.tensor([0.2, 0.4])).item() == 1.0
+    assert ReturnRange().scale(torch.tensor([-3.0, 4.0])).item() == 7.0
+    assert ReturnRange().scale(torch.tensor([0.2, 0.4])).item() == 1.0
+    other = ReturnRange(0.0, 0.25, 0.5, floor=0.1)
+    assert other.updated(returns).tolist() == [25.0, 50.0]
+    assert other.scale(torch.tensor([0.2, 0.4])).item() == pytest.approx(0.2)
+    assert other.scale(torch.tensor([0.2, 0.25])).item() == pytest.approx(0.1)
 
 
 # Losses.
@@ -212,7 +219,7 @@ def test_the_rollout_is_what_it_says(rollout):
         state = Latent(latent.deter[t], latent.index[t])
         decision = behavior.actor(state, rollout.draws.action[t], F32)
         assert torch.equal(trajectory.action[t], decision.action)
-        if behavior.discrete:
+        if behavior.reinforce:
             log_prob, entropy = behavior.actor.log_prob_and_entropy(
                 state, decision.action, rollout.draws.action[t], F32
             )
@@ -262,6 +269,27 @@ def test_continuous_decisions():
     assert mean.tolist() == [0.0, 1.0]
     assert std.tolist() == pytest.approx([0.55, 0.1])
     assert normal_entropy(torch.ones(3)).item() == pytest.approx(3 * 1.4189385)
+
+
+def test_continuous_actions_have_the_density_of_a_normal():
+    """By REINFORCE the gradient is that of log_prob at actions that are held, in the states they were drawn in."""
+    rollout = Rollout(continuous=True, **REINFORCE)
+    trajectory, actor = rollout.trajectory, rollout.behavior.actor
+    assert not trajectory.action.requires_grad
+    assert not trajectory.latent.deter.requires_grad
+    states = Latent(trajectory.latent.deter[:-1], trajectory.latent.index[:-1])
+    out = actor.mlp(states, F32)
+    law = torch.distributions.Normal(*normal_parameters(out["mean"], out["std"]))
+    assert torch.allclose(trajectory.log_prob, law.log_prob(trajectory.action).sum(-1), atol=1e-5)
+    assert torch.allclose(trajectory.entropy, law.entropy().sum(-1), atol=1e-6)
+    by_hand = law.log_prob(trajectory.action).sum(-1)
+    weights = actor.mlp.out["std"].weight
+    (expected,), (got,) = (torch.autograd.grad(x.sum(), weights) for x in (by_hand, trajectory.log_prob))
+    assert expected.abs().max() > 0
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
+    through = Rollout(continuous=True)
+    assert torch.equal(through.trajectory.action, trajectory.action)  # the same numbers are drawn
+    assert through.trajectory.action.requires_grad
 
 
 @pytest.mark.parametrize("continuous", [False, True], ids=["discrete", "continuous"])
@@ -354,7 +382,7 @@ def test_the_actor_s_loss_reaches_the_actor_alone(rollout):
     assert reached(loss, rollout.behavior.actor) == {n for n, _ in rollout.behavior.actor.named_parameters()}
     assert reached(loss, rollout.model) == set()
     assert reached(loss, rollout.behavior.slow_critic) == set()
-    if rollout.behavior.discrete:  # continuous actions reach the critic, whose gradient is not taken
+    if rollout.behavior.reinforce:  # otherwise it reaches the critic, whose gradient is not taken
         assert reached(loss, rollout.behavior.critic) == set()
 
 

@@ -55,6 +55,14 @@ def test_weights_settle_at_the_paper_s_fixed_point(loss, weight):
         assert metrics[f"harmony/weight_{group}"].item() == pytest.approx(exact, rel=1e-5)
 
 
+def test_learned_weights_begin_where_they_are_told():
+    _, metrics = harmonizer(reward=4.0, image=0.25)(LOSSES)
+    weights = [metrics[f"harmony/weight_{group}"].item() for group in ("reward", "image", "kl")]
+    assert weights == pytest.approx([4.0, 0.25, 1.0])
+    vectors = build_harmonizer(small_config(harmony={"image": 0.5}), images=False, vectors=("state",))
+    assert list(vectors.groups) == ["reward", "kl"]
+
+
 def test_the_gradient_of_s_on_literal_numbers():
     """-L e^-s + sigmoid(s), at s = ln 2 where e^-s = 1/2 and sigmoid(s) = 2/3."""
     module = harmonizer()

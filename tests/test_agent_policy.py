@@ -54,7 +54,7 @@ def test_acting_sees_what_training_sees(learner):
     uniform, states, actions = [], [], []
     for obs, is_first in steps:
         uniform.append(torch.rand(5, 4, generator=generator))
-        if learner.behavior.discrete:
+        if learner.behavior.reinforce:
             torch.rand(5, generator=generator)
         else:
             torch.randn(5, 3, generator=generator)
@@ -183,7 +183,7 @@ def test_what_numpy_would_cast_is_refused_in_one_line(learner):
 
 def test_sampled_and_greedy_actions_are_what_the_actor_s_parameters_say(learner):
     """In all steps, the first included; the random numbers are the same, in the same order."""
-    actor, continuous = learner.behavior.actor, not learner.behavior.discrete
+    actor, continuous = learner.behavior.actor, not learner.behavior.reinforce
     sampled, greedy = (Policy(learner, 5, seed=0, greedy=g) for g in (False, True))
     generator, differ = torch.Generator(), False
     generator.manual_seed(0)

@@ -29,6 +29,11 @@ SETTINGS = {
     "behavior.entropy": (0.3, "learned", {"actor"}),
     "behavior.slow_rate": (0.5, "learned", {"slow_critic"}),
     "behavior.return_decay": (0.5, "learned", {"actor", "return_range"}),
+    "behavior.return_low": (0.5, "learned", {"actor", "return_range"}),
+    "behavior.return_high": (0.5, "learned", {"actor", "return_range"}),
+    "behavior.return_floor": (1000.0, "learned", {"actor"}),
+    "behavior.unimix": (0.3, "learned", ALL - {"model"}),
+    "behavior.actor_grad": ("reinforce", "continuous", {"actor"}),
     **{
         f"optimizer.model_{k}": (v, "learned", ALL) for k, v in {"lr": 0.01, "eps": 2.0, "clip": 1e-6}.items()
     },
@@ -49,10 +54,14 @@ STEEP = {
 
 
 def updated(mode: str, **settings: dict) -> dict[str, torch.Tensor]:
-    """Parameters and return range after one update, of which the slow critic has seen some before."""
-    base = {"harmony": {"mode": mode}, "optimizer": STEEP}
+    """Parameters and return range after one update, of which the slow critic has seen some before.
+
+    mode: of harmony; "continuous" is "learned" with continuous actions.
+    """
+    continuous = mode == "continuous"
+    base = {"harmony": {"mode": "learned" if continuous else mode}, "optimizer": STEEP}
     together = {section: base.get(section, {}) | settings.get(section, {}) for section in base | settings}
-    learner = make_learner(**together)
+    learner = make_learner(continuous, **together)
     learner.behavior.slow_updates.fill_(7)
     learner.behavior.return_range.bounds.copy_(torch.tensor([-50.0, 50.0]))
     batch = make_batch(learner)

@@ -99,7 +99,7 @@ def test_hdfast_agrees_with_the_reference(sizes, tmp_path):
     assert report.bad == []
     assert report.left_out == []
     assert comparison.used >= {f"grad {name}" for name in trace.gradients} | trace.outputs.keys()
-    assert comparison.behavior.discrete is not sizes.continuous
+    assert comparison.behavior.reinforce is not sizes.continuous
     assert ("vector" in comparison.model.encoder) == (sizes.state > 0)
     assert max(error / bound for _, error, bound in report.lines) < 0.1  # well within the bounds
 

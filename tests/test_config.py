@@ -213,10 +213,14 @@ def test_every_field_is_a_typed_flag(name):
         ("--behavior.entropy nan", "--behavior.entropy nan is out of range"),
         ("--seed -1", "--seed -1 is out of range: expected 0 to 2,147,483,647"),
         (
-            "--harmony.reward 100",
-            "--harmony.reward has no effect with --harmony.mode learned; --harmony.mode fixed takes it",
+            "--harmony.mode off --harmony.kl 2",
+            "--harmony.kl has no effect with --harmony.mode off; --harmony.mode learned or fixed takes it",
         ),
-        ("--harmony.mode off --harmony.kl 2", "--harmony.kl has no effect with --harmony.mode off;"),
+        ("--harmony.image 0", "--harmony.image 0.0 is no weight to start from; expected more"),
+        (
+            "--behavior.return-low 0.5 --behavior.return-high 0.5",
+            "--behavior.return-low 0.5 is not below --behavior.return-high 0.5",
+        ),
         (
             "--loss.image 2",
             "--loss.image has no effect with --harmony.mode learned; --harmony.mode off takes it",

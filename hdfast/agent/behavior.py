@@ -2,8 +2,8 @@
 
 Axes: H horizon, N starting states (T*B), D deter, S groups, K classes, A action width.
 
-The critic sees each imagined state once, for baseline, bootstrap and loss. So does the actor where actions are
-continuous, since gradients flow back through its rollout. Where they are discrete, the actor acts step by step without
+The critic sees each imagined state once, for baseline, bootstrap and loss. So does the actor where gradients flow back
+through its rollout, as they do by default where actions are continuous. With REINFORCE it acts step by step without
 gradients, and one pass over the whole rollout then gives the log-probabilities of its actions with gradients.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hdfast.agent.distributions import (
     categorical_entropy,
     normal_entropy,
+    normal_log_prob,
     normal_parameters,
 )
 from hdfast.agent.networks import Latent, LatentMLP
@@ -40,8 +41,7 @@ class Trajectory(NamedTuple):
 
     latent: (H+1, N, ...) states, the first being the start.
     action: (H, N) int64 or (H, N, A) float32, taken in states 0..H-1.
-    log_prob, entropy: (H, N) of the actions, in nats; log_prob is zero for continuous ones, whose gradient flows
-    through the action itself.
+    log_prob, entropy: (H, N) of the actions, in nats; log_prob is zero where gradients flow through the actions.
     cont: (H+1, N), 0 where the episode is over: the truth at the start, then the mode of the head.
     reward: (H, N), received on arriving at states 1..H.
     """
@@ -89,7 +89,7 @@ class Actor(nn.Module):
     def __init__(self, actions: DiscreteActions | ContinuousActions, config: Config):
         super().__init__()
         self.discrete = isinstance(actions, DiscreteActions)
-        self.unimix = config.rssm.unimix
+        self.unimix = config.behavior.unimix
         width = actions.count if isinstance(actions, DiscreteActions) else actions.size
         outputs = {"logits": width} if self.discrete else {"mean": width, "std": width}
         rssm, net = config.rssm, config.network
@@ -123,10 +123,13 @@ class Actor(nn.Module):
     def log_prob_and_entropy(
         self, latent: Latent, action: Tensor, draw: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Both (...), of discrete actions (...) drawn in detached latents (...), in nats."""
-        logits = self.mlp(latent.detach(), dtype)["logits"]
+        """Both (...), of actions that were drawn with the numbers `draw` in detached latents (...), in nats."""
+        out = self.mlp(latent.detach(), dtype)
+        if not self.discrete:
+            mean, std = normal_parameters(out["mean"], out["std"])
+            return normal_log_prob(action, mean, std), normal_entropy(std)
         # Used for its fused log-probabilities alone; the sample is ignored.
-        logp = sample_onehot(logits[..., None, :], draw[..., None], self.unimix)[2].squeeze(-2)
+        logp = sample_onehot(out["logits"][..., None, :], draw[..., None], self.unimix)[2].squeeze(-2)
         return logp.gather(-1, action[..., None]).squeeze(-1), categorical_entropy(logp)
 
 
@@ -143,7 +146,7 @@ class Behavior(nn.Module):
     def __init__(self, actions: DiscreteActions | ContinuousActions, config: Config):
         super().__init__()
         rssm, net, behavior = config.rssm, config.network, config.behavior
-        self.discrete = isinstance(actions, DiscreteActions)
+        self.reinforce = isinstance(actions, DiscreteActions) or behavior.actor_grad == "reinforce"
         self.horizon, self.lam = behavior.horizon, behavior.lam
         self.discount = 1 - 1 / behavior.discount_horizon
         self.entropy_scale, self.slow_rate = behavior.entropy, behavior.slow_rate
@@ -155,7 +158,9 @@ class Behavior(nn.Module):
 
         self.critic = build_critic()
         self.slow_critic = build_critic().requires_grad_(False)
-        self.return_range = ReturnRange(behavior.return_decay)
+        self.return_range = ReturnRange(
+            behavior.return_decay, behavior.return_low, behavior.return_high, behavior.return_floor
+        )
         self.register_buffer("slow_updates", torch.zeros((), dtype=torch.int64))
 
     def imagine(
@@ -166,13 +171,13 @@ class Behavior(nn.Module):
         Args:
             start: detached (N, ...) states. start_cont: (N,) float, 1 - is_terminal of the starting rows.
 
-        Gradients reach the actor: through log_prob and entropy where actions are discrete, through the dynamics
-        where they are continuous. The world model's parameters take none.
+        Gradients reach the actor: with REINFORCE through log_prob and entropy, otherwise through the dynamics. The
+        world model's parameters take none.
         """
         with frozen(model):
             latent, action, entropy = self._roll_out(model, start, draws, dtype)
             arrived = latent.after_first()
-            with torch.set_grad_enabled(not self.discrete):
+            with torch.set_grad_enabled(not self.reinforce):
                 reward = two_hot_mean(model.reward_logits(arrived, dtype))
             with torch.no_grad():
                 goes_on = model.cont_logit(arrived.detach(), dtype) > 0
@@ -187,35 +192,35 @@ class Behavior(nn.Module):
     def _roll_out(
         self, model: WorldModel, start: Latent, draws: Draws, dtype: torch.dtype
     ) -> tuple[Latent, Tensor, Tensor | None]:
-        """States (H+1, N, ...), actions (H, N, ...), and entropies (H, N) where actions are continuous, else None.
+        """States (H+1, N, ...), actions (H, N, ...), and entropies (H, N), or None with REINFORCE.
 
-        Gradients flow through all of them where actions are continuous.
+        Without REINFORCE gradients flow through all of them.
         """
-        with torch.set_grad_enabled(not self.discrete):
+        with torch.set_grad_enabled(not self.reinforce):
             weights = model.rssm.cast(dtype)
             # With gradients the actor casts its weights at every step: the gradient of weights that are cast once
             # would be added up over the steps in bfloat16, not in float32.
-            decide = self.actor.at(dtype) if self.discrete else partial(self.actor, dtype=dtype)
+            decide = self.actor.at(dtype) if self.reinforce else partial(self.actor, dtype=dtype)
             classes = model.rssm.classes
             latents, decisions = [start.round_once(dtype).expand_once(classes, dtype)], []
             for t in range(self.horizon):
                 decisions.append(decide(latents[-1], draws.action[t]))
                 action = decisions[-1].action
                 latents.append(model.rssm.imagine_step(latents[-1], action, draws.latent[t], weights))
-            if self.discrete:
+            if self.reinforce:
                 latents = [latent.detach() for latent in latents]
             actions, entropies = zip(*decisions, strict=True)
             latent = _stack(latents).round_once(dtype).expand_once(classes, dtype)
-            return latent, torch.stack(actions), None if self.discrete else torch.stack(entropies)
+            return latent, torch.stack(actions), None if self.reinforce else torch.stack(entropies)
 
     def score(self, trajectory: Trajectory, dtype: torch.dtype) -> Scores:
         """Values, lambda-returns and discount weights of a trajectory.
 
-        Gradients of the logits reach the critic; for continuous actions `value` and `returns` also carry gradients to
-        the trajectory, and the critic's parameters must be frozen by whoever descends them.
+        Gradients of the logits reach the critic; without REINFORCE `value` and `returns` also carry gradients to the
+        trajectory, and the critic's parameters must be frozen by whoever descends them.
         """
         logits = self.critic(trajectory.latent, dtype)["logits"]
-        with torch.set_grad_enabled(not self.discrete):
+        with torch.set_grad_enabled(not self.reinforce):
             value = two_hot_mean(logits)
             returns, weight = lambda_return(
                 trajectory.reward, trajectory.cont, value, self.discount, self.lam
@@ -225,13 +230,13 @@ class Behavior(nn.Module):
     def actor_loss(
         self, trajectory: Trajectory, scores: Scores, bounds: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss of the actor: REINFORCE for discrete actions, the returns themselves for continuous ones.
+        """Scalar loss of the actor: REINFORCE, or the returns themselves where gradients flow through the dynamics.
 
         Args:
             bounds: (2,) percentiles of the returns, this batch included.
         """
-        advantage = (scores.returns - scores.value[:-1]) / ReturnRange.scale(bounds)
-        gain = trajectory.log_prob * advantage.detach() if self.discrete else advantage
+        advantage = (scores.returns - scores.value[:-1]) / self.return_range.scale(bounds)
+        gain = trajectory.log_prob * advantage.detach() if self.reinforce else advantage
         loss = (-gain - self.entropy_scale * trajectory.entropy) * scores.weight[:-1]
         with torch.no_grad():
             metrics = {

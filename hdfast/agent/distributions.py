@@ -42,6 +42,11 @@ def normal_entropy(std: Tensor) -> Tensor:
     return (0.5 * math.log(2 * math.pi * math.e) + std.log()).sum(-1)
 
 
+def normal_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Log-density of x (..., A) in nats, summed over the action axis A."""
+    return (-0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
 def clip_action(action: Tensor) -> Tensor:
     """a / max(1, |a|) elementwise, with the gradient stopped through the scale (ALGORITHM: action clip 1)."""
     return action / action.detach().abs().clamp(min=1.0)

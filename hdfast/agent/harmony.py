@@ -22,7 +22,8 @@ def build_harmonizer(config: Config, *, images: bool, vectors: tuple[str, ...]) 
         return Harmonizer({}, mode="off", scales=scales)
     dyn = loss.dyn / (loss.dyn + loss.rep)
     groups = {"reward": {"reward": 1.0}, "kl": {"dyn": dyn, "rep": 1 - dyn}}
-    fixed = {"reward": harmony.reward, "kl": harmony.kl}
+    weights = {"reward": harmony.reward, "kl": harmony.kl}
     if images:
-        groups["image"], fixed["image"] = {"image": 1.0}, harmony.image
-    return Harmonizer(groups, mode=harmony.mode, regularizer={"kl": dyn}, fixed=fixed, scales=plain)
+        groups["image"], weights["image"] = {"image": 1.0}, harmony.image
+    which = {"fixed": weights} if harmony.mode == "fixed" else {"initial": weights}
+    return Harmonizer(groups, mode=harmony.mode, regularizer={"kl": dyn}, scales=plain, **which)

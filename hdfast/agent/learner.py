@@ -262,8 +262,8 @@ class Learner:
         behavior = self.behavior
         draws = self.draws(half.cont.shape[0])
         actor, critic = self.optimizers["actor"], self.optimizers["critic"]
-        # Continuous actions cast the actor's weights at every step, see `Behavior._roll_out`.
-        with rounded(actor, self.dtype) if behavior.discrete else nullcontext():
+        # Without REINFORCE the actor's weights are cast at every step, see `Behavior._roll_out`.
+        with rounded(actor, self.dtype) if behavior.reinforce else nullcontext():
             trajectory = behavior.imagine(self.model, half.latent, half.cont, draws, self.dtype)
         with rounded(critic, self.dtype):
             scores = behavior.score(trajectory, self.dtype)
@@ -271,7 +271,7 @@ class Learner:
         actor_loss, metrics = behavior.actor_loss(trajectory, scores, bounds)
         critic_loss = behavior.critic_loss(trajectory, scores, self.dtype)
         finite = half.applied & actor_loss.isfinite() & critic_loss.isfinite()
-        critic_gradients = self._gradients("critic", critic_loss, keep_graph=not behavior.discrete)
+        critic_gradients = self._gradients("critic", critic_loss, keep_graph=not behavior.reinforce)
         actor_norm, applied = actor.step(self._gradients("actor", actor_loss), finite)
         critic_norm, applied = critic.step(critic_gradients, applied)
         behavior.return_range.bounds.copy_(torch.where(applied, bounds, behavior.return_range.bounds))

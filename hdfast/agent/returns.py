@@ -17,18 +17,19 @@ def percentiles(values: Tensor, shares: tuple[float, ...]) -> Tensor:
 
 
 class ReturnRange(nn.Module):
-    """Exponential moving average of the 5% and 95% percentiles of imagined returns, started at zero, not debiased.
+    """Exponential moving average of two percentiles of imagined returns, started at zero, not debiased.
 
     Args:
         decay: weight of the old value at each update.
         low, high: the percentiles, as shares in [0, 1].
+        floor: the least `scale`.
     """
 
     bounds: Tensor
 
-    def __init__(self, decay: float = 0.99, low: float = 0.05, high: float = 0.95):
+    def __init__(self, decay: float = 0.99, low: float = 0.05, high: float = 0.95, floor: float = 1.0):
         super().__init__()
-        self.decay, self.shares = decay, (low, high)
+        self.decay, self.shares, self.floor = decay, (low, high), floor
         self.register_buffer("bounds", torch.zeros(2))
 
     def updated(self, returns: Tensor) -> Tensor:
@@ -36,7 +37,6 @@ class ReturnRange(nn.Module):
         now = percentiles(returns.detach().flatten().float(), self.shares)
         return self.decay * self.bounds + (1 - self.decay) * now
 
-    @staticmethod
-    def scale(bounds: Tensor) -> Tensor:
-        """max(1, high - low): what advantages are divided by."""
-        return (bounds[1] - bounds[0]).clamp(min=1.0)
+    def scale(self, bounds: Tensor) -> Tensor:
+        """max(floor, high - low): what advantages are divided by."""
+        return (bounds[1] - bounds[0]).clamp(min=self.floor)

@@ -6,6 +6,7 @@ Source: HarmonyDream (arXiv 2310.00344); the op and its formula are in harmony_l
 """
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,8 @@ class Harmonizer(nn.Module):
     The scalars are the parameter `log_sigma` (G,), float32, in the order of the groups (a state saved in one order
     fits no other), zero at the start: weights of 1. Train them with the model, with the same optimizer, but WITHOUT
     weight decay, which would pull the weights to 1. Exclude the parameter by its name, `log_sigma`, or by
-    `no_weight_decay()`. Ten lines bring harmony into any agent:
+    `no_weight_decay()`. Losses must not be negative, as those of densities can be: the weight of a group whose mean
+    stays below zero grows without bound. Ten lines bring harmony into any agent:
 
         >>> harmonizer = Harmonizer(
         ...     {"reward": {"reward": 1.0}, "image": {"image": 1.0}, "kl": {"dyn": 5 / 6, "rep": 1 / 6}},
@@ -56,6 +58,10 @@ class Harmonizer(nn.Module):
         >>> sorted(name for name in metrics if name.startswith("harmony/weight"))
         ['harmony/weight_image', 'harmony/weight_kl', 'harmony/weight_reward']
 
+    A group settles at a weight of (sqrt(1 + 4 / L) - 1) / 2, which is about 1 / L where its loss L is large. Adam moves
+    a scalar by its learning rate a step, so that a loss of 1e5 takes 11 / lr of them. Begin with a weight near there,
+    as initial={"image": 1e-5}, or give the scalars a larger learning rate.
+
     Mode "fixed" gives each group a constant weight instead of exp(-s_g), and no log term (the paper's study
     of domination sweeps the reward's weight over 1, 10, 100). Mode "off" ignores the groups: every loss has
     its plain scale. Neither has a parameter.
@@ -68,12 +74,14 @@ class Harmonizer(nn.Module):
         mode: "learned", "fixed" or "off".
         regularizer: the factor of log(1 + exp(s)) of a group; 1 by default.
         fixed: the weight of a group; 1 by default. Other numbers are for mode "fixed" alone.
+        initial: the weight of a group at the start; 1 by default. Other numbers are for mode "learned" alone.
         scales: the factor of a loss that no group weighs: of losses in no group, and in mode "off" of every
             loss; 1 by default. DreamerV3 in mode "off": {"dyn": 0.5, "rep": 0.1}.
         backend: passed on to `harmony_loss`.
 
-    Raises ValueError on an unknown mode, an unknown group in regularizer or fixed, a weight in fixed that the mode
-    would not use, or a loss in two groups; TypeError if groups, or one of them, is no mapping.
+    Raises ValueError on an unknown mode, an unknown group in regularizer, fixed or initial, a weight that the mode
+    would not use, an initial weight that is not positive, or a loss in two groups; TypeError if groups, or one of them,
+    is no mapping.
     """
 
     def __init__(
@@ -83,6 +91,7 @@ class Harmonizer(nn.Module):
         mode: str = "learned",
         regularizer: Mapping[str, float] | None = None,
         fixed: Mapping[str, float] | None = None,
+        initial: Mapping[str, float] | None = None,
         scales: Mapping[str, float] | None = None,
         backend: str | None = None,
     ):
@@ -99,20 +108,24 @@ class Harmonizer(nn.Module):
         self.groups = {name: dict(members) for name, members in groups.items()}
         self.scales = dict(scales or {})
         self.backend = backend
-        regularizer, fixed = dict(regularizer or {}), dict(fixed or {})
-        for argument, given in (("regularizer", regularizer), ("fixed", fixed)):
+        regularizer, fixed, initial = dict(regularizer or {}), dict(fixed or {}), dict(initial or {})
+        for argument, given in (("regularizer", regularizer), ("fixed", fixed), ("initial", initial)):
             _check_known(given, self.groups, f"{argument} of a group that does not exist")
-        if mode != "fixed" and (unused := {name: weight for name, weight in fixed.items() if weight != 1}):
-            raise ValueError(
-                f"Harmonizer: mode is {mode!r} and would not use fixed={unused}, expected mode 'fixed'"
-            )
+        for argument, given, used in (("fixed", fixed, "fixed"), ("initial", initial, "learned")):
+            if mode != used and (unused := {name: weight for name, weight in given.items() if weight != 1}):
+                raise ValueError(
+                    f"Harmonizer: mode is {mode!r} and would not use {argument}={unused}, expected mode {used!r}"
+                )
+        if wrong := {name: weight for name, weight in initial.items() if not 0 < weight < math.inf}:
+            raise ValueError(f"Harmonizer: initial is {wrong}, expected positive weights")
         grouped = [loss for group in self.groups.values() for loss in group]
         if twice := sorted({loss for loss in grouped if grouped.count(loss) > 1}):
             raise ValueError(f"Harmonizer: in more than one group: {', '.join(twice)}")
         self.fixed = {name: float(fixed.get(name, 1.0)) for name in self.groups}
         self.regularizer = tuple(float(regularizer.get(name, 1.0)) for name in self.groups)
         if mode == "learned":
-            self.log_sigma = nn.Parameter(torch.zeros(len(self.groups)))
+            weights = [float(initial.get(name, 1.0)) for name in self.groups]
+            self.log_sigma = nn.Parameter(-torch.tensor(weights, dtype=torch.float32).log())
         self._plans: dict[tuple[Any, ...], _Plan] = {}
 
     def no_weight_decay(self) -> set[str]:

@@ -158,6 +158,27 @@ def test_a_fixed_weight_that_the_mode_would_not_use(mode):
     )  # its default, so that configs may pass it
 
 
+def test_weights_to_begin_with():
+    module = Harmonizer(GROUPS, initial={"image": 0.01, "kl": 2.0})
+    losses = {name: torch.rand(4) for name in ("reward", "image", "dyn", "rep")}
+    metrics = module(losses)[1]
+    weights = [metrics[f"harmony/weight_{group}"].item() for group in ("reward", "image", "kl")]
+    assert weights == pytest.approx([1.0, 0.01, 2.0])
+    assert torch.equal(Harmonizer(GROUPS).log_sigma, torch.zeros(3))
+    for mode in ("fixed", "off"):
+        with pytest.raises(
+            ValueError, match=r"would not use initial={'image': 0.5}, expected mode 'learned'"
+        ):
+            Harmonizer(GROUPS, mode=mode, initial={"image": 0.5})
+        Harmonizer(GROUPS, mode=mode, initial={"image": 1.0})
+    with pytest.raises(ValueError, match=r"initial is {'kl': 0}, expected positive weights"):
+        Harmonizer(GROUPS, initial={"kl": 0})
+    with pytest.raises(
+        ValueError, match="initial of a group that does not exist: 'imge'; did you mean 'image'"
+    ):
+        Harmonizer(GROUPS, initial={"imge": 1})
+
+
 @pytest.mark.parametrize("backend", ["reference", None])
 def test_what_pytorch_traces_leaves_nothing_behind(backend):
     """Tensors made during tracing have no memory."""
