@@ -62,6 +62,8 @@ class Config:
     """Type of matrix products and convolutions; parameters, statistics and losses stay float32."""
     agent_steps: SomeSteps = 100_000
     """Agent steps of a run, random ones included (frames are agent steps times the action repeat)."""
+    learner: str | None = None
+    """module:Class, a subclass of hdfast.agent.learner.Learner that learns in its place."""
     init_from: str | None = None
     """Run (or file of a checkpoint) whose parameters a new run starts with; its policy acts from the first step."""
     dry_run: bool = False

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import hdfast
+from hdfast.agent.custom import learner_class
 from hdfast.agent.learner import Learner
 from hdfast.agent.world_model import WorldModel
 from hdfast.config import Config
@@ -33,7 +34,8 @@ def describe(config: Config, tasks: Sequence[Task]) -> str:
     dtype = resolve_precision(config.precision, device)
     graphs.check_graph(config.train.graph, device)
     with make_envs(config, tasks[0], num_envs=config.env.num_envs, stream="train") as env:
-        learner = Learner(env.obs_specs, env.actions, config, device=device, dtype=dtype, seed=config.seed)
+        seen = env.obs_specs, env.actions
+        learner = learner_class(config)(*seen, config, device=device, dtype=dtype, seed=config.seed)
         specs = replay_specs(env.obs_specs, env.actions)
         replay = Replay(specs, num_envs=env.num_envs, capacity=config.replay_rows, device=device)
         about = {

@@ -18,7 +18,7 @@ import numpy as np
 from rich import progress
 
 from hdfast import evaluation, suites
-from hdfast.agent.learner import Learner
+from hdfast.agent.custom import learner_class
 from hdfast.agent.policy import Policy
 from hdfast.config import Config, validate
 from hdfast.envs.base import BatchEnv, EnvStep
@@ -132,7 +132,7 @@ def load(
     try:
         dtype = resolve_precision(config.precision, where)
         specs = {key: spec for key, spec in env.obs_specs.items() if not (unseen and spec.is_image)}
-        learner = Learner(specs, env.actions, config, device=where, dtype=dtype)
+        learner = learner_class(config)(specs, env.actions, config, device=where, dtype=dtype)
         with checkpoint.fitting(saved.path):
             learner.load_parameters(saved.part("learner."))
         policy = Policy(learner, num_envs, stream_seed(seed, "evaluate"), greedy=greedy)

@@ -8,7 +8,7 @@ from hdfast.runtime import checkpoint
 from hdfast.runtime.rundir import chosen, difference, filled, read
 
 # What sets the shapes of parameters.
-_SIZES = ("rssm", "network", "env.obs", "env.image_size", "suite", "task")
+_SIZES = ("learner", "rssm", "network", "env.obs", "env.image_size", "suite", "task")
 _HINT = "--init-from needs a run with the same observations, actions and sizes"
 
 

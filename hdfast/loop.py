@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from hdfast import envs
+from hdfast.agent.custom import learner_class
 from hdfast.config import Config
 from hdfast.replay import LayoutError, ReplayError
 from hdfast.runtime import graphs
 from hdfast.runtime.console import say
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device
 from hdfast.runtime.errors import NO_ROOM, ConfigError, DiskFullError, RunError, disk_errors, warn
+from hdfast.runtime.logger import OnLine
 from hdfast.runtime.rundir import RunDir, filled, has_begun, path_of, read
 from hdfast.runtime.signals import StopRequest
 from hdfast.session import Session
@@ -58,12 +60,14 @@ def replay_errors() -> Iterator[None]:
         raise RunError(str(error), hint=hint) from error
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, *, on_line: OnLine = lambda file, line: None) -> dict[str, Any]:
     """Trains one task with one seed (`config.seed`) to its end, or goes on with it; returns its last evaluation.
 
     The task may be left out where the suite has one. A finished run is not touched: its saved summary is returned.
     On the CPU this process gets as many threads as the model gains from, and keeps the memory that it frees, see
     `prepare_device`.
+
+    on_line gets every line of metrics.jsonl and scores.jsonl, as `on_line("metrics", {"agent_steps": 500, ...})`.
 
     A script must call it below `if __name__ == "__main__":`, because processes of gymnasium environments import it.
 
@@ -85,6 +89,7 @@ def run(config: Config) -> dict[str, Any]:
     prepare_device(device, config.little_work)
     graphs.check_graph(config.train.graph, device)
     envs.check(config.suite, task.name)  # before a mistyped name becomes a directory
+    learner_class(config)
     config = _as_begun(config, path_of(config.logdir, config.suite, task.folder, config.seed))
     with (
         replay_errors(),
@@ -109,7 +114,7 @@ def run(config: Config) -> dict[str, Any]:
             return dict(rundir.summary)
         with StopRequest() as stop:
             try:
-                session = Session(config, suite, task, rundir, device, stop)
+                session = Session(config, suite, task, rundir, device, stop, on_line)
             except BaseException:
                 rundir.discard_unbegun()
                 raise

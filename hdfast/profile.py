@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from hdfast import config as configs
 from hdfast import suites
+from hdfast.agent.custom import learner_class
 from hdfast.agent.learner import Learner
 from hdfast.config import Config
 from hdfast.replay import Replay
@@ -57,7 +58,8 @@ def build(config: Config) -> tuple[Learner, Callable[[], None]]:
         dtype = resolve_precision(config.precision, device)
         job = Job(env.obs_specs, env.actions, config, device, dtype)
         settle(job, check=lambda: None, say=say).use(device)
-        learner = Learner(env.obs_specs, env.actions, config, device=device, dtype=dtype, seed=config.seed)
+        seen = env.obs_specs, env.actions
+        learner = learner_class(config)(*seen, config, device=device, dtype=dtype, seed=config.seed)
         capacity = 2 * length * env.num_envs
         specs = replay_specs(env.obs_specs, env.actions)
         replay = Replay(specs, num_envs=env.num_envs, capacity=capacity, device=device)

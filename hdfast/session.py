@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from hdfast import evaluation, init_from
-from hdfast.agent.learner import Learner
+from hdfast.agent.custom import learner_class
 from hdfast.agent.open_loop import open_loop
 from hdfast.agent.policy import Policy
 from hdfast.agent.updates import Updates, captured_updates
@@ -26,7 +26,7 @@ from hdfast.runtime import checkpoint, errors
 from hdfast.runtime.console import say
 from hdfast.runtime.device import resolve_precision, restore_generator
 from hdfast.runtime.errors import EnvError, Interrupted, NonFiniteError, OutputFullError
-from hdfast.runtime.logger import Logger
+from hdfast.runtime.logger import Logger, OnLine
 from hdfast.runtime.profiling import annotate
 from hdfast.runtime.progress import Progress
 from hdfast.runtime.rundir import RunDir
@@ -50,6 +50,7 @@ class Session:
         rundir: the run's directory, locked.
         device: where learning happens.
         stop: checked at every step.
+        on_line: gets every line of the logs, see `Logger`.
     """
 
     def __init__(
@@ -60,7 +61,9 @@ class Session:
         rundir: RunDir,
         device: torch.device,
         stop: StopRequest,
+        on_line: OnLine = lambda file, line: None,
     ):
+        self._on_line = on_line
         self.config, self.suite, self.task, self.rundir, self.stop = config, suite, task, rundir, stop
         saved = checkpoint.load_latest(rundir.checkpoints)
         begin = 0 if saved is None else saved.meta["agent_steps"]
@@ -94,7 +97,7 @@ class Session:
         self.graph = choice.graph if auto else config.train.graph != "off"
         overlap = choice.overlap if auto else config.train.graph == "overlap"
         seed = stream_seed(config.seed, "learner")
-        self.learner = Learner(*seen, config, device=device, dtype=dtype, seed=seed)
+        self.learner = learner_class(config)(*seen, config, device=device, dtype=dtype, seed=seed)
         if start is not None:
             init_from.load_parameters(self.learner, start, config)
         how = {"precision": str(dtype).removeprefix("torch."), "environment": self.env.source}
@@ -137,6 +140,7 @@ class Session:
             evaluated_at=self.evaluated_at,
             seconds=seconds,
             tensorboard=config.log.tensorboard,
+            on_line=self._on_line,
         )
         opened.callback(self.logger.close)
         self.progress = Progress(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hdfast import config, config_file, envs, report, results, suites
+from hdfast.agent.custom import learner_class
 from hdfast.flags import field_names
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, natural, positive
@@ -304,8 +305,10 @@ def main() -> None:
         raise ConfigError("--devices has no effect with --ray", hint="ray hands out the GPUs of its cluster")
     for name in args.devices:
         resolve_device(name)  # before any run is begun
-    for task in tasks if not args.ray else ():  # of a cluster's machines, nothing is known here
-        envs.check(suite.name, task.name)
+    if not args.ray:  # of a cluster's machines, nothing is known here
+        for task in tasks:
+            envs.check(suite.name, task.name)
+        learner_class(parsed)
     pool = RayPool(args.ray) if args.ray else LocalPool(args.jobs, args.devices, threads=threads)
     say = functools.partial(Console(highlight=False).print, markup=False, soft_wrap=True)
     with StopRequest() as stop:

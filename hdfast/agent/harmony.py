@@ -25,5 +25,7 @@ def build_harmonizer(config: Config, *, images: bool, vectors: tuple[str, ...]) 
     weights = {"reward": harmony.reward, "kl": harmony.kl}
     if images:
         groups["image"], weights["image"] = {"image": 1.0}, harmony.image
-    which = {"fixed": weights} if harmony.mode == "fixed" else {"initial": weights}
-    return Harmonizer(groups, mode=harmony.mode, regularizer={"kl": dyn}, scales=plain, **which)
+    fixed, initial = (weights, None) if harmony.mode == "fixed" else (None, weights)
+    return Harmonizer(
+        groups, mode=harmony.mode, regularizer={"kl": dyn}, fixed=fixed, initial=initial, scales=plain
+    )

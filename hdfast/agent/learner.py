@@ -94,7 +94,13 @@ class Learner:
         seed: initial parameters and all draws of learning follow from it.
 
     Raises: ConfigError, MissingLibraryError where an op cannot run on the device; see `check_backends`.
+
+    A subclass may learn with subclasses of the modules, which it names in `model_type` and `behavior_type`. Its name,
+    `--learner my_agent:MyLearner`, belongs to a run like any other setting.
     """
+
+    model_type: type[WorldModel] = WorldModel
+    behavior_type: type[Behavior] = Behavior
 
     def __init__(
         self,
@@ -112,8 +118,8 @@ class Learner:
         check_backends(self.device)
         with torch.random.fork_rng(devices=[]):  # parameters are drawn on the host: the same on every device
             torch.manual_seed(seed)
-            self.model = WorldModel(obs_specs, actions, config)
-            self.behavior = Behavior(actions, config)
+            self.model = self.model_type(obs_specs, actions, config)
+            self.behavior = self.behavior_type(actions, config)
         self.model.to(self.device)
         self.behavior.to(self.device)
         opt = config.optimizer

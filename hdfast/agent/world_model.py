@@ -159,12 +159,25 @@ class WorldModel(nn.Module):
             target = symlog(batch[key].to(torch.float32).reshape(-1, width))
             error = (decoded[key].float() - target).square()
             losses[key] = torch.where(error < 1e-8, 0.0, error).sum(-1).unflatten(0, lead)
+        losses |= self.more_losses(latent, batch, dtype)
         loss, metrics = self.harmonizer(losses)
         with torch.no_grad():
             metrics["kl_free"] = (losses["dyn"] <= self.free_nats).float().mean()  # clipped ones are equal
             metrics["post_entropy"] = categorical_entropy(observed.post_logp).sum(-1).mean()
             metrics["prior_entropy"] = categorical_entropy(observed.prior_logp).sum(-1).mean()
         return ModelOutput(loss, observed, losses, metrics)
+
+    def more_losses(
+        self, latent: Latent, batch: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Losses of a subclass by name, (T, B) each, which are added with a scale of 1 and logged; none by default.
+
+        A subclass that wants other scales, or a harmony scalar for them, makes another `harmonizer`.
+
+        Args:
+            latent: posterior (T*B, ...) states, time-major; gradients reach them. batch, dtype: see `loss`.
+        """
+        return {}
 
     def _vector(self, obs: Mapping[str, Tensor]) -> Tensor:
         """(..., n) float32: all vector observations, concatenated; a scalar counts as a vector of one."""

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +24,7 @@ from hdfast.runtime.files import plain, replacing, write_all
 from hdfast.runtime.tensorboard import TensorBoard
 from hdfast.runtime.video import encode_gif, save_gif
 
+OnLine = Callable[[str, Mapping[str, Any]], object]
 Metric = float | int | torch.Tensor
 _WHEN = ("agent_steps", "frames", "seconds")  # columns of every line
 
@@ -39,6 +40,7 @@ class Logger:
         lines are cut. None: it knows of all up to resumed_at.
     seconds: wall time the run had taken up to that checkpoint.
     tensorboard: also write TensorBoard files.
+    on_line: gets each line after it is written: "metrics" or "scores", and its columns by name.
 
     Raises, here and in every method that writes: DiskFullError, RunError.
     """
@@ -52,7 +54,9 @@ class Logger:
         evaluated_at: int | None = None,
         seconds: float = 0.0,
         tensorboard: bool = True,
+        on_line: OnLine = lambda file, line: None,
     ) -> None:
+        self._on_line = on_line
         self._directory, self._action_repeat = directory, action_repeat
         self._began = time.monotonic() - seconds
         self._files = {}
@@ -157,6 +161,7 @@ class Logger:
         text = json.dumps(plain(line, name), allow_nan=False)
         with disk_errors(file.name, "write the log"):
             write_all(file, text.encode() + b"\n")
+        self._on_line(name, dict(line))
 
 
 def _points(line: Mapping[str, Any]) -> dict[str, float]:

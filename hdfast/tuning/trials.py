@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hdfast.agent.learner import Learner
+from hdfast.agent.custom import learner_class
 from hdfast.agent.policy import Policy
 from hdfast.agent.updates import Updates, captured_updates
 from hdfast.config import Config
@@ -72,7 +72,7 @@ class Trials:
         dtype: torch.dtype,
     ):
         self.device, self.dtype, self.config = device, dtype, config
-        self.learner = Learner(obs_specs, actions, config, device=device, dtype=dtype, seed=0)
+        self.learner = learner_class(config)(obs_specs, actions, config, device=device, dtype=dtype, seed=0)
         self._spread()
         self._start = {name: tensor.clone() for name, tensor in self.learner.state_dict().items()}
         rng = np.random.default_rng(0)

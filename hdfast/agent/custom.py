@@ -1,0 +1,64 @@
+"""`--learner module:Class`: a learner of your own, a subclass of `Learner`, in place of it."""
+
+import importlib
+import traceback
+from pathlib import Path
+
+from hdfast.agent.learner import Learner
+from hdfast.config import Config
+from hdfast.runtime.errors import ConfigError, MissingLibraryError, RunError, suggest
+
+FLAG = "--learner"
+
+
+def learner_class(config: Config) -> type[Learner]:
+    """The class that `config.learner` names, or Learner.
+
+    Raises: ConfigError where there is no such module or class, or it is no subclass of Learner; MissingLibraryError
+    where its module imports a missing package; RunError for what its module raises.
+    """
+    if config.learner is None:
+        return Learner
+    where = f"{FLAG} {config.learner}"
+    module, _, name = config.learner.partition(":")
+    if not module or not name:
+        raise ConfigError(
+            "expected a module and a class in it", where=where, hint="such as my_agent:MyLearner"
+        )
+    try:
+        found = vars(importlib.import_module(module))
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if not f"{module}.".startswith(f"{missing}."):
+            raise MissingLibraryError(f"{module} needs {missing}", where=where, hint="install it") from error
+        package = module.partition(".")[0]
+        hint = f"install it, or start from the folder that holds {package}.py or {package}/"
+        raise ConfigError(f"there is no module {missing!r}", where=where, hint=hint) from error
+    except (Exception, SystemExit) as error:
+        raise RunError(
+            f"importing {module} raised {_said(error)}", where=where, details=_frames(error)
+        ) from error
+    known = {key: one for key, one in found.items() if isinstance(one, type) and issubclass(one, Learner)}
+    if name not in known:
+        what = (
+            f"{name} is no subclass of hdfast.agent.learner.Learner"
+            if name in found
+            else f"no class {name!r}"
+        )
+        others = [key for key, one in known.items() if one is not Learner]
+        raise ConfigError(f"{what} in {module}", where=where, hint=suggest(name, others))
+    return known[name]
+
+
+def _said(error: BaseException) -> str:
+    return ": ".join(filter(None, (type(error).__name__, str(error).strip())))
+
+
+def _frames(error: BaseException) -> list[str]:
+    """The lines that led to it, but for those of the import system."""
+    own = (Path(__file__), Path(importlib.__file__))
+    return [
+        f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<frozen ") and Path(frame.filename) not in own
+    ]
