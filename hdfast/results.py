@@ -63,7 +63,7 @@ def collect(
         computed = [f"{k} ({' and '.join(sorted(v))})" for k, v in found_out.items() if len(v) > 1]
         if fields := [*_differing(configs), *computed]:
             errors.warn(f"{label}{suite.name} {task.name}: its seeds differ in {', '.join(fields)}")
-        found.append(TaskScores(task, scores, success))
+        found.append(TaskScores(task, scores, success, frozenset(precisions)))
     return found
 
 

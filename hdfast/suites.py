@@ -18,9 +18,12 @@ class UnknownName(ConfigError, ValueError):
     """A suite, task or environment setting that does not exist; the message lists the nearest right ones."""
 
 
+Measure = Literal["human-norm.", "score", "success"]
+
+
 @dataclass(frozen=True)
 class Aggregate:
-    """Human-normalised scores of a suite in three numbers."""
+    """The results of a suite in three numbers."""
 
     mean: float
     median: float
@@ -60,6 +63,7 @@ class Suite:
         name that gymnasium could know is a task.
     action_repeat: simulator frames per agent step, so frames = agent_steps * action_repeat.
     defaults: nested fields of `hdfast.config.Config` that differ from its own defaults.
+    measure: what aggregates over its tasks are of; None where no number means the same in all of them.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Suite:
     action_repeat: int
     defaults: Mapping[str, Any]
     others: tuple[Task, ...] = ()
+    measure: Measure | None = None
 
     def task(self, name: str) -> Task:
         """The task of that name; case, punctuation, a version after it and a family before it do not matter.
@@ -107,26 +112,29 @@ class Suite:
         """Task name -> the method's published final scores, one for each seed; tasks without are left out."""
         return {task.name: task.published[method] for task in self.tasks if method in task.published}
 
-    def aggregate(self, scores: Mapping[str, Sequence[float]]) -> Aggregate | None:
-        """Mean, median and interquartile mean of human-normalised scores; None where no human was measured.
+    def aggregate(self, results: Mapping[str, Sequence[float]]) -> Aggregate | None:
+        """Mean, median and interquartile mean of the suite's measure; None where there is none.
 
-        scores: task name -> the score of each of its runs, at least one.
+        results: task name -> the score of each of its runs, at least one; for the measure "success" the share of
+            episodes solved.
         """
-        normalized = self._normalized(scores)
-        return aggregate(normalized) if normalized else None
+        measured = self._measured(results)
+        return aggregate(measured) if measured else None
 
-    def interval(self, scores: Mapping[str, Sequence[float]]) -> tuple[Aggregate, Aggregate] | None:
+    def interval(self, results: Mapping[str, Sequence[float]]) -> tuple[Aggregate, Aggregate] | None:
         """The ends of the 95% interval of `aggregate`, see `interval`; None where it cannot be computed.
 
-        That is the case if no human was measured, a task has a single run, or a score is not finite.
+        That is the case if there is no measure, a task has a single run, or a result is not finite.
         """
-        normalized = self._normalized(scores)
-        known = all(len(runs) > 1 and np.isfinite(runs).all() for runs in normalized)
-        return interval(normalized) if normalized and known else None
+        measured = self._measured(results)
+        known = all(len(runs) > 1 and np.isfinite(runs).all() for runs in measured)
+        return interval(measured) if measured and known else None
 
-    def _normalized(self, scores: Mapping[str, Sequence[float]]) -> list[list[float]]:
-        """The human-normalised score of each run, of the tasks that a human was measured on."""
-        tasks = [(self.task(name), runs) for name, runs in scores.items()]
+    def _measured(self, results: Mapping[str, Sequence[float]]) -> list[list[float]]:
+        """What is aggregated of each run, for each task that has it."""
+        if self.measure != "human-norm.":
+            return [list(runs) for runs in results.values()] if self.measure else []
+        tasks = [(self.task(name), runs) for name, runs in results.items()]
         return [
             [human_normalized(task, score) for score in runs]
             for task, runs in tasks
@@ -299,6 +307,7 @@ SUITES: dict[str, Suite] = {
                 for game, random, human, harmony, dreamer in _atari_rows()
             ),
             action_repeat=4,
+            measure="human-norm.",
             defaults={
                 "size": "small",
                 "agent_steps": 100_000,
@@ -332,6 +341,7 @@ SUITES: dict[str, Suite] = {
             tasks=_tasks(_DMC.split(), "{}-v1", time_limit=500),
             others=_tasks(_DMC_OTHERS.split(), "{}-v1", time_limit=500),
             action_repeat=2,
+            measure="score",
             defaults=_DMC_DEFAULTS,
         ),
         Suite(
@@ -346,6 +356,7 @@ SUITES: dict[str, Suite] = {
             source="metaworld",
             tasks=_tasks(_METAWORLD.split(), "MetaWorld/{}-v3", time_limit=500),
             action_repeat=1,
+            measure="success",
             defaults={
                 "size": "medium",
                 "agent_steps": 255_000,

@@ -1,6 +1,7 @@
 """The tables of a suite: final scores of its tasks, their spread over seeds, and the aggregates of all of them."""
 
 import math
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +17,15 @@ AGGREGATES = ("mean", "median", "iqm")
 
 @dataclass(frozen=True)
 class TaskScores:
-    """The finished runs of one task: seed -> final score, and share of episodes solved if the task reports it."""
+    """The finished runs of one task: seed -> final score, and share of episodes solved if the task reports it.
+
+    precisions: the types that their matrix work was in, as far as known.
+    """
 
     task: suites.Task
     scores: Mapping[int, float]
     success: Mapping[int, float] = field(default_factory=dict)
+    precisions: frozenset[str] = frozenset()
 
     @property
     def mean(self) -> float:
@@ -44,12 +49,18 @@ class TaskScores:
 def title(suite: suites.Suite, found: Collection[Sequence[TaskScores]]) -> str:
     """One line on what the tables of one or several folders show, and how they write a spread if there is one."""
     spread = " ± standard error" if any(len(row.scores) > 1 for rows in found for row in rows) else ""
-    interval = "; [95% bootstrap interval]" if any(map(suite.interval, _comparable(found))) else ""
-    return f"{suite.name}: score of the final evaluation, mean over seeds{spread}{interval}"
+    interval = "; [95% bootstrap interval]" if any(map(suite.interval, _comparable(suite, found))) else ""
+    others = {
+        name for rows in found for row in rows if row.task.published for name in row.precisions - {"float32"}
+    }
+    precision = (
+        f"; in {' and '.join(sorted(others))}, where published scores are of float32" if others else ""
+    )
+    return f"{suite.name}: score of the final evaluation, mean over seeds{spread}{interval}{precision}"
 
 
 def table(suite: suites.Suite, rows: Sequence[TaskScores]) -> Table:
-    """Score, success, human-normalised score and published ones per task, then mean, median and IQM of the normalised.
+    """Score, success, human-normalised score and published ones per task, then mean, median and IQM over tasks.
 
     Means over two seeds or more have a standard error, and aggregates of only such tasks a 95% interval. The
     aggregates of the published methods are over the tasks that are finished here, so that columns are comparable.
@@ -71,7 +82,7 @@ def table(suite: suites.Suite, rows: Sequence[TaskScores]) -> Table:
             seeds = row.task.published.get(method)
             cells.append(_number(sum(seeds) / len(seeds)) if seeds else "-")
         view.add_row(*cells)
-    done = _done(rows)
+    done = _done(suite, rows)
     if (ours := _aggregates(suite, done)) is None:
         return view
     published = [
@@ -81,7 +92,9 @@ def table(suite: suites.Suite, rows: Sequence[TaskScores]) -> Table:
     view.add_section()
     for name in AGGREGATES:
         others = [f"{getattr(p, name):z.3f}" if p else "-" for p in published]
-        view.add_row(f"human-norm. {name}", str(len(done)), "", ours[name], *others)
+        place = ["score", *optional].index(suite.measure)
+        cells = ["" if k != place else ours[name] for k in range(1 + len(optional))]
+        view.add_row(f"{suite.measure} {name}", str(len(done)), *cells, *others)
     return view
 
 
@@ -107,20 +120,20 @@ def side_by_side(suite: suites.Suite, found: Mapping[str, Sequence[TaskScores]])
         if any(row.scores for row in rows):
             success = map(_success, rows) if solved else []
             view.add_row(name, _counts([len(row.scores) for row in rows]), *map(_score, rows), *success)
-    comparable = _comparable(found.values())
+    comparable = _comparable(suite, found.values())
     aggregates = [_aggregates(suite, done) for done in comparable]
     if not any(aggregates):
         return view
     view.add_section()
     for name in AGGREGATES:
         cells = [texts[name] if texts else "-" for texts in aggregates]
-        view.add_row(f"human-norm. {name}", str(max(map(len, comparable))), *cells)
+        view.add_row(f"{suite.measure} {name}", str(max(map(len, comparable))), *cells)
     return view
 
 
 def as_dict(suite: suites.Suite, rows: Sequence[TaskScores]) -> dict[str, Any]:
     """The same for JSON: scores and success rates per task and seed, their standard errors, and the aggregates."""
-    done = _done(rows)
+    done = _done(suite, rows)
     aggregate, ends = suite.aggregate(done) if done else None, suite.interval(done)
     success = {row.task.name: {str(k): v for k, v in row.success.items()} for row in rows if row.success}
     errors = {}
@@ -136,19 +149,22 @@ def as_dict(suite: suites.Suite, rows: Sequence[TaskScores]) -> dict[str, Any]:
         "tasks": {row.task.name: {str(k): v for k, v in row.scores.items()} for row in rows},
         "success": success or None,
         "standard_error": errors or None,
-        "human_normalized": None if aggregate is None else vars(aggregate),
+        "aggregate": None if aggregate is None else {"of": suite.measure, **vars(aggregate)},
         "interval": ends and {name: [getattr(end, name) for end in ends] for name in AGGREGATES},
     }
 
 
-def _done(rows: Sequence[TaskScores]) -> dict[str, list[float]]:
-    """Task name -> final scores, of the tasks that have any."""
-    return {row.task.name: list(row.scores.values()) for row in rows if row.scores}
+def _done(suite: suites.Suite, rows: Sequence[TaskScores]) -> dict[str, list[float]]:
+    """Task name -> final results, of the tasks that have any: what the suite aggregates, else scores."""
+    results = {
+        row.task.name: row.success if suite.measure == "success" else row.scores for row in rows if row.scores
+    }
+    return {name: list(runs.values()) for name, runs in results.items() if runs}
 
 
-def _comparable(found: Collection[Sequence[TaskScores]]) -> list[dict[str, list[float]]]:
+def _comparable(suite: suites.Suite, found: Collection[Sequence[TaskScores]]) -> list[dict[str, list[float]]]:
     """`_done` of each folder, restricted to the tasks finished in every folder that has finished any."""
-    done = [_done(rows) for rows in found]
+    done = [_done(suite, rows) for rows in found]
     common = set.intersection(*(set(scores) for scores in done if scores)) if any(done) else set()
     return [{name: runs for name, runs in scores.items() if name in common} for scores in done]
 
@@ -159,15 +175,22 @@ def _counts(counts: Sequence[int]) -> str:
 
 
 def _aggregates(suite: suites.Suite, done: Mapping[str, Sequence[float]]) -> dict[str, str] | None:
-    """Each aggregate as text, with its interval where there is one; None if there is nothing to aggregate."""
-    found = suite.aggregate(done) if done else None
+    """Each aggregate as text, with its interval where there is one; None if there is nothing to aggregate.
+
+    A single task has aggregates only if they are of another number than its own.
+    """
+    found = suite.aggregate(done) if len(done) > (suite.measure != "human-norm.") else None
     if found is None:
         return None
     ends = suite.interval(done)
     cells = {}
     for name in AGGREGATES:
-        interval = f" [{getattr(ends[0], name):z.2f}, {getattr(ends[1], name):z.2f}]" if ends else ""
-        cells[name] = f"{getattr(found, name):z.3f}{interval}"
+        value = getattr(found, name)
+        form, fine = {"human-norm.": ("{:z.2f}", "{:z.3f}"), "success": ("{:.0%}", "{:.0%}")}.get(
+            suite.measure or "", (_format(value), _format(value))
+        )
+        interval = ", ".join(form.format(getattr(end, name)) for end in ends or ())
+        cells[name] = fine.format(value) + (f" [{interval}]" if interval else "")
     return cells
 
 
@@ -196,6 +219,8 @@ def _format(value: float) -> str:
         return "-"
     if size >= 1e12:
         return "{:.3g}"
+    if 0 < size < 0.1:
+        return "{:z.2g}"
     return "{:,.0f}" if size >= 1000 else "{:z.1f}" if size >= 10 else "{:z.2f}"
 
 
@@ -207,6 +232,9 @@ def _standard_error(values: Collection[float]) -> float:
     """Of the mean of values; NaN for fewer than two."""
     if len(values) < 2:
         return math.nan
-    mean = _mean(values)
-    squares = sum((value - mean) * (value - mean) for value in values)
-    return math.sqrt(squares / (len(values) - 1) / len(values))
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    try:
+        return math.sqrt(statistics.variance(values) / len(values))  # exactly 0 for equal numbers
+    except OverflowError:
+        return math.inf

@@ -104,7 +104,7 @@ def test_the_spread_over_seeds_stands_beside_the_means(tmp_path, monkeypatch, ca
     pong = about["standard_error"].pop("Pong")
     assert pong == pytest.approx({"score": 2.081666, "human_normalized": 2.081666 / 35.3})
     assert about["standard_error"] == {"Boxing": pytest.approx({"score": 12.0, "human_normalized": 1.0})}
-    assert list(about["interval"]) == list(about["human_normalized"]) == ["mean", "median", "iqm"]
+    assert list(about["interval"]) == list(about["aggregate"])[1:] == ["mean", "median", "iqm"]
     assert [f"{end:.2f}" for end in about["interval"]["mean"]] == [mean[4].strip("[,"), mean[5].strip("]")]
     finish(tmp_path, "Alien", 0, 227.8)  # a task with a single run
     code, out, err = door(report.main, argv, monkeypatch, capfd)
@@ -127,7 +127,10 @@ def test_the_spread_over_seeds_stands_beside_the_means(tmp_path, monkeypatch, ca
         ((1.0, math.inf), "inf"),
         ((1.0, math.nan), "-"),
         ((-1e308, 1e308), "0.00 ± inf"),
-        ((-0.001, 0.0), "0.00 ± 0.00"),
+        ((-0.001, 0.0), "-0.0005 ± 0.0005"),
+        ((0.0011,), "0.0011"),
+        ((0.0, 0.0), "0.00 ± 0.00"),
+        ((0.1, 0.1, 0.1), "0.10 ± 0.00"),
     ],
 )
 def test_how_a_score_and_its_error_are_written(tmp_path, scores, text):
@@ -143,7 +146,7 @@ def test_nothing_trained_yet(tmp_path):
     assert cells(text, "Pong") == ["Pong", "0", "-", "-", "18.6", "16.1"]
     assert "human-norm. mean" not in text
     about = tables.as_dict(ATARI, results.collect(tmp_path, ATARI))
-    assert (about["standard_error"], about["human_normalized"], about["interval"]) == (None, None, None)
+    assert (about["standard_error"], about["aggregate"], about["interval"]) == (None, None, None)
 
 
 def test_what_was_trained_beside_the_tasks_of_the_suite_is_shown(tmp_path):
@@ -180,6 +183,44 @@ def test_success_rates_stand_beside_the_scores(tmp_path):
     assert tables.as_dict(ATARI, results.collect(tmp_path, ATARI))["success"] is None
 
 
+def test_suites_without_humans_aggregate_their_own_measure(tmp_path):
+    """DeepMind Control's scores, of at most 1,000 in each task, and Meta-World's success rates."""
+    dmc, metaworld = suites.get("dmc"), suites.get("metaworld")
+    for seed in (0, 1):
+        finish(tmp_path, "walker_walk", seed, 900.0 + seed, suite="dmc")
+        finish(tmp_path, "reach", seed, 7.0, suite="metaworld", success=0.5)
+    alone = text_of(dmc, results.collect(tmp_path, dmc))
+    assert "mean" not in alone  # the mean over one task is its score
+    for seed in (0, 1):
+        finish(tmp_path, "hopper_hop", seed, 100.0 + seed, suite="dmc")
+        finish(tmp_path, "push", seed, 3.0, suite="metaworld", success=1.0)
+    finish(tmp_path, "soccer", 0, 3.0, suite="metaworld")  # a run that does not tell
+    rows = results.collect(tmp_path, dmc)
+    text = text_of(dmc, rows)
+    assert " ".join(cells(text, "score mean")) == "score mean 2 500.5 [500.0, 501.0]"
+    assert " ".join(cells(text, "score iqm")[:4]) == "score iqm 2 500.5"
+    about = tables.as_dict(dmc, rows)
+    assert about["aggregate"] == {"of": "score", "mean": 500.5, "median": 500.5, "iqm": 500.5}
+    assert about["interval"]["mean"] == [500.0, 501.0]
+    rows = results.collect(tmp_path, metaworld)
+    assert " ".join(cells(text_of(metaworld, rows), "success mean")) == "success mean 2 75% [75%, 75%]"
+    assert tables.as_dict(metaworld, rows)["aggregate"]["of"] == "success"
+    shown = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    shown.print(tables.side_by_side(dmc, {"a": results.collect(tmp_path, dmc)}))
+    assert " ".join(cells(shown.export_text(), "score median")) == "score median 2 500.5 [500.0, 501.0]"
+
+
+def test_scores_in_another_precision_than_the_published_ones_are_told(tmp_path, monkeypatch, capfd):
+    finish(tmp_path, "Pong", 0, 14.6, precision="float32")
+    finish(tmp_path, "Catch", 0, 1.0, suite="demo", precision="bfloat16")
+    argv = ["--logdir", str(tmp_path)]
+    assert "float32" not in door(report.main, argv, monkeypatch, capfd)[1]
+    finish(tmp_path, "Alien", 0, 14.6, precision="bfloat16")
+    out = door(report.main, argv, monkeypatch, capfd)[1]
+    assert "mean over seeds; in bfloat16, where published scores are of float32\n" in out
+    assert out.count("float32") == 1
+
+
 def test_the_door(tmp_path, monkeypatch, capfd):
     finish(tmp_path, "Pong", 1, 14.6)
     code, out, err = door(report.main, ["--logdir", str(tmp_path)], monkeypatch, capfd)
@@ -190,7 +231,7 @@ def test_the_door(tmp_path, monkeypatch, capfd):
     assert code == 0
     (about,) = json.loads(out)
     assert about["tasks"]["Pong"] == {"1": 14.6}
-    assert about["human_normalized"] == {"mean": 1.0, "median": 1.0, "iqm": 1.0}
+    assert about["aggregate"] == {"of": "human-norm.", "mean": 1.0, "median": 1.0, "iqm": 1.0}
     code, out, err = door(report.main, ["--suite", "atari"], monkeypatch, capfd)
     assert (code, out) == (2, "")
     assert err == "error: no suite 'atari'; did you mean 'atari100k'?\n"
