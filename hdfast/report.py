@@ -94,7 +94,7 @@ def main() -> None:
         nargs="+",
         action="extend",
         default=argparse.SUPPRESS,  # "extend" would keep any other
-        help="folder that holds all runs, or several to compare (default: runs)",
+        help="folder that holds all runs, or the variants of a sweep, or several to compare (default: runs)",
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
@@ -110,7 +110,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     chosen = [suites.get(args.suite)] if args.suite is not None else []
-    folders = getattr(args, "logdir", [Path("runs")])
+    folders = [one for folder in getattr(args, "logdir", [Path("runs")]) for one in _variants(folder)]
     runs = _suites_of(folders, chosen)
     if args.curves is not None:
         _save_curves(args.curves, runs, several=len(folders) > 1, of=args.suite)
@@ -126,6 +126,14 @@ def main() -> None:
     else:
         for suite, rows in found:
             show(suite, rows)
+
+
+def _variants(folder: Path) -> list[Path]:
+    """The folders of a sweep's variants, if they are all that `folder` holds runs in; else itself."""
+    with disk_errors(folder, "read the folder"):
+        if not folder.is_dir() or with_runs(folder):
+            return [folder]
+        return [one for one in sorted(folder.iterdir()) if one.is_dir() and with_runs(one)] or [folder]
 
 
 def _suites_of(folders: Sequence[Path], chosen: Sequence[suites.Suite]) -> dict[Path, list[suites.Suite]]:

@@ -1,6 +1,7 @@
 """Trains every task of a suite with several seeds, each run in a process of its own, and prints the suite's table.
 
-Flags after `--` are passed on to `hdfast.train`. A run's output goes to train.log in its directory. The same command
+Flags after `--` are passed on to `hdfast.train`. With --vary, every combination of values has a folder of its own below
+the logdir, and the table shows them side by side. A run's output goes to train.log in its directory. The same command
 resumes all unfinished runs. Ctrl-C, or killing the sweep, stops all runs, each with a checkpoint.
 """
 
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from hdfast import config, config_file, envs, report, results, suites
+from hdfast import config, config_file, envs, report, results, suites, variants
 from hdfast.agent.custom import learner_class
 from hdfast.flags import field_names
 from hdfast.runtime import errors
@@ -126,14 +127,15 @@ def jobs_of(
     seeds: Sequence[int],
     flags: Sequence[str],
     logdir: Path,
+    variant: str = "",
 ) -> list[Job]:
     """Every task with every seed; all tasks with one seed come before the next seed, so that the table fills evenly.
 
-    flags: of `hdfast.train`. logdir: the one named there.
+    flags: of `hdfast.train`. logdir: the one named there. variant: what sets these apart from other jobs.
     """
     return [
         Job(
-            name=f"{task.name} seed {seed}",
+            name=f"{task.name} seed {seed}" + (f", {variant}" if variant else ""),
             command=(
                 *(sys.executable, "-m", "hdfast.train", "--suite", suite.name),
                 *("--task", task.name, "--seed", str(seed), *flags),
@@ -280,6 +282,13 @@ def main() -> None:
     parser.add_argument(
         "--tasks", "--task", nargs="+", metavar="TASK", help="tasks to train; all of the suite if left out"
     )
+    parser.add_argument(
+        variants.FLAG,
+        nargs="+",
+        default=(),
+        metavar="FLAG=VALUE,VALUE",
+        help="settings to try all combinations of",
+    )
     parser.add_argument("--seed", type=natural, default=0, help="first seed")
     parser.add_argument(
         "--seeds", type=positive, default=5, help="seeds of each task, counting up from --seed"
@@ -299,8 +308,14 @@ def main() -> None:
     tasks = suite.select(name for given in args.tasks or () for name in given.split(",") if name)
     seeds = ["--seed", str(args.seed), "--seeds", str(args.seeds)]
     parsed = config.parse(["--suite", suite.name, *seeds, *flags])
-    logdir, threads = parsed.logdir, 1 if parsed.little_work else None
-    jobs = jobs_of(suite, tasks, range(args.seed, args.seed + args.seeds), flags, logdir)
+    folders, jobs = {}, []
+    for seed in range(args.seed, args.seed + args.seeds):
+        for variant in variants.variants(args.vary):
+            folder = parsed.logdir / variant.folder
+            more = [*flags, *variant.flags, *(["--logdir", str(folder)] if variant.folder else [])]
+            folders[folder] = config.parse(["--suite", suite.name, *seeds, *more])
+            jobs += jobs_of(suite, tasks, [seed], more, folder, variant.folder)
+    threads = 1 if all(one.little_work for one in folders.values()) else None
     if args.ray and args.devices:
         raise ConfigError("--devices has no effect with --ray", hint="ray hands out the GPUs of its cluster")
     for name in args.devices:
@@ -308,12 +323,17 @@ def main() -> None:
     if not args.ray:  # of a cluster's machines, nothing is known here
         for task in tasks:
             envs.check(suite.name, task.name)
-        learner_class(parsed)
+        for one in folders.values():
+            learner_class(one)
     pool = RayPool(args.ray) if args.ray else LocalPool(args.jobs, args.devices, threads=threads)
     say = functools.partial(Console(highlight=False).print, markup=False, soft_wrap=True)
     with StopRequest() as stop:
         failed = run(pool, jobs, args.jobs, stop, say)
-    report.show(suite, results.collect(logdir, suite, tasks))
+    found = {str(folder): results.collect(folder, suite, tasks) for folder in folders}
+    if len(found) > 1:
+        report.compare(suite, found)
+    else:
+        report.show(suite, *found.values())
     if failed:
         logs = {job.name: job.log for job in jobs}
         details = [f"{name}: {_ending(code)}: {_last_line(logs[name])}" for name, code in failed.items()]

@@ -92,7 +92,7 @@ def table(suite: suites.Suite, rows: Sequence[TaskScores]) -> Table:
     view.add_section()
     for name in AGGREGATES:
         others = [f"{getattr(p, name):z.3f}" if p else "-" for p in published]
-        place = ["score", *optional].index(suite.measure)
+        place = ["score", *optional].index(str(suite.measure))
         cells = ["" if k != place else ours[name] for k in range(1 + len(optional))]
         view.add_row(f"{suite.measure} {name}", str(len(done)), *cells, *others)
     return view

@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "hdfast.results": ("hdfast.config", "hdfast.loop", "hdfast.runtime", "hdfast.suites", "hdfast.tables"),
     "hdfast.plots": (),
+    "hdfast.variants": ("hdfast.config", "hdfast.flags", "hdfast.runtime.errors"),
     **{f"hdfast.{door}": ("hdfast", "hdfast_kernels") for door in DOORS},
     "hdfast": (  # the loop and the rest, except the commands
         *(
