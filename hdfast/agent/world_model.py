@@ -150,7 +150,7 @@ class WorldModel(nn.Module):
         if self.images:
             per_key = [image_loss(decoded[k], batch[k].flatten(0, 1)) for k in self.images]
             losses["image"] = sum(per_key[1:], per_key[0]).unflatten(0, lead)
-        losses["dyn"], losses["rep"] = kl_balance(observed.post_logp, observed.prior_logp, self.free_nats)
+        losses["dyn"], losses["rep"], kl = kl_balance(observed.post_logp, observed.prior_logp, self.free_nats)
         cont = 1 - batch["is_terminal"].flatten(0, 1).to(torch.float32)
         logit = self.cont_logit(latent if self.cont_gradient else latent.detach(), dtype)
         cont_loss = F.binary_cross_entropy_with_logits(logit, cont, reduction="none")
@@ -162,6 +162,7 @@ class WorldModel(nn.Module):
         losses |= self.more_losses(latent, batch, dtype)
         loss, metrics = self.harmonizer(losses)
         with torch.no_grad():
+            metrics["kl"] = kl.mean()
             metrics["kl_free"] = (losses["dyn"] <= self.free_nats).float().mean()  # clipped ones are equal
             metrics["post_entropy"] = categorical_entropy(observed.post_logp).sum(-1).mean()
             metrics["prior_entropy"] = categorical_entropy(observed.prior_logp).sum(-1).mean()

@@ -20,13 +20,15 @@ from .numerics import check_axes, check_device, check_shape, compute_dtype
 from .tiles import as_rows
 
 
-def kl_balance_reference(post_logp: Tensor, prior_logp: Tensor, free: float = 1.0) -> tuple[Tensor, Tensor]:
+def kl_balance_reference(
+    post_logp: Tensor, prior_logp: Tensor, free: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, in plain PyTorch; see `kl_balance`."""
     dtype = compute_dtype(post_logp)
     post, prior = post_logp.to(dtype), prior_logp.to(dtype)
-    dyn = _kl(post.detach(), prior).clamp(min=free)
-    rep = _kl(post, prior.detach()).clamp(min=free)
-    return dyn.to(post_logp.dtype), rep.to(post_logp.dtype)
+    dyn, rep = _kl(post.detach(), prior), _kl(post, prior.detach())
+    losses = (kl.clamp(min=free).to(post_logp.dtype) for kl in (dyn, rep))
+    return (*losses, rep.detach())
 
 
 def _kl(post: Tensor, prior: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ def kl_balance_backward(
 
 class _KLBalance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, post_logp: Tensor, prior_logp: Tensor, free: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx, post_logp: Tensor, prior_logp: Tensor, free: float) -> tuple[Tensor, Tensor, Tensor]:
         leading, columns = post_logp.shape[:-2], post_logp.shape[-2] * post_logp.shape[-1]
         post, prior = as_rows(post_logp, columns), as_rows(prior_logp, columns)
         kl = torch.empty(len(post), dtype=torch.float32, device=post.device)
@@ -92,11 +94,13 @@ class _KLBalance(torch.autograd.Function):
             kl_balance_forward[(len(post),)](post, prior, kl, dyn, rep, free, columns, block, num_warps=warps)
         ctx.save_for_backward(post, prior, kl)
         ctx.free, ctx.shape = free, post_logp.shape
-        return dyn.view(leading), rep.view(leading)
+        shown = kl.view(leading)
+        ctx.mark_non_differentiable(shown)
+        return dyn.view(leading), rep.view(leading), shown
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, ddyn: Tensor, drep: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, ddyn: Tensor, drep: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
         post, prior, kl = ctx.saved_tensors
         dpost, dprior = torch.empty_like(post), torch.empty_like(prior)
         if len(post):
@@ -116,16 +120,17 @@ def _launch(columns: int) -> tuple[int, int]:
 
 def kl_balance(
     post_logp: Tensor, prior_logp: Tensor, free: float = 1.0, *, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """The dynamics and the representation loss from posterior and prior log-probabilities.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The dynamics and the representation loss from posterior and prior log-probabilities, and the KL itself.
 
     Args:
         post_logp, prior_logp: (..., S, K) normalised log-probabilities, finite (see `sample_onehot`).
         free: nats below which a row's KL is clipped.
         backend: "reference", "triton" or "native"; None lets `dispatch` choose.
 
-    Returns dyn and rep, each (...), in the dtype of post_logp. Both have the same value; dyn has a gradient
-    to prior_logp only, rep to post_logp only, and a row whose KL is below `free` has none.
+    Returns dyn, rep and kl, each (...). dyn and rep, in the dtype of post_logp, have the same value; dyn has a gradient
+    to prior_logp only, rep to post_logp only, and a row whose KL is below `free` has none. kl, in nats and float32
+    (float64 for float64), is not clipped and has no gradient.
 
     Raises ValueError on shapes or devices that do not fit; `dispatch.BackendError` if the backend cannot run here.
     """

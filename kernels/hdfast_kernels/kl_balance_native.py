@@ -9,7 +9,7 @@ from .autograd import once_differentiable
 
 class _KLBalance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, post_logp: Tensor, prior_logp: Tensor, free: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx, post_logp: Tensor, prior_logp: Tensor, free: float) -> tuple[Tensor, Tensor, Tensor]:
         post, prior = post_logp.contiguous(), prior_logp.contiguous()
         if post.dtype != prior.dtype:  # C++ takes one dtype: the wider one
             post, prior = native.as_float(post), native.as_float(prior)
@@ -21,11 +21,12 @@ class _KLBalance(torch.autograd.Function):
         ctx.save_for_backward(post, prior, kl)
         ctx.free, ctx.dtypes = free, (post_logp.dtype, prior_logp.dtype)
         loss = kl.clamp(min=free).to(post_logp.dtype)
-        return loss, loss.clone()
+        ctx.mark_non_differentiable(kl)
+        return loss, loss.clone(), kl
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_dyn: Tensor, grad_rep: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad_dyn: Tensor, grad_rep: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
         post, prior, kl = ctx.saved_tensors
         grad_dyn, grad_rep = native.as_float(grad_dyn), native.as_float(grad_rep)
         grad_post, grad_prior = torch.empty_like(post), torch.empty_like(prior)

@@ -84,7 +84,7 @@ def cases() -> list[Case]:
         return lambda op: op(meta(rows, groups, classes, dtype=dtype), meta(rows, groups), 0.01)
 
     def kl_balance(op):
-        backward(*op(meta(64, 16, 32, 32, grad=True), meta(64, 16, 32, 32, grad=True), 1.0))
+        backward(*op(meta(64, 16, 32, 32, grad=True), meta(64, 16, 32, 32, grad=True), 1.0)[:2])
 
     def two_hot_loss(rows: int, dtype: torch.dtype, width: int = 255):
         return lambda op: backward(
