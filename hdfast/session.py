@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from hdfast import evaluation, init_from
+from hdfast.advice import RewardScale, check_videos
 from hdfast.agent.custom import learner_class
-from hdfast.agent.open_loop import open_loop
+from hdfast.agent.open_loop import CONTEXT, EXAMPLES, films
 from hdfast.agent.policy import Policy
 from hdfast.agent.updates import Updates, captured_updates
 from hdfast.config import Config
@@ -31,15 +32,11 @@ from hdfast.runtime.profiling import annotate
 from hdfast.runtime.progress import Progress
 from hdfast.runtime.rundir import RunDir
 from hdfast.runtime.signals import StopRequest
-from hdfast.runtime.video import open_loop_grid
 from hdfast.streams import make_envs, stream_seed
 from hdfast.suites import Suite, Task
 from hdfast.tuning.search import Job
 from hdfast.tuning.settle import settle
 from hdfast_kernels import dispatch
-
-VIDEO_EXAMPLES = 6
-VIDEO_CONTEXT = 5
 
 
 class Session:
@@ -69,6 +66,7 @@ class Session:
         begin = 0 if saved is None else saved.meta["agent_steps"]
         start = init_from.checkpoint_for(config) if saved is None else None
         stop.say = say
+        check_videos(config)
         self._make_envs = partial(make_envs, config, task, stop=stop.check)
         self.eval_env: BatchEnv | None = None
         with contextlib.ExitStack() as opened:
@@ -124,6 +122,7 @@ class Session:
             self._update = captured_updates(
                 self.learner, self.replay.sample, self.replay.generators, overlap=overlap
             )
+        self.reward_scale = RewardScale(config, f"{self.task.name} seed {config.seed}")
         self.agent_steps = 0
         self.step_from: int | None = None  # agent steps before the step that is under way
         self.learning_from: int | None = None  # agent steps at which the prefill was complete
@@ -213,6 +212,7 @@ class Session:
             if self._evaluation_due():
                 self._evaluate()
             finished = meter.add(step)
+            self.reward_scale.add(step.reward)
             with annotate("act"):
                 action = self._act(step.obs, step.is_first)
             self.env.send(action)  # the environment works while the learner does
@@ -316,19 +316,15 @@ class Session:
         prefix = "harmony/weight_"
         weights = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
         self.progress.update(harmony=weights or None)
+        self.reward_scale.check(self.learner.updates, values)
 
     def _video(self) -> None:
         length = self.config.replay.length
-        if self.learning_from is None or length <= VIDEO_CONTEXT:
+        if self.learning_from is None or length <= CONTEXT:
             return
-        examples = min(VIDEO_EXAMPLES, self.config.replay.batch)
-        starts = self.learner.last_starts[:examples]
-        batch = self.replay.gather(starts, length)
-        for key, model in open_loop(self.learner, batch, context=VIDEO_CONTEXT).items():
-            if batch[key].shape[-1] in (1, 3):
-                truth, guess = batch[key].cpu().numpy(), model.cpu().numpy()
-                frames = open_loop_grid(truth, guess, context=VIDEO_CONTEXT)
-                self.logger.video(f"open_loop_{key}", agent_steps=self.agent_steps, frames=frames)
+        batch = self.replay.gather(self.learner.last_starts[:EXAMPLES], length)
+        for key, frames in films(self.learner, batch).items():
+            self.logger.video(f"open_loop_{key}", agent_steps=self.agent_steps, frames=frames)
 
     def _evaluate(self) -> None:
         self._update.finish()

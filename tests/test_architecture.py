@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             f"hdfast.{part}"
             for part in (
                 "agent",
+                "advice",
                 "config",
                 "envs",
                 "evaluation",

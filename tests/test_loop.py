@@ -289,18 +289,18 @@ def test_metrics_tensorboard_and_videos(tmp_path, capfd):
 
 def test_videos_show_the_windows_that_were_learnt_from_last(tmp_path, monkeypatch):
     script(monkeypatch)
-    sample, predict, sampled, shown = session.Replay.sample, session.open_loop, [], []
+    sample, predict, sampled, shown = session.Replay.sample, session.films, [], []
 
     def sampling(*args):
         sampled.append(sample(*args))
         return sampled[-1]
 
-    def predicting(learner, batch, **options):
+    def predicting(learner, batch):
         shown.append(({key: value.clone() for key, value in batch.items()}, sampled[-1]))
-        return predict(learner, batch, **options)
+        return predict(learner, batch)
 
     monkeypatch.setattr(session.Replay, "sample", sampling)
-    monkeypatch.setattr(session, "open_loop", predicting)
+    monkeypatch.setattr(session, "films", predicting)
     train(tiny(tmp_path, replay={"length": 8}, train={"ratio": 8.0}, log={"video_every": 20}))
     assert len(shown) == 2
     for batch, last in shown:

@@ -5,15 +5,20 @@ Axes: T time, B batch, H, W pixels, C channels.
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hdfast.agent.learner import Learner
 from hdfast.agent.networks import Latent
+from hdfast.runtime.video import open_loop_grid
+
+EXAMPLES = 6  # windows in a film
+CONTEXT = 5  # rows that the model sees of each
 
 
 @torch.no_grad()
-def open_loop(learner: Learner, batch: Mapping[str, Tensor], *, context: int = 5) -> dict[str, Tensor]:
+def open_loop(learner: Learner, batch: Mapping[str, Tensor], *, context: int = CONTEXT) -> dict[str, Tensor]:
     """Predicts every image of a batch: reconstructs the first `context` rows, and imagines the rest.
 
     Args:
@@ -42,3 +47,15 @@ def open_loop(learner: Learner, batch: Mapping[str, Tensor], *, context: int = 5
         index.append(latent.index)
     decoded = model.decode(Latent(torch.cat(deter), torch.cat(index)), dtype)
     return {key: decoded[key].float().clamp(0, 1).unflatten(0, (length, count)) for key in model.images}
+
+
+def films(learner: Learner, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """`open_loop` beside the truth as frames, see `open_loop_grid`, for every image of one or three channels.
+
+    batch: as `open_loop`, of more than CONTEXT rows.
+    """
+    return {
+        key: open_loop_grid(batch[key].cpu().numpy(), model.cpu().numpy(), context=CONTEXT)
+        for key, model in open_loop(learner, batch).items()
+        if batch[key].shape[-1] in (1, 3)
+    }

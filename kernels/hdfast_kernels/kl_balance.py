@@ -27,8 +27,8 @@ def kl_balance_reference(
     dtype = compute_dtype(post_logp)
     post, prior = post_logp.to(dtype), prior_logp.to(dtype)
     dyn, rep = _kl(post.detach(), prior), _kl(post, prior.detach())
-    losses = (kl.clamp(min=free).to(post_logp.dtype) for kl in (dyn, rep))
-    return (*losses, rep.detach())
+    clipped = [kl.clamp(min=free).to(post_logp.dtype) for kl in (dyn, rep)]
+    return clipped[0], clipped[1], rep.detach()
 
 
 def _kl(post: Tensor, prior: Tensor) -> Tensor:

@@ -147,6 +147,19 @@ def test_extreme_logits(scale, offset, backend):
     )
 
 
+@pytest.mark.parametrize("backend", backends("two_hot_loss", reference=False))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_largest_logit_is_found_wherever_it_is(dtype, backend):
+    """Subtracting any other would overflow: exp(10^4)."""
+    rows = (1e4 * torch.eye(255)).to(backend.device, dtype)
+    target = torch.linspace(-100, 100, 255, device=backend.device)
+    losses = [two_hot_loss(rows, target, backend=name) for name in (backend.name, "reference")]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-3)
+    means = [two_hot_mean(rows, backend=name) for name in (backend.name, "reference")]
+    torch.testing.assert_close(*means, rtol=1e-4, atol=1e-4)
+    assert losses[0].isfinite().all()
+
+
 def test_symlog_and_symexp_invert_each_other():
     x = torch.tensor([-1e6, -1.0, -1e-6, 0.0, 1e-6, 1.0, 1e6], dtype=torch.float64)
     assert torch.allclose(symexp(symlog(x)), x, rtol=1e-12, atol=0)
