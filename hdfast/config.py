@@ -61,7 +61,7 @@ class Config:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of matrix products and convolutions; parameters, statistics and losses stay float32."""
     agent_steps: SomeSteps = 100_000
-    """Agent steps of a run, random ones included (frames are agent steps times the action repeat)."""
+    """Agent steps of a run, with random ones and the first row of each episode (frames: times the action repeat)."""
     learner: str | None = None
     """module:Class, a subclass of hdfast.agent.learner.Learner that learns in its place."""
     init_from: str | None = None

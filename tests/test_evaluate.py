@@ -16,6 +16,7 @@ import torch
 from hdfast import evaluate, loop, session
 from hdfast.envs.base import ContinuousActions
 from hdfast.runtime.errors import ConfigError
+from hdfast_kernels import two_hot_mean
 from tests import loop_cases
 from tests.loop_cases import (
     door,
@@ -380,3 +381,19 @@ def test_what_it_cannot_act_on_is_told(run):
     several = evaluate.load(path_of(run), num_envs=2, device="cpu")
     with several, pytest.raises(ValueError, match=r"act\(\) is for one environment, this was loaded for 2"):
         several.act(np.zeros((16, 16, 3), np.uint8))
+
+
+def test_what_the_readme_looks_at_in_a_notebook(run):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"What the agent believes.*?```python\n(.*?)```", text, re.DOTALL)
+    with evaluate.load(path_of(run), num_envs=3) as trained:
+        step = trained.env.reset()
+        trained.policy(step.obs, step.is_first)
+        seen = {"torch": torch, "trained": trained}
+        exec(code, seen)
+        model = trained.policy.learner.model
+    assert seen["image"].shape == (3, 16, 16, 3)
+    assert seen["reward"].shape == seen["value"].shape == (3,)
+    assert not torch.equal(seen["reward"], seen["value"])
+    logits = model.reward_logits(seen["latent"], torch.float32)
+    assert torch.equal(seen["reward"], two_hot_mean(logits))

@@ -178,7 +178,7 @@ class Behavior(nn.Module):
             latent, action, entropy = self._roll_out(model, start, draws, dtype)
             arrived = latent.after_first()
             with torch.set_grad_enabled(not self.reinforce):
-                reward = two_hot_mean(model.reward_logits(arrived, dtype))
+                reward = model.expected_reward(arrived, dtype)
             with torch.no_grad():
                 goes_on = model.cont_logit(arrived.detach(), dtype) > 0
                 cont = torch.cat([start_cont[None], goes_on.float()])
@@ -212,6 +212,10 @@ class Behavior(nn.Module):
             actions, entropies = zip(*decisions, strict=True)
             latent = _stack(latents).round_once(dtype).expand_once(classes, dtype)
             return latent, torch.stack(actions), None if self.reinforce else torch.stack(entropies)
+
+    def value(self, latent: Latent, dtype: torch.dtype) -> Tensor:
+        """The critic's value (...) of latents, float32: the discounted rewards that it expects from there on."""
+        return two_hot_mean(self.critic(latent, dtype)["logits"])
 
     def score(self, trajectory: Trajectory, dtype: torch.dtype) -> Scores:
         """Values, lambda-returns and discount weights of a trajectory.

@@ -21,7 +21,7 @@ from hdfast.agent.networks import ImageDecoder, ImageEncoder, Latent, LatentMLP,
 from hdfast.agent.rssm import RSSM, Observed
 from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
-from hdfast_kernels import image_loss, kl_balance, two_hot_loss
+from hdfast_kernels import image_loss, kl_balance, two_hot_loss, two_hot_mean
 
 
 class ModelOutput(NamedTuple):
@@ -121,6 +121,10 @@ class WorldModel(nn.Module):
     def reward_logits(self, latent: Latent, dtype: torch.dtype) -> Tensor:
         """(..., bins) two-hot logits of the reward received on arriving in `latent`."""
         return self.reward(latent, dtype)["logits"]
+
+    def expected_reward(self, latent: Latent, dtype: torch.dtype) -> Tensor:
+        """(...) float32 mean of the reward received on arriving in `latent`."""
+        return two_hot_mean(self.reward_logits(latent, dtype))
 
     def cont_logit(self, latent: Latent, dtype: torch.dtype) -> Tensor:
         """(...) float32 logit of the episode going on after `latent`."""

@@ -56,6 +56,25 @@ def test_training_shapes_on_sm_90(case):
             assert kernel.instructions["ldg128"] >= kernel.instructions["ldg"] - 2, kernel.instructions
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("channels", [32, 128, 512, 1024])
+def test_programs_that_are_to_run_at_once_do(channels, dtype):
+    """A gradient of layer_norm_silu is split for as many programs as an H100 has room for, by their registers."""
+    own = importlib.import_module("hdfast_kernels.layer_norm_silu")
+    given = report_cases.meta(1 << 16, channels, dtype=dtype, grad=True)
+    affine = [report_cases.meta(channels, grad=True) for _ in range(2)]
+    with report.compiling(90) as kernels:
+        report_cases.backward(report_cases.with_kernels("layer_norm_silu")(given, *affine, 1e-3))
+    (kernel,) = (kernel for kernel in kernels if kernel.metadata.name == "layer_norm_silu_backward")
+    found = report.inspect(kernel.asm["cubin"])
+    about = report.Kernel(
+        "layer_norm_silu", "", kernel.metadata.name, 90, *found[:2], kernel.metadata.shared,
+        kernel.metadata.num_warps, found[2],
+    )  # fmt: skip
+    _, registers = own.backward_tile(channels, dtype.itemsize)
+    assert about.programs_per_multiprocessor * 132 >= own.AT_ONCE[registers]
+
+
 def one_row() -> dict[str, Callable[[Callable], None]]:
     """A call of each op with one row: Triton makes 1 a constant of the kernel, which has no methods."""
     meta, backward, many = report_cases.meta, report_cases.backward, {"grad": True}
