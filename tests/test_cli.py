@@ -36,6 +36,7 @@ def two_tasks(monkeypatch):
             dataclasses.replace(catch, name="One", random=-1.0, human=1.0, published={"Paper": (0.5, 0.7)}),
             dataclasses.replace(catch, name="Two", random=-1.0, human=3.0, published={"Paper": (1.0,)}),
         ),
+        measure="human-norm.",
     )
     monkeypatch.setitem(suites.SUITES, "demo", suite)
 
