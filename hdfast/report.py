@@ -8,7 +8,9 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -34,18 +36,23 @@ def write_curves(path: Path, rows: Sequence[Mapping[str, Any]], folders: Sequenc
     path: that of a picture if it ends like one of PICTURES.
     folders: the rows come in this order, and then have a first column `logdir` that names the folder.
 
-    Raises: DiskFullError, RunError.
+    Raises: DiskFullError, RunError; ConfigError for another ending.
     """
 
     def order(row: Mapping[str, Any]) -> list[Any]:
         return [*([folders.index(row["logdir"])] if folders else []), *(row[name] for name in CURVES[:4])]
 
     ordered, names = sorted(rows, key=order), list(map(str, folders))
-    if (kind := path.suffix.removeprefix(".").lower()) in PICTURES:
-        from hdfast.plots import draw_curves  # slow to import
+    if (kind := path.suffix.removeprefix(".").lower()) not in ("", "csv", *PICTURES):
+        endings = ", ".join(f".{one}" for one in (*PICTURES, "csv"))
+        raise ConfigError(
+            f"nothing is written as .{kind}", where=f"--curves {path}", hint=f"expected {endings}"
+        )
+    if kind in PICTURES:
+        from hdfast.plots import draw_curves, save  # slow to import
 
         picture = io.BytesIO()
-        draw_curves(ordered, names).savefig(picture, format=kind, dpi=120)
+        save(draw_curves(ordered, names), picture, kind)
         content = picture.getvalue()
     else:
         text = io.StringIO()
@@ -106,7 +113,7 @@ def main() -> None:
         "--curves",
         type=given_path,
         metavar="FILE",
-        help="write every evaluation of every run to it instead: a plot if it ends in .png, .pdf or .svg, else CSV",
+        help="write every evaluation of every run to it instead: a plot if it ends in .png, .pdf or .svg, or CSV",
     )
     args = parser.parse_args()
     chosen = [suites.get(args.suite)] if args.suite is not None else []
@@ -129,11 +136,19 @@ def main() -> None:
 
 
 def _variants(folder: Path) -> list[Path]:
-    """The folders of a sweep's variants, if they are all that `folder` holds runs in; else itself."""
+    """A folder, or those of a sweep's variants in it, in the order of the numbers in their names; or all of these."""
     with disk_errors(folder, "read the folder"):
-        if not folder.is_dir() or with_runs(folder):
+        if not folder.is_dir():
             return [folder]
-        return [one for one in sorted(folder.iterdir()) if one.is_dir() and with_runs(one)] or [folder]
+        inside = [one for one in folder.iterdir() if "=" in one.name and one.is_dir() and with_runs(one)]
+        own = [folder] if with_runs(folder) or not inside else []
+    return [*own, *sorted(inside, key=_natural)]
+
+
+def _natural(path: Path) -> list[tuple[float, str]]:
+    """A key by which 64 comes before 128, and 1e-2 before 1e-1."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", path.name)
+    return [(float(part), "") if k % 2 else (math.inf, part) for k, part in enumerate(parts)]
 
 
 def _suites_of(folders: Sequence[Path], chosen: Sequence[suites.Suite]) -> dict[Path, list[suites.Suite]]:

@@ -5,6 +5,7 @@ the logdir, and the table shows them side by side. A run's output goes to train.
 resumes all unfinished runs. Ctrl-C, or killing the sweep, stops all runs, each with a checkpoint.
 """
 
+import argparse
 import contextlib
 import ctypes
 import functools
@@ -285,9 +286,10 @@ def main() -> None:
     parser.add_argument(
         variants.FLAG,
         nargs="+",
-        default=(),
+        action="extend",
+        default=argparse.SUPPRESS,  # "extend" would keep any other
         metavar="FLAG=VALUE,VALUE",
-        help="settings to try all combinations of",
+        help="settings to try all combinations of; a switch is true or false",
     )
     parser.add_argument("--seed", type=natural, default=0, help="first seed")
     parser.add_argument(
@@ -310,7 +312,7 @@ def main() -> None:
     parsed = config.parse(["--suite", suite.name, *seeds, *flags])
     folders, jobs = {}, []
     for seed in range(args.seed, args.seed + args.seeds):
-        for variant in variants.variants(args.vary):
+        for variant in variants.variants(getattr(args, "vary", ())):
             folder = parsed.logdir / variant.folder
             more = [*flags, *variant.flags, *(["--logdir", str(folder)] if variant.folder else [])]
             folders[folder] = config.parse(["--suite", suite.name, *seeds, *more])

@@ -1,6 +1,7 @@
 """The tables of a suite: final scores of its tasks, their spread over seeds, and the aggregates of all of them."""
 
 import math
+import os
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from hdfast import suites
 
+_WIDEST = 80  # letters of all folders' names that may stand beside each other
 AGGREGATES = ("mean", "median", "iqm")
 
 
@@ -110,18 +112,21 @@ def side_by_side(suite: suites.Suite, found: Mapping[str, Sequence[TaskScores]])
     tasks = {row.task.name: row.task for rows in found.values() for row in rows}
     by_name = [{row.task.name: row for row in rows} for rows in found.values()]
     solved = any(row.success for rows in found.values() for row in rows)
+    comparable = _comparable(suite, found.values())
+    aggregates = [_aggregates(suite, done) for done in comparable]
+    names = short(list(found))
+    if sum(map(len, names)) * (1 + solved) > _WIDEST:
+        return _as_rows(suite, names, by_name, tasks, solved, aggregates, comparable)
     view = Table(box=box.SIMPLE_HEAD)
     view.add_column("task")
     view.add_column("seeds", justify="right")
-    for name in (*found, *([f"{folder}, success" for folder in found] if solved else [])):
+    for name in (*names, *([f"{folder}, success" for folder in names] if solved else [])):
         view.add_column(Text(name), justify="right")
     for name, task in tasks.items():
         rows = [folder.get(name, TaskScores(task, {})) for folder in by_name]
         if any(row.scores for row in rows):
             success = map(_success, rows) if solved else []
             view.add_row(name, _counts([len(row.scores) for row in rows]), *map(_score, rows), *success)
-    comparable = _comparable(suite, found.values())
-    aggregates = [_aggregates(suite, done) for done in comparable]
     if not any(aggregates):
         return view
     view.add_section()
@@ -129,6 +134,50 @@ def side_by_side(suite: suites.Suite, found: Mapping[str, Sequence[TaskScores]])
         cells = [texts[name] if texts else "-" for texts in aggregates]
         view.add_row(f"{suite.measure} {name}", str(max(map(len, comparable))), *cells)
     return view
+
+
+def _as_rows(
+    suite: suites.Suite,
+    names: Sequence[str],
+    by_name: Sequence[Mapping[str, TaskScores]],
+    tasks: Mapping[str, suites.Task],
+    solved: bool,
+    aggregates: Sequence[Mapping[str, str] | None],
+    comparable: Sequence[Mapping[str, Sequence[float]]],
+) -> Table:
+    """`side_by_side` for folders whose names are too long to stand beside each other: one below the other."""
+    view = Table(box=box.SIMPLE_HEAD)
+    view.add_column("task")
+    view.add_column("folder", overflow="fold")
+    for name in ("seeds", "score", *(["success"] if solved else [])):
+        view.add_column(name, justify="right")
+    for task in tasks:
+        label = task
+        for name, folder in zip(names, by_name, strict=True):
+            if (row := folder.get(task)) is not None and row.scores:
+                view.add_row(
+                    label, Text(name), str(len(row.scores)), _score(row), *([_success(row)] if solved else [])
+                )
+                label = ""
+        if not label:
+            view.add_section()
+    for kind in AGGREGATES if any(aggregates) else ():
+        label = f"{suite.measure} {kind}"
+        for name, texts, done in zip(names, aggregates, comparable, strict=True):
+            if texts:
+                view.add_row(label, Text(name), str(len(done)), texts[kind])
+                label = ""
+        view.add_section()
+    return view
+
+
+def short(folders: Sequence[str]) -> list[str]:
+    """The names of folders without that of the one that holds them all."""
+    if len(folders) < 2:
+        return list(folders)
+    full = [os.path.abspath(folder) for folder in folders]
+    above = os.path.commonpath(full)
+    return [os.path.basename(above) if one == above else os.path.relpath(one, above) for one in full]
 
 
 def as_dict(suite: suites.Suite, rows: Sequence[TaskScores]) -> dict[str, Any]:

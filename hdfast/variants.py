@@ -10,7 +10,15 @@ from hdfast.flags import field_names
 from hdfast.runtime.errors import ConfigError, suggest
 
 FLAG = "--vary"
-_NOT = ("suite", "task", "seed", "seeds", "logdir", "dry_run")  # what else decides where runs lie
+# What else decides where runs lie, and what to do instead.
+_NOT = {
+    "suite": "sweep one suite at a time",
+    "task": "--tasks names several",
+    "seed": "--seeds trains several",
+    "seeds": "--seeds trains several",
+    "logdir": "every variant has a folder of its own below it",
+    "dry_run": "a sweep has none",
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ def variants(given: Sequence[str]) -> list[Variant]:
         found.append(Variant(folder, tuple(flag for pair in pairs for flag in _flags(*pair))))
     folders = [one.folder for one in found]
     if same := [folder for folder in folders if folders.count(folder) > 1]:
-        raise ConfigError(f"two variants would be {same[0]}", where=FLAG)
+        raise ConfigError(f"two variants would be {same[0]}", where=FLAG, hint="is a value given twice?")
     return found
 
 
@@ -51,9 +59,12 @@ def _axis(text: str) -> tuple[str, list[str]]:
         hint = "such as --vary harmony.mode=learned,off rssm.deter=128,256"
         raise ConfigError(f"expected a flag and its values, got {text!r}", where=FLAG, hint=hint)
     if name in _NOT:
-        raise ConfigError(f"{name} cannot vary", where=FLAG)
+        raise ConfigError(f"{name.replace('_', '-')} cannot vary", where=FLAG, hint=_NOT[name])
     if name not in known:
-        raise ConfigError(f"{name} is no flag of hdfast.train{suggest(name, known)}", where=FLAG)
+        flags = [one.replace("_", "-") for one in known]
+        raise ConfigError(
+            f"{text.partition('=')[0]} is no flag of hdfast.train{suggest(name, flags)}", where=FLAG
+        )
     return name.replace("_", "-"), chosen
 
 

@@ -46,8 +46,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "hdfast.runtime",
         "hdfast_kernels",
     ),
+    "hdfast.tables": ("hdfast.suites",),
     "hdfast.results": ("hdfast.config", "hdfast.loop", "hdfast.runtime", "hdfast.suites", "hdfast.tables"),
-    "hdfast.plots": (),
+    "hdfast.plots": ("hdfast.tables",),
     "hdfast.variants": ("hdfast.config", "hdfast.flags", "hdfast.runtime.errors"),
     **{f"hdfast.{door}": ("hdfast", "hdfast_kernels") for door in DOORS},
     "hdfast": (  # the loop and the rest, except the commands

@@ -25,15 +25,37 @@ def lines_of(axis):
     ]
 
 
-def test_the_mean_is_over_seeds_at_the_steps_that_all_of_them_have():
+def test_the_mean_is_over_seeds_from_where_all_have_begun_to_where_one_ends():
     steps, mean, error = plots.summary(
-        [{10: 1.0, 20: 2.0, 30: 9.0}, {20: 6.0, 10: 3.0}, {10: 2.0, 20: 1.0, 25: 0.0}]
+        [{10: 1.0, 20: 2.0, 30: 9.0}, {20: 6.0, 10: 3.0}, {12: 2.0, 20: 1.0, 25: 0.0}]
     )
-    assert steps.tolist() == [10, 20]
-    np.testing.assert_allclose(mean, [2, 3])
-    np.testing.assert_allclose(error, [1 / math.sqrt(3), math.sqrt(7 / 3)])
+    assert steps.tolist() == [12, 20]
+    np.testing.assert_allclose(mean, [(1.2 + 3.6 + 2) / 3, 3])  # the first two by straight lines
+    np.testing.assert_allclose(error, [np.std([1.2, 3.6, 2], ddof=1) / 3**0.5, math.sqrt(7 / 3)])
     steps, mean, error = plots.summary([{1: 0.0}, {2: 0.0}])
     assert steps.shape == mean.shape == error.shape == (0,)
+
+
+def test_names_of_folders_leave_out_what_they_share(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert plots.short([]) == []
+    assert plots.short(["runs"]) == ["runs"]
+    assert plots.short(["study/a=1", "study/a=2"]) == ["a=1", "a=2"]
+    assert plots.short(["runs", f"{tmp_path}/off"]) == ["runs", "off"]
+    assert plots.short(["runs", "runs/a=1"]) == ["runs", "a=1"]
+
+
+def test_every_name_of_many_folders_lies_within_the_picture():
+    folders = [f"study/harmony.mode=learned,optimizer.model-lr={k}e-4" for k in range(12)]
+    figure = plots.draw_curves([row(k, 1.0, logdir=folder) for k, folder in enumerate(folders)], folders)
+    figure.draw_without_rendering()
+    box, page = figure.legends[0].get_window_extent(), figure.bbox
+    assert page.x0 <= box.x0
+    assert box.x1 <= page.x1
+    assert box.y1 <= page.y1
+    assert figure.axes[0].get_window_extent().height > 100
+    styles = [(handle.get_color(), handle.get_linestyle()) for handle in figure.legends[0].legend_handles]
+    assert len(set(styles)) == 12
 
 
 def test_a_panel_shows_each_seed_and_the_mean_of_several():
@@ -49,11 +71,8 @@ def test_a_panel_shows_each_seed_and_the_mean_of_several():
     assert (pong.get_title(), alien.get_title(), pong.get_ylabel()) == ("Pong", "Alien", "score")
     first, second, mean = lines_of(pong)
     assert first[:2] == ([10, 20], [1.0, 4.0])
-    assert second[0] == [10, 20]
-    assert second[1][0] == 3.0
-    assert math.isnan(second[1][1])
-    assert mean[0] == [10, 20]
-    assert mean[1][0] == 2.0
+    assert second[:2] == ([10], [3.0])  # what is not a number is left out
+    assert mean[:2] == ([10], [2.0])
     assert mean[2] > first[2]
     assert len(pong.collections) == 1
     assert [line[:2] for line in lines_of(alien)] == [([7], [5.0])]
@@ -99,5 +118,19 @@ def test_the_end_of_the_file_decides_what_it_holds(evaluated, tmp_path, monkeypa
                 assert np.asarray(image.convert("L")).std() > 5  # not a blank page
         case ".PDF":
             assert file.read_bytes().startswith(b"%PDF-")
+            assert b"/Type3" not in file.read_bytes()
         case ".svg":
             assert ElementTree.parse(file).getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize("name", ["curves.jpg", "curves.eps"])
+def test_another_ending_is_refused(evaluated, tmp_path, monkeypatch, capfd, name):  # noqa: F811
+    file = tmp_path / name
+    code, out, err = door(
+        report.main, ["--logdir", str(evaluated), "--curves", str(file)], monkeypatch, capfd
+    )
+    assert (code, out) == (2, "")
+    assert err == (
+        f"error: --curves {file}: nothing is written as {file.suffix}; expected .png, .pdf, .svg, .csv\n"
+    )
+    assert not file.exists()

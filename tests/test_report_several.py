@@ -209,3 +209,23 @@ def test_without_the_flag_it_is_runs(folders, monkeypatch, capfd):
     assert named[0] == 0
     assert said(named[1], "Pong") == "Pong 2 -3.05 ± 17.65 0.500 ± 0.500 18.6 16.1"
     assert said(named[1], "Qbert") == "Qbert 0 - - 3,933 2,872"
+
+
+def test_folders_of_long_names_stand_below_each_other(tmp_path, monkeypatch, capfd):
+    """Beside each other the names of a sweep's variants would be cut."""
+    monkeypatch.chdir(tmp_path)
+    folders = [f"harmony.mode=learned,behavior.horizon={h}" for h in (5, 10, 15)]
+    for k, folder in enumerate(folders):
+        finish(Path("study", folder), "walker_walk", 0, 100.0 * k, suite="dmc")
+        finish(Path("study", folder), "hopper_hop", 0, 200.0 * k, suite="dmc")
+    code, out, err = door(report.main, ["--logdir", "study"], monkeypatch, capfd)
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.splitlines()]
+    assert ["task", "folder", "seeds", "score"] in rows
+    for task, scale in (("hopper_hop", 200.0), ("walker_walk", 100.0)):
+        at = next(i for i, words in enumerate(rows) if words[:1] == [task])
+        assert rows[at][1:] == [folders[0], "1", "0.00"]
+        assert rows[at + 1] == [folders[1], "1", f"{scale:.1f}"]
+        assert rows[at + 2] == [folders[2], "1", f"{2 * scale:.1f}"]
+    at = next(i for i, words in enumerate(rows) if words[:2] == ["score", "mean"])
+    assert rows[at + 2] == [folders[2], "2", "300.0"]

@@ -63,7 +63,7 @@ def test_a_sweep_over_settings(tmp_path, monkeypatch, capfd):
             assert (config["harmony"]["mode"], config["seed"]) == (mode, seed)
             assert (run / "train.log").exists()
     header = next(line for line in out.splitlines() if line.split()[:2] == ["task", "seeds"])
-    assert header.split()[2:] == ["s/harmony.mode=learned", "s/harmony.mode=off"]
+    assert header.split()[2:] == ["harmony.mode=learned", "harmony.mode=off"]
     shown = out[out.index("demo: score") :]
     code, out, err = door(report.main, ["--logdir", "s"], monkeypatch, capfd)
     assert (code, err) == (0, "")
