@@ -36,6 +36,7 @@ from hdfast.sizes import widths
 
 Size = Literal["tiny", "small", "medium", "large", "xlarge"]
 LAST_SEED = 2**31 - 1
+LEAST_WEIGHT = 1e-30  # of a loss that harmony begins with
 # Fields of env that have an effect only in these suites.
 _TAKERS = {"kwargs": ("gym",), "time_limit": ("gym",), "image_size": ("gym", "dmc", "metaworld")}
 
@@ -247,8 +248,9 @@ def _check_weights(config: Config) -> None:
             if given != default and mode not in modes:
                 what = f"--{section}.{name} has no effect with --harmony.mode {mode}"
                 raise ConfigError(what, hint=f"--harmony.mode {modes} takes it")
-            if section == "harmony" and mode == "learned" and not given:
-                raise ConfigError(f"--harmony.{name} {given} is no weight to start from; expected more")
+            if section == "harmony" and mode == "learned" and given < LEAST_WEIGHT:
+                hint = f"expected {LEAST_WEIGHT:g} or more"
+                raise ConfigError(f"--harmony.{name} {given} is no weight to start from", hint=hint)
 
 
 def _checked_env(env: EnvConfig, suite: suites.Suite) -> EnvConfig:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import hdfast
+from hdfast import init_from
 from hdfast.agent.custom import learner_class
 from hdfast.agent.learner import Learner
 from hdfast.agent.world_model import WorldModel
@@ -18,7 +19,6 @@ from hdfast.replay import Replay
 from hdfast.replay.contents import replay_specs
 from hdfast.runtime import graphs
 from hdfast.runtime.device import describe_device, resolve_device, resolve_precision
-from hdfast.runtime.rundir import chosen
 from hdfast.streams import make_envs
 from hdfast.suites import Task
 
@@ -26,16 +26,18 @@ from hdfast.suites import Task
 def describe(config: Config, tasks: Sequence[Task]) -> str:
     """JSON: version, tasks, device, resolved config, and for the first task its environment, parameters and memory.
 
-    Raises: RunError, CheckpointError: --init-from names neither a run that has a checkpoint nor a checkpoint.
+    Raises: RunError, CheckpointError: --init-from names neither a run with a checkpoint nor a checkpoint, or one that
+    does not fit.
     """
-    if config.init_from is not None:
-        chosen(config.init_from)
+    start = init_from.checkpoint_for(config)
     device = resolve_device(config.device)
     dtype = resolve_precision(config.precision, device)
     graphs.check_graph(config.train.graph, device)
     with make_envs(config, tasks[0], num_envs=config.env.num_envs, stream="train") as env:
         seen = env.obs_specs, env.actions
         learner = learner_class(config)(*seen, config, device=device, dtype=dtype, seed=config.seed)
+        if start is not None:
+            init_from.load_parameters(learner, start, config)
         specs = replay_specs(env.obs_specs, env.actions)
         replay = Replay(specs, num_envs=env.num_envs, capacity=config.replay_rows, device=device)
         about = {

@@ -9,7 +9,7 @@ from hdfast.runtime.rundir import chosen, difference, filled, read
 
 # What sets the shapes of parameters.
 _SIZES = ("learner", "rssm", "network", "env.obs", "env.image_size", "suite", "task")
-_HINT = "--init-from needs a run with the same observations, actions and sizes"
+_HINT = "--init-from needs a run with the same observations, actions, sizes and learner"
 
 
 def checkpoint_for(config: Config) -> checkpoint.Checkpoint | None:

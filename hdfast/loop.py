@@ -67,7 +67,8 @@ def run(config: Config, *, on_line: OnLine = lambda file, line: None) -> dict[st
     On the CPU this process gets as many threads as the model gains from, and keeps the memory that it frees, see
     `prepare_device`.
 
-    on_line gets every line of metrics.jsonl and scores.jsonl, as `on_line("metrics", {"agent_steps": 500, ...})`.
+    on_line gets every line of metrics.jsonl and scores.jsonl, as `on_line("metrics", {"agent_steps": 500, ...})`. What
+    it raises ends the run, with a checkpoint. After a kill the lines since the last checkpoint come again.
 
     A script must call it below `if __name__ == "__main__":`, because processes of gymnasium environments import it.
 

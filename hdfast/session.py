@@ -26,7 +26,7 @@ from hdfast.replay.contents import replay_specs
 from hdfast.runtime import checkpoint, errors
 from hdfast.runtime.console import say
 from hdfast.runtime.device import resolve_precision, restore_generator
-from hdfast.runtime.errors import EnvError, Interrupted, NonFiniteError, OutputFullError
+from hdfast.runtime.errors import CallbackError, EnvError, Interrupted, NonFiniteError, OutputFullError
 from hdfast.runtime.logger import Logger, OnLine
 from hdfast.runtime.profiling import annotate
 from hdfast.runtime.progress import Progress
@@ -169,7 +169,7 @@ class Session:
 
         Raises:
             Interrupted: a signal came; the run is saved.
-            EnvError: an environment misbehaves; the run is saved.
+            EnvError, CallbackError: an environment, or on_line, misbehaves; the run is saved.
             BrokenPipeError, OutputFullError: the output has no reader (`... | head`) or no room; the run is saved.
             NonFiniteError: too many updates were skipped; the run and the offending batch are saved.
         """
@@ -185,7 +185,7 @@ class Session:
                 self.train(total)
             if self.evaluation is None or self.evaluated_at != self.agent_steps:
                 self._evaluate()
-        except (Interrupted, NonFiniteError, EnvError, BrokenPipeError, OutputFullError):
+        except (Interrupted, NonFiniteError, EnvError, CallbackError, BrokenPipeError, OutputFullError):
             self._save()
             raise
         self._save()
@@ -288,12 +288,14 @@ class Session:
         checkpoint.save(path, batch, {"agent_steps": self.agent_steps}, number=self.learner.updates, keep=1)
         late = self.learner.device.type != "cpu"  # seen at a log line: replay may have overwritten rows
         replaced = late and self.replay.rows_added > self.replay.ring
+        wrong = [f"loss/{name}" for name in self.learner.not_finite(batch)]
         exact = self.learner.dtype == torch.float32
         other = "begin another run with lower learning rates" if exact else "with --precision float32"
         raise NonFiniteError(
             f"{skipped} updates had a loss or gradient that is not finite, the last {'by' if late else 'at'} "
             f"update {self.learner.updates}; its batch is in {path}"
-            + (", except for rows that newer ones have replaced" if replaced else ""),
+            + (", except for rows that newer ones have replaced" if replaced else "")
+            + (f"; not finite on it: {', '.join(wrong)}" if wrong else ""),
             where=self.rundir.path,
             hint=f"go on with a higher --train.nonfinite-limit, or {other}",
         )

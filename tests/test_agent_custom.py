@@ -1,5 +1,6 @@
 """Learners of one's own, by name, and a logger of one's own."""
 
+import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -9,13 +10,26 @@ import torch
 
 from hdfast import evaluate, loop, sweep
 from hdfast import train as training
-from hdfast.agent.custom import learner_class
+from hdfast.agent.behavior import Behavior
+from hdfast.agent.custom import learner_class, source_of
 from hdfast.agent.learner import Learner
 from hdfast.agent.world_model import WorldModel
 from hdfast.config import Config
-from hdfast.runtime.errors import ConfigError, HdfastError, MissingLibraryError, RunError
+from hdfast.runtime.errors import (
+    CallbackError,
+    ConfigError,
+    HdfastError,
+    MissingLibraryError,
+    NonFiniteError,
+    RunError,
+)
+from hdfast.tuning.choice import key_of
+from hdfast.tuning.choice import path_of as path_of_choice
+from tests.agent_cases import make_batch, make_learner
 from tests.loop_cases import (
+    assert_one_history,
     door,
+    flags,
     lines,
     one_thread,  # noqa: F401
     path_of,
@@ -24,6 +38,7 @@ from tests.loop_cases import (
     train,
 )
 
+F32 = torch.float32
 README = (Path(__file__).parents[1] / "README.md").read_text()
 NUMBER = itertools.count()
 
@@ -128,6 +143,107 @@ def test_names_of_learners(module):
         if kind is RunError:
             (frame,) = error.value.details
             assert frame.endswith(("in <module>: 1 / 0", "in <module>: raise SystemExit"))
+
+
+@pytest.mark.parametrize(
+    ("returned", "kind", "text"),
+    [
+        ("None", TypeError, "more_losses returned a NoneType, expected a mapping of losses by name"),
+        ("{'reward': batch['reward']}", ValueError, "more_losses: 'reward' is the name of another loss"),
+        ("{'cont': batch['reward']}", ValueError, "more_losses: 'cont' is the name of another loss"),
+        (
+            "{'mine': batch['reward'].mean()}",
+            ValueError,
+            r"'mine' is torch.float32 \(\), expected floats",
+        ),
+        ("{'mine': batch['reward'].mT}", ValueError, r"\(T, B\) = \(6, 3\)"),
+        ("{'mine': batch['is_first']}", ValueError, "'mine' is torch.bool"),
+        ("{'mine': 3}", ValueError, "'mine' is int, expected floats"),
+    ],
+)
+def test_losses_that_are_none(returned, kind, text):
+    learner = make_learner()
+    batch = make_batch(learner)
+    learner.model.more_losses = eval(f"lambda latent, batch, dtype: {returned}")
+    with pytest.raises(kind, match=text):
+        learner.update(lambda *_: batch)
+
+
+def test_parameters_of_a_behavior_that_nothing_would_train_are_refused():
+    class Mine(Behavior):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.temperature = torch.nn.Parameter(torch.zeros(()))
+
+    class MyLearner(Learner):
+        behavior_type = Mine
+
+    plain = make_learner()
+    with pytest.raises(
+        ValueError, match="Mine: no optimizer would train temperature; put them into its actor or"
+    ):
+        MyLearner(plain.obs_specs, plain.actions, plain.config)
+
+
+def test_a_choice_of_kernels_is_for_one_learner(module):
+    """What was found right of one may be wrong of another, or of the same after a change."""
+    text = "from hdfast.agent.learner import Learner\nclass Mine(Learner): ...\n"
+    first, second = (f"{module(text + end)}:Mine" for end in ("", "# changed"))
+    plain = make_learner()
+    keys = [
+        key_of(
+            plain.obs_specs, plain.actions, dataclasses.replace(plain.config, learner=name), plain.device, F32
+        )
+        for name in (None, first, second)
+    ]
+    assert len({path_of_choice(key) for key in keys}) == 3
+    assert [source_of(Config(learner=name)) for name in (None, first)] == [None, keys[1]["learner"]]
+    assert keys[1]["learner"].split()[1] != keys[2]["learner"].split()[1]
+
+
+def test_what_a_logger_raises_ends_the_run_with_a_checkpoint(tmp_path):
+    config = tiny(tmp_path)
+
+    def on_line(file, line):
+        if file == "metrics":
+            raise OSError("no connection")
+
+    with pytest.raises(
+        CallbackError, match=r"^a line of metrics\.jsonl: on_line raised OSError: no connection$"
+    ):
+        loop.run(config, on_line=on_line)
+    assert saved(config).meta["agent_steps"] == 20
+    train(config)
+    assert_one_history(config)
+
+
+def test_a_loss_that_is_not_finite_is_named(tmp_path, module):
+    name = module(
+        "import torch\nfrom hdfast.agent.learner import Learner\nfrom hdfast.agent.world_model import WorldModel\n"
+        "class Model(WorldModel):\n"
+        "    def more_losses(self, latent, batch, dtype):\n"
+        "        return {'mine': batch['reward'] * float('nan')}\n"
+        "class Mine(Learner):\n    model_type = Model\n"
+    )
+    with pytest.raises(NonFiniteError, match="; not finite on it: loss/mine; "):
+        train(tiny(tmp_path, learner=f"{name}:Mine", train={"nonfinite_limit": 2}))
+
+
+def test_a_dry_run_looks_whether_parameters_fit(tmp_path, example, monkeypatch, capfd):
+    config = tiny(tmp_path / "runs")
+    train(config)
+    argv = [
+        *flags(learner=example, logdir=tmp_path / "more"),
+        "--init-from",
+        str(path_of(config)),
+        "--dry-run",
+    ]
+    code, out, err = door(training.main, argv, monkeypatch, capfd)
+    assert (code, out) == (3, "")
+    assert (
+        "the checkpoint does not fit; --init-from needs a run with the same observations, actions, sizes and"
+        in err
+    )
 
 
 def test_a_wrong_name_leaves_no_directory(tmp_path, monkeypatch, capfd):

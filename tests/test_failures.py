@@ -203,9 +203,10 @@ def test_losses_that_stay_nan_stop_the_run_with_the_batch_saved(tmp_path, monkey
         code, _, err = door(train.main, argv, monkeypatch, capfd)
     assert code == 5
     folder = path_of(config) / "nonfinite_batch"
+    named = "not finite on it: loss/reward; " if part == "model" else ""
     assert one_line(err).startswith(
         f"{path_of(config)}: 3 updates had a loss or gradient that is not finite, the last at update 8; "
-        f"its batch is in {folder}; go on with a higher --train.nonfinite-limit, or begin another run with lower "
+        f"its batch is in {folder}; {named}go on with a higher --train.nonfinite-limit, or begin another run with "
     )
     stored = checkpoint.load_latest(folder)
     assert stored.meta == {"agent_steps": 26}
@@ -246,7 +247,12 @@ def test_what_is_left_of_a_batch_that_is_not_finite(device, rows_added, told, tm
     """On CUDA only a log line asks for it, by when newer rows may have replaced its own."""
     replay = SimpleNamespace(gather=lambda *window: {"reward": torch.ones(3)}, rows_added=rows_added, ring=10)
     learner = SimpleNamespace(
-        skipped=4, bad_starts=None, updates=7, device=torch.device(device), dtype=torch.float32
+        skipped=4,
+        bad_starts=None,
+        updates=7,
+        device=torch.device(device),
+        dtype=torch.float32,
+        not_finite=lambda batch: [],
     )
     session = SimpleNamespace(
         config=tiny(tmp_path, train={"nonfinite_limit": 3}), rundir=SimpleNamespace(path=tmp_path),

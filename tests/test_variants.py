@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from hdfast.runtime.errors import ConfigError
 from hdfast.variants import Variant, variants
 from tests import loop_cases
 from tests.loop_cases import door, flags, one_thread  # noqa: F401
+from tests.test_report import finish
 
 
 def test_every_combination_has_a_folder_and_flags():
@@ -32,11 +34,16 @@ def test_every_combination_has_a_folder_and_flags():
     ("given", "text"),
     [
         (["rssm.detr=3"], "--vary: rssm.detr is no flag of hdfast.train; did you mean 'rssm.deter'"),
-        (["seed=1,2"], "--vary: seed cannot vary"),
-        (["logdir=a"], "--vary: logdir cannot vary"),
+        (["seed=1,2"], "--vary: seed cannot vary; --seeds trains several"),
+        (["logdir=a"], "--vary: logdir cannot vary; every variant has a folder of its own below it"),
+        (["dry_run=true"], "--vary: dry-run cannot vary; a sweep has none"),
+        (
+            ["log.no-tensorboard=true"],
+            "--vary: log.no-tensorboard is no flag of hdfast.train; did you mean 'log.ten",
+        ),
         (["rssm.deter"], "--vary: expected a flag and its values, got 'rssm.deter'; such as --vary"),
         (["rssm.deter=1,,2"], "--vary: expected a flag and its values"),
-        (["rssm.deter=1,1"], "--vary: two variants would be rssm.deter=1"),
+        (["rssm.deter=1,1"], "--vary: two variants would be rssm.deter=1; is a value given twice?"),
         (["rssm.deter=1", "rssm.deter=2"], "--vary: rssm.deter is varied twice"),
         (["train.tune=yes"], "--vary: train.tune is a switch: expected true or false, got 'yes'"),
     ],
@@ -84,3 +91,26 @@ def test_every_variant_is_looked_at_before_a_run_begins(tmp_path, monkeypatch, c
         assert (code, out) == (2, "")
         assert err.startswith(f"error: {text}")
         assert not (tmp_path / "runs").exists()
+
+
+def test_vary_may_be_repeated(tmp_path, monkeypatch, capfd):
+    ran = []
+    monkeypatch.setattr(sweep, "run", lambda pool, jobs, *_: ran.extend(job.name for job in jobs) or {})
+    axes = ["--vary", "harmony.mode=learned,off", "--vary", "rssm.unimix=0.01,0.02"]
+    argv = ["--suite", "demo", "--seeds", "1", *axes, "--", "--logdir", str(tmp_path)]
+    assert door(sweep.main, argv, monkeypatch, capfd)[0] == 0
+    assert ran == [
+        f"Catch seed 0, harmony.mode={mode},rssm.unimix={unimix}"
+        for mode in ("learned", "off")
+        for unimix in ("0.01", "0.02")
+    ]
+
+
+def test_a_report_shows_plain_runs_and_variants_in_the_order_of_their_numbers(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", "lr=1e-2", "lr=1e-10", "deter=128", "deter=64"):
+        finish(Path("runs", folder), "Catch", 0, 1.0, suite="demo")
+    code, out, err = door(report.main, [], monkeypatch, capfd)
+    assert (code, err) == (0, "")
+    header = next(line for line in out.splitlines() if line.split()[:2] == ["task", "seeds"])
+    assert header.split()[2:] == ["runs", "deter=64", "deter=128", "lr=1e-10", "lr=1e-2"]

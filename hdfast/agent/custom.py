@@ -1,6 +1,8 @@
 """`--learner module:Class`: a learner of your own, a subclass of `Learner`, in place of it."""
 
+import hashlib
 import importlib
+import inspect
 import traceback
 from pathlib import Path
 
@@ -25,6 +27,11 @@ def learner_class(config: Config) -> type[Learner]:
         raise ConfigError(
             "expected a module and a class in it", where=where, hint="such as my_agent:MyLearner"
         )
+    if module.endswith(".py") or not all(part.isidentifier() for part in module.split(".")):
+        stem = Path(module).name.removesuffix(".py")
+        raise ConfigError(
+            "expected the name of a module, not a path", where=where, hint=f"such as {stem}:{name}"
+        )
     try:
         found = vars(importlib.import_module(module))
     except ModuleNotFoundError as error:
@@ -48,6 +55,15 @@ def learner_class(config: Config) -> type[Learner]:
         others = [key for key, one in known.items() if one is not Learner]
         raise ConfigError(f"{what} in {module}", where=where, hint=suggest(name, others))
     return known[name]
+
+
+def source_of(config: Config) -> str | None:
+    """The learner's name and a digest of its file; None for hdfast's own. Raises: as `learner_class`."""
+    if config.learner is None:
+        return None
+    file = inspect.getsourcefile(learner_class(config))
+    content = Path(file).read_bytes() if file is not None else b""
+    return f"{config.learner} {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def _said(error: BaseException) -> str:

@@ -120,6 +120,11 @@ class Learner:
             torch.manual_seed(seed)
             self.model = self.model_type(obs_specs, actions, config)
             self.behavior = self.behavior_type(actions, config)
+        trained = (self.behavior.actor, self.behavior.critic, self.behavior.slow_critic)
+        known = {id(parameter) for module in trained for parameter in module.parameters()}
+        if other := [name for name, p in self.behavior.named_parameters() if id(p) not in known]:
+            what = f"{type(self.behavior).__name__}: no optimizer would train {', '.join(other)}"
+            raise ValueError(f"{what}; put them into its actor or its critic")
         self.model.to(self.device)
         self.behavior.to(self.device)
         opt = config.optimizer
@@ -184,6 +189,13 @@ class Learner:
         self.last_starts.copy_(half.starts)
         self.bad_starts.copy_(torch.where(applied, self.bad_starts, half.starts))
         self._accumulate(half.metrics | metrics, applied)
+
+    @torch.no_grad()
+    def not_finite(self, batch: Mapping[str, Tensor]) -> list[str]:
+        """The losses of the world model that are not finite on a batch as `sample` returns it; for messages."""
+        uniform = self.uniform(*batch["reward"].shape, self.config.rssm.stoch)
+        losses = self.model.loss(batch, uniform, self.dtype).losses
+        return [name for name, loss in losses.items() if not loss.isfinite().all()]
 
     def draws(self, count: int) -> Draws:
         """The random numbers of one imagined rollout from `count` states."""

@@ -163,7 +163,7 @@ class WorldModel(nn.Module):
             target = symlog(batch[key].to(torch.float32).reshape(-1, width))
             error = (decoded[key].float() - target).square()
             losses[key] = torch.where(error < 1e-8, 0.0, error).sum(-1).unflatten(0, lead)
-        losses |= self.more_losses(latent, batch, dtype)
+        losses |= _checked(self.more_losses(latent, batch, dtype), losses, lead)
         loss, metrics = self.harmonizer(losses)
         with torch.no_grad():
             metrics["kl"] = kl.mean()
@@ -179,6 +179,8 @@ class WorldModel(nn.Module):
 
         A subclass that wants other scales, or a harmony scalar for them, makes another `harmonizer`.
 
+        Their names must not be those of the other losses.
+
         Args:
             latent: posterior (T*B, ...) states, time-major; gradients reach them. batch, dtype: see `loss`.
         """
@@ -189,6 +191,24 @@ class WorldModel(nn.Module):
         parts = [obs[k].to(torch.float32) for k in self.vectors]
         parts = [x[..., None] if k in self.scalars else x for k, x in zip(self.vectors, parts, strict=True)]
         return _cat(parts)
+
+
+def _checked(more: Mapping[str, Tensor], taken: Mapping[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
+    """What `more_losses` returned.
+
+    Raises: TypeError, ValueError unless it is losses (T, B) whose names are not among the `taken`.
+    """
+    if not isinstance(more, Mapping):
+        raise TypeError(f"more_losses returned a {type(more).__name__}, expected a mapping of losses by name")
+    for name, loss in more.items():
+        if name in taken:
+            raise ValueError(f"more_losses: {name!r} is the name of another loss; expected one of its own")
+        if not isinstance(loss, Tensor) or loss.shape != shape or not loss.is_floating_point():
+            got = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"more_losses: {name!r} is {got}, expected floats of shape (T, B) = {tuple(shape)}"
+            )
+    return dict(more)
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

@@ -228,7 +228,7 @@ def fitting(path: Path, differing: Sequence[str] = (), hint: str = "") -> Iterat
         if "loading state_dict" not in first:
             raise
         if not hint and not differing:
-            hint = "is its environment, or config.json, another than in training?"
+            hint = "is its environment, its config.json or the code of its learner another than in training?"
         details = [*differing, example.strip()]
         raise CheckpointError(
             "the checkpoint does not fit", where=path, hint=hint, details=details

@@ -96,6 +96,10 @@ class OutputFullError(DiskFullError):
     """No room for the output of the process in the file that takes it."""
 
 
+class CallbackError(HdfastError):
+    """What a caller's own function raised."""
+
+
 class NonFiniteError(HdfastError):
     """Losses stayed NaN or infinite beyond the limit."""
 

@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from hdfast.runtime.errors import disk_errors, warn
+from hdfast.runtime.errors import CallbackError, disk_errors, warn
 from hdfast.runtime.files import plain, replacing, write_all
 from hdfast.runtime.tensorboard import TensorBoard
 from hdfast.runtime.video import encode_gif, save_gif
@@ -161,7 +161,11 @@ class Logger:
         text = json.dumps(plain(line, name), allow_nan=False)
         with disk_errors(file.name, "write the log"):
             write_all(file, text.encode() + b"\n")
-        self._on_line(name, dict(line))
+        try:
+            self._on_line(name, dict(line))
+        except Exception as error:
+            what = ": ".join(filter(None, (type(error).__name__, str(error))))
+            raise CallbackError(f"on_line raised {what}", where=f"a line of {name}.jsonl") from error
 
 
 def _points(line: Mapping[str, Any]) -> dict[str, float]:

@@ -20,6 +20,7 @@ import torch
 
 import hdfast
 import hdfast_kernels
+from hdfast.agent.custom import source_of
 from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
 from hdfast.runtime.device import describe_device
@@ -77,6 +78,8 @@ def key_of(
             "batch": config.replay.batch,
             "length": config.replay.length,
             "horizon": config.behavior.horizon,
+            "actor_grad": config.behavior.actor_grad,
+            "learner": source_of(config),
             "graphs": config.train.graph != "off",
             "forced": os.environ.get("HDFAST_BACKEND") or None,
         }

@@ -6,7 +6,6 @@ Source: HarmonyDream (arXiv 2310.00344); the op and its formula are in harmony_l
 """
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -80,8 +79,8 @@ class Harmonizer(nn.Module):
         backend: passed on to `harmony_loss`.
 
     Raises ValueError on an unknown mode, an unknown group in regularizer, fixed or initial, a weight that the mode
-    would not use, an initial weight that is not positive, or a loss in two groups; TypeError if groups, or one of them,
-    is no mapping.
+    would not use, an initial weight beyond 1e-30 and 1e30, or a loss in two groups; TypeError if groups, or one of
+    them, is no mapping.
     """
 
     def __init__(
@@ -116,8 +115,8 @@ class Harmonizer(nn.Module):
                 raise ValueError(
                     f"Harmonizer: mode is {mode!r} and would not use {argument}={unused}, expected mode {used!r}"
                 )
-        if wrong := {name: weight for name, weight in initial.items() if not 0 < weight < math.inf}:
-            raise ValueError(f"Harmonizer: initial is {wrong}, expected positive weights")
+        if wrong := {name: weight for name, weight in initial.items() if not 1e-30 <= weight <= 1e30}:
+            raise ValueError(f"Harmonizer: initial is {wrong}, expected weights from 1e-30 to 1e30")
         grouped = [loss for group in self.groups.values() for loss in group]
         if twice := sorted({loss for loss in grouped if grouped.count(loss) > 1}):
             raise ValueError(f"Harmonizer: in more than one group: {', '.join(twice)}")

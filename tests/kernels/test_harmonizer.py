@@ -171,7 +171,7 @@ def test_weights_to_begin_with():
         ):
             Harmonizer(GROUPS, mode=mode, initial={"image": 0.5})
         Harmonizer(GROUPS, mode=mode, initial={"image": 1.0})
-    with pytest.raises(ValueError, match=r"initial is {'kl': 0}, expected positive weights"):
+    with pytest.raises(ValueError, match=r"initial is {'kl': 0}, expected weights from 1e-30 to 1e30"):
         Harmonizer(GROUPS, initial={"kl": 0})
     with pytest.raises(
         ValueError, match="initial of a group that does not exist: 'imge'; did you mean 'image'"
