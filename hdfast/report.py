@@ -1,8 +1,8 @@
 """Prints a table of the finished runs of every suite, beside the published scores.
 
 Several folders, such as runs with and without harmony, are compared side by side (--logdir A B). --curves writes the
-learning curves of all runs, finished or not, as numbers or as a plot: thin lines are seeds, a thick one is their mean, in
-a band of its standard error.
+learning curves of all runs, finished or not, as numbers or as a plot, where thin lines are seeds, and a thick one is
+their mean, in a band of its standard error.
 """
 
 import argparse
