@@ -239,15 +239,15 @@ def _check_weights(config: Config) -> None:
     """Raises: ConfigError for a weight of a loss that the mode of harmony does not use, or cannot."""
     mode, plain = config.harmony.mode, Config()
     others = {
-        "harmony": ("learned or fixed", ("reward", "image", "kl")),
-        "loss": ("off", ("reward", "image")),
+        "harmony": (("learned", "fixed"), ("reward", "image", "kl")),
+        "loss": (("off",), ("reward", "image")),
     }
     for section, (modes, names) in others.items():
         for name in names:
             given, default = (getattr(getattr(one, section), name) for one in (config, plain))
             if given != default and mode not in modes:
                 what = f"--{section}.{name} has no effect with --harmony.mode {mode}"
-                raise ConfigError(what, hint=f"--harmony.mode {modes} takes it")
+                raise ConfigError(what, hint=f"--harmony.mode {' or '.join(modes)} takes it")
             if section == "harmony" and mode == "learned" and given < LEAST_WEIGHT:
                 hint = f"expected {LEAST_WEIGHT:g} or more"
                 raise ConfigError(f"--harmony.{name} {given} is no weight to start from", hint=hint)

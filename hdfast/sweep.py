@@ -310,9 +310,9 @@ def main() -> None:
     tasks = suite.select(name for given in args.tasks or () for name in given.split(",") if name)
     seeds = ["--seed", str(args.seed), "--seeds", str(args.seeds)]
     parsed = config.parse(["--suite", suite.name, *seeds, *flags])
-    folders, jobs = {}, []
+    folders, jobs, tried = {}, [], variants.variants(getattr(args, "vary", ()))
     for seed in range(args.seed, args.seed + args.seeds):
-        for variant in variants.variants(getattr(args, "vary", ())):
+        for variant in tried:
             folder = parsed.logdir / variant.folder
             more = [*flags, *variant.flags, *(["--logdir", str(folder)] if variant.folder else [])]
             folders[folder] = config.parse(["--suite", suite.name, *seeds, *more])

@@ -93,7 +93,8 @@ class Learner:
         dtype: type of the matrix work, float32 or bfloat16; parameters and losses stay float32.
         seed: initial parameters and all draws of learning follow from it.
 
-    Raises: ConfigError, MissingLibraryError where an op cannot run on the device; see `check_backends`.
+    Raises: ConfigError, MissingLibraryError where an op cannot run on the device; see `check_backends`. ValueError
+    where a subclass of Behavior has parameters outside of actor and critics, which nothing would train.
 
     A subclass may learn with subclasses of the modules, which it names in `model_type` and `behavior_type`. Its name,
     `--learner my_agent:MyLearner`, belongs to a run like any other setting.

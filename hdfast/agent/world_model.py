@@ -142,6 +142,8 @@ class WorldModel(nn.Module):
             batch: observations, `action`, `reward` (T, B) float, `is_first`, `is_terminal` (T, B) bool.
             uniform: (T, B, S) numbers in [0, 1) that draw the posterior latents.
             dtype: type of the matrix work.
+
+        Raises: TypeError, ValueError for what `more_losses` must not return.
         """
         lead = batch["reward"].shape
         observed = self.observe(batch, uniform, dtype)
