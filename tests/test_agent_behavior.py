@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hdfast.agent.behavior import Scores, Trajectory, frozen
 from hdfast.agent.distributions import normal_entropy, normal_parameters, unimix_log_probs
@@ -313,35 +312,6 @@ def test_each_network_takes_a_gradient_once_per_imagined_state(continuous):
         "cont": [N],
     }
     assert images == ["encoder", "decoder"]
-
-
-class Casts(TorchDispatchMode):
-    """Records the shapes of all that is rounded to bfloat16 inside the block."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        out = function(*arguments, **(options or {}))
-        if function is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16:
-            self.shapes.append(tuple(out.shape))
-        return out
-
-
-def test_what_many_layers_read_is_rounded_once():
-    """The actor's weights for its whole rollout, and an imagined state for all networks that read it."""
-    learner = make_learner(dtype=torch.bfloat16)
-    batch = make_batch(learner)
-    with Casts() as casts:
-        learner.update(lambda *_: batch)
-    horizon, states, deter = 4, batch["reward"].numel(), learner.config.rssm.deter
-    assert learner.config.behavior.horizon == horizon
-    rolled_out = [(states, deter), (horizon + 1, states, deter)]
-    heads = 4  # of the world model on observed states, each rounded for its own gradient: gradients add up in float32
-    assert [casts.shapes.count(shape) for shape in rolled_out] == [horizon + 1 + heads, 1]
-    weight = learner.behavior.actor.mlp.out["logits"].weight
-    assert casts.shapes.count(tuple(weight.shape)) == 2, "for the rollout, and for what is made of it"
 
 
 # Whose gradient goes where.

@@ -108,3 +108,35 @@ def test_what_it_does_not_know_is_cast():
     each = Adam([nn.Parameter(torch.ones(2))], lr=1e-2, eps=1e-8, clip=1.0, flat=False)
     with rounded(each, LOW):
         assert in_type(each.parameters[0], LOW) is not in_type(each.parameters[0], LOW)
+
+
+class Copies(TorchDispatchMode):
+    """Records the shapes of all that is rounded to bfloat16, or put together, inside the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.rounded, self.joined = [], []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        if function is torch.ops.aten._to_copy.default and out.dtype == LOW:
+            self.rounded.append(tuple(out.shape))
+        if function in (torch.ops.aten.cat.default, torch.ops.aten.stack.default):
+            self.joined.append(tuple(out.shape))
+        return out
+
+
+def test_what_many_layers_read_is_rounded_once():
+    """The actor's weights for its whole rollout; an imagined state is written as all its readers want it."""
+    learner = make_learner(dtype=LOW)
+    batch = make_batch(learner)
+    with Copies() as copies:
+        learner.update(lambda *_: batch)
+    horizon, states, deter = 4, batch["reward"].numel(), learner.config.rssm.deter
+    assert learner.config.behavior.horizon == horizon
+    heads = 4  # of the world model on observed states, each rounded for its own gradient: gradients add up in float32
+    assert copies.rounded.count((states, deter)) == heads
+    assert copies.rounded.count((horizon + 1, states, deter)) == 0
+    assert not [shape for shape in copies.joined if states in shape[:-1] and shape[-1] >= deter]
+    weight = learner.behavior.actor.mlp.out["logits"].weight
+    assert copies.rounded.count(tuple(weight.shape)) == 2, "for the rollout, and for what is made of it"

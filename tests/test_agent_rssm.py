@@ -66,6 +66,22 @@ def test_the_prior_is_that_of_imagination(case):
     assert torch.equal(imagined.index, expected)
 
 
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=["fp32", "bf16"])
+@torch.no_grad()
+def test_a_rollout_in_place_is_step_after_step(case, dtype):
+    rssm, weights = case.rssm, case.rssm.cast(dtype)
+    state = Latent(torch.randn(3, 16), torch.randint(5, (3, 4)))
+    rollout, states = rssm.rollout(state, 5, dtype), [state]
+    for t in range(5):
+        rssm.imagine_into(rollout, t, case.batch["action"][t], case.uniform[t], weights)
+        states.append(rssm.imagine_step(states[-1], case.batch["action"][t], case.uniform[t], weights))
+    for t, (expected, found) in enumerate(zip(states, rollout.each, strict=True)):
+        assert torch.equal(found.deter, expected.deter)
+        assert torch.equal(found.index, expected.index)
+        assert torch.equal(found.deter_as(dtype), expected.deter.to(dtype))
+        assert all(torch.equal(rollout.states[i][t], found[i]) for i in (0, 1))
+
+
 def test_a_seam_forgets_everything_before_it(case):
     is_first = torch.zeros(6, 3, dtype=torch.bool)
     is_first[0] = True

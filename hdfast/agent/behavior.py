@@ -9,7 +9,6 @@ gradients, and one pass over the whole rollout then gives the log-probabilities 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -175,7 +174,10 @@ class Behavior(nn.Module):
         world model's parameters take none.
         """
         with frozen(model):
-            latent, action, entropy = self._roll_out(model, start, draws, dtype)
+            if self.reinforce:
+                (latent, action), entropy = self._roll_out(model, start, draws, dtype), None
+            else:
+                latent, action, entropy = self._roll_out_with_gradients(model, start, draws, dtype)
             arrived = latent.after_first()
             with torch.set_grad_enabled(not self.reinforce):
                 reward = model.expected_reward(arrived, dtype)
@@ -189,29 +191,33 @@ class Behavior(nn.Module):
             log_prob = torch.zeros_like(entropy)
         return Trajectory(latent, action, log_prob, entropy, cont, reward)
 
+    @torch.no_grad()
     def _roll_out(
         self, model: WorldModel, start: Latent, draws: Draws, dtype: torch.dtype
-    ) -> tuple[Latent, Tensor, Tensor | None]:
-        """States (H+1, N, ...), actions (H, N, ...), and entropies (H, N), or None with REINFORCE.
+    ) -> tuple[Latent, Tensor]:
+        """States (H+1, N, ...) and actions (H, N, ...)."""
+        rssm, decide, actions = model.rssm, self.actor.at(dtype), []
+        weights, rollout = rssm.cast(dtype), rssm.rollout(start, self.horizon, dtype)
+        for t in range(self.horizon):
+            actions.append(decide(rollout.each[t], draws.action[t]).action)
+            rssm.imagine_into(rollout, t, actions[-1], draws.latent[t], weights)
+        return rollout.states, torch.stack(actions)
 
-        Without REINFORCE gradients flow through all of them.
-        """
-        with torch.set_grad_enabled(not self.reinforce):
-            weights = model.rssm.cast(dtype)
-            # With gradients the actor casts its weights at every step: the gradient of weights that are cast once
-            # would be added up over the steps in bfloat16, not in float32.
-            decide = self.actor.at(dtype) if self.reinforce else partial(self.actor, dtype=dtype)
-            classes = model.rssm.classes
-            latents, decisions = [start.round_once(dtype).expand_once(classes, dtype)], []
-            for t in range(self.horizon):
-                decisions.append(decide(latents[-1], draws.action[t]))
-                action = decisions[-1].action
-                latents.append(model.rssm.imagine_step(latents[-1], action, draws.latent[t], weights))
-            if self.reinforce:
-                latents = [latent.detach() for latent in latents]
-            actions, entropies = zip(*decisions, strict=True)
-            latent = _stack(latents).round_once(dtype).expand_once(classes, dtype)
-            return latent, torch.stack(actions), None if self.reinforce else torch.stack(entropies)
+    @torch.enable_grad()
+    def _roll_out_with_gradients(
+        self, model: WorldModel, start: Latent, draws: Draws, dtype: torch.dtype
+    ) -> tuple[Latent, Tensor, Tensor]:
+        """States (H+1, N, ...), actions (H, N, ...) and entropies (H, N); gradients flow through all of them."""
+        rssm, weights, decisions = model.rssm, model.rssm.cast(dtype), []
+        latents = [start.expand_once(rssm.classes, dtype)]
+        for t in range(self.horizon):
+            # Casts the actor's weights at every step: the gradient of weights that are cast once would be added up over
+            # the steps in bfloat16, not in float32.
+            decisions.append(self.actor(latents[-1], draws.action[t], dtype))
+            latents.append(rssm.imagine_step(latents[-1], decisions[-1].action, draws.latent[t], weights))
+        actions, entropies = zip(*decisions, strict=True)
+        latent = _stack(latents).expand_once(rssm.classes, dtype)
+        return latent, torch.stack(actions), torch.stack(entropies)
 
     def value(self, latent: Latent, dtype: torch.dtype) -> Tensor:
         """The critic's value (...) of latents, float32: the discounted rewards that it expects from there on."""
@@ -286,11 +292,8 @@ class Behavior(nn.Module):
 
 
 def _stack(latents: list[Latent]) -> Latent:
-    """H+1 latents (N, ...) -> one latent (H+1, N, ...), with a straight-through sample if every state has one."""
+    """H+1 latents (N, ...), all but the first with a straight-through sample, -> one latent (H+1, N, ...)."""
     deter = torch.stack([latent.deter for latent in latents])
     index = torch.stack([latent.index for latent in latents])
-    first, *later = (latent.stoch for latent in latents)
-    drawn = [stoch for stoch in later if stoch is not None]
-    if len(drawn) < len(later):
-        return Latent(deter, index)
-    return Latent(deter, index, torch.stack([torch.zeros_like(drawn[0]) if first is None else first, *drawn]))
+    drawn = [latent.stoch for latent in latents[1:] if latent.stoch is not None]
+    return Latent(deter, index, torch.stack([torch.zeros_like(drawn[0]), *drawn]))

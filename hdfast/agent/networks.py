@@ -50,12 +50,6 @@ class Latent(NamedTuple):
             return self.rounded
         return self.deter.to(dtype)
 
-    def round_once(self, dtype: torch.dtype) -> "Latent":
-        """The same state, with `deter_as(dtype)` cached, unless gradients flow."""
-        if torch.is_grad_enabled() or dtype == self.deter.dtype:
-            return self
-        return self._replace(rounded=self.deter_as(dtype))
-
     def expand_once(self, classes: int, dtype: torch.dtype) -> "Latent":
         """The same state, with its K = `classes` one-hot latents cached as a dense matrix, where that is faster."""
         if self.dense is not None:
@@ -99,9 +93,9 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def silu(self, x: Tensor) -> Tensor:
-        """SiLU(LN(x)), (..., width)."""
-        return layer_norm_silu(x, self.weight, self.bias, EPS)
+    def silu(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """SiLU(LN(x)), (..., width); without gradients also into columns `out` of a matrix."""
+        return layer_norm_silu(x, self.weight, self.bias, EPS, out=out)
 
 
 class Linear(nn.Module):

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from hdfast.agent.distributions import clip_action, unimix_log_probs
 from hdfast.agent.networks import EPS, Latent, Linear, Norm, init_normal_
 from hdfast.agent.rounding import in_type
-from hdfast_kernels import layer_norm_gru, linear, onehot_linear, rssm_observe, sample_index, sample_onehot
+from hdfast_kernels import (
+    expand_onehot,
+    layer_norm_gru,
+    linear,
+    onehot_linear,
+    rssm_observe,
+    sample_index,
+    sample_onehot,
+)
 
 
 class Observed(NamedTuple):
@@ -32,6 +40,43 @@ class CastWeights(NamedTuple):
     prior_hidden: Tensor  # (U, D)
     prior_weight: Tensor  # (S*K, U)
     prior_bias: Tensor  # (S*K,)
+
+
+class Rollout:
+    """M states in memory of their own, into which `RSSM.imagine_into` writes one after the other; without gradients.
+
+    Nothing is copied then: neither states to stack them, nor deter to put it beside the GRU's other input.
+
+    Args:
+        start: the first state, (N, ...). steps: how many follow; M is one more.
+        units: U. classes: K. dtype: of the matrix work.
+
+    Attributes:
+        states: all of them, (M, N, ...). each: one by one, M times (N, ...).
+        joined: for each state the GRU's input (N, D + U): deter, rounded, then the other input. Empty in deter's dtype.
+    """
+
+    def __init__(self, start: Latent, steps: int, units: int, classes: int, dtype: torch.dtype):
+        def room(first: Tensor) -> Tensor:
+            whole = first.new_empty((steps + 1, *first.shape))
+            whole[0] = first
+            return whole
+
+        joined, rounded, dense, width = (
+            None,
+            None,
+            expand_onehot(start.index, classes, dtype),
+            start.deter.shape[-1],
+        )
+        if dtype != start.deter.dtype:
+            joined = start.deter.new_empty((steps + 1, *start.deter.shape[:-1], width + units), dtype=dtype)
+            rounded = joined[..., :width]
+            rounded[0] = start.deter
+        dense = None if dense is None else room(dense)
+        self.states = Latent(room(start.deter), room(start.index), None, rounded, dense)
+        parts = [[None] * (steps + 1) if part is None else part.unbind() for part in self.states]
+        self.each = [Latent._make(part) for part in zip(*parts, strict=True)]
+        self.joined = () if joined is None else joined.unbind()
 
 
 class RSSM(nn.Module):
@@ -163,10 +208,32 @@ class RSSM(nn.Module):
     def imagine_step(self, latent: Latent, action: Tensor, uniform: Tensor, weights: CastWeights) -> Latent:
         """The prior after `action`: (N, ...) latents, (N,) or (N, A) actions, (N, S) uniform numbers."""
         deter = self._recur(latent, self.project_action(action, weights), weights)
-        rounded = deter.to(weights.gru.dtype)
-        drawn = self._draw(deter, self._prior_logits(rounded, weights), uniform)
-        drawn = drawn.expand_once(self.classes, rounded.dtype)
-        return drawn if torch.is_grad_enabled() else drawn._replace(rounded=rounded)
+        drawn = self._draw(deter, self._prior_logits(deter, weights), uniform)
+        return drawn.expand_once(self.classes, weights.gru.dtype)
+
+    def rollout(self, start: Latent, steps: int, dtype: torch.dtype) -> Rollout:
+        """Memory for the states that follow `start` (N, ...) in so many steps."""
+        return Rollout(start, steps, self.in_stoch.shape[1], self.classes, dtype)
+
+    def imagine_into(
+        self, rollout: Rollout, t: int, action: Tensor, uniform: Tensor, weights: CastWeights
+    ) -> None:
+        """`imagine_step` from state t of a rollout, written into state t + 1."""
+        before, after = rollout.each[t], rollout.each[t + 1]
+        x = onehot_linear(
+            before.index, weights.in_stoch, None, self.project_action(action, weights), before.dense
+        )
+        if rollout.joined:
+            joined = rollout.joined[t]
+            self.in_norm.silu(x, out=joined[..., before.deter.shape[-1] :])
+        else:
+            joined = torch.cat([before.deter, self.in_norm.silu(x)], -1)
+        layer_norm_gru(
+            linear(joined, weights.gru), before.deter, self.gru_norm.weight, self.gru_norm.bias, EPS,
+            out=after.deter, rounded=after.rounded,
+        )  # fmt: skip
+        logits = self._prior_logits(after.deter_as(joined.dtype), weights)
+        sample_index(logits, uniform, self.unimix, out=after.index, dense=after.dense)
 
     def project_action(self, action: Tensor, weights: CastWeights) -> Tensor:
         """The action's part of the input layer: a row per discrete action, or a product with the clipped vector."""

@@ -16,16 +16,19 @@ int64_t gather_windows(const uint8_t* storage, int64_t row_bytes, int64_t rows, 
                        int64_t length, int64_t ring, uint8_t* out, int threads);
 
 // SiLU(LayerNorm(x)); x, y, grad, grad_x (rows, width) float or bfloat16; mean, rstd (rows,) pass to backward.
-void layer_norm_silu_forward(const void* x, const float* weight, const float* bias, void* y, float* mean, float* rstd,
-                             int64_t rows, int64_t width, float eps, bool is_bf16, int threads);
+// The rows of y may lie further apart: y_stride numbers from one to the next.
+void layer_norm_silu_forward(const void* x, const float* weight, const float* bias, void* y, int64_t y_stride,
+                             float* mean, float* rstd, int64_t rows, int64_t width, float eps, bool is_bf16,
+                             int threads);
 void layer_norm_silu_backward(const void* grad, const void* x, const float* weight, const float* bias,
                               const float* mean, const float* rstd, void* grad_x, float* grad_weight, float* grad_bias,
                               int64_t rows, int64_t width, bool is_bf16, int threads);
 
 // The GRU's gates: gates, grad_gates (rows, 3 * width) share a dtype; deter, next, grad, grad_deter (rows, width) too.
+// The rows of next lie next_stride numbers apart. If rounded is not null, it receives next in bfloat16.
 void layer_norm_gru_forward(const void* gates, const void* deter, const float* weight, const float* bias, void* next,
-                            float* mean, float* rstd, int64_t rows, int64_t width, float eps, bool gates_bf16,
-                            bool deter_bf16, int threads);
+                            int64_t next_stride, void* rounded, int64_t rounded_stride, float* mean, float* rstd,
+                            int64_t rows, int64_t width, float eps, bool gates_bf16, bool deter_bf16, int threads);
 void layer_norm_gru_backward(const void* grad, const void* gates, const void* deter, const float* weight,
                              const float* bias, const float* mean, const float* rstd, void* grad_gates,
                              void* grad_deter, float* grad_weight, float* grad_bias, int64_t rows, int64_t width,

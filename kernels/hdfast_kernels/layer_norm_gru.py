@@ -19,7 +19,16 @@ from . import dispatch
 from ._triton import tl, triton
 from .autograd import once_differentiable
 from .layer_norm_gru_native import layer_norm_gru_native
-from .numerics import as_contiguous, check_axes, check_device, check_eps, check_shape, compute_dtype
+from .numerics import (
+    as_contiguous,
+    check_axes,
+    check_device,
+    check_eps,
+    check_out,
+    check_shape,
+    compute_dtype,
+    rows_of,
+)
 from .tiles import PARTIALS, as_rows, row_tile, sum_of_partials, tanh, tanh_and_slope
 
 # Numbers of one gate in a tile and for each thread. Backward holds 6 accumulators and some 15 operands: 8 a
@@ -31,7 +40,13 @@ WIDEST, CHUNK, WIDE_PARTIALS = 2048, 2048, 132
 
 
 def layer_norm_gru_reference(
-    gates: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-3
+    gates: Tensor,
+    deter: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-3,
+    out: Tensor | None = None,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """The definition, in plain PyTorch; see `layer_norm_gru`."""
     dtype = compute_dtype(gates)
@@ -39,7 +54,10 @@ def layer_norm_gru_reference(
     reset, cand, update = normed.chunk(3, dim=-1)  # (..., 3D) -> 3 x (..., D)
     cand = torch.tanh(torch.sigmoid(reset) * cand)
     update = torch.sigmoid(update - 1)
-    return torch.lerp(deter.to(dtype), cand, update).to(deter.dtype)
+    after = torch.lerp(deter.to(dtype), cand, update).to(deter.dtype)
+    if rounded is not None:
+        rounded.copy_(after)
+    return after if out is None else out.copy_(after)
 
 
 @triton.jit
@@ -74,8 +92,12 @@ def layer_norm_gru_forward(
     weight_ptr,
     bias_ptr,
     next_ptr,
+    rounded_ptr,
     rows,
     eps,
+    ROUND: tl.constexpr,  # whether to write the result a second time, rounded
+    STRIDE: tl.constexpr,  # from a row of the result to the next
+    ROUNDED_STRIDE: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -89,8 +111,11 @@ def layer_norm_gru_forward(
     r, c, u, _ = _load_gates(gates_ptr, row, column, inside, D, eps)
     cand = tanh(tl.sigmoid(r * wr + br) * (c * wc + bc))
     update = tl.sigmoid(u * wu + bu - 1.0)
-    out = deter + update * (cand - deter)
-    tl.store(next_ptr + row * D + column, out.to(next_ptr.dtype.element_ty), mask=inside)
+    out = (deter + update * (cand - deter)).to(next_ptr.dtype.element_ty)
+    tl.store(next_ptr + row * STRIDE + column, out, mask=inside)
+    if ROUND:
+        place = rounded_ptr + row * ROUNDED_STRIDE + column
+        tl.store(place, out.to(rounded_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -259,16 +284,32 @@ def layer_norm_gru_wide_backward(
             tl.store(place + 2 * D, (rstd * (du * wu - plain - u * along)).to(element), mask=inside)
 
 
+def _forward(
+    gates: Tensor,
+    deter: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    rounded: Tensor | None,
+    eps: float,
+) -> None:
+    """gates (N, 3D) and deter (N, D), contiguous, into out and rounded."""
+    (rows, D), tile = deter.shape, row_tile(deter.shape[1], TILE, THREAD)
+    second = out if rounded is None else rounded
+    layer_norm_gru_forward[(tile.programs(rows),)](
+        gates, deter, weight, bias, out, second, rows, eps, rounded is not None, out.stride(0), second.stride(0),
+        D, tile.rows, tile.block, num_warps=tile.warps,
+    )  # fmt: skip
+
+
 class _LayerNormGRU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gates: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         D = deter.shape[-1]
         gates, state = as_rows(gates, 3 * D), as_rows(deter, D)
         weight, bias = as_contiguous((weight, bias))
-        out, tile = torch.empty_like(state), row_tile(D, TILE, THREAD)
-        layer_norm_gru_forward[(tile.programs(len(state)),)](
-            gates, state, weight, bias, out, len(state), eps, D, tile.rows, tile.block, num_warps=tile.warps
-        )
+        out = torch.empty_like(state)
+        _forward(gates, state, weight, bias, out, None, eps)
         ctx.save_for_backward(gates, state, weight, bias)
         ctx.eps = eps
         return out.view(deter.shape)
@@ -297,6 +338,25 @@ class _LayerNormGRU(torch.autograd.Function):
         return dgates.view(*dnext.shape[:-1], 3 * D), ddeter.view(dnext.shape), dweight, dbias, None
 
 
+def _layer_norm_gru_triton(
+    gates: Tensor,
+    deter: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out: Tensor | None = None,
+    rounded: Tensor | None = None,
+) -> Tensor:
+    if out is None and rounded is None:
+        return _LayerNormGRU.apply(gates, deter, weight, bias, eps)
+    D = deter.shape[-1]
+    out = torch.empty_like(deter, memory_format=torch.contiguous_format) if out is None else out
+    second = None if rounded is None else rows_of(rounded)
+    laid = as_rows(gates.detach(), 3 * D), as_rows(deter.detach(), D), *as_contiguous((weight, bias))
+    _forward(*laid, rows_of(out), second, eps)
+    return out
+
+
 def layer_norm_gru(
     gates: Tensor,
     deter: Tensor,
@@ -304,6 +364,8 @@ def layer_norm_gru(
     bias: Tensor,
     eps: float = 1e-3,
     *,
+    out: Tensor | None = None,
+    rounded: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The next deterministic state from the GRU's raw gates and the state before.
@@ -313,11 +375,15 @@ def layer_norm_gru(
         deter: (..., D) the state before; float32 or bfloat16, also where gates has another dtype.
         weight, bias: (3D,) float32, of the one LayerNorm over all gates.
         eps: added to the variance; positive.
+        out: optional tensor of deter's shape and dtype for the result, its rows any distance apart; only where no
+            gradient is wanted.
+        rounded: optional bfloat16 tensor of deter's shape that receives the result as well, under the same conditions:
+            what the next matrix product reads.
         backend: "reference", "triton" or "native"; None lets `dispatch` choose.
 
     Returns (..., D) in deter's dtype, computed in float32. Differentiable in gates, deter, weight and bias.
 
-    Raises ValueError on shapes or devices that do not fit or an eps that is not positive;
+    Raises ValueError on shapes or devices that do not fit or an eps that is not positive; as `numerics.check_out`;
     `dispatch.BackendError` if the backend cannot run here.
     """
     check_axes("layer_norm_gru", "deter", deter, "...", "D")
@@ -325,14 +391,19 @@ def layer_norm_gru(
     check_shape("layer_norm_gru", "weight", weight, gates.shape[-1:])
     check_shape("layer_norm_gru", "bias", bias, gates.shape[-1:])
     check_eps("layer_norm_gru", eps)
-    check_device("layer_norm_gru", gates=gates, deter=deter, weight=weight, bias=bias)
+    inputs = gates, deter, weight, bias
+    check_out("layer_norm_gru", "out", out, deter.shape, deter.dtype, *inputs)
+    check_out("layer_norm_gru", "rounded", rounded, deter.shape, torch.bfloat16, *inputs)
+    check_device(
+        "layer_norm_gru", gates=gates, deter=deter, weight=weight, bias=bias, out=out, rounded=rounded
+    )
     deciding = gates if deter.dtype in dispatch.FUSED_DTYPES else deter
-    return dispatch.resolve("layer_norm_gru", backend, deciding)(gates, deter, weight, bias, eps)
+    return dispatch.resolve("layer_norm_gru", backend, deciding)(*inputs, eps, out, rounded)
 
 
 dispatch.register(
     "layer_norm_gru",
     reference=layer_norm_gru_reference,
-    triton=_LayerNormGRU.apply,
+    triton=_layer_norm_gru_triton,
     native=layer_norm_gru_native,
 )

@@ -16,7 +16,16 @@ from . import dispatch
 from ._triton import tl, triton
 from .autograd import once_differentiable
 from .layer_norm_silu_native import layer_norm_silu_native
-from .numerics import as_contiguous, check_axes, check_device, check_eps, check_shape, compute_dtype
+from .numerics import (
+    as_contiguous,
+    check_axes,
+    check_device,
+    check_eps,
+    check_out,
+    check_shape,
+    compute_dtype,
+    rows_of,
+)
 from .tiles import (
     Tile,
     as_rows,
@@ -47,11 +56,14 @@ def backward_tile(channels: int, itemsize: int) -> tuple[Tile, int]:
     return tile, 80 if low or channels < KEPT_FROM else 96
 
 
-def layer_norm_silu_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-3) -> Tensor:
+def layer_norm_silu_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-3, out: Tensor | None = None
+) -> Tensor:
     """The definition, in plain PyTorch; see `layer_norm_silu`."""
     dtype = compute_dtype(x)
     normed = F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias.to(dtype), eps)
-    return F.silu(normed).to(x.dtype)
+    y = F.silu(normed).to(x.dtype)
+    return y if out is None else out.copy_(y)
 
 
 @triton.jit
@@ -75,6 +87,7 @@ def layer_norm_silu_forward(
     rows,
     eps,
     KEEP: tl.constexpr,  # whether to write the moments
+    STRIDE: tl.constexpr,  # from a row of y to the next
     C: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -88,7 +101,7 @@ def layer_norm_silu_forward(
     x = tl.load(x_ptr + row * C + column, mask=inside, other=0.0).to(tl.float32)
     normed, mean, rstd = normalise(x, column < C, C, eps, PARTS)
     z = normed * weight + bias
-    tl.store(y_ptr + row * C + column, (z * sigmoid(z)).to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + row * STRIDE + column, (z * sigmoid(z)).to(y_ptr.dtype.element_ty), mask=inside)
     if KEEP:
         tl.store(moments_ptr + row, mean, mask=row < rows)
         tl.store(moments_ptr + rows + row, rstd, mask=row < rows)
@@ -161,18 +174,24 @@ def layer_norm_silu_backward(
     tl.store(partial_ptr + (programs + program) * C + slot, dbias, mask=slot < C)
 
 
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, kept: Tensor, eps: float) -> None:
+    """x (N, C), contiguous, into y; kept (2, N) for the moments, or (2, 0)."""
+    rows, channels = x.shape
+    tile = tile_of_warps(channels, x.element_size()) or row_tile(channels)
+    layer_norm_silu_forward[(tile.programs(rows),)](
+        x, weight, bias, y, kept, rows, eps, bool(kept.numel()), y.stride(0),
+        channels, tile.rows, tile.parts, tile.lanes, num_warps=tile.warps,
+    )  # fmt: skip
+
+
 class _LayerNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         channels = x.shape[-1]
         flat, (weight, bias) = as_rows(x, channels), as_contiguous((weight, bias))
-        y, tile = torch.empty_like(flat), tile_of_warps(channels, x.element_size()) or row_tile(channels)
-        keep = channels >= KEPT_FROM and any(ctx.needs_input_grad)
+        keep, y = channels >= KEPT_FROM and any(ctx.needs_input_grad), torch.empty_like(flat)
         kept = flat.new_empty((2, len(flat) if keep else 0), dtype=torch.float32)
-        layer_norm_silu_forward[(tile.programs(len(flat)),)](
-            flat, weight, bias, y, kept, len(flat), eps, keep,
-            channels, tile.rows, tile.parts, tile.lanes, num_warps=tile.warps,
-        )  # fmt: skip
+        _forward(flat, weight, bias, y, kept, eps)
         ctx.save_for_backward(flat, weight, bias, kept)
         ctx.eps = eps
         return y.view(x.shape)
@@ -195,8 +214,26 @@ class _LayerNormSiLU(torch.autograd.Function):
         return dx.view(dy.shape), dweight, dbias, None
 
 
+def _layer_norm_silu_triton(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None
+) -> Tensor:
+    if out is None:
+        return _LayerNormSiLU.apply(x, weight, bias, eps)
+    flat = as_rows(x.detach(), x.shape[-1])
+    _forward(
+        flat, *as_contiguous((weight, bias)), rows_of(out), flat.new_empty((2, 0), dtype=torch.float32), eps
+    )
+    return out
+
+
 def layer_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-3, *, backend: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-3,
+    *,
+    out: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """SiLU of the layer norm of `x` over its last axis.
 
@@ -204,24 +241,27 @@ def layer_norm_silu(
         x: (..., C), float32 or bfloat16 (reference: also float64).
         weight, bias: (C,), float32; the affine part of the norm.
         eps: added to the variance; positive.
+        out: optional tensor of x's shape and dtype for the result, its rows any distance apart, such as some of the
+            columns of a matrix; only where no gradient is wanted.
         backend: "reference", "triton" or "native"; None lets `dispatch` choose.
 
     Returns (..., C) in x's dtype, computed in float32. Differentiable in x, weight and bias.
 
-    Raises ValueError if weight or bias is not (C,) or on another device, or eps is not positive;
-    `dispatch.BackendError` if the backend cannot run here.
+    Raises ValueError if weight or bias is not (C,) or on another device, or eps is not positive; as
+    `numerics.check_out`; `dispatch.BackendError` if the backend cannot run here.
     """
     check_axes("layer_norm_silu", "x", x, "...", "C")
     check_shape("layer_norm_silu", "weight", weight, x.shape[-1:])
     check_shape("layer_norm_silu", "bias", bias, x.shape[-1:])
     check_eps("layer_norm_silu", eps)
-    check_device("layer_norm_silu", x=x, weight=weight, bias=bias)
-    return dispatch.resolve("layer_norm_silu", backend, x)(x, weight, bias, eps)
+    check_out("layer_norm_silu", "out", out, x.shape, x.dtype, x, weight, bias)
+    check_device("layer_norm_silu", x=x, weight=weight, bias=bias, out=out)
+    return dispatch.resolve("layer_norm_silu", backend, x)(x, weight, bias, eps, out)
 
 
 dispatch.register(
     "layer_norm_silu",
     reference=layer_norm_silu_reference,
-    triton=_LayerNormSiLU.apply,
+    triton=_layer_norm_silu_triton,
     native=layer_norm_silu_native,
 )

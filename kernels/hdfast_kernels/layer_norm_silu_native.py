@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import native
 from .autograd import once_differentiable
+from .numerics import rows_of
 
 
 class _LayerNormSiLU(torch.autograd.Function):
@@ -14,7 +15,7 @@ class _LayerNormSiLU(torch.autograd.Function):
         rows, width = x.shape[:-1].numel(), x.shape[-1]
         y, mean, rstd = torch.empty_like(x), native.empty(rows), native.empty(rows)
         native.module().layer_norm_silu_forward(
-            native.ptr(x), native.ptr(weight), native.ptr(bias), native.ptr(y), native.ptr(mean),
+            native.ptr(x), native.ptr(weight), native.ptr(bias), native.ptr(y), width, native.ptr(mean),
             native.ptr(rstd), rows, width, eps, native.is_bf16(x), native.threads(),
         )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, mean, rstd)
@@ -34,4 +35,17 @@ class _LayerNormSiLU(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
-layer_norm_silu_native = _LayerNormSiLU.apply
+def layer_norm_silu_native(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None
+) -> Tensor:
+    """See `layer_norm_silu`."""
+    if out is None:
+        return _LayerNormSiLU.apply(x, weight, bias, eps)
+    x, y = x.detach().contiguous(), rows_of(out)
+    weight, bias = native.as_float(weight.detach()), native.as_float(bias.detach())
+    (rows, width), moments = y.shape, native.empty(2, len(y))
+    native.module().layer_norm_silu_forward(
+        native.ptr(x), native.ptr(weight), native.ptr(bias), native.ptr_of_rows(y), y.stride(0),
+        native.ptr(moments[0]), native.ptr(moments[1]), rows, width, eps, native.is_bf16(x), native.threads(),
+    )  # fmt: skip
+    return out

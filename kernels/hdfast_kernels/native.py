@@ -71,6 +71,15 @@ def ptr(tensor: Tensor) -> int:
     return address
 
 
+def ptr_of_rows(rows: Tensor) -> int:
+    """The data address of a CPU matrix with numbers side by side in a row, rows any distance apart; else ValueError."""
+    if rows.ndim != 2 or (rows.stride(1) != 1 and rows.shape[1] != 1):
+        raise ValueError(
+            f"native ops take whole rows, got shape {tuple(rows.shape)}, strides {rows.stride()}"
+        )
+    return ptr(rows[:1])
+
+
 def is_bf16(tensor: Tensor) -> bool:
     """True for bfloat16, False for float32; TypeError for any other dtype, which C++ would misread."""
     if tensor.dtype not in FUSED_DTYPES:

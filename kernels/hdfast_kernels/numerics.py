@@ -56,6 +56,46 @@ def check_eps(op: str, eps: float) -> None:
         raise ValueError(f"{op}: eps is {eps}, expected a positive number")
 
 
+def check_out(
+    op: str,
+    name: str,
+    out: Tensor | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *inputs: Tensor,
+    contiguous: bool = False,
+) -> None:
+    """Raise unless `out` is None or can hold a result of this shape and dtype, in whole rows that lie evenly apart.
+
+    ValueError or TypeError for the tensor; RuntimeError if a gradient of `inputs` is wanted, which `out` cannot carry.
+    contiguous: whether the rows must lie side by side.
+    """
+    if out is None:
+        return
+    check_shape(op, name, out, shape)
+    if out.dtype != dtype:
+        raise TypeError(f"{op}: {name} has dtype {out.dtype}, expected {dtype}")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        raise RuntimeError(f"{op}: {name} takes no gradient, and one is wanted; use torch.no_grad()")
+    if contiguous:
+        if not out.is_contiguous():
+            raise ValueError(f"{op}: {name} has strides {out.stride()}, expected a contiguous tensor")
+        return
+    try:
+        apart = rows_of(out).stride(1) == 1 or shape[-1] == 1
+    except RuntimeError:
+        apart = False
+    if not apart:
+        raise ValueError(
+            f"{op}: {name} has strides {out.stride()}, expected whole rows that lie evenly apart"
+        )
+
+
+def rows_of(out: Tensor) -> Tensor:
+    """(..., columns) -> (N, columns), a view; RuntimeError if there is none."""
+    return out.view(out.shape[:-1].numel(), out.shape[-1])
+
+
 def as_contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """The same tensors as kernels read them: copies of those that are not contiguous, or are lazily negated."""
     if all(tensor.is_contiguous() and not tensor.is_neg() for tensor in tensors):

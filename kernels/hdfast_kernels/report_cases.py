@@ -53,10 +53,27 @@ def cases() -> list[Case]:
 
         return call
 
+    def layer_norm_silu_into(rows: int, channels: int, width: int):
+        def call(op):
+            place = meta(rows, width, dtype=low)[:, -channels:]
+            op(meta(rows, channels, dtype=low), meta(channels), meta(channels), 1e-3, place)
+
+        return call
+
     def layer_norm_gru(rows: int, deter: int, dtype: torch.dtype):
         def call(op):
             gates, affine = meta(rows, 3 * deter, dtype=dtype, grad=True), meta(3 * deter, grad=True)
             backward(op(gates, meta(rows, deter, grad=True), affine, affine, 1e-3))
+
+        return call
+
+    def layer_norm_gru_into(rows: int, deter: int, width: int):
+        def call(op):
+            affine, rounded = meta(3 * deter), meta(rows, width, dtype=low)[:, :deter]
+            op(
+                meta(rows, 3 * deter, dtype=low), meta(rows, deter), affine, affine, 1e-3,
+                meta(rows, deter), rounded,
+            )  # fmt: skip
 
         return call
 
@@ -82,6 +99,13 @@ def cases() -> list[Case]:
 
     def sample_index(rows: int, groups: int, classes: int, dtype: torch.dtype):
         return lambda op: op(meta(rows, groups, classes, dtype=dtype), meta(rows, groups), 0.01)
+
+    def sample_index_into(rows: int, groups: int, classes: int):
+        def call(op):
+            out, dense = meta(rows, groups, dtype=torch.int64), meta(rows, groups * classes, dtype=low)
+            op(meta(rows, groups, classes, dtype=low), meta(rows, groups), 0.01, out, dense)
+
+        return call
 
     def kl_balance(op):
         backward(*op(meta(64, 16, 32, 32, grad=True), meta(64, 16, 32, 32, grad=True), 1.0)[:2])
@@ -170,6 +194,7 @@ def cases() -> list[Case]:
         Case("layer_norm_silu", "imagined 16384x512 bf16", layer_norm_silu(16384, 512, low)),
         Case("layer_norm_silu", "medium 1024x640 bf16", layer_norm_silu(1024, 640, low)),
         Case("layer_norm_silu", "vector 1024x1024 bf16", layer_norm_silu(1024, 1024, low)),
+        Case("layer_norm_silu", "into 1024x512 of 1024 bf16", layer_norm_silu_into(1024, 512, 1024)),
         Case("layer_norm_silu", "encoder 32x32x32 bf16", layer_norm_silu(1024 * 1024, 32, low), quick=True),
         Case("layer_norm_silu", "encoder 32x32x32 fp32", layer_norm_silu(1024 * 1024, 32, full)),
         Case("layer_norm_silu", "encoder 32x32x48 bf16", layer_norm_silu(1024 * 1024, 48, low)),
@@ -177,6 +202,7 @@ def cases() -> list[Case]:
         Case("layer_norm_gru", "observe 16x512 bf16", layer_norm_gru(16, 512, low)),
         Case("layer_norm_gru", "imagine 1024x512 bf16", layer_norm_gru(1024, 512, low), quick=True),
         Case("layer_norm_gru", "imagine 1024x512 fp32", layer_norm_gru(1024, 512, full)),
+        Case("layer_norm_gru", "into 1024x512 of 1024 bf16", layer_norm_gru_into(1024, 512, 1024)),
         Case("layer_norm_gru", "medium 1024x1024 bf16", layer_norm_gru(1024, 1024, low)),
         Case("layer_norm_gru", "large 1024x2048 bf16", layer_norm_gru(1024, 2048, low)),
         Case("layer_norm_gru", "xlarge 1024x4096 bf16", layer_norm_gru(1024, 4096, low)),
@@ -192,6 +218,7 @@ def cases() -> list[Case]:
         Case("sample_onehot", "imagine 1024x32x32 fp32", sample_onehot(1024, full)),
         Case("sample_index", "imagine 1024x32x32 bf16", sample_index(1024, 32, 32, low), quick=True),
         Case("sample_index", "imagine 1024x32x32 fp32", sample_index(1024, 32, 32, full)),
+        Case("sample_index", "into 1024x32x32 bf16", sample_index_into(1024, 32, 32)),
         Case("sample_index", "actions 1024x1x18 bf16", sample_index(1024, 1, 18, low)),
         Case("kl_balance", "observed 64x16x32x32 fp32", kl_balance, quick=True),
         Case("two_hot_loss", "imagined 15360x255 bf16", two_hot_loss(15360, low), quick=True),

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import dispatch
 from ._triton import tl, triton
 from .autograd import once_differentiable
-from .numerics import as_contiguous, check_axes, check_device, check_shape, compute_dtype
+from .numerics import as_contiguous, check_axes, check_device, check_out, check_shape, compute_dtype
 from .sample_onehot_native import sample_index_native, sample_onehot_native
 from .tiles import as_rows, reciprocal, row_tile, softmax_rows
 
@@ -38,12 +38,19 @@ def sample_onehot_reference(
         probs = logp.exp()
     cdf = probs.detach().cumsum(dim=-1)
     index = (cdf <= uniform.unsqueeze(-1)).sum(dim=-1).clamp_(max=classes - 1)  # (..., S, K) -> (..., S)
-    one_hot = index.unsqueeze(-1) == torch.arange(classes, device=logits.device)
-    stoch = one_hot + (probs - probs.detach())  # the bracket is exactly zero
+    stoch = one_hot(index, classes).view(probs.shape) + (
+        probs - probs.detach()
+    )  # the bracket is exactly zero
     return stoch.to(logits.dtype), index, logp
 
 
-def sample_index_reference(logits: Tensor, uniform: Tensor, unimix: float = 0.01) -> Tensor:
+def sample_index_reference(
+    logits: Tensor,
+    uniform: Tensor,
+    unimix: float = 0.01,
+    out: Tensor | None = None,
+    dense: Tensor | None = None,
+) -> Tensor:
     """The definition, in plain PyTorch; see `sample_index`."""
     classes, logits = logits.shape[-1], logits.detach().to(compute_dtype(logits))
     if unimix:
@@ -51,7 +58,15 @@ def sample_index_reference(logits: Tensor, uniform: Tensor, unimix: float = 0.01
     else:
         probs = torch.log_softmax(logits, dim=-1).exp()
     cdf = probs.cumsum(dim=-1)
-    return (cdf <= uniform.unsqueeze(-1)).sum(dim=-1).clamp_(max=classes - 1)
+    index = (cdf <= uniform.unsqueeze(-1)).sum(dim=-1).clamp_(max=classes - 1)
+    if dense is not None:
+        dense.copy_(one_hot(index, classes))
+    return index if out is None else out.copy_(index)
+
+
+def one_hot(index: Tensor, classes: int) -> Tensor:
+    """(..., S) -> (..., S * classes) bool."""
+    return (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).flatten(-2)
 
 
 @triton.jit
@@ -62,7 +77,8 @@ def sample_onehot_forward(
     index_ptr,
     logp_ptr,
     rows,
-    INDEX_ONLY: tl.constexpr,
+    STOCH: tl.constexpr,  # whether to write the one-hot vectors
+    LOGP: tl.constexpr,  # whether to write the log-probabilities
     UNIMIX: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
@@ -80,10 +96,11 @@ def sample_onehot_forward(
     cdf = tl.cumsum(probs, axis=1)
     index = tl.sum(((cdf <= uniform[:, None]) & (class_ < K)).to(tl.int32), axis=1)
     index = tl.minimum(index, K - 1)
-    if not INDEX_ONLY:
-        logp = tl.log(probs) if UNIMIX > 0 else logits - maximum[:, None] - tl.log(total)[:, None]
+    if STOCH:
         stoch = tl.where(class_ == index[:, None], 1.0, 0.0)
         tl.store(stoch_ptr + at, stoch.to(stoch_ptr.dtype.element_ty), mask=inside)
+    if LOGP:
+        logp = tl.log(probs) if UNIMIX > 0 else logits - maximum[:, None] - tl.log(total)[:, None]
         tl.store(logp_ptr + at, logp, mask=inside)
     tl.store(index_ptr + row, index.to(tl.int64), mask=row < rows)
 
@@ -130,7 +147,7 @@ class _SampleOnehot(torch.autograd.Function):
         stoch, logp = torch.empty_like(flat), torch.empty_like(flat, dtype=torch.float32)
         index = torch.empty(len(flat), dtype=torch.int64, device=logits.device)
         sample_onehot_forward[(tile.programs(len(flat)),)](
-            flat, uniform, stoch, index, logp, len(flat), False, unimix, K, tile.rows, tile.block,
+            flat, uniform, stoch, index, logp, len(flat), True, True, unimix, K, tile.rows, tile.block,
             num_warps=tile.warps,
         )  # fmt: skip
         ctx.save_for_backward(flat)
@@ -180,31 +197,59 @@ def sample_onehot(
     return dispatch.resolve("sample_onehot", backend, logits)(logits, uniform, unimix)
 
 
-def _sample_index_triton(logits: Tensor, uniform: Tensor, unimix: float) -> Tensor:
+def _sample_index_triton(
+    logits: Tensor, uniform: Tensor, unimix: float, out: Tensor | None = None, dense: Tensor | None = None
+) -> Tensor:
     K = logits.shape[-1]
     flat, tile, (uniform,) = as_rows(logits.detach(), K), row_tile(K), as_contiguous((uniform,))
-    index = torch.empty(len(flat), dtype=torch.int64, device=logits.device)
+    index = torch.empty(logits.shape[:-1], dtype=torch.int64, device=logits.device) if out is None else out
     sample_onehot_forward[(tile.programs(len(flat)),)](
-        flat, uniform, flat, index, flat, len(flat), True, unimix, K, tile.rows, tile.block,
-        num_warps=tile.warps,
+        flat, uniform, flat if dense is None else dense, index, flat, len(flat), dense is not None, False,
+        unimix, K, tile.rows, tile.block, num_warps=tile.warps,
     )  # fmt: skip
-    return index.view(logits.shape[:-1])
+    return index
+
+
+def _sample_index_native(
+    logits: Tensor, uniform: Tensor, unimix: float, out: Tensor | None = None, dense: Tensor | None = None
+) -> Tensor:
+    index = sample_index_native(logits, uniform, unimix, out)
+    if dense is not None:
+        dense.copy_(one_hot(index, logits.shape[-1]))
+    return index
 
 
 def sample_index(
-    logits: Tensor, uniform: Tensor, unimix: float = 0.01, *, backend: str | None = None
+    logits: Tensor,
+    uniform: Tensor,
+    unimix: float = 0.01,
+    *,
+    out: Tensor | None = None,
+    dense: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Draw the same classes as `sample_onehot`, and nothing else: where no gradient is wanted, as in acting.
 
-    Args: as of `sample_onehot`.
+    Args: as of `sample_onehot`, and
+        out: optional (..., S) int64, contiguous, for the classes.
+        dense: optional (..., S * K) float32 or bfloat16, contiguous, that receives them as a one-hot matrix, which
+            `onehot_linear` takes.
 
     Returns (..., S) int64. Not differentiable.
 
-    Raises ValueError on shapes or devices that do not fit or unimix outside [0, 1); `dispatch.BackendError` if
-    the backend cannot run here.
+    Raises ValueError on shapes or devices that do not fit or unimix outside [0, 1), TypeError if out or dense has
+    another dtype, `dispatch.BackendError` if the backend cannot run here.
     """
     _check("sample_index", logits, uniform, unimix)
-    return dispatch.resolve("sample_index", backend, logits)(logits, uniform, unimix)
+    for name, tensor, shape, dtypes in (
+        ("out", out, uniform.shape, (torch.int64,)),
+        ("dense", dense, (*logits.shape[:-2], logits.shape[-2:].numel()), dispatch.FUSED_DTYPES),
+    ):
+        if tensor is not None:
+            dtype = tensor.dtype if tensor.dtype in dtypes else dtypes[0]
+            check_out("sample_index", name, tensor, shape, dtype, contiguous=True)
+    check_device("sample_index", logits=logits, out=out, dense=dense)
+    return dispatch.resolve("sample_index", backend, logits)(logits, uniform, unimix, out, dense)
 
 
 def _check(op: str, logits: Tensor, uniform: Tensor, unimix: float) -> None:
@@ -227,5 +272,5 @@ dispatch.register(
     "sample_index",
     reference=sample_index_reference,
     triton=_sample_index_triton,
-    native=sample_index_native,
+    native=_sample_index_native,
 )

@@ -38,10 +38,10 @@ class _SampleOnehot(torch.autograd.Function):
 sample_onehot_native = _SampleOnehot.apply
 
 
-def sample_index_native(logits: Tensor, uniform: Tensor, unimix: float) -> Tensor:
+def sample_index_native(logits: Tensor, uniform: Tensor, unimix: float, out: Tensor | None = None) -> Tensor:
     """The classes alone, without the distribution; see `sample_index`."""
     logits, uniform = logits.detach().contiguous(), native.as_float(uniform)
-    index = torch.empty(uniform.shape, dtype=torch.int64, device="cpu")
+    index = torch.empty(uniform.shape, dtype=torch.int64, device="cpu") if out is None else out
     native.module().sample_index_forward(
         native.ptr(logits), native.ptr(uniform), native.ptr(index), index.numel(), logits.shape[-1], unimix,
         native.is_bf16(logits), native.threads(),

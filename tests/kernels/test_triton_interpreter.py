@@ -19,7 +19,7 @@ import torch
 from hdfast_kernels import dispatch
 
 OPS = (
-    *("gather_windows", "harmony_loss", "image_input", "image_loss", "kl_balance", "lambda_return"),
+    *("gather_windows", "harmony_loss", "image_input", "image_loss", "into", "kl_balance", "lambda_return"),
     *("layer_norm_gru", "layer_norm_silu", "native_adam", "onehot_linear", "sample_onehot", "two_hot"),
     *("image_blocks", "image_deconv", "strided_conv", "mistakes"),
 )

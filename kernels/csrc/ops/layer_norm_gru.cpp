@@ -6,13 +6,15 @@ namespace {
 
 // G is the dtype of the gates, D that of the state.
 template <class G, class D>
-void forward(const G* gates, const D* deter, const float* weight, const float* bias, D* next, float* mean, float* rstd,
-             int64_t rows, int64_t width, float eps, int threads) {
+void forward(const G* gates, const D* deter, const float* weight, const float* bias, D* next, int64_t next_stride,
+             bf16* rounded, int64_t rounded_stride, float* mean, float* rstd, int64_t rows, int64_t width, float eps,
+             int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; r++) {
     const G* in = gates + r * 3 * width;
     const D* before = deter + r * width;
-    D* out = next + r * width;
+    D* out = next + r * next_stride;
+    bf16* second = rounded ? rounded + r * rounded_stride : nullptr;
     moments_of_rows<1>(in, 3 * width, eps, mean + r, rstd + r);
     const float m = mean[r], s = rstd[r];
     for_lanes(width, [&](int64_t i, auto lanes) {
@@ -22,7 +24,9 @@ void forward(const G* gates, const D* deter, const float* weight, const float* b
       };
       const Vf cand = tanh(sigmoid(gate(i)) * gate(width + i)).value, update = sigmoid(gate(2 * width + i) - 1.f);
       const Vf state = load(before + i, lanes);
-      store(out + i, state + update * (cand - state), lanes);
+      const Vf after = state + update * (cand - state);
+      store(out + i, after, lanes);
+      if (second) store(second + i, after, lanes);
     });
   }
 }
@@ -80,15 +84,15 @@ void backward(const D* grad, const G* gates, const D* deter, const float* weight
 }  // namespace
 
 void layer_norm_gru_forward(const void* gates, const void* deter, const float* weight, const float* bias, void* next,
-                            float* mean, float* rstd, int64_t rows, int64_t width, float eps, bool gates_bf16,
-                            bool deter_bf16, int threads) {
+                            int64_t next_stride, void* rounded, int64_t rounded_stride, float* mean, float* rstd,
+                            int64_t rows, int64_t width, float eps, bool gates_bf16, bool deter_bf16, int threads) {
   threads = threads_for(rows * 3 * width, threads);
   with_dtype(gates_bf16, [&](auto* gate_tag) {
     with_dtype(deter_bf16, [&](auto* deter_tag) {
       using G = std::remove_pointer_t<decltype(gate_tag)>;
       using D = std::remove_pointer_t<decltype(deter_tag)>;
-      forward(static_cast<const G*>(gates), static_cast<const D*>(deter), weight, bias, static_cast<D*>(next), mean,
-              rstd, rows, width, eps, threads);
+      forward(static_cast<const G*>(gates), static_cast<const D*>(deter), weight, bias, static_cast<D*>(next),
+              next_stride, static_cast<bf16*>(rounded), rounded_stride, mean, rstd, rows, width, eps, threads);
     });
   });
 }

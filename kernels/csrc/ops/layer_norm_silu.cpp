@@ -18,15 +18,15 @@ HDFAST_INLINE Vf silu_slope(Vf z) {
 
 // R rows together, so that they share the loads of weight and bias and wait for their sums at the same time.
 template <int R, bool far, class T>
-void forward_rows(const T* in, const float* weight, const float* bias, T* out, float* mean, float* rstd, int64_t width,
-                  float eps) {
+void forward_rows(const T* in, const float* weight, const float* bias, T* out, int64_t out_stride, float* mean,
+                  float* rstd, int64_t width, float eps) {
   moments_of_rows<R>(in, width, eps, mean, rstd);
   for_lanes(width, [&](int64_t i, auto lanes) {
     const Vf w = load(weight + i, lanes), b = load(bias + i, lanes);
     for (int r = 0; r < R; r++) {
       __builtin_prefetch(in + (R + r) * width + i);
       const Vf normed = (load(in + r * width + i, lanes) - mean[r]) * rstd[r];
-      put<far>(out + r * width + i, silu<T>(normed * w + b), lanes);
+      put<far>(out + r * out_stride + i, silu<T>(normed * w + b), lanes);
     }
   });
 }
@@ -140,8 +140,8 @@ HDFAST_INLINE void for_rows(int64_t rows, F f) {
 constexpr int together = 4;  // wide rows: one alone would wait for its sums
 
 template <int V, bool far, class T>
-void forward_all(const T* x, const float* weight, const float* bias, T* y, float* mean, float* rstd, int64_t rows,
-                 int64_t width, float eps, int threads) {
+void forward_all(const T* x, const float* weight, const float* bias, T* y, int64_t y_stride, float* mean, float* rstd,
+                 int64_t rows, int64_t width, float eps, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     for_rows<V ? W : together>(rows, [&](int64_t r, auto count) {
@@ -149,7 +149,7 @@ void forward_all(const T* x, const float* weight, const float* bias, T* y, float
       if constexpr (V && count > 1)
         forward_narrow<V, far>(x + at, weight, bias, y + at, mean + r, rstd + r, eps);
       else
-        forward_rows<count, far>(x + at, weight, bias, y + at, mean + r, rstd + r, width, eps);
+        forward_rows<count, far>(x + at, weight, bias, y + r * y_stride, y_stride, mean + r, rstd + r, width, eps);
     });
     if (far) fence();
   }
@@ -193,11 +193,13 @@ void with_vectors(int64_t width, F f) {
 }
 
 template <class T>
-void forward(const T* x, const float* weight, const float* bias, T* y, float* mean, float* rstd, int64_t rows,
-             int64_t width, float eps, int threads) {
+void forward(const T* x, const float* weight, const float* bias, T* y, int64_t y_stride, float* mean, float* rstd,
+             int64_t rows, int64_t width, float eps, int threads) {
+  if (y_stride != width)  // some columns of a larger matrix
+    return forward_all<0, false>(x, weight, bias, y, y_stride, mean, rstd, rows, width, eps, threads);
   with_bool(is_far(y, rows, width), [&](auto far) {
     with_vectors(width, [&](auto vectors) {
-      forward_all<vectors, far>(x, weight, bias, y, mean, rstd, rows, width, eps, threads);
+      forward_all<vectors, far>(x, weight, bias, y, width, mean, rstd, rows, width, eps, threads);
     });
   });
 }
@@ -214,12 +216,14 @@ void backward(const T* grad, const T* x, const float* weight, const float* bias,
 
 }  // namespace
 
-void layer_norm_silu_forward(const void* x, const float* weight, const float* bias, void* y, float* mean, float* rstd,
-                             int64_t rows, int64_t width, float eps, bool is_bf16, int threads) {
+void layer_norm_silu_forward(const void* x, const float* weight, const float* bias, void* y, int64_t y_stride,
+                             float* mean, float* rstd, int64_t rows, int64_t width, float eps, bool is_bf16,
+                             int threads) {
   threads = threads_for(rows * width, threads);
   with_dtype(is_bf16, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    forward(static_cast<const T*>(x), weight, bias, static_cast<T*>(y), mean, rstd, rows, width, eps, threads);
+    forward(static_cast<const T*>(x), weight, bias, static_cast<T*>(y), y_stride, mean, rstd, rows, width, eps,
+            threads);
   });
 }
 
