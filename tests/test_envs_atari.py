@@ -80,6 +80,7 @@ def one_noop(game, time_limit):
         ("MsPacman", 80, 100, 1, 3),
         ("Asterix", 27_000, 210, 1, 4),  # these two end with the game, within the four frames of a step
         ("RoadRunner", 27_000, 125, 1, 0),
+        ("UpNDown", 27_000, 375, 1, 3),  # ends within the first half of a step, whose image is another in envpool
     ],
 )
 def test_both_sources_follow_the_authors_protocol(game, time_limit, agent_steps, ends, rewards):
@@ -94,7 +95,8 @@ def test_both_sources_follow_the_authors_protocol(game, time_limit, agent_steps,
         for agent_step in range(agent_steps):
             for name, row in rows.items():
                 where = f"{name} at agent step {agent_step}"
-                assert np.array_equal(row.obs["image"][0], image), where
+                if (game, name, is_last) != ("UpNDown", "envpool", True):
+                    assert np.array_equal(row.obs["image"][0], image), where
                 assert row.reward.tolist() == [reward], where
                 assert row.is_first.tolist() == [length == 0], where
                 assert row.is_last.tolist() == [is_last], where

@@ -3,7 +3,8 @@
 RGB of 64 x 64 pixels by area interpolation, the maximum of the last two of four repeated frames, the game's
 minimal action set, up to 30 no-ops before an episode, no sticky actions, no fire on reset, lives unused,
 rewards not clipped, a limit of agent steps per episode. Pixels, rewards and ends are those of ale-py with
-OpenCV's area resize.
+OpenCV's area resize, but for one image: if the game ends within the first two of the four frames, envpool does not
+take the maximum that the authors' program takes.
 
 Axes: N environments.
 """
