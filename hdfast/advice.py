@@ -1,19 +1,35 @@
 """Warnings about settings that do not fit what a run sees."""
 
 from collections.abc import Mapping
+from operator import attrgetter
 
 import numpy as np
 
 from hdfast.agent.open_loop import CONTEXT
-from hdfast.config import Config
+from hdfast.config import Config, default_config
+from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
 from hdfast.runtime.errors import warn
 
 UPDATES = 500  # before which a small range of returns says nothing
 SMALL = 0.1  # of the least range of returns, and of a reward
 
 
-def check_videos(config: Config) -> None:
-    """Warns where windows are too short for the videos that are asked for."""
+def check_settings(
+    config: Config, obs_specs: Mapping[str, ArraySpec], actions: DiscreteActions | ContinuousActions
+) -> None:
+    """Warns of settings that were chosen and change nothing, given what a run sees and does."""
+    images = [spec.is_image for spec in obs_specs.values()]
+    pointless = {
+        "for continuous actions": isinstance(actions, ContinuousActions) and "behavior.unimix",
+        "where nothing observed is an image": not any(images) and "harmony.image loss.image",
+        "where all that is observed are images": all(images) and "loss.vector",
+    }
+    usual = default_config(config.suite, config.size)
+    for where, names in pointless.items():
+        for name in (names or "").split():
+            value = attrgetter(name)
+            if value(config) != value(usual):
+                warn(f"--{name.replace('_', '-')} changes nothing {where}")
     if config.log.video_every and config.replay.length <= CONTEXT:
         what = f"--replay.length {config.replay.length} is too short for videos, which show what follows {CONTEXT} rows"
         warn(f"{what}: there will be none")

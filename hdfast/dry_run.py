@@ -10,6 +10,7 @@ from torch import Tensor
 
 import hdfast
 from hdfast import init_from
+from hdfast.advice import check_settings
 from hdfast.agent.custom import learner_class
 from hdfast.agent.learner import Learner
 from hdfast.agent.world_model import WorldModel
@@ -35,6 +36,7 @@ def describe(config: Config, tasks: Sequence[Task]) -> str:
     graphs.check_graph(config.train.graph, device)
     with make_envs(config, tasks[0], num_envs=config.env.num_envs, stream="train") as env:
         seen = env.obs_specs, env.actions
+        check_settings(config, *seen)
         learner = learner_class(config)(*seen, config, device=device, dtype=dtype, seed=config.seed)
         if start is not None:
             init_from.load_parameters(learner, start, config)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from hdfast import evaluation, init_from
-from hdfast.advice import RewardScale, check_videos
+from hdfast.advice import RewardScale, check_settings
 from hdfast.agent.custom import learner_class
 from hdfast.agent.open_loop import CONTEXT, EXAMPLES, films
 from hdfast.agent.policy import Policy
@@ -66,12 +66,12 @@ class Session:
         begin = 0 if saved is None else saved.meta["agent_steps"]
         start = init_from.checkpoint_for(config) if saved is None else None
         stop.say = say
-        check_videos(config)
         self._make_envs = partial(make_envs, config, task, stop=stop.check)
         self.eval_env: BatchEnv | None = None
         with contextlib.ExitStack() as opened:
             self.env = self._make_envs(num_envs=config.env.num_envs, stream="train", agent_steps=begin)
             opened.callback(self.env.close)
+            check_settings(config, self.env.obs_specs, self.env.actions)
             self._build(opened, device, saved, start)
             self._opened = opened.pop_all()  # closed by __exit__
 

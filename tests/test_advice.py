@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from hdfast.advice import RewardScale
-from hdfast.config import Config
+from hdfast.advice import RewardScale, check_settings
+from hdfast.config import Config, parse
+from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
 from hdfast.sections import BehaviorConfig
 from tests.loop_cases import (
     one_thread,  # noqa: F401
@@ -66,3 +67,31 @@ def test_a_run_tells_what_does_not_fit(tmp_path, monkeypatch, capfd):
     assert checked[-1][0]._largest == 1.0  # a ball that was caught or lost
     assert checked[-1][1] == 15
     assert checked[-1][2].keys() >= {"return_low", "return_high"}
+
+
+IMAGE, VECTOR = ArraySpec((16, 16, 3), np.dtype(np.uint8)), ArraySpec((3,), np.dtype(np.float32))
+DISCRETE, CONTINUOUS = DiscreteActions(3), ContinuousActions(2)
+NO_IMAGE, NO_VECTOR = "where nothing observed is an image", "where all that is observed are images"
+
+
+@pytest.mark.parametrize(
+    ("flags", "seen", "actions", "told"),
+    [
+        ("--behavior.unimix 0.1", IMAGE, DISCRETE, None),
+        (
+            "--behavior.unimix 0.1",
+            IMAGE,
+            CONTINUOUS,
+            "--behavior.unimix changes nothing for continuous actions",
+        ),
+        ("--behavior.unimix 0.01", IMAGE, CONTINUOUS, None),  # the default
+        ("--harmony.image 0.1", IMAGE, DISCRETE, None),
+        ("--harmony.image 0.1", VECTOR, DISCRETE, f"--harmony.image changes nothing {NO_IMAGE}"),
+        ("--size tiny", VECTOR, DISCRETE, None),
+        ("--loss.vector 2", VECTOR, DISCRETE, None),
+        ("--loss.vector 2", IMAGE, DISCRETE, f"--loss.vector changes nothing {NO_VECTOR}"),
+    ],
+)
+def test_settings_that_change_nothing(flags, seen, actions, told, capfd):
+    check_settings(parse(["--suite", "gym", "--task", "m:Maze-v0", *flags.split()]), {"seen": seen}, actions)
+    assert capfd.readouterr().err == ("" if told is None else f"warning: {told}\n")

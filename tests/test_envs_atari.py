@@ -80,7 +80,13 @@ def one_noop(game, time_limit):
         ("MsPacman", 80, 100, 1, 3),
         ("Asterix", 27_000, 210, 1, 4),  # these two end with the game, within the four frames of a step
         ("RoadRunner", 27_000, 125, 1, 0),
-        ("UpNDown", 27_000, 375, 1, 3),  # ends within the first half of a step, whose image is another in envpool
+        (
+            "UpNDown",
+            27_000,
+            375,
+            1,
+            3,
+        ),  # ends within the first half of a step, whose image is another in envpool
     ],
 )
 def test_both_sources_follow_the_authors_protocol(game, time_limit, agent_steps, ends, rewards):

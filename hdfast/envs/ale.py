@@ -1,9 +1,10 @@
 """The Atari protocol of `hdfast.envs.atari` over ale-py's emulator: a small second source.
 
 For machines without envpool. After the same number of no-ops, the same actions give the same pixels, rewards
-and ends as envpool, to the bit; a game's last image may differ there, and is here the authors'. ale-py's own vector environment is not used, because it leaves the last frame
-out of the image that ends an episode. The emulator holds Python's interpreter lock while it runs a frame,
-so stepping overlaps the learner only while the learner computes outside Python.
+and ends as envpool, to the bit; but a game's last image may be another there, and is the authors' here. ale-py's own
+vector environment is not used, because it leaves the last frame out of the image that ends an episode. The emulator
+holds Python's interpreter lock while it runs a frame, so stepping overlaps the learner only while the learner
+computes outside Python.
 
 Axes: N environments; a frame is (210, 160, 3) uint8.
 """

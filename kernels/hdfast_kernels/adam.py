@@ -38,6 +38,7 @@ def adam_step_reference(
     apply: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition, in plain PyTorch; see `adam_step`."""
+    grads = [grad.to(param.dtype) for grad, param in zip(grads, params, strict=True)]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     applied = norm.isfinite() if apply is None else norm.isfinite() & apply
     keep = applied.to(norm.dtype)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import function
 
 
 def _autocast() -> bool:
@@ -30,25 +29,27 @@ def plainly(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes it an error to differentiate through `backward`, the backward pass of a torch.autograd.Function.
+    """Makes it an error to ask for a gradient that can be differentiated again (`create_graph=True`) of `backward`.
 
-    PyTorch's decorator of this name does so only if the incoming gradient itself requires a gradient. The gradient of
-    a sum does not, so that a gradient penalty on the output of an op would silently be left out. `backward` gets
-    gradients with their signs resolved: that of an imaginary part may come in lazily negated.
+    `backward` is the backward pass of a torch.autograd.Function of kernels. PyTorch's decorator of this name waits
+    until the second differentiation, and finds it only on some of its ways: a gradient of chosen inputs silently leaves
+    out a penalty on the first gradient. `backward` gets gradients with their signs resolved: that of an imaginary part
+    may come in lazily negated.
     """
+    op = backward.__module__.rpartition(".")[2]
+    for suffix in ("_native", "_triton", "_fused", "_rows"):
+        op = op.removesuffix(suffix)
 
-    refusing = function.once_differentiable(backward)
+    # PyTorch itself has no second derivative of the bags of embeddings in the reference of onehot_linear.
+    remedy = "a product with one-hot latents" if op == "onehot_linear" else 'backend="reference"'
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
-        grads = tuple(grad if grad is None else grad.resolve_neg() for grad in grads)
-        if not torch.is_grad_enabled():
-            return plainly(backward)(ctx, *grads)
-        if any(ctx.needs_input_grad):
-            grads = tuple(
-                grad.detach().requires_grad_() if grad is not None and grad.is_floating_point() else grad
-                for grad in grads
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{op}: its kernels cannot be differentiated twice, which create_graph=True asks for; {remedy} can"
             )
-        return plainly(refusing)(ctx, *grads)
+        grads = tuple(grad if grad is None else grad.resolve_neg() for grad in grads)
+        return plainly(backward)(ctx, *grads)
 
     return wrapper

@@ -83,6 +83,7 @@ class _Op:
 
 
 _ops: dict[str, _Op] = {}
+_kept_apart: dict[tuple[str, str], Callable[..., Any]] = {}  # by op and backend; see `_apart`
 
 
 def register(
@@ -133,6 +134,13 @@ def resolve(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[...,
     TypeError for integers, if the op takes floating-point numbers.
     """
     name = resolve_name(op, backend, tensor)
+    if name != "reference":
+        if torch.compiler.is_compiling():
+            return _apart(op, name)
+        if torch.jit.is_tracing():
+            raise BackendError(
+                f'{op}: torch.jit.trace does not see what {name} does; backend="reference" can be traced'
+            )
     implementation = plainly(_ops[op].implementations[name])
     if name != "reference" and tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return functools.partial(_on, tensor.device, implementation)
@@ -204,6 +212,26 @@ def _on(device: torch.device, implementation: Callable[..., Any], *args: Any, **
     """Calls it on the device where Triton launches kernels, the current one; autograd does so for gradients."""
     with torch.cuda.device(device):
         return implementation(*args, **kwargs)
+
+
+def _apart(op: str, name: str) -> Callable[..., Any]:
+    """The implementation as torch.compile calls it between two of its graphs, without looking into it.
+
+    Looking, it would break its graph at every step of ours that is not PyTorch's, and compile the rest piece by piece.
+    """
+    if not _kept_apart:  # for all ops at once: a graph that has been compiled depends on this not changing
+        for one, entry in _ops.items():
+            for backend, implementation in entry.implementations.items():
+                call = functools.partial(_run, implementation)
+                _kept_apart[one, backend] = torch.compiler.disable(call, reason="a kernel of hdfast_kernels")
+    return _kept_apart[op, name]
+
+
+def _run(implementation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    tensor = next((one for one in args if isinstance(one, torch.Tensor)), None)
+    if tensor is not None and tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return _on(tensor.device, plainly(implementation), *args, **kwargs)
+    return plainly(implementation)(*args, **kwargs)
 
 
 def _check_op(op: str) -> None:

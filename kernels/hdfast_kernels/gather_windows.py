@@ -21,7 +21,7 @@ def gather_windows_reference(storage: Tensor, starts: Tensor, length: int, ring:
     step = torch.arange(length, device=starts.device).unsqueeze(1)  # (T, 1)
     rows = base + (starts - base + step) % ring  # (T, B)
     # index_select, unlike indexing, takes no negative row for one counted from the end.
-    return storage.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+    return storage.detach().index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
 @triton.jit

@@ -6,6 +6,8 @@ Source: HarmonyDream (arXiv 2310.00344); the op and its formula are in harmony_l
 """
 
 import difflib
+import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hdfast_kernels import dispatch
 from hdfast_kernels.dispatch import FUSED_DTYPES
 from hdfast_kernels.harmony_loss import harmony_loss
 
@@ -38,11 +41,12 @@ class Harmonizer(nn.Module):
         sum_g (exp(-s_g) * sum_{l in g} weight_l * L_l + regularizer_g * log(1 + exp(s_g)))
         + sum of the losses in no group, times their scales.
 
-    The scalars are the parameter `log_sigma` (G,), float32, in the order of the groups (a state saved in one order
-    fits no other), zero at the start: weights of 1. Train them with the model, with the same optimizer, but WITHOUT
-    weight decay, which would pull the weights to 1. Exclude the parameter by its name, `log_sigma`, or by
-    `no_weight_decay()`. Losses must not be negative, as those of densities can be: the weight of a group whose mean
-    stays below zero grows without bound. Ten lines bring harmony into any agent:
+    The scalars are the parameter `log_sigma` (G,), float32, in the order of the groups, zero at the start: weights of
+    1. A state holds the groups' names, too, and is refused by a module whose groups are others or in another order.
+    Train them with the model, with the same optimizer, but WITHOUT weight decay, which would pull the weights to 1.
+    Exclude the parameter by its name, `log_sigma`, or by `no_weight_decay()`. Losses must not be negative, as those of
+    densities can be: the weight of a group whose mean stays below zero grows without bound. Ten lines bring harmony
+    into any agent:
 
         >>> harmonizer = Harmonizer(
         ...     {"reward": {"reward": 1.0}, "image": {"image": 1.0}, "kl": {"dyn": 5 / 6, "rep": 1 / 6}},
@@ -79,8 +83,8 @@ class Harmonizer(nn.Module):
         backend: passed on to `harmony_loss`.
 
     Raises ValueError on an unknown mode, an unknown group in regularizer, fixed or initial, a weight that the mode
-    would not use, an initial weight beyond 1e-30 and 1e30, or a loss in two groups; TypeError if groups, or one of
-    them, is no mapping.
+    would not use or that is not finite, an initial weight beyond 1e-30 and 1e30, a group without losses, or a loss in
+    two groups; TypeError if groups, or one of them, is no mapping; `dispatch.BackendError` on an unknown backend.
     """
 
     def __init__(
@@ -103,11 +107,20 @@ class Harmonizer(nn.Module):
         for name, members in groups.items():
             if not isinstance(members, Mapping):
                 raise TypeError(f"Harmonizer: group {name!r} is {members!r}, {expected}")
+            if not members:
+                raise ValueError(f"Harmonizer: group {name!r} is empty, {expected}")
+        if backend is not None and backend not in (known := dispatch.backends_registered("harmony_loss")):
+            raise dispatch.BackendError(
+                f"Harmonizer: backend is {backend!r}, expected one of {', '.join(known)}"
+            )
         self.mode = mode
         self.groups = {name: dict(members) for name, members in groups.items()}
         self.scales = dict(scales or {})
         self.backend = backend
         regularizer, fixed, initial = dict(regularizer or {}), dict(fixed or {}), dict(initial or {})
+        for where in (*self.groups.values(), self.scales, regularizer, fixed):
+            if wrong := {name: weight for name, weight in where.items() if not math.isfinite(weight)}:
+                raise ValueError(f"Harmonizer: weights are {wrong}, expected finite numbers")
         for argument, given in (("regularizer", regularizer), ("fixed", fixed), ("initial", initial)):
             _check_known(given, self.groups, f"{argument} of a group that does not exist")
         for argument, given, used in (("fixed", fixed, "fixed"), ("initial", initial, "learned")):
@@ -144,7 +157,8 @@ class Harmonizer(nn.Module):
                 mean, `weighted/<name>` the same times its weight; and in the modes "learned" and "fixed" for
                 each group `harmony/weight_<group>`, in "learned" also `harmony/s_<group>`.
 
-        Raises ValueError if a loss that `groups` or (if used) `scales` names is missing or empty, or no loss is given;
+        Raises ValueError if a loss that `groups` or (if used) `scales` names is missing or empty, no loss is given, or
+        two are on different devices;
         TypeError if losses is no mapping or a loss no tensor.
         """
         if not isinstance(losses, Mapping):
@@ -156,7 +170,12 @@ class Harmonizer(nn.Module):
         for name, loss in losses.items():
             if not isinstance(loss, Tensor):
                 raise TypeError(f"Harmonizer: loss {name!r} is a {type(loss).__name__}, expected a tensor")
-        names = tuple(losses)
+        names, first = tuple(losses), next(iter(losses))
+        for name, loss in losses.items():
+            if loss.device != losses[first].device:
+                raise ValueError(
+                    f"Harmonizer: loss {name!r} is on {loss.device}, {first!r} on {losses[first].device}"
+                )
         values = [loss if loss.dtype in FUSED_DTYPES else loss.float() for loss in losses.values()]
         if any(value.shape != values[0].shape for value in values):
             for name, value in zip(names, values, strict=True):
@@ -183,9 +202,29 @@ class Harmonizer(nn.Module):
             )
         elif self.mode == "fixed":
             metrics |= zip(
-                (f"harmony/weight_{group}" for group in self.groups), plan.fixed.unbind(), strict=True
+                (f"harmony/weight_{group}" for group in self.groups), plan.fixed.clone().unbind(), strict=True
             )
         return metrics
+
+    def get_extra_state(self) -> Tensor:
+        """The names of the groups that have scalars, in their order: JSON as uint8, for a `state_dict`."""
+        names = list(self.groups) if self.mode == "learned" else []
+        return torch.tensor(list(json.dumps(names).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raises RuntimeError if a state's groups are not these: its scalars would be given to other losses."""
+        theirs, own = (bytes(names.tolist()).decode() for names in (state, self.get_extra_state()))
+        if theirs != own:
+            raise RuntimeError(f"Harmonizer: the state is of the groups {theirs}, expected {own}")
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
+        """As any module does, but the names come first, and states from before there were names are taken."""
+        names, missing = f"{prefix}_extra_state", others[2]
+        if names in state_dict:
+            self.set_extra_state(state_dict[names])
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        if names in missing:
+            missing.remove(names)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state to copy or pickle, without the constants, which its reader may want on another device."""

@@ -9,6 +9,8 @@ Axes: N rows (all leading axes), S groups, K classes.
 Source: DreamerV3 (arXiv 2301.04104), equation 4: free bits clip the sum over all groups of one row.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -96,12 +98,17 @@ class _KLBalance(torch.autograd.Function):
         ctx.free, ctx.shape = free, post_logp.shape
         shown = kl.view(leading)
         ctx.mark_non_differentiable(shown)
+        ctx.set_materialize_grads(False)
         return dyn.view(leading), rep.view(leading), shown
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, ddyn: Tensor, drep: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
+    def backward(
+        ctx, ddyn: Tensor | None, drep: Tensor | None, _: None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         post, prior, kl = ctx.saved_tensors
+        trains_post, trains_prior = drep is not None, ddyn is not None
+        ddyn, drep = (torch.zeros_like(kl) if grad is None else grad for grad in (ddyn, drep))
         dpost, dprior = torch.empty_like(post), torch.empty_like(prior)
         if len(post):
             block, warps = _launch(post.shape[1])
@@ -109,7 +116,8 @@ class _KLBalance(torch.autograd.Function):
                 post, prior, kl, ddyn.contiguous(), drep.contiguous(), dpost, dprior, ctx.free, post.shape[1],
                 block, num_warps=warps,
             )  # fmt: skip
-        return dpost.view(ctx.shape), dprior.view(ctx.shape), None
+        dpost, dprior = dpost.view(ctx.shape), dprior.view(ctx.shape)
+        return dpost if trains_post else None, dprior if trains_prior else None, None
 
 
 def _launch(columns: int) -> tuple[int, int]:
@@ -132,11 +140,14 @@ def kl_balance(
     to prior_logp only, rep to post_logp only, and a row whose KL is below `free` has none. kl, in nats and float32
     (float64 for float64), is not clipped and has no gradient.
 
-    Raises ValueError on shapes or devices that do not fit; `dispatch.BackendError` if the backend cannot run here.
+    Raises ValueError on shapes or devices that do not fit or a free that is no number; `dispatch.BackendError` if the
+    backend cannot run here.
     """
     check_axes("kl_balance", "post_logp", post_logp, "...", "S", "K")
     check_shape("kl_balance", "prior_logp", prior_logp, post_logp.shape)
     check_device("kl_balance", post_logp=post_logp, prior_logp=prior_logp)
+    if math.isnan(free):
+        raise ValueError("kl_balance: free is NaN, expected a number of nats")
     return dispatch.resolve("kl_balance", backend, post_logp)(post_logp, prior_logp, free)
 
 

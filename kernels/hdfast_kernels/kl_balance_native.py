@@ -22,20 +22,27 @@ class _KLBalance(torch.autograd.Function):
         ctx.free, ctx.dtypes = free, (post_logp.dtype, prior_logp.dtype)
         loss = kl.clamp(min=free).to(post_logp.dtype)
         ctx.mark_non_differentiable(kl)
+        ctx.set_materialize_grads(False)
         return loss, loss.clone(), kl
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_dyn: Tensor, grad_rep: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
+    def backward(
+        ctx, grad_dyn: Tensor | None, grad_rep: Tensor | None, _: None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         post, prior, kl = ctx.saved_tensors
-        grad_dyn, grad_rep = native.as_float(grad_dyn), native.as_float(grad_rep)
+        trains = grad_rep is not None, grad_dyn is not None  # post, prior
+        grad_dyn, grad_rep = (
+            torch.zeros_like(kl) if grad is None else native.as_float(grad) for grad in (grad_dyn, grad_rep)
+        )
         grad_post, grad_prior = torch.empty_like(post), torch.empty_like(prior)
         native.module().kl_balance_backward(
             native.ptr(grad_dyn), native.ptr(grad_rep), native.ptr(post), native.ptr(prior), native.ptr(kl),
             native.ptr(grad_post), native.ptr(grad_prior), kl.numel(), post.shape[-2:].numel(), ctx.free,
             native.is_bf16(post), native.threads(),
         )  # fmt: skip
-        return grad_post.to(ctx.dtypes[0]), grad_prior.to(ctx.dtypes[1]), None
+        grads = zip((grad_post, grad_prior), ctx.dtypes, trains, strict=True)
+        return *(grad.to(dtype) if trained else None for grad, dtype, trained in grads), None
 
 
 kl_balance_native = _KLBalance.apply

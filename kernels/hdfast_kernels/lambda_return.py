@@ -153,8 +153,8 @@ def lambda_return(
         returns: (H, N) in value's dtype; differentiable in reward and value.
         weight: (H+1, N) in value's dtype, detached; weight[0] is cont[0].
 
-    Raises ValueError on shapes or devices that do not fit or a discount outside (0, 1]; `dispatch.BackendError`
-    if the backend cannot run here.
+    Raises ValueError on shapes or devices that do not fit, a discount outside (0, 1] or a lam outside [0, 1];
+    `dispatch.BackendError` if the backend cannot run here.
     """
     check_tensor("lambda_return", "reward", reward)
     if reward.ndim != 2 or not reward.shape[0]:
@@ -166,6 +166,8 @@ def lambda_return(
     check_shape("lambda_return", "value", value, states)
     if not 0 < discount <= 1:
         raise ValueError(f"lambda_return: discount is {discount}, expected a number in (0, 1]")
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lambda_return: lam is {lam}, expected a number in [0, 1]")
     check_device("lambda_return", value=value, reward=reward, cont=cont)
     return dispatch.resolve("lambda_return", backend, value)(reward, cont, value, discount, lam)
 

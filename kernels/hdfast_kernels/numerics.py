@@ -56,6 +56,12 @@ def check_eps(op: str, eps: float) -> None:
         raise ValueError(f"{op}: eps is {eps}, expected a positive number")
 
 
+def check_unimix(op: str, unimix: float) -> None:
+    """Raise ValueError unless unimix is a share that leaves something of the distribution."""
+    if not 0 <= unimix < 1:
+        raise ValueError(f"{op}: unimix is {unimix}, expected a share in [0, 1)")
+
+
 def check_out(
     op: str,
     name: str,

@@ -64,7 +64,6 @@ class _StraightThrough(torch.autograd.Function):
         return out.view_as(out)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (weight,) = ctx.saved_tensors
         grad_latent = None

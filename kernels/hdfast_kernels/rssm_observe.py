@@ -25,7 +25,15 @@ from torch import Tensor
 from hdfast_kernels import dispatch
 from hdfast_kernels.layer_norm_gru import layer_norm_gru_reference
 from hdfast_kernels.layer_norm_silu import layer_norm_silu_reference
-from hdfast_kernels.numerics import check_axes, check_device, check_shape, check_tensor, compute_dtype
+from hdfast_kernels.numerics import (
+    check_axes,
+    check_device,
+    check_eps,
+    check_shape,
+    check_tensor,
+    check_unimix,
+    compute_dtype,
+)
 from hdfast_kernels.rssm_observe_native import rssm_observe_native
 from hdfast_kernels.rssm_observe_triton import fits_one_launch, rssm_observe_triton
 from hdfast_kernels.sample_onehot import sample_onehot_reference
@@ -140,7 +148,9 @@ def rssm_observe(
         initial_deter and all weights, through stoch from each step into the next unless that is first.
 
     Raises:
-        ValueError: if shapes or devices do not fit, T is 0, or a matrix has another dtype than gru.
+        ValueError: if shapes or devices do not fit, T is 0, a matrix has another dtype than gru, unimix is outside
+            [0, 1) or eps is not positive.
+        TypeError: if initial_index holds no integers.
         IndexError: from native, if a class of initial_index is not in [0, K).
         dispatch.BackendError: if the backend cannot run on these tensors.
     """
@@ -180,6 +190,10 @@ def rssm_observe(
             )
     if is_first.dtype != torch.bool:
         raise ValueError(f"rssm_observe: is_first is {is_first.dtype}, expected torch.bool")
+    if initial_index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"rssm_observe: initial_index is {initial_index.dtype}, expected int64 or int32")
+    check_eps("rssm_observe", eps)
+    check_unimix("rssm_observe", unimix)
     tensors = {name: value for name, value, _ in given}
     check_device("rssm_observe", uniform=uniform, post_deter=post_deter, **tensors)
     name = dispatch.resolve_name("rssm_observe", backend, gru)

@@ -20,7 +20,15 @@ from torch import Tensor
 from . import dispatch
 from ._triton import tl, triton
 from .autograd import once_differentiable
-from .numerics import as_contiguous, check_axes, check_device, check_out, check_shape, compute_dtype
+from .numerics import (
+    as_contiguous,
+    check_axes,
+    check_device,
+    check_out,
+    check_shape,
+    check_unimix,
+    compute_dtype,
+)
 from .sample_onehot_native import sample_index_native, sample_onehot_native
 from .tiles import as_rows, reciprocal, row_tile, softmax_rows
 
@@ -258,8 +266,7 @@ def _check(op: str, logits: Tensor, uniform: Tensor, unimix: float) -> None:
         raise ValueError(f"{op}: logits have shape {tuple(logits.shape)}, expected at least one class")
     check_shape(op, "uniform", uniform, logits.shape[:-1])
     check_device(op, logits=logits, uniform=uniform)
-    if not 0 <= unimix < 1:
-        raise ValueError(f"{op}: unimix is {unimix}, expected a share in [0, 1)")
+    check_unimix(op, unimix)
 
 
 dispatch.register(

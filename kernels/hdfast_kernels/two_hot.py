@@ -11,6 +11,8 @@ Source: DreamerV3 (arXiv 2301.04104), equations 8-10, as its code computes them 
 HarmonyDream builds on.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -329,9 +331,9 @@ def two_hot_mean(
 
 def _check_bins(op: str, logits: Tensor, low: float, high: float) -> None:
     check_axes(op, "logits", logits, "...", "K")
-    if logits.shape[-1] < 2 or not low < high:
+    if logits.shape[-1] < 2 or not -math.inf < low < high < math.inf:
         raise ValueError(
-            f"{op}: needs at least 2 bins and low < high, got {logits.shape[-1]} from {low} to {high}"
+            f"{op}: needs at least 2 bins and finite low < high, got {logits.shape[-1]} from {low} to {high}"
         )
 
 

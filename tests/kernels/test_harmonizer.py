@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hdfast_kernels import Harmonizer, harmonizer
+from hdfast_kernels import BackendError, Harmonizer, harmonizer
+from hdfast_kernels.harmonizer import MODES
 
 GROUPS = {"reward": {"reward": 1.0}, "image": {"image": 1.0}, "kl": {"dyn": 5 / 6, "rep": 1 / 6}}
 REGULARIZER = {"kl": 5 / 6}
@@ -210,6 +211,57 @@ def test_a_file_of_it_is_of_no_device(tmp_path):
     moved = torch.load(tmp_path / "harmonizer.pt", map_location="meta", weights_only=False)
     moved.to_empty(device="cpu").load_state_dict(harmonizer.state_dict())
     assert moved(losses)[0].item() == total.item()
+
+
+def test_a_state_is_of_the_same_groups_in_the_same_order():
+    """Otherwise an image's scalar of 1e-4 would weigh the reward."""
+    image, reward = {"image": {"image": 1.0}}, {"reward": {"reward": 1.0}}
+    state = Harmonizer(image | reward, initial={"image": 1e-4}).state_dict()
+    for groups, own in ((reward | image, '"reward", "image"'), ({"x": {"x": 1.0}} | reward, '"x", "reward"')):
+        other = Harmonizer(groups)
+        with pytest.raises(RuntimeError, match=rf'groups \["image", "reward"\], expected \[{own}\]$'):
+            other.load_state_dict(state)
+        assert not other.log_sigma.any()
+    same = Harmonizer(image | reward)
+    same.load_state_dict(state)
+    assert same.log_sigma.tolist() == pytest.approx([math.log(1e4), 0.0])
+    del state["_extra_state"]  # as it was before there were names
+    assert not same.load_state_dict(state).missing_keys
+
+
+def test_metrics_may_be_changed():
+    for mode in MODES:
+        harmonizer = Harmonizer({"a": {"x": 1.0}}, mode=mode)
+        for _ in range(2):
+            metrics = harmonizer({"x": torch.ones(3)})[1]
+            found = {name: value.item() for name, value in metrics.items()}
+            for value in metrics.values():
+                value += 1
+        assert found["loss/x"] == found["weighted/x"] == found.get("harmony/weight_a", 1.0) == 1.0
+
+
+def test_losses_of_two_devices():
+    with pytest.raises(ValueError, match="loss 'y' is on meta, 'x' on cpu"):
+        Harmonizer({"a": {"x": 1.0}})({"x": torch.ones(3), "y": torch.ones(3, device="meta")})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"groups": {"a": {}}}, ValueError, "group 'a' is empty, expected a mapping from its losses"),
+        ({"groups": {"a": {"x": math.nan}}}, ValueError, r"weights are {'x': nan}, expected finite numbers"),
+        ({"scales": {"y": math.inf}}, ValueError, r"weights are {'y': inf}, expected finite numbers"),
+        ({"regularizer": {"a": math.nan}}, ValueError, r"weights are {'a': nan}, expected finite numbers"),
+        (
+            {"backend": "trition"},
+            BackendError,
+            "backend is 'trition', expected one of reference, triton, native",
+        ),
+    ],
+)
+def test_settings_that_mean_nothing(arguments, error, message):
+    with pytest.raises(error, match=f"^Harmonizer: {message}"):
+        Harmonizer(**{"groups": {"a": {"x": 1.0}}, **arguments})
 
 
 def test_what_is_no_mapping_or_no_tensor():

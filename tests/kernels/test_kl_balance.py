@@ -93,6 +93,23 @@ def test_free_bits_and_stop_gradients(backend):
 
 
 @pytest.mark.parametrize("backend", backends("kl_balance"))
+def test_what_a_loss_does_not_train_has_no_gradient_at_all(backend):
+    """Zeros would let an optimizer with momentum move it."""
+    post, prior = (
+        random(3, 2, 4, seed=seed).log_softmax(-1).to(backend.device, torch.float32) for seed in (0, 1)
+    )
+    given = post.requires_grad_(), prior.requires_grad_()
+    dyn, rep, _ = kl_balance(*given, free=0.0, backend=backend.name)
+    of_dyn = torch.autograd.grad(dyn.sum(), given, retain_graph=True, allow_unused=True)
+    of_rep = torch.autograd.grad(rep.sum(), given, retain_graph=True, allow_unused=True)
+    assert of_dyn[0] is None
+    assert of_rep[1] is None
+    both = torch.autograd.grad(dyn.sum() + rep.sum(), given)
+    assert torch.equal(both[0], of_rep[0])
+    assert torch.equal(both[1], of_dyn[1])
+
+
+@pytest.mark.parametrize("backend", backends("kl_balance"))
 def test_a_row_at_the_free_bits_still_learns(backend):
     """As `Tensor.clamp` has it."""
     certain = torch.tensor([[[0.0, -1000.0]]], device=backend.device)
@@ -125,5 +142,7 @@ def test_mistakes_are_answered():
         ValueError, match=r"kl_balance: post_logp has shape \(4,\), expected \(\.\.\., S, K\)"
     ):
         kl_balance(torch.zeros(4), torch.zeros(4))
+    with pytest.raises(ValueError, match="free is NaN, expected a number of nats"):
+        kl_balance(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), math.nan)
     with pytest.raises(ValueError, match=r"prior_logp has shape \(2, 3\), expected \(2, 3, 4\)"):
         kl_balance(torch.zeros(2, 3, 4), torch.zeros(2, 3))

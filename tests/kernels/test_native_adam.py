@@ -226,6 +226,17 @@ def test_gradients_of_any_layout():
     assert all(map(torch.equal, state.tensors(), other.tensors()))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_in_bfloat16_are_those_numbers(backend):
+    state, other = State(backend.device), State(backend.device)
+    low = [grad.bfloat16() for grad in gradients(0, backend.device)]
+    norm, _ = state.take(low, backend=backend.name)
+    expected, _ = other.take([grad.float() for grad in low], backend=backend.name)
+    assert norm.dtype == torch.float32
+    assert norm.item() == expected.item()
+    assert all(map(torch.equal, state.tensors(), other.tensors()))
+
+
 def test_mistakes_are_answered():
     state = State()
     with pytest.raises(ValueError, match="4 params, 3 grads, 4 exp_avg, 4 exp_avg_sq; expected as many"):

@@ -257,5 +257,5 @@ def test_bins_that_pytorch_made_while_tracing_are_not_kept():
 def test_mistakes_are_answered():
     with pytest.raises(ValueError, match=r"target has shape \(3, 1\), expected \(3,\)"):
         two_hot_loss(torch.zeros(3, 5), torch.zeros(3, 1))
-    with pytest.raises(ValueError, match="at least 2 bins and low < high, got 5 from 1 to 1"):
+    with pytest.raises(ValueError, match="at least 2 bins and finite low < high, got 5 from 1 to 1"):
         two_hot_mean(torch.zeros(3, 5), low=1, high=1)
