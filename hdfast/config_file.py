@@ -48,4 +48,7 @@ def read(path: Path) -> dict[str, Any]:
     fields = content.get("config", content) if isinstance(content, dict) else content
     if not isinstance(fields, dict):
         raise ConfigError(f"it holds {fields!r:.50}, expected an object of fields", where=where)
+    env = fields.get("env")
+    if isinstance(env, dict) and isinstance(env.get("kwargs"), dict):  # as one would write it there
+        fields = fields | {"env": env | {"kwargs": json.dumps(env["kwargs"])}}
     return {name: value for name, value in fields.items() if name not in _OF_ONE_CALL}

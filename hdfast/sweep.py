@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from hdfast import config, config_file, envs, report, results, suites, variants
+from hdfast import config, config_file, envs, init_from, report, results, suites, variants
 from hdfast.agent.custom import learner_class
 from hdfast.flags import field_names
 from hdfast.runtime import errors
@@ -325,8 +325,13 @@ def main() -> None:
     if not args.ray:  # of a cluster's machines, nothing is known here
         for task in tasks:
             envs.check(suite.name, task.name)
+        starts = set()
         for one in folders.values():
             learner_class(one)
+            resolve_device(one.device)
+            if one.init_from not in starts:
+                starts.add(one.init_from)
+                init_from.checkpoint_for(one)
     pool = RayPool(args.ray) if args.ray else LocalPool(args.jobs, args.devices, threads=threads)
     say = functools.partial(Console(highlight=False).print, markup=False, soft_wrap=True)
     with StopRequest() as stop:

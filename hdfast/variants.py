@@ -55,7 +55,7 @@ def _axis(text: str) -> tuple[str, list[str]]:
     name, given, values = text.removeprefix("--").replace("-", "_").partition("=")
     values = text.partition("=")[2]  # as it was written
     known = [known for known in field_names(Config()) if known not in _NOT]
-    if not given or not all(chosen := values.split(",")):
+    if not given or not all(chosen := _values(values)):
         hint = "such as --vary harmony.mode=learned,off rssm.deter=128,256"
         raise ConfigError(f"expected a flag and its values, got {text!r}", where=FLAG, hint=hint)
     if name in _NOT:
@@ -66,6 +66,18 @@ def _axis(text: str) -> tuple[str, list[str]]:
             f"{text.partition('=')[0]} is no flag of hdfast.train{suggest(name, flags)}", where=FLAG
         )
     return name.replace("_", "-"), chosen
+
+
+def _values(text: str) -> list[str]:
+    """The text cut at its commas, but not at those inside brackets, as JSON has them."""
+    depth, found = 0, [""]
+    for sign in text:
+        depth += (sign in "[{") - (sign in "]}")
+        if sign == "," and depth <= 0:
+            found.append("")
+        else:
+            found[-1] += sign
+    return found
 
 
 def _flags(name: str, value: str) -> tuple[str, ...]:

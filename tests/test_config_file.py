@@ -42,6 +42,12 @@ def test_a_run_s_configuration_is_where_the_next_begins(tmp_path):
         assert parse([*argv, "--config", str(bare)]) == parse([*argv, "--eval.every", "0"])
 
 
+def test_arguments_of_an_environment_may_be_an_object(tmp_path):
+    file = written(tmp_path / "own.json", {"suite": "gym", "env": {"kwargs": {"level": 3, "big": True}}})
+    argv = ["--task", "mazes:Maze-v0", "--config", str(file)]
+    assert parse(argv).env.kwargs == '{"big":true,"level":3}'
+
+
 @pytest.mark.parametrize(
     ("content", "text"),
     [
@@ -57,7 +63,7 @@ def test_a_run_s_configuration_is_where_the_next_begins(tmp_path):
         ({"train": {"ratio": -3}}, "--train.ratio -3.0 is out of range: expected 0 to"),
         ({"seed": -1}, "--seed -1 is out of range"),
         ({"train": {"ratio": "512"}}, "config.train.ratio cannot be '512'; expected a number"),
-        ({"env": {"kwargs": {"n": 3}}}, "config.env.kwargs cannot be {'n': 3}; expected a string"),
+        ({"env": {"kwargs": [3]}}, "config.env.kwargs cannot be [3]; expected a string"),
         ({"logdir": 5}, "config.logdir cannot be 5; expected a string"),
         ({"init_from": 5}, "config.init_from cannot be 5; expected a string or null"),
         ({"log": {"tensorboard": 0}}, "config.log.tensorboard cannot be 0; expected true or false"),

@@ -26,6 +26,9 @@ def test_every_combination_has_a_folder_and_flags():
     assert found[2].flags[-1] == "--train.tune"
     (one,) = variants(["env.kwargs={/}"])
     assert one == Variant("env.kwargs=---", ("--env.kwargs", "{/}"))
+    found = variants(['env.kwargs={"a":1,"b":[2,3]},{},{"a":2}'])
+    assert [one.flags[1] for one in found] == ['{"a":1,"b":[2,3]}', "{}", '{"a":2}']
+    assert found[0].folder == "env.kwargs=--a--1--b---2-3--"
     (one,) = variants(["env.image_size=32"])
     assert one.flags == ("--env.image-size", "32")
 
@@ -82,14 +85,17 @@ def test_a_sweep_over_settings(tmp_path, monkeypatch, capfd):
 
 
 def test_every_variant_is_looked_at_before_a_run_begins(tmp_path, monkeypatch, capfd):
-    for vary, text in (
-        ("rssm.deter=64,0", "--rssm.deter 0 is out of range"),
-        ("learner=nowhere:A", "--learner nowhere:A: there is no module 'nowhere'"),
+    nowhere = tmp_path / "nowhere"
+    for vary, text, expected in (
+        ("rssm.deter=64,0", "--rssm.deter 0 is out of range", 2),
+        ("learner=nowhere:A", "--learner nowhere:A: there is no module 'nowhere'", 2),
+        ("device=cpu,cpuu", "--device: no device .cpuu.; did you mean .cpu.", 2),
+        (f"init-from={nowhere}", f"{nowhere}: there is no run here", 1),
     ):
         argv = ["--suite", "demo", "--vary", vary, "--", "--logdir", str(tmp_path / "runs")]
         code, out, err = door(sweep.main, argv, monkeypatch, capfd)
-        assert (code, out) == (2, "")
-        assert err.startswith(f"error: {text}")
+        assert (code, out) == (expected, "")
+        assert re.match(f"error: {text}", err)
         assert not (tmp_path / "runs").exists()
 
 
