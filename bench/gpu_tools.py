@@ -156,6 +156,9 @@ def finished(path: Path) -> bool:
     )
 
 
+_OF_MANY = ("test_into", "test_training_shapes")  # files with tests of several ops
+
+
 def outcomes_of(op: str, tests: Iterable[dict[str, str]], persistent: bool = False) -> Counter[str]:
     """Outcomes of the tests of an op's fused kernels on a GPU, found by their file or by the op's name in theirs.
 
@@ -170,7 +173,7 @@ def outcomes_of(op: str, tests: Iterable[dict[str, str]], persistent: bool = Fal
         for test in tests
         if re.search("(triton|fused)-cuda", test["name"])
         and ("persistent" in test["name"]) == persistent
-        and (test["file"] in files or (test["file"] == "test_training_shapes" and _names(op, test["name"])))
+        and (test["file"] in files or (test["file"] in _OF_MANY and _names(op, test["name"])))
     ]
     return Counter(test["outcome"] for test in mine)
 

@@ -1,4 +1,4 @@
-"""`python -m hdfast`: lists the doors."""
+"""`python -m hdfast`: lists the commands."""
 
 import difflib
 import sys
@@ -24,7 +24,7 @@ def main() -> None:
         return
     if argument not in ("-h", "--help"):
         near = difflib.get_close_matches(argument, DOORS, n=1)
-        hint = f"did you mean python -m hdfast.{near[0]}?" if near else "python -m hdfast lists the doors"
+        hint = f"did you mean python -m hdfast.{near[0]}?" if near else "python -m hdfast lists the commands"
         raise ConfigError(f"python -m hdfast takes no argument {argument!r}", hint=hint)
     lines = [f"  python -m hdfast.{name:<9} {what}" for name, what in DOORS.items()]
     sys.stdout.write("\n".join(["Each command lists its flags with --help.", *lines]) + "\n")

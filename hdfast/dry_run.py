@@ -20,6 +20,7 @@ from hdfast.replay import Replay
 from hdfast.replay.contents import replay_specs
 from hdfast.runtime import graphs
 from hdfast.runtime.device import describe_device, resolve_device, resolve_precision
+from hdfast.runtime.errors import ConfigError
 from hdfast.streams import make_envs
 from hdfast.suites import Task
 
@@ -28,7 +29,7 @@ def describe(config: Config, tasks: Sequence[Task]) -> str:
     """JSON: version, tasks, device, resolved config, and for the first task its environment, parameters and memory.
 
     Raises: RunError, CheckpointError: --init-from names neither a run with a checkpoint nor a checkpoint, or one that
-    does not fit.
+    does not fit. ConfigError: a learner of one's own has losses that cannot be added.
     """
     start = init_from.checkpoint_for(config)
     device = resolve_device(config.device)
@@ -87,15 +88,33 @@ def _memory(learner: Learner, replay: Replay, env: BatchEnv) -> dict[str, int]:
         "parameters": sum(p.nbytes for p in parameters),
         "gradients": trained,
         "optimizer": 2 * trained,
-        "activations": _activations(learner.config, env, learner.dtype),
+        "activations": _activations(learner, env),
     }
     return {**held, "total": sum(held.values())}
 
 
-def _activations(config: Config, env: BatchEnv, dtype: torch.dtype) -> int:
-    """Bytes that one world-model loss keeps for its backward pass, counted by running it on shapes alone."""
+def _activations(learner: Learner, env: BatchEnv) -> int:
+    """Bytes that one world-model loss keeps for its backward pass.
+
+    A world model of one's own that does not run on shapes alone is counted as hdfast's.
+
+    Raises: ConfigError for losses of its own that cannot be added.
+    """
+    config, dtype, kind = learner.config, learner.dtype, type(learner).model_type
+    try:
+        return _kept(kind, config, env, dtype)
+    except Exception as error:
+        if kind is WorldModel:
+            raise
+        if str(error).startswith("more_losses"):
+            raise ConfigError(str(error), where=f"--learner {config.learner}") from error
+    return _kept(WorldModel, config, env, dtype)
+
+
+def _kept(kind: type[WorldModel], config: Config, env: BatchEnv, dtype: torch.dtype) -> int:
+    """Bytes that its loss keeps, counted by running it on shapes alone."""
     with torch.device("meta"):
-        model = WorldModel(env.obs_specs, env.actions, config)
+        model = kind(env.obs_specs, env.actions, config)
         lead = (config.replay.length, config.replay.batch)
         batch = {
             name: torch.empty(*lead, *spec.shape, dtype=torch.from_numpy(np.empty(0, spec.dtype)).dtype)

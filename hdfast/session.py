@@ -1,4 +1,4 @@
-"""One process's share of a run: act, store, learn, evaluate, log and save.
+"""What one process does of a run, from its start or resumption to its stop: act, store, learn, evaluate, log, save.
 
 Axes: N environments, B batch, T window length.
 """

@@ -208,10 +208,10 @@ class Solved(Count):
         self.solved |= now
         if self.tell == "success":
             info = {"success": np.float64(now), "is_success": True}
-        elif self.tell == "at the end" and row[2]:
-            info = {"is_success": self.solved}
+        elif self.tell == "at the end":
+            info = {"is_success": self.solved if row[2] else self.age == 1}  # of which only the end counts
         elif self.tell == "when it does" and now:
-            info = {"is_success": np.array([True])}
+            info = {"success": np.array([True])}
         elif self.tell == "in its own way":
             info = {"success": "maybe", "ragged": np.zeros(self.age)}
         return *row, info
@@ -358,7 +358,6 @@ for name, kind, settings in (
     ("LostImage", Count, {"observation": spaces.Dict({"camera": pixels(8, 8, 3), "image": box(2)})}),
     ("ClimbingImage", Count, {"observation": spaces.Dict({"../../x": pixels(8, 8, 3)})}),
     ("Frames", Count, {"observation": box(4, 8, 8, 3, high=9)}),
-    ("Nested", Count, {"observation": spaces.Dict({"eyes": spaces.Dict({"left": pixels(8, 8, 3)})})}),
     ("Planar", Count, {"observation": pixels(3, 84, 84)}),
     *((f"Picture{name}", Pictured, settings) for name, settings in PICTURES.items()),
     ("Unsure", Count, {"observation": box(8, 8, 3, low=0, high=2)}),

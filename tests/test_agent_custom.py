@@ -229,6 +229,32 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path, module):
         train(tiny(tmp_path, learner=f"{name}:Mine", train={"nonfinite_limit": 2}))
 
 
+@pytest.mark.parametrize(
+    ("returned", "code", "told"),
+    [
+        (
+            "{'odd': batch['reward'][..., None]}",
+            *(2, "more_losses: 'odd' is torch.float32 (4, 2, 1), expected floats of shape (T, B) = (4, 2)"),
+        ),
+        ("[1]", 2, "more_losses returned a list, expected a mapping of losses by name"),
+        ("{'mean': batch['reward'] * 0 + float(batch['reward'].mean())}", 0, ""),  # not on shapes alone
+    ],
+)
+def test_a_dry_run_looks_at_losses_of_one_s_own(returned, code, told, module, monkeypatch, capfd):
+    name = module(
+        "from hdfast.agent.learner import Learner\n"
+        "from hdfast.agent.world_model import WorldModel\n"
+        "class Model(WorldModel):\n"
+        "    def more_losses(self, latent, batch, dtype):\n"
+        f"        return {returned}\n"
+        "class Mine(Learner):\n"
+        "    model_type = Model\n"
+    )
+    argv = [*flags(), "--learner", f"{name}:Mine", "--dry-run"]
+    found, _, err = door(training.main, argv, monkeypatch, capfd)
+    assert (found, err) == (code, f"error: --learner {name}:Mine: {told}\n" if told else "")
+
+
 def test_a_dry_run_looks_whether_parameters_fit(tmp_path, example, monkeypatch, capfd):
     config = tiny(tmp_path / "runs")
     train(config)

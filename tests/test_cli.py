@@ -280,7 +280,7 @@ def test_the_package_itself_lists_its_doors(monkeypatch, capsys):
         ),
         (
             "--suite", 2, "",
-            "error: python -m hdfast takes no argument '--suite'; python -m hdfast lists the doors\n",
+            "error: python -m hdfast takes no argument '--suite'; python -m hdfast lists the commands\n",
         ),
     ],
 )  # fmt: skip

@@ -66,7 +66,7 @@ def test_a_time_limit_ends_an_episode_that_could_go_on():
         ("SolvedItsWay", [None] * 4, None),
     ],
 )
-def test_success_is_that_of_any_row_where_the_environment_tells(name, threads, told, rate):
+def test_success_is_that_of_any_row_or_of_the_last(name, threads, told, rate):
     with make(name, 2, threads=threads) as env:
         act = lambda obs, is_first: np.zeros(2, np.int32)  # noqa: E731
         episodes = evaluation.play(env, act, 8)

@@ -110,7 +110,8 @@ def test_every_op_s_tests_on_a_gpu_are_known_to_be_its_own():
     assert len(fused) > 10
     for op in fused:
         files = [file for file, text in texts.items() if f'backends("{op}"' in text]
-        tests = [{"file": file, "name": "t[triton-cuda]", "outcome": "passed"} for file in files]
+        names = {"test_into": f"test_{op}[triton-cuda]"}
+        tests = [{"file": f, "name": names.get(f, "t[triton-cuda]"), "outcome": "passed"} for f in files]
         if op == "rssm_observe":
             name = "test_rssm_observe_errs[triton-cuda-small]"
             tests = [{"file": "test_training_shapes", "name": name, "outcome": "passed"}]

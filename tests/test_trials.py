@@ -43,7 +43,8 @@ def scaled(op: str, factor: float):
     def wrong(*args, **kwargs):
         out = dispatch._ops[op].implementations["reference"](*args, **kwargs)
         if isinstance(out, torch.Tensor):
-            return out * factor
+            given = any(out is argument for argument in args)  # to be written into
+            return out.mul_(factor) if given else out * factor
         first, *rest = out
         return type(out)(first * factor, *rest) if hasattr(out, "_fields") else (first * factor, *rest)
 

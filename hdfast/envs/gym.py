@@ -4,13 +4,15 @@ A task is what `gymnasium.make` takes: `CarRacing-v3`, or `my_envs:Maze-v0`, for
 first. Episodes end when the environment says so: `terminated` is terminal, `truncated` (a time limit) is not.
 
 Images are observations of (H, W, 3), (H, W, 1) or (H, W) uint8, of (3, H, W) or (1, H, W), or floats of 0 to 1 or 0 to
-255 with three axes, alone or in a Dict under names of letters, digits, `_`, `-` and spaces (`/` and `.` become `-`).
-Where there is none, and one is asked for, the environment is drawn (`render_mode="rgb_array"`). All other observations
-are vectors, Discrete ones one-hot, a Dict or Tuple inside the Dict joined into one; what has no fixed length is left
-out, if others are seen. Images that are not all square with one side of 8, 16, 32 or 64 become 64 x 64 by Pillow's box
-filter; `image_size` sets another power of two in place of 64. Each combination of MultiDiscrete and MultiBinary actions
-is one action of the agent. Bounded Box actions are stretched to [-1, 1]; the bounds of a ClipAction are those that it
-clips to. Where `info` holds `success` or `is_success`, an episode succeeds if one of its rows does.
+255 with three axes, alone or in a Dict under names of letters, digits, `_`, `-` and spaces (`/` and `.` become `-`),
+also in a Dict inside it ("top" in "pixels" is called `pixels-top`). Where there is none, and one is asked for, the
+environment is drawn (`render_mode="rgb_array"`). All other observations are vectors, Discrete ones one-hot, a Tuple, or
+a Dict without images, inside the Dict joined into one; what has no fixed length is left out, if others are seen. Images
+that are not all square with one side of 8, 16, 32 or 64 become 64 x 64 by Pillow's box filter; `image_size` sets
+another power of two in place of 64. Each combination of MultiDiscrete and MultiBinary actions is one action of the
+agent. Bounded Box actions are stretched to [-1, 1]; the bounds of a ClipAction are those that it clips to. Where `info`
+holds `success`, an episode succeeds if one of its rows does; where it holds `is_success`, if its last row does. A
+number counts from 0.5 on.
 
 Axes: N environments, H, W pixels.
 """

@@ -5,6 +5,7 @@ Axes: H, W pixels, C channels.
 
 import math
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
 import gymnasium
@@ -31,11 +32,41 @@ def parts_of(space: spaces.Space, name: str) -> dict[str, spaces.Space]:
     if not isinstance(space, spaces.Dict):
         return {key_of(space): space}
     theirs: dict[str, str] = {}
-    for key in space:
+    found = {}
+    for key, part in _opened(space):
         if (other := theirs.setdefault(called(key), key)) != key:
             what = f"observations {other!r} and {key!r} would both be called {called(key)!r}"
             raise ConfigError(what, where=name)
-    return {ours: space[key] for ours, key in theirs.items()}
+        found[called(key)] = part
+    return found
+
+
+def values_of(space: spaces.Dict, observation: Mapping[Any, Any]) -> dict[str, Any]:
+    """An observation of that space, or part of one, under the names of `parts_of`."""
+    found = {}
+    for key, value in observation.items():
+        part = space.spaces.get(key)
+        if isinstance(part, spaces.Dict) and isinstance(value, Mapping) and _opens(key, part):
+            found |= {called(f"{key}/{inner}"): one for inner, one in values_of(part, value).items()}
+        else:
+            found[called(key)] = value
+    return found
+
+
+def _opened(space: spaces.Dict) -> Iterator[tuple[Any, spaces.Space]]:
+    """The parts of a Dict by name; "pixels/top" for one of an inner Dict with images, which are seen as such."""
+    for key, part in space.items():
+        if isinstance(part, spaces.Dict) and _opens(key, part):
+            yield from ((f"{key}/{inner}", one) for inner, one in _opened(part))
+        else:
+            yield key, part
+
+
+def _opens(key: Any, part: spaces.Dict) -> bool:
+    """Whether an inner Dict is seen part by part, not as one vector."""
+    return all(isinstance(name, str) for name in (key, *part)) and any(
+        is_image(one) or (isinstance(one, spaces.Dict) and _opens(name, one)) for name, one in part.items()
+    )
 
 
 def called(key: Any) -> Any:

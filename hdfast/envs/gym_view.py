@@ -26,7 +26,6 @@ from hdfast.envs.gym_errors import env_errors, raised
 from hdfast.envs.gym_spaces import (
     action_space_of,
     actions_of,
-    called,
     channels_first,
     holds_image,
     is_image,
@@ -34,6 +33,7 @@ from hdfast.envs.gym_spaces import (
     outside,
     parts_of,
     shape_of,
+    values_of,
     white_of,
     wrong,
 )
@@ -42,6 +42,7 @@ from hdfast.runtime.errors import ConfigError, EnvError, HdfastError, MissingLib
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the learner handles them: it saves, then stops
 _LOSSES = ("dyn", "rep", "cont")  # names of the agent's other losses; all images share one, "image"
 _TO_SEE = "let it observe (H, W, 3) uint8, or render 'rgb_array'; --env.obs state does without"
+_ALONE = "an image stands alone or in a Dict, (H, W, 3)"
 _SMALL = 24  # pixels; a smaller image, such as a map of 7 x 7 categories, may not be meant as a picture
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -118,6 +119,8 @@ class Maker:
             seen = Seen(env, obs, image_size=self.image_size, drawn=drawn)
         if os.getpid() == self.owner:
             self._tell(seen, parts, images_alone=obs == "image" and not drawn)
+            if drawn and (hidden := [key for key, part in parts.items() if holds_image(part)]):
+                _tell(f"{self.spec.id}: sees what it draws, not the images in {', '.join(hidden)}; {_ALONE}")
         return seen
 
     def _drawing(self, env: gymnasium.Env, parts: Mapping[str, spaces.Space]) -> gymnasium.Env:
@@ -152,7 +155,7 @@ class Maker:
             _tell(f"{name}: enlarges {key} from {height} x {width} pixels; {right}")
         for key, space in seen.vectors.items():
             if holds_image(space):
-                right = "an image stands alone or in the outermost Dict, (H, W, 3)"
+                right = _ALONE
                 if isinstance(space, spaces.Box):
                     right = "frames need no stacking, the agent remembers"
                 what = f"the images in {key} as a vector of {spaces.flatdim(space):,} numbers"
@@ -271,7 +274,8 @@ class Seen(gymnasium.ObservationWrapper):
             number = np.asarray(reward)
             if not (number.size == 1 and number.dtype.kind in "biuf" and abs(number.item()) <= _LARGEST):
                 raise EnvError(f"its reward is {reward!r:.50}, expected a finite number", where=self._name)
-            return obs, float(number.item()), bool(terminated), bool(truncated), _success(info)
+            success = _success(info, over=bool(terminated or truncated))
+            return obs, float(number.item()), bool(terminated), bool(truncated), success
 
     def close(self) -> None:
         try:
@@ -292,7 +296,8 @@ class Seen(gymnasium.ObservationWrapper):
         if self._whole:
             parts = {key_of(self.env.observation_space): observation}
         elif isinstance(observation, Mapping):
-            parts = {called(key): value for key, value in observation.items()}
+            own: Any = self.env.observation_space
+            parts = values_of(own, observation)
         else:
             right = f"expected {', '.join(self.observation_space)} by name"
             raise EnvError(
@@ -300,7 +305,8 @@ class Seen(gymnasium.ObservationWrapper):
             )
         if missing := [key for key in self.observation_space if key not in parts]:
             given = ", ".join(map(str, parts))
-            raise EnvError(f"the observation has no {missing[0]!r}, but {given}", where=self._name)
+            hint = '{**observation, "image": env.render()} has it' if self._drawn else ""
+            raise EnvError(f"the observation has no {missing[0]!r}, but {given}", where=self._name, hint=hint)
         return {
             key: self._vector(key, parts[key]) if key in self.vectors else self._image(key, parts[key])
             for key in self.observation_space
@@ -330,7 +336,10 @@ class Seen(gymnasium.ObservationWrapper):
         floats = space.dtype != np.uint8
         if not same or not (image.dtype.kind == "f" if floats else image.dtype == np.uint8):
             seen, right = f"{image.shape} {image.dtype}", f"{space.shape} {space.dtype}"
-            raise EnvError(f"observation {key!r} is {seen}, its space says {right}", where=self._name)
+            hint = "the agent sees what the environment draws: env.render()" if self._drawn else ""
+            raise EnvError(
+                f"observation {key!r} is {seen}, its space says {right}", where=self._name, hint=hint
+            )
         if floats:
             white = self._white[key]
             image = np.rint(image * (255 / white))
@@ -349,10 +358,13 @@ class Seen(gymnasium.ObservationWrapper):
         return image.reshape(self._side, self._side, -1)
 
 
-def _success(info: dict[str, Any]) -> dict[str, bool]:
-    """{"success": whether it is reached}, empty if the environment does not say."""
-    for name in ("success", "is_success"):
+def _success(info: dict[str, Any], *, over: bool) -> dict[str, bool]:
+    """{"success": whether this row solves the episode}, empty if the environment does not say.
+
+    `success` counts in any row, as Meta-World has it, `is_success` in the last one, as gymnasium-robotics does.
+    """
+    for name, counts in (("success", True), ("is_success", over)):
         value = np.asarray(info.get(name))
         if value.size == 1 and value.dtype.kind in "biuf":
-            return {"success": bool(value.item() > 0)}
+            return {"success": counts and bool(value.item() >= 0.5)}
     return {}

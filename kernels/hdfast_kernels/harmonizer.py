@@ -138,6 +138,7 @@ class Harmonizer(nn.Module):
         if mode == "learned":
             weights = [float(initial.get(name, 1.0)) for name in self.groups]
             self.log_sigma = nn.Parameter(-torch.tensor(weights, dtype=torch.float32).log())
+        self._names = json.dumps(list(self.groups) if mode == "learned" else [])
         self._plans: dict[tuple[Any, ...], _Plan] = {}
 
     def no_weight_decay(self) -> set[str]:
@@ -208,14 +209,13 @@ class Harmonizer(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The names of the groups that have scalars, in their order: JSON as uint8, for a `state_dict`."""
-        names = list(self.groups) if self.mode == "learned" else []
-        return torch.tensor(list(json.dumps(names).encode()), dtype=torch.uint8)
+        return torch.tensor(list(self._names.encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Raises RuntimeError if a state's groups are not these: its scalars would be given to other losses."""
-        theirs, own = (bytes(names.tolist()).decode() for names in (state, self.get_extra_state()))
-        if theirs != own:
-            raise RuntimeError(f"Harmonizer: the state is of the groups {theirs}, expected {own}")
+        theirs = bytes(state.tolist()).decode()
+        if theirs != self._names:
+            raise RuntimeError(f"Harmonizer: the state is of the groups {theirs}, expected {self._names}")
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
         """As any module does, but the names come first, and states from before there were names are taken."""
