@@ -32,7 +32,7 @@ def parts_of(space: spaces.Space, name: str) -> dict[str, spaces.Space]:
     if not isinstance(space, spaces.Dict):
         return {key_of(space): space}
     theirs: dict[str, str] = {}
-    found = {}
+    found: dict[str, spaces.Space] = {}
     for key, part in _opened(space):
         if (other := theirs.setdefault(called(key), key)) != key:
             what = f"observations {other!r} and {key!r} would both be called {called(key)!r}"
@@ -43,7 +43,7 @@ def parts_of(space: spaces.Space, name: str) -> dict[str, spaces.Space]:
 
 def values_of(space: spaces.Dict, observation: Mapping[Any, Any]) -> dict[str, Any]:
     """An observation of that space, or part of one, under the names of `parts_of`."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in observation.items():
         part = space.spaces.get(key)
         if isinstance(part, spaces.Dict) and isinstance(value, Mapping) and _opens(key, part):

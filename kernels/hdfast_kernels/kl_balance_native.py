@@ -31,7 +31,7 @@ class _KLBalance(torch.autograd.Function):
         ctx, grad_dyn: Tensor | None, grad_rep: Tensor | None, _: None
     ) -> tuple[Tensor | None, Tensor | None, None]:
         post, prior, kl = ctx.saved_tensors
-        trains = grad_rep is not None, grad_dyn is not None  # post, prior
+        trains_post, trains_prior = grad_rep is not None, grad_dyn is not None
         grad_dyn, grad_rep = (
             torch.zeros_like(kl) if grad is None else native.as_float(grad) for grad in (grad_dyn, grad_rep)
         )
@@ -41,8 +41,8 @@ class _KLBalance(torch.autograd.Function):
             native.ptr(grad_post), native.ptr(grad_prior), kl.numel(), post.shape[-2:].numel(), ctx.free,
             native.is_bf16(post), native.threads(),
         )  # fmt: skip
-        grads = zip((grad_post, grad_prior), ctx.dtypes, trains, strict=True)
-        return *(grad.to(dtype) if trained else None for grad, dtype, trained in grads), None
+        of_post, of_prior = grad_post.to(ctx.dtypes[0]), grad_prior.to(ctx.dtypes[1])
+        return of_post if trains_post else None, of_prior if trains_prior else None, None
 
 
 kl_balance_native = _KLBalance.apply

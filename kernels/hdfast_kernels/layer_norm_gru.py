@@ -352,8 +352,12 @@ def _layer_norm_gru_triton(
     D = deter.shape[-1]
     out = torch.empty_like(deter, memory_format=torch.contiguous_format) if out is None else out
     second = None if rounded is None else rows_of(rounded)
-    laid = as_rows(gates.detach(), 3 * D), as_rows(deter.detach(), D), *as_contiguous((weight, bias))
-    _forward(*laid, rows_of(out), second, eps)
+    flat, state, (weight, bias) = (
+        as_rows(gates.detach(), 3 * D),
+        as_rows(deter.detach(), D),
+        as_contiguous((weight, bias)),
+    )
+    _forward(flat, state, weight, bias, rows_of(out), second, eps)
     return out
 
 

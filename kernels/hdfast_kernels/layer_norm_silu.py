@@ -219,10 +219,8 @@ def _layer_norm_silu_triton(
 ) -> Tensor:
     if out is None:
         return _LayerNormSiLU.apply(x, weight, bias, eps)
-    flat = as_rows(x.detach(), x.shape[-1])
-    _forward(
-        flat, *as_contiguous((weight, bias)), rows_of(out), flat.new_empty((2, 0), dtype=torch.float32), eps
-    )
+    flat, (weight, bias) = as_rows(x.detach(), x.shape[-1]), as_contiguous((weight, bias))
+    _forward(flat, weight, bias, rows_of(out), flat.new_empty((2, 0), dtype=torch.float32), eps)
     return out
 
 
