@@ -84,10 +84,11 @@ def load(
     device: str = "auto",
     greedy: bool = False,
     drawn: bool = False,
+    env_kwargs: str | None = None,
 ) -> Trained:
     """The agent of the run in directory `run`, with its newest checkpoint, and environments to act in.
 
-    `run` may also be one of its checkpoints, such as runs/demo/Catch/seed0/checkpoints/0000009000.safetensors.
+    `run` may also be one of its checkpoints, such as runs/demo/Catch/seed0/checkpoints/0000008000.safetensors.
     The run is only read. One episode, in a notebook::
 
         with load("runs/demo/Catch/seed0") as trained:
@@ -100,11 +101,12 @@ def load(
         seed: of the environments and of the sampled latents and actions, which differ from those of training.
         greedy: act with the actor's likeliest action instead of a sample; latents are sampled all the same.
         drawn: if the run sees vectors alone, its environments also give images, which the policy ignores.
+        env_kwargs: keyword arguments of `gymnasium.make`, a JSON object, in place of those of the run.
 
     Raises:
         RunError: there is no run. CheckpointError: it has no checkpoint yet, all are damaged, or they do not fit its
         configuration or environments. ConfigError: a directory of several runs, no such device, a number of
-        environments or a seed out of range.
+        environments or a seed out of range, arguments that the environments do not take.
     """
     if not 1 <= num_envs <= MOST_ENVS:
         raise ConfigError(f"--num-envs {num_envs} is out of range: expected 1 to {MOST_ENVS:,}")
@@ -112,6 +114,8 @@ def load(
         raise ConfigError(f"--seed {seed} is out of range: expected 0 or more")
     saved = rundir.chosen(run)
     config = dataclasses.replace(config_of(saved.run), seed=seed)
+    if env_kwargs is not None:
+        config = validate(dataclasses.replace(config, env=dataclasses.replace(config.env, kwargs=env_kwargs)))
     assert config.task is not None
     task = suites.get(config.suite).task(config.task)
     where = resolve_device(device)
@@ -168,13 +172,15 @@ def evaluate(
     device: str = "auto",
     video: bool = False,
     greedy: bool = False,
+    env_kwargs: str | None = None,
     tell: Callable[[int], object] = lambda done: None,
 ) -> dict[str, Any]:
     """Scores of `episodes` episodes with the newest checkpoint of the run in directory `run`, or with the one it names.
 
     Args:
         episodes: at least 1.
-        seed, num_envs, greedy: as `load`; no more environments than episodes. The published protocol samples.
+        seed, num_envs, greedy, env_kwargs: as `load`; no more environments than episodes. The published protocol
+            samples.
         video: also write an episode to videos/evaluate_<agent steps>.gif in the run's directory: the first, or one more
             where the agent sees no images.
         tell: gets at every step how many episodes are done.
@@ -186,13 +192,14 @@ def evaluate(
     if episodes < 1:
         raise ConfigError(f"--episodes {episodes} is out of range: expected 1 or more")
     envs = min(num_envs, episodes)
-    with load(run, num_envs=envs, seed=seed, device=device, greedy=greedy) as trained:
+    asked: dict[str, Any] = {"seed": seed, "device": device, "greedy": greedy, "env_kwargs": env_kwargs}
+    with load(run, num_envs=envs, **asked) as trained:
         agent_steps = trained.checkpoint.meta["agent_steps"]
         film = None
         if video and _image_of(trained.env) is not None:
             film = Film.of(trained)
         elif video:  # drawing takes longer than all else, so only the episode that is shown is drawn
-            with load(trained.checkpoint.path, seed=seed, device=device, greedy=greedy, drawn=True) as drawn:
+            with load(trained.checkpoint.path, drawn=True, **asked) as drawn:
                 film = Film.of(drawn)
                 evaluation.play(drawn.env, drawn.policy, 1, watch=film)
         watch = film or (lambda step: None)
@@ -203,6 +210,8 @@ def evaluate(
         about["video"] = str(film.path)
     if greedy:
         about["greedy"] = True
+    if env_kwargs is not None:
+        about["env_kwargs"] = json.loads(env_kwargs)
     return {**about, "seed": seed, **evaluation.summarize(played)}
 
 
@@ -288,6 +297,12 @@ def main() -> None:
         help="write the first episode as a GIF, or one more if it must be drawn for that",
     )
     parser.add_argument("--greedy", action="store_true", help="the likeliest actions instead of sampled ones")
+    parser.add_argument(
+        "--env.kwargs",
+        dest="env_kwargs",
+        metavar="JSON",
+        help="with gym: keyword arguments of gymnasium.make, in place of those of the run",
+    )
     flags = parser.parse_args()
     with _telling(flags.episodes) as tell:
         scores = evaluate(**vars(flags), tell=tell)

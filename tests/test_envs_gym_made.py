@@ -81,7 +81,14 @@ def test_a_run_with_other_arguments_is_another_run(tmp_path):
     config = dataclasses.replace(config, task="tests.gym_envs-Count-v0")  # its folder
     stored = json.loads((path_of(config) / "config.json").read_text())["config"]["env"]
     assert (stored["kwargs"], stored["time_limit"]) == ('{"length":3}', 9)
-    assert evaluate(path_of(config), episodes=2, device="cpu")["length"] == 3
+    played = evaluate(path_of(config), episodes=2, device="cpu")
+    assert played["length"] == 3
+    assert "env_kwargs" not in played
+    other = evaluate(path_of(config), episodes=2, device="cpu", env_kwargs='{"length": 5}')
+    assert other["length"] == 5
+    assert other["env_kwargs"] == {"length": 5}
+    with pytest.raises(ConfigError, match=r"^--env\.kwargs 5 is no JSON object"):
+        evaluate(path_of(config), episodes=2, device="cpu", env_kwargs="5")
     for changed, line in (
         ({"kwargs": '{"length": 4}'}, r'env.kwargs: "{\"length\":3}" -> "{\"length\":4}"'),
         ({"time_limit": 2}, "env.time_limit: 9 -> 2"),
