@@ -385,7 +385,7 @@ def test_what_it_cannot_act_on_is_told(run):
 
 def test_what_the_readme_looks_at_in_a_notebook(run):
     text = (Path(__file__).parents[1] / "README.md").read_text()
-    (code,) = re.findall(r"What the agent believes.*?```python\n(.*?)```", text, re.DOTALL)
+    (code,) = re.findall(r"what the agent believes.*?```python\n(.*?)```", text, re.DOTALL)
     with evaluate.load(path_of(run), num_envs=3) as trained:
         step = trained.env.reset()
         trained.policy(step.obs, step.is_first)
