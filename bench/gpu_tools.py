@@ -201,6 +201,11 @@ def benchmark_rows(path: Path) -> list[dict[str, Any]]:
     ]
 
 
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """Rows that a process wrote one by one, if it did not live to write its report."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def occupied(spans: list[tuple[str, float, float]], updates: int, top: int = 60) -> dict[str, Any]:
     """How many kernels run in an update, how long at least one of them runs, and how long none.
 

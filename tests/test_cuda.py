@@ -140,7 +140,15 @@ def exact(state: dict[str, Tensor]) -> dict[str, list[int]]:
 @pytest.mark.parametrize("place", ["device", "host"])
 @pytest.mark.parametrize("way", GRAPHS[1:])
 @pytest.mark.parametrize(
-    "options", [{}, {"continuous": True}, {"dtype": torch.bfloat16}], ids=["discrete", "continuous", "bf16"]
+    "options",
+    [
+        {},
+        {"continuous": True},
+        {"dtype": torch.bfloat16},
+        {"continuous": True, "dtype": torch.bfloat16},
+        {"continuous": True, "dtype": torch.bfloat16, "behavior": {"actor_grad": "reinforce"}},
+    ],
+    ids=["discrete", "continuous", "bf16", "continuous-bf16", "reinforce-bf16"],
 )
 def test_captured_updates_are_eager_updates(device, backend, options, way, place):
     eager, again, graph = (learn(device, how, place, **options) for how in ("eager", "eager", way))
@@ -316,5 +324,6 @@ def test_every_default_of_cuda_can_run(name):
 def test_the_learner_follows_its_device(device):
     """Every tensor that an update reads or writes is on the device."""
     learner: Learner = make_learner(device=device)
-    on = {k: v.device.type for k, v in learner.state_dict().items() if k not in ("generator", "updates")}
+    elsewhere = ("generator", "updates", "model.harmonizer._extra_state")
+    on = {k: v.device.type for k, v in learner.state_dict().items() if k not in elsewhere}
     assert set(on.values()) == {device.type}

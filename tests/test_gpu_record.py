@@ -228,6 +228,18 @@ def test_a_tool_s_output_decides_its_step(record, tool, said, reason, tmp_path, 
     assert record.found["found"] is not None
 
 
+def test_benchmarks_that_crash_leave_the_rows_that_they_had(record, monkeypatch):
+    def execute(command, seconds, **environment):
+        Path(environment["HDFAST_BENCH_ROWS"]).write_text(
+            '{"name": "a", "us": 1.0}\n{"name": "b", "us": 2.0}\n'
+        )
+        return "exit code -11: ", "said"
+
+    monkeypatch.setattr(gpu_steps, "execute", execute)
+    assert gpu_steps.benchmarks(record, "")(10) == "exit code -11: "
+    assert [row["name"] for row in record.found["benchmarks"]] == ["a", "b"]
+
+
 def test_work_whose_rows_fail_says_so(record, monkeypatch):
     def execute(command, seconds, **environment):
         path = command[command.index("--out") + 1]
