@@ -370,6 +370,15 @@ def test_what_runs_by_default_is_timed_and_seen_first_and_has_the_time(tmp_path,
     assert list(limits)[:3] == ["rates", "tests", "timings triton-persistent"]
     least = {"timings triton-persistent": 35, "profile triton-persistent": 17, "choice": 60}
     assert {name for name, seconds in least.items() if limits[name] < seconds} == set()
+    assert not limits.keys() & {"racecheck", "peers", "training", "game"}
+
+
+def test_steps_for_which_there_is_no_time_are_left_out_whole():
+    needed = {"rates": 10.0, "racecheck": 40.0, "peers": 0.0, "training": 60.0, "game": 60.0}
+    assert gpu_record.left_out(needed, 160) == []
+    assert gpu_record.left_out(needed, 150) == ["game"]
+    assert gpu_record.left_out(needed, 40) == ["game", "training", "racecheck"]
+    assert gpu_record.left_out({"rates": 10.0, "tests": 90.0}, 20) == []
 
 
 def test_ncu_looks_at_every_kernel_but_those_of_the_scan():
