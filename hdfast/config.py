@@ -40,6 +40,25 @@ LEAST_WEIGHT = 1e-30  # of a loss that harmony begins with
 # Fields of env that have an effect only in these suites.
 _TAKERS = {"kwargs": ("gym",), "time_limit": ("gym",), "image_size": ("gym", "dmc", "metaworld")}
 
+# What may differ between the sessions of one run: where it runs and how it reports, not what it computes.
+RESUMABLE_CHANGES = (
+    "suite",
+    "task",
+    "seeds",
+    "logdir",
+    "dry_run",
+    "device",
+    "precision",
+    "env.threads",
+    "train.graph",
+    "train.tune",
+    "train.nonfinite_limit",
+    "checkpoint",
+    "eval",
+    "log",
+)
+GROWING = ("agent_steps",)  # what may grow in a later session
+
 
 @dataclass(frozen=True)
 class Config:
@@ -260,6 +279,8 @@ def _checked_env(env: EnvConfig, suite: suites.Suite) -> EnvConfig:
             flag = f"--env.{name}".replace("_", "-")
             hint = f"--suite {' or '.join(takers)} takes it"
             raise ConfigError(f"{flag} has no effect in suite {suite.name}", hint=hint)
+    obs = "image" if env.obs == "auto" and suite.source != "gym" else env.obs
+    suite.check_env(source=env.source, obs=obs, render=env.render)
     if env.image_size.bit_count() != 1:
         near = 1 << env.image_size.bit_length()
         hint = f"expected a power of two such as {near // 2} or {near}"

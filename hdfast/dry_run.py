@@ -13,14 +13,14 @@ from hdfast import init_from
 from hdfast.advice import check_settings
 from hdfast.agent.custom import learner_class
 from hdfast.agent.learner import Learner
-from hdfast.agent.world_model import WorldModel
+from hdfast.agent.world_model import LossError, WorldModel
 from hdfast.config import Config
 from hdfast.envs.base import BatchEnv, DiscreteActions
 from hdfast.replay import Replay
 from hdfast.replay.contents import replay_specs
 from hdfast.runtime import graphs
 from hdfast.runtime.device import describe_device, resolve_device, resolve_precision
-from hdfast.runtime.errors import ConfigError
+from hdfast.runtime.errors import ConfigError, warn
 from hdfast.streams import make_envs
 from hdfast.suites import Task
 
@@ -103,11 +103,13 @@ def _activations(learner: Learner, env: BatchEnv) -> int:
     config, dtype, kind = learner.config, learner.dtype, type(learner).model_type
     try:
         return _kept(kind, config, env, dtype)
+    except LossError as error:
+        raise ConfigError(str(error), where=f"--learner {config.learner}") from error
     except Exception as error:
         if kind is WorldModel:
             raise
-        if str(error).startswith("more_losses"):
-            raise ConfigError(str(error), where=f"--learner {config.learner}") from error
+        what = f"--learner {config.learner}: its loss does not run on shapes alone ({type(error).__name__}: {error})"
+        warn(f"{what}; its activations are counted as hdfast's")
     return _kept(WorldModel, config, env, dtype)
 
 

@@ -31,6 +31,9 @@ from hdfast.runtime.errors import ConfigError, HdfastError
 from hdfast.runtime.video import encode_gif, save_gif
 from hdfast.sections import MOST_ENVS
 from hdfast.streams import make_envs, stream_seed
+from hdfast.tuning.search import Job
+from hdfast.tuning.settle import recalled
+from hdfast_kernels import dispatch
 
 FILMED = 128  # pixels; side of images that are drawn for the film alone
 PLAIN_SECONDS = 30.0  # between two lines of progress, if there is no live one
@@ -38,7 +41,9 @@ PLAIN_SECONDS = 30.0  # between two lines of progress, if there is no live one
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's newest checkpoint, ready to act; a context manager that closes its environments.
+    """A checkpoint of a run, ready to act; a context manager that closes its environments.
+
+    In its block ops run as the search for kernels found best for the run, if it is remembered here.
 
     config: the run's, with the seed it was loaded with.
     env: environments of its task, to be reset: `step = env.reset()`.
@@ -50,6 +55,7 @@ class Trained:
     env: BatchEnv
     policy: Policy
     checkpoint: checkpoint.Checkpoint
+    _opened: contextlib.ExitStack
 
     def act(self, observation: Any, *, is_first: bool = False) -> Any:
         """An action for an environment of your own, from what it observes, both in its own spaces.
@@ -73,7 +79,7 @@ class Trained:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.env.close()
+        self._opened.close()
 
 
 def load(
@@ -133,17 +139,17 @@ def load(
             others = "" if "--env." in error.hint else error.hint  # flags of training do not help here
             hint = " or ".join(filter(None, [others, "leave out --video"]))
             raise type(error)(error.what, where=error.where, hint=hint, details=error.details) from error
-    try:
+    with contextlib.ExitStack() as opened:
+        opened.callback(env.close)
         dtype = resolve_precision(config.precision, where)
         specs = {key: spec for key, spec in env.obs_specs.items() if not (unseen and spec.is_image)}
+        choice = recalled(Job(specs, env.actions, config, where, dtype))
+        opened.callback(dispatch.use, where.type, choice.use(where))
         learner = learner_class(config)(specs, env.actions, config, device=where, dtype=dtype)
         with checkpoint.fitting(saved.path):
             learner.load_parameters(saved.part("learner."))
         policy = Policy(learner, num_envs, stream_seed(seed, "evaluate"), greedy=greedy)
-        return Trained(config, env, policy, saved)
-    except BaseException:
-        env.close()
-        raise
+        return Trained(config, env, policy, saved, opened.pop_all())
 
 
 def config_of(run: Path) -> Config:

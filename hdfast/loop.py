@@ -11,7 +11,7 @@ from typing import Any
 
 from hdfast import envs
 from hdfast.agent.custom import learner_class
-from hdfast.config import Config
+from hdfast.config import GROWING, RESUMABLE_CHANGES, Config, validate
 from hdfast.replay import LayoutError, ReplayError
 from hdfast.runtime import graphs
 from hdfast.runtime.console import say
@@ -22,26 +22,6 @@ from hdfast.runtime.rundir import RunDir, filled, has_begun, path_of, read
 from hdfast.runtime.signals import StopRequest
 from hdfast.session import Session
 from hdfast.suites import get
-
-# What may differ between the sessions of one run: where it runs and how it reports, not what it computes.
-RESUMABLE_CHANGES = (
-    "suite",
-    "task",
-    "seeds",
-    "logdir",
-    "dry_run",
-    "device",
-    "precision",
-    "env.threads",
-    "train.graph",
-    "train.tune",
-    "train.nonfinite_limit",
-    "checkpoint",
-    "eval",
-    "log",
-)
-
-GROWING = ("agent_steps",)  # what may grow in a later session
 
 
 @contextlib.contextmanager
@@ -81,6 +61,7 @@ def run(config: Config, *, on_line: OnLine = lambda file, line: None) -> dict[st
             "a run begins where a process of its environments imports the script",
             hint='write `if __name__ == "__main__":` before what the script does',
         )
+    config = validate(config)
     suite = get(config.suite)
     task, *more = suite.select([config.task] if config.task else [])
     if more:

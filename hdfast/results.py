@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hdfast import suites
-from hdfast.config import Config
-from hdfast.loop import RESUMABLE_CHANGES
+from hdfast.config import RESUMABLE_CHANGES, Config
 from hdfast.runtime import errors, rundir
 from hdfast.runtime.errors import RunError, disk_errors
 from hdfast.tables import TaskScores

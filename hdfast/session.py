@@ -90,7 +90,7 @@ class Session:
         config, rundir, dtype = self.config, self.rundir, resolve_precision(self.config.precision, device)
         seen = self.env.obs_specs, self.env.actions
         choice = settle(Job(*seen, config, device, dtype), check=self.stop.check, say=say)
-        choice.use(device)
+        opened.callback(dispatch.use, device.type, choice.use(device))  # undone at the end
         auto = config.train.graph == "auto"
         self.graph = choice.graph if auto else config.train.graph != "off"
         overlap = choice.overlap if auto else config.train.graph == "overlap"

@@ -100,6 +100,14 @@ class Suite:
             raise UnknownName(f"suite {self.name} needs a task; {_GYM_NAMES}")
         return tasks
 
+    def check_env(self, **settings: str) -> None:
+        """Raises UnknownName for a value of an environment's setting that this suite does not have."""
+        for name, value in settings.items():
+            choices = _ENV_CHOICES[self.source][name]
+            if value not in choices:
+                what = f"--env.{name} cannot be {value!r} in suite {self.name}"
+                raise UnknownName(f"{what}{suggest(value, choices)}")
+
     def _known(self) -> dict[str, Task]:
         return {_key(task.name): task for task in (*self.tasks, *self.others)}
 
@@ -183,6 +191,15 @@ def _aggregates(scores: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack([means.mean(-1), np.median(means, -1), iqm], -1)
 
 
+# The values that environments' settings can have, by the source of a suite.
+_MUJOCO = {"source": ("auto", "envpool"), "obs": ("image", "state", "both"), "render": ("full", "fast")}
+_ENV_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
+    "atari": {"source": ("auto", "envpool", "ale"), "obs": ("image",), "render": ("full",)},
+    "catch": {"source": ("auto", "envpool"), "obs": ("image",), "render": ("full",)},
+    "dmc": _MUJOCO,
+    "gym": {"source": ("auto",), "obs": ("auto", "image", "state", "both"), "render": ("full",)},
+    "metaworld": _MUJOCO,
+}
 _GYM_ID = re.compile(r"(?:[A-Za-z_][\w.]*:)?(?:[A-Za-z0-9][\w:-]*/)?[A-Za-z0-9][\w.-]*")
 _GYM_NAMES = "a task is what gymnasium.make takes, such as 'CarRacing-v3' or 'my_envs:Maze-v0'"
 

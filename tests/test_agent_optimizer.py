@@ -127,6 +127,11 @@ def test_a_saved_state_goes_on_bit_for_bit(layout):
     assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
     with pytest.raises(KeyError):
         a.load_state_dict({})
+    wrong = {**b.state_dict(), "mean.0": torch.ones(())}  # which would fit by broadcasting
+    before = {k: v.clone() for k, v in a.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^mean\.0 has shape \(\), expected \("):
+        a.load_state_dict(wrong)
+    assert all(torch.equal(v, before[k]) for k, v in a.state_dict().items())
 
 
 # Parameters as one tensor.

@@ -137,7 +137,14 @@ def test_every_number_has_a_range():
 
 @pytest.mark.parametrize("name", field_names(Config()))
 def test_every_field_is_a_typed_flag(name):
-    suite = ["--suite", "gym"] if name in ("env.kwargs", "env.time_limit", "env.image_size") else []
+    of = {
+        "env.kwargs": "gym",
+        "env.time_limit": "gym",
+        "env.image_size": "gym",
+        "env.render": "dmc",
+        "env.obs": "dmc",
+    }
+    suite = ["--suite", of[name]] if name in of else []
     default = parse(suite)
     if isinstance(value_of(default, name), bool):
         head, _, tail = name.replace("_", "-").rpartition(".")
@@ -245,6 +252,12 @@ def test_every_field_is_a_typed_flag(name):
             "--env.kwargs [3] is no JSON object; expected an object such as --env.kwargs '{",
         ),
         ('--env.kwargs {"a":1}', "--env.kwargs has no effect in suite atari100k; --suite gym takes it"),
+        ("--env.obs state", "--env.obs cannot be 'state' in suite atari100k; choose from 'image'"),
+        ("--env.render fast", "--env.render cannot be 'fast' in suite atari100k; choose from 'full'"),
+        (
+            "--suite dmc --env.source ale",
+            "--env.source cannot be 'ale' in suite dmc; choose from 'auto', 'envpool'",
+        ),
         (
             "--env.time-limit 9 --suite dmc",
             "--env.time-limit has no effect in suite dmc; --suite gym takes it",

@@ -180,6 +180,15 @@ class Trap:
         return (Path.touch, (self.path,))
 
 
+@pytest.mark.parametrize("text", ["", "a size does not match", "CUDA out of memory\nfree some"])
+def test_only_torch_s_error_about_parameters_is_one_about_the_checkpoint(tmp_path, text):
+    with pytest.raises(RuntimeError) as error, checkpoint.fitting(tmp_path):
+        raise RuntimeError(text)
+    assert str(error.value) == text
+    with pytest.raises(CheckpointError, match="the checkpoint does not fit"), checkpoint.fitting(tmp_path):
+        torch.nn.Linear(2, 3).load_state_dict({"weight": torch.ones(1)})
+
+
 def test_loading_executes_nothing(tmp_path):
     sprung = tmp_path / "sprung"
     pickle.loads(pickle.dumps(Trap(sprung)))

@@ -232,6 +232,18 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
     )
 
 
+def test_no_room_for_the_lock_s_holder_leaves_no_lock(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(DiskFullError, match="No space left"):
+            open_run(tmp_path)
+    with open_run(tmp_path) as run:
+        assert run.path.exists()
+
+
 def test_a_logdir_that_is_a_file(tmp_path):
     (tmp_path / "runs").touch()
     with pytest.raises(

@@ -148,6 +148,16 @@ def test_a_run_goes_on_where_the_search_fails(error, monkeypatch, capsys):
     assert remembered(a_key(config=SIZES)) is None
 
 
+def test_where_nobody_reads_what_is_said_the_run_ends(monkeypatch):
+    def say(line):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(settling, "AUTOMATIC", ("cpu",))
+    job = Job(SPECS, make_actions(False), small_config(**SIZES), CPU, torch.float32)
+    with pytest.raises(BrokenPipeError):
+        settle(job, check=lambda: None, say=say)
+
+
 def test_a_choice_is_used(own_defaults):
     Choice({"kl_balance": "native"}).use(CPU)
     assert dispatch.resolve_name("kl_balance", None, torch.zeros(1)) == "native"

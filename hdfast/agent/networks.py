@@ -205,15 +205,15 @@ class LatentMLP(nn.Module):
         return self.at(dtype)(latent)
 
 
-def image_stages(resolution: tuple[int, int], minimum: int = 4) -> int:
-    """Number of stride-2 stages between `resolution` (H, W) and `minimum` pixels.
+def image_stages(resolution: tuple[int, int]) -> int:
+    """Number of stride-2 stages between `resolution` (H, W) and 4 x 4 pixels.
 
     Raises:
-        ValueError: the image is not square, or its side is not `minimum` times a power of two of at least 2.
+        ValueError: the image is not square, or its side is not 8, 16, 32, ...
     """
     height, width = resolution
-    stages = max(height // minimum, 1).bit_length() - 1
-    if height != width or stages < 1 or minimum << stages != height:
+    stages = max(height // 4, 1).bit_length() - 1
+    if height != width or stages < 1 or 4 << stages != height:
         raise ValueError(
             f"images of {height}x{width} pixels are not supported: the side must be 8, 16, 32, 64, 128, ..."
         )

@@ -18,13 +18,12 @@ CONTEXT = 5  # rows that the model sees of each
 
 
 @torch.no_grad()
-def open_loop(learner: Learner, batch: Mapping[str, Tensor], *, context: int = CONTEXT) -> dict[str, Tensor]:
-    """Predicts every image of a batch: reconstructs the first `context` rows, and imagines the rest.
+def open_loop(learner: Learner, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Predicts every image of a batch: reconstructs the first CONTEXT rows, and imagines the rest.
 
     Args:
         learner: owns the world model that predicts; its generator is not touched.
-        batch: time-major (T, B, ...) as `Replay.sample` gives it.
-        context: rows seen, from 1 to T - 1.
+        batch: time-major (T, B, ...) as `Replay.sample` gives it, of more than CONTEXT rows.
 
     Returns:
         (T, B, H, W, C) float32 in [0, 1] for every image key; empty if there is none.
@@ -35,11 +34,11 @@ def open_loop(learner: Learner, batch: Mapping[str, Tensor], *, context: int = C
     generator = torch.Generator(learner.device).manual_seed(0)
     uniform = torch.rand(length, count, stoch, generator=generator, device=learner.device)
     seen = model.observe(
-        {k: v[:context] for k, v in batch.items() if k != "starts"}, uniform[:context], dtype
+        {k: v[:CONTEXT] for k, v in batch.items() if k != "starts"}, uniform[:CONTEXT], dtype
     )
     weights = model.rssm.cast(dtype)
     deter, index = list(seen.latent.deter), list(seen.latent.index)
-    for t in range(context, length):
+    for t in range(CONTEXT, length):
         latent = model.rssm.imagine_step(
             Latent(deter[-1], index[-1]), batch["action"][t - 1], uniform[t], weights
         )

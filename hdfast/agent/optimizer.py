@@ -180,7 +180,13 @@ class Adam:
         """Copies a state back in place.
 
         Raises:
-            KeyError: an entry is missing. RuntimeError: a shape differs.
+            KeyError: an entry is missing. ValueError: a shape differs; nothing has been copied then.
         """
-        for name, tensor in self.state_dict().items():
+        own = self.state_dict()
+        for name, tensor in own.items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+                )
+        for name, tensor in own.items():
             tensor.copy_(state[name])

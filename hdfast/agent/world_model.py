@@ -33,6 +33,10 @@ class ModelOutput(NamedTuple):
     metrics: dict[str, Tensor]  # scalars on the device
 
 
+class LossError(ValueError):
+    """Losses of a subclass's own that cannot be added to the others."""
+
+
 class WorldModel(nn.Module):
     """Learns to predict observations, rewards and episode ends from latents.
 
@@ -143,7 +147,7 @@ class WorldModel(nn.Module):
             uniform: (T, B, S) numbers in [0, 1) that draw the posterior latents.
             dtype: type of the matrix work.
 
-        Raises: TypeError, ValueError for what `more_losses` must not return.
+        Raises: LossError for what `more_losses` must not return.
         """
         lead = batch["reward"].shape
         observed = self.observe(batch, uniform, dtype)
@@ -198,16 +202,16 @@ class WorldModel(nn.Module):
 def _checked(more: Mapping[str, Tensor], taken: Mapping[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
     """What `more_losses` returned.
 
-    Raises: TypeError, ValueError unless it is losses (T, B) whose names are not among the `taken`.
+    Raises: LossError unless it is losses (T, B) whose names are not among the `taken`.
     """
     if not isinstance(more, Mapping):
-        raise TypeError(f"more_losses returned a {type(more).__name__}, expected a mapping of losses by name")
+        raise LossError(f"more_losses returned a {type(more).__name__}, expected a mapping of losses by name")
     for name, loss in more.items():
         if name in taken:
-            raise ValueError(f"more_losses: {name!r} is the name of another loss; expected one of its own")
+            raise LossError(f"more_losses: {name!r} is the name of another loss; expected one of its own")
         if not isinstance(loss, Tensor) or loss.shape != shape or not loss.is_floating_point():
             got = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(
+            raise LossError(
                 f"more_losses: {name!r} is {got}, expected floats of shape (T, B) = {tuple(shape)}"
             )
     return dict(more)

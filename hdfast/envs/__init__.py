@@ -8,19 +8,9 @@ from typing import Any
 
 from hdfast import suites
 from hdfast.envs.base import ArraySpec, BatchEnv, ContinuousActions, DiscreteActions, EnvStep, installed
-from hdfast.runtime.errors import MissingLibraryError, suggest
+from hdfast.runtime.errors import MissingLibraryError
 
 __all__ = ["ArraySpec", "BatchEnv", "ContinuousActions", "DiscreteActions", "EnvStep", "check", "make"]
-
-# The settings that the suites of each kind accept.
-_MUJOCO = {"source": ("auto", "envpool"), "obs": ("image", "state", "both"), "render": ("full", "fast")}
-_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
-    "atari": {"source": ("auto", "envpool", "ale"), "obs": ("image",), "render": ("full",)},
-    "catch": {"source": ("auto", "envpool"), "obs": ("image",), "render": ("full",)},
-    "dmc": _MUJOCO,
-    "gym": {"source": ("auto",), "obs": ("auto", "image", "state", "both"), "render": ("full",)},
-    "metaworld": _MUJOCO,
-}
 
 
 def make(
@@ -60,12 +50,7 @@ def make(
     found = benchmark.task(task)
     if obs == "auto" and benchmark.source != "gym":
         obs = "image"
-    for setting, value in (("source", source), ("obs", obs), ("render", render)):
-        choices = _CHOICES[benchmark.source][setting]
-        if value not in choices:
-            raise suites.UnknownName(
-                f"--env.{setting} cannot be {value!r} in suite {benchmark.name}{suggest(value, choices)}"
-            )
+    benchmark.check_env(source=source, obs=obs, render=render)
     if num_envs < 1 or threads < 0:
         raise ValueError(f"num_envs is {num_envs} and threads {threads}; expected 1 or more and 0 or more")
     shared: dict[str, Any] = {

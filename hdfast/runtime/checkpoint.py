@@ -106,10 +106,8 @@ def save(
     return path
 
 
-def load_latest(
-    directory: Path, device: str | torch.device = "cpu", *, warn: Callable[[str], None] = errors.warn
-) -> Checkpoint | None:
-    """The newest checkpoint in `directory` that is whole, on `device`; None when there is none at all.
+def load_latest(directory: Path, *, warn: Callable[[str], None] = errors.warn) -> Checkpoint | None:
+    """The newest checkpoint in `directory` that is whole, on the CPU; None when there is none at all.
 
     Each damaged one is reported to `warn` and skipped for the one before. Only reads: safe beside a writer, which may
     remove a file that is about to be read once there are newer ones.
@@ -120,7 +118,7 @@ def load_latest(
     while rest := {n: path for n, path in numbered(directory).items() if path not in damaged}:
         number, path = next(iter(rest.items()))
         try:
-            return _load(path, number, device)
+            return _load(path, number)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             if isinstance(error, FileNotFoundError) and not os.path.lexists(path):
                 continue  # look again at those that exist now
@@ -136,14 +134,14 @@ def load_latest(
     return None
 
 
-def load(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """The checkpoint in the file `path`, on `device`.
+def load(path: Path) -> Checkpoint:
+    """The checkpoint in the file `path`, on the CPU.
 
     Raises: CheckpointError where it is damaged, and where there is none, with those that there are.
     """
     match = _NAME.fullmatch(path.name)
     try:
-        return _load(path, int(match[1]) if match else 0, device)
+        return _load(path, int(match[1]) if match else 0)
     except FileNotFoundError:
         there = [other.name for other in numbered(path.parent).values()]
         hint = f"there are {', '.join(there)}" if there else ""
@@ -152,10 +150,9 @@ def load(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
         raise CheckpointError(f"checkpoint is damaged ({error})", where=path) from None
 
 
-def _load(path: Path, number: int, device: str | torch.device) -> Checkpoint:
+def _load(path: Path, number: int) -> Checkpoint:
     meta = _verify(path)
-    tensors = safetensors.torch.load_file(path)
-    return Checkpoint({name: t.to(device) for name, t in tensors.items()}, meta, number, path)
+    return Checkpoint(safetensors.torch.load_file(path), meta, number, path)
 
 
 def numbered(directory: Path) -> dict[int, Path]:
@@ -220,13 +217,16 @@ def fitting(path: Path, differing: Sequence[str] = (), hint: str = "") -> Iterat
 
     differing: lines about known differences from training, given before a parameter's shape.
     hint: what would be right, if known.
+
+    Raises: CheckpointError for that error; every other passes.
     """
     try:
         yield
     except RuntimeError as error:
-        first, *_, example = str(error).splitlines()
+        first, *rest = str(error).splitlines() or [""]
         if "loading state_dict" not in first:
             raise
+        example = rest[-1] if rest else first
         if not hint and not differing:
             hint = "is its environment, its config.json or the code of its learner another than in training?"
         details = [*differing, example.strip()]

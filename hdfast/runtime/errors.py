@@ -81,7 +81,7 @@ class EnvError(RunError):
 
 
 class CheckpointError(HdfastError):
-    """There are checkpoints, and none of them can be loaded."""
+    """There is no usable checkpoint: none yet, a damaged one, or one that does not fit."""
 
     exit_code = 3
 
@@ -121,7 +121,7 @@ class Interrupted(HdfastError):
         self.exit_code = 128 + signum
 
 
-def suggest(name: str, choices: Iterable[str], *, limit: int = 3) -> str:
+def suggest(name: str, choices: Iterable[str]) -> str:
     """The end of a message on a wrong name: "; did you mean 'a' or 'b'?", or all choices when none is near.
 
     Append it directly to the message, `f"no task {name!r}{suggest(name, tasks)}"`, or into `hint=`.
@@ -129,7 +129,7 @@ def suggest(name: str, choices: Iterable[str], *, limit: int = 3) -> str:
     """
     choices = list(dict.fromkeys(choices))
     folded = {choice.casefold(): choice for choice in reversed(choices)}
-    near = [folded[key] for key in difflib.get_close_matches(name.casefold(), folded, n=limit, cutoff=0.6)]
+    near = [folded[key] for key in difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.6)]
     if near:
         return f"; did you mean {' or '.join(map(repr, near))}?"
     if not choices:

@@ -336,8 +336,12 @@ def _lock(path: Path, warn: Callable[[str], None]) -> int:
         raise RunError(f"this run is in use by {holder}", where=path, hint=hint) from None
     except OSError as error:
         warn(f"{path}: cannot lock ({error.strerror}); make sure that no other process uses this run")
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode(), 0)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode(), 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor
 
 

@@ -18,15 +18,20 @@ def settle(job: Job, *, check: Callable[[], None], say: Callable[[str], None]) -
     check: called while waiting; what it raises ends the search. say: gets a line before and after a search.
     If the search fails, the run goes on with the defaults.
     """
-    if not job.config.train.tune:
-        return Choice()
-    if job.device.type not in AUTOMATIC:
-        return remembered(job.key) or Choice()
+    if not job.config.train.tune or job.device.type not in AUTOMATIC:
+        return recalled(job)
     try:
         return find(job, check=check, say=say)
+    except BrokenPipeError:  # nobody reads what `say` says
+        raise
     except (TuningError, OSError) as error:
         warn(f"nothing could be tried, so the run computes as by default: {error}")
         return Choice()
+
+
+def recalled(job: Job) -> Choice:
+    """What is remembered for this machine and model, else the defaults; they, too, where the run does not tune."""
+    return (remembered(job.key) if job.config.train.tune else None) or Choice()
 
 
 def find(
