@@ -20,7 +20,7 @@ from typing import Any
 from rich.table import Table
 
 from hdfast import suites
-from hdfast.results import CURVES, collect, curves, differences, with_runs
+from hdfast.results import CURVES, KEYS, collect, curves, differences, with_runs
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, given_path
 from hdfast.runtime.console import Console
@@ -41,7 +41,7 @@ def write_curves(path: Path, rows: Sequence[Mapping[str, Any]], folders: Sequenc
     """
 
     def order(row: Mapping[str, Any]) -> list[Any]:
-        return [*([folders.index(row["logdir"])] if folders else []), *(row[name] for name in CURVES[:4])]
+        return [*([folders.index(row["logdir"])] if folders else []), *(row[name] for name in KEYS)]
 
     ordered, names = sorted(rows, key=order), list(map(str, folders))
     if (kind := path.suffix.removeprefix(".").lower()) not in ("", "csv", *PICTURES):

@@ -10,20 +10,13 @@ from hdfast import suites
 from hdfast.config import RESUMABLE_CHANGES, Config
 from hdfast.runtime import errors, rundir
 from hdfast.runtime.errors import RunError, disk_errors
+from hdfast.runtime.files import is_number
 from hdfast.tables import TaskScores
 
-CURVES = (  # what is known of an evaluation
-    "suite",
-    "task",
-    "seed",
-    "agent_steps",
-    "frames",
-    "seconds",
-    "episodes",
-    "score",
-    "standard_error",
-    "success",
-)
+# What is known of an evaluation: which it is, and what came of it.
+KEYS = ("suite", "task", "seed", "agent_steps")
+NUMBERS = ("frames", "seconds", "episodes", "score", "standard_error", "success")
+CURVES = (*KEYS, *NUMBERS)
 
 
 def collect(
@@ -171,8 +164,8 @@ def _evaluations(path: Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
             if entry["kind"] != "evaluation":
                 continue
-            numbers = [entry[name] for name in CURVES[4:] if name in entry]
-            if type(entry["agent_steps"]) is not int or not all(map(_is_number, [entry["score"], *numbers])):
+            numbers = [entry[name] for name in NUMBERS if name in entry]
+            if type(entry["agent_steps"]) is not int or not all(map(is_number, [entry["score"], *numbers])):
                 raise ValueError(line)
         except (ValueError, LookupError, TypeError):
             damaged.append(line)
@@ -181,10 +174,6 @@ def _evaluations(path: Path) -> list[dict[str, Any]]:
     if damaged:
         errors.warn(f"{path}: {len(damaged)} damaged line{'s' * (len(damaged) > 1)} left out")
     return found
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) or value in ("NaN", "Infinity", "-Infinity")
 
 
 def _others(logdir: Path, suite: suites.Suite) -> list[suites.Task]:

@@ -325,13 +325,12 @@ def main() -> None:
     if not args.ray:  # of a cluster's machines, nothing is known here
         for task in tasks:
             envs.check(suite.name, task.name)
-        starts = set()
+        for one in {one.init_from: one for one in folders.values()}.values():
+            init_from.checkpoint_for(one)
         for one in folders.values():
             learner_class(one)
-            resolve_device(one.device)
-            if one.init_from not in starts:
-                starts.add(one.init_from)
-                init_from.checkpoint_for(one)
+            if one.device != "auto":  # which needs no look, and so no GPU in this process
+                resolve_device(one.device)
     pool = RayPool(args.ray) if args.ray else LocalPool(args.jobs, args.devices, threads=threads)
     say = functools.partial(Console(highlight=False).print, markup=False, soft_wrap=True)
     with StopRequest() as stop:

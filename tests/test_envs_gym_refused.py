@@ -6,6 +6,10 @@ import gymnasium
 import pytest
 
 from hdfast import envs
+from hdfast.envs import gym_spaces
+from hdfast.envs.base import DiscreteActions
+from hdfast.replay.contents import replay_specs
+from hdfast.replay.rows import STARTS
 from hdfast.runtime.errors import ConfigError, EnvError
 from hdfast.suites import UnknownName
 from tests import loop_cases
@@ -169,3 +173,7 @@ def test_a_module_that_imports_what_is_missing_names_it(tmp_path, monkeypatch):
         EnvError, match=r"^slips: it raised ModuleNotFoundError: No module named 'tests.no_such'"
     ):
         envs.check("gym", "slips:Any-v0")
+
+
+def test_no_observation_can_be_called_as_a_column_of_replay():
+    assert {*gym_spaces._TAKEN} == {*replay_specs({}, DiscreteActions(2)), STARTS}

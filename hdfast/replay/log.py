@@ -19,6 +19,7 @@ import numpy as np
 
 from hdfast.replay.chunk import ChunkReader, RecordWriter, ReplayError, chunk_header, disk_errors
 from hdfast.replay.rows import RowLayout
+from hdfast.runtime.files import sync_directory
 
 BLOCK_BYTES = 1 << 20  # packed; 85 rows of one Atari environment
 CHUNK_BYTES = 16 << 20  # on disk; deleted as a whole when no checkpoint can need it any more
@@ -54,7 +55,7 @@ class ReplayLog:
         self._positions: deque[int] = deque(maxlen=positions)
         with disk_errors("create", self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            _sync_directory(self.directory.parent)
+            sync_directory(self.directory.parent)
 
     def start(self) -> None:
         """Begin at row 0. Deletes the rows of an earlier attempt, which are useless without a checkpoint."""
@@ -186,7 +187,7 @@ class ReplayLog:
         self._sync_failed = True
         with disk_errors("write", self._file_path):
             os.fsync(self._file)
-            _sync_directory(self.directory)
+            sync_directory(self.directory)
         self._sync_failed = False
         self._synced = True
 
@@ -208,7 +209,7 @@ class ReplayLog:
                 file.truncate(end)
                 os.fsync(file.fileno())
         with disk_errors("write", self.directory):
-            _sync_directory(self.directory)
+            sync_directory(self.directory)
 
     def _chunks(self) -> list[Path]:
         with disk_errors("read", self.directory):
@@ -225,12 +226,3 @@ def _write_at(file: int, data: bytes, offset: int) -> None:
     while rest:
         written = os.pwrite(file, rest, offset)
         rest, offset = rest[written:], offset + written
-
-
-def _sync_directory(path: Path) -> None:
-    """Make the creation and deletion of files in a directory durable."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

@@ -49,6 +49,11 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_number(value: object) -> bool:
+    """Whether a value read from JSON is a number, or one of the strings that `plain` writes for others."""
+    return type(value) in (int, float) or value in ("NaN", "Infinity", "-Infinity")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     text = json.dumps(plain(value), indent=2, allow_nan=False)

@@ -27,7 +27,7 @@ import torch
 import hdfast
 from hdfast.runtime import checkpoint, errors
 from hdfast.runtime.errors import CheckpointError, ConfigError, RunError, disk_errors
-from hdfast.runtime.files import plain, write_json
+from hdfast.runtime.files import is_number, plain, write_json
 
 OPENING = {"config.json", "backends.json", "lock"}  # files that exist before a run begins
 FOLDERS = ("checkpoints", "replay", "tensorboard", "videos")
@@ -365,8 +365,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
     try:
         summary = _read_json(path, summary=dict)["summary"]
         for name, value in {"score": None, **summary}.items():
-            numeric = _is_number(value) or value in ("NaN", "Infinity", "-Infinity")
-            if name in ("score", "success") and not numeric:
+            if name in ("score", "success") and not is_number(value):
                 raise ValueError(f"{name} is {value!r:.50}, expected a number")
     except ValueError as error:
         raise damaged(path, str(error), hint="remove it, and the run's command writes it anew") from None

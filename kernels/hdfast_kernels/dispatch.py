@@ -167,6 +167,13 @@ def resolve_name(op: str, backend: str | None, tensor: torch.Tensor) -> str:
     return wish
 
 
+def implementation(op: str, backend: str) -> Callable[..., Any]:
+    """What a backend of `op` calls, whether it can run here or not. Raises BackendError if there is none."""
+    if backend not in backends_registered(op):
+        raise BackendError(f"{op}: {_lacking(op, backend)}")
+    return _ops[op].implementations[backend]
+
+
 def backends_registered(op: str) -> tuple[str, ...]:
     """The backends that `op` has, whether they can run here or not. Raises BackendError if there is no such op."""
     _check_op(op)

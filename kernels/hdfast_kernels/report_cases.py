@@ -25,7 +25,7 @@ class Case:
 
 def with_kernels(op: str) -> Callable[..., Any]:
     """The implementation of an op that launches Triton kernels."""
-    return dispatch._ops[op].implementations["triton"]
+    return dispatch.implementation(op, "triton")
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
