@@ -5,8 +5,8 @@ as CUDA graphs; the tests marked `gpu`; every op beside eager PyTorch; what torc
 see; sheeprl's DreamerV3 if it is installed; a short training; predictions beside measurements; and which backends
 should be the defaults.
 
-In the 460 s of a whole record there is no time for the last four, which say so; `--seconds 240 --steps
-'racecheck|peers|training|game' --out FOLDER` does them.
+In the 460 s of a whole record there is no time to look for races, for sheeprl, and for training; `--seconds 240 --steps
+'racecheck|peers|training|game' --out FOLDER` does that, into another folder because a record is written whole.
 
 Writes `record.json` after every step and `record.md` at the end to `bench/results/<device>/`, beside all output of its
 commands (`log.txt`) and timelines for a browser's tracing page (`trace-*.json.gz`). Needs no network. Every step has a
@@ -172,7 +172,7 @@ def main() -> int:
     steps = [step for step in steps if re.search(args.steps, step[0])]
     late = left_out({name: needed for name, needed, _ in steps}, args.seconds)
     for name in late:
-        reason = f"{args.seconds:.0f} s are too few for all; --steps '^{name}$' does it alone"
+        reason = f"{args.seconds:.0f} s are too few for all; --steps '^{name}$' --out FOLDER does it alone"
         record.found["steps"][name] = {"status": "skipped", "seconds": 0.0, "reason": reason}
     steps = [step for step in steps if step[0] not in late]
     for at, (name, weight, do) in enumerate(steps):

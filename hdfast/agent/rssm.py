@@ -62,18 +62,14 @@ class Rollout:
             whole[0] = first
             return whole
 
-        joined, rounded, dense, width = (
-            None,
-            None,
-            expand_onehot(start.index, classes, dtype),
-            start.deter.shape[-1],
-        )
+        dense, width = expand_onehot(start.index, classes, dtype), start.deter.shape[-1]
+        joined = rounded = None
         if dtype != start.deter.dtype:
             joined = start.deter.new_empty((steps + 1, *start.deter.shape[:-1], width + units), dtype=dtype)
             rounded = joined[..., :width]
             rounded[0] = start.deter
         dense = None if dense is None else room(dense)
-        self.states = Latent(room(start.deter), room(start.index), None, rounded, dense)
+        self.states = Latent(deter=room(start.deter), index=room(start.index), rounded=rounded, dense=dense)
         parts = [[None] * (steps + 1) if part is None else part.unbind() for part in self.states]
         self.each = [Latent._make(part) for part in zip(*parts, strict=True)]
         self.joined = () if joined is None else joined.unbind()
@@ -218,7 +214,10 @@ class RSSM(nn.Module):
     def imagine_into(
         self, rollout: Rollout, t: int, action: Tensor, uniform: Tensor, weights: CastWeights
     ) -> None:
-        """`imagine_step` from state t of a rollout, written into state t + 1."""
+        """`imagine_step` from state t of a rollout, written into state t + 1, without gradients.
+
+        Args: action, uniform, weights: as of `imagine_step`.
+        """
         before, after = rollout.each[t], rollout.each[t + 1]
         x = onehot_linear(
             before.index, weights.in_stoch, None, self.project_action(action, weights), before.dense

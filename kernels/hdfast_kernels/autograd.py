@@ -37,7 +37,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     may come in lazily negated.
     """
     op = backward.__module__.rpartition(".")[2]
-    for suffix in ("_native", "_triton", "_fused", "_rows"):
+    for suffix in ("_native", "_triton", "_fused"):
         op = op.removesuffix(suffix)
 
     # PyTorch itself has no second derivative of the bags of embeddings in the reference of onehot_linear.
