@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hdfast.aggregates import Aggregate, aggregate, interval
 from hdfast.runtime.errors import ConfigError, suggest
 
 
@@ -19,15 +20,6 @@ class UnknownName(ConfigError, ValueError):
 
 
 Measure = Literal["human-norm.", "score", "success"]
-
-
-@dataclass(frozen=True)
-class Aggregate:
-    """The results of a suite in three numbers."""
-
-    mean: float
-    median: float
-    iqm: float
 
 
 @dataclass(frozen=True)
@@ -155,40 +147,6 @@ def human_normalized(task: Task, score: float) -> float:
     if task.random is None or task.human is None:
         raise ValueError(f"{task.name} has no human and random scores")
     return (score - task.random) / (task.human - task.random)
-
-
-def aggregate(scores: Sequence[Sequence[float]]) -> Aggregate:
-    """Mean and median over tasks of each task's mean, and the interquartile mean over all runs of all tasks.
-
-    scores: for each task the (human-normalised) scores of its runs. The interquartile mean leaves out the
-    lowest and the highest quarter of the runs, rounded down, as rliable does (Agarwal et al. 2021); with
-    several seeds it is not that of the tasks' means: HarmonyDream's published 0.607 would be 0.741.
-    """
-    if not scores or not all(len(runs) for runs in scores):
-        raise ValueError("every task needs at least one score, and there has to be a task")
-    (found,) = _aggregates([np.asarray([runs], np.float64) for runs in scores])
-    return Aggregate(*found.tolist())
-
-
-def interval(scores: Sequence[Sequence[float]], resamples: int = 2_000) -> tuple[Aggregate, Aggregate]:
-    """The ends of the 95% interval of each aggregate, by a stratified bootstrap as in rliable.
-
-    Each task's runs are resampled with replacement; the ends are the 2.5% and 97.5% percentiles over
-    the resamples. The draws are the same in every call.
-    """
-    rng = np.random.default_rng(0)
-    drawn = [rng.choice(np.asarray(runs, np.float64), (resamples, len(runs))) for runs in scores]
-    low, high = np.percentile(_aggregates(drawn), [2.5, 97.5], axis=0)
-    return Aggregate(*low.tolist()), Aggregate(*high.tolist())
-
-
-def _aggregates(scores: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean, median and IQM (R, 3) of R samples of all tasks, each (R, its runs)."""
-    means = np.stack([runs.mean(-1) for runs in scores], -1)
-    pooled = np.sort(np.concatenate(scores, -1), -1)
-    cut = pooled.shape[-1] // 4
-    iqm = pooled[:, cut : pooled.shape[-1] - cut].mean(-1)
-    return np.stack([means.mean(-1), np.median(means, -1), iqm], -1)
 
 
 # The values that environments' settings can have, by the source of a suite.

@@ -66,6 +66,8 @@ CUDA_DEFAULT: dict[str, str] = {
     "two_hot_loss": "triton",
     "two_hot_mean": "triton",
 }
+# What torch.compile sees through by default, where it fuses the definition with what surrounds it.
+TRACED = {"harmony_loss"}
 _SHIPPED = {"cpu": CPU_DEFAULT, "cuda": CUDA_DEFAULT}
 _DEFAULTS = {device: dict(table) for device, table in _SHIPPED.items()}  # of this process; see `use`
 
@@ -251,6 +253,8 @@ def _default(op: str, tensor: torch.Tensor) -> str:
     entry = _ops[op]
     if entry.dtypes is not None and tensor.dtype not in entry.dtypes:
         return "reference"  # float64 and the like: only the definition covers them
+    if op in TRACED and torch.compiler.is_compiling():
+        return "reference"
     return name
 
 

@@ -1,4 +1,4 @@
-"""Ops inside torch.compile and torch.jit.trace: called between two graphs, or refused, never guessed at."""
+"""Ops inside torch.compile and torch.jit.trace: seen through, called between graphs, or refused, never guessed at."""
 
 import pytest
 import torch
@@ -58,6 +58,26 @@ def test_a_compiled_agent_computes_the_same(backend):
         torch.compile(agent, backend="eager")(x)
     # Of each op, one in every frame that is cut. It was dozens when the compiler looked into them.
     assert breaks(counters) == 0 if backend == "reference" else 3 <= breaks(counters) <= 9
+
+
+def test_harmony_alone_does_not_break_a_graph():
+    """By default: the compiler fuses it with losses of one's own. A backend that is named is called between graphs."""
+    counters = pytest.importorskip("torch._dynamo.utils").counters
+    harmonizer = Harmonizer({"size": {"size": 1.0}, "slope": {"slope": 0.5}})
+
+    def total(x: Tensor) -> Tensor:
+        return harmonizer({"size": x**2, "slope": x.sin() ** 2, "other": x.abs()})[0]
+
+    x = torch.linspace(-2, 2, 63, requires_grad=True)
+    learned = [x, harmonizer.log_sigma]
+    slopes = torch.autograd.grad(total(x), learned)
+    found = torch.autograd.grad(torch.compile(total, backend="eager", fullgraph=True)(x), learned)
+    assert all(torch.allclose(one, other) for one, other in zip(found, slopes, strict=True))
+    if dispatch.native_built():
+        harmonizer.backend = "native"
+        counters.clear()
+        torch.compile(total, backend="eager")(x)
+        assert breaks(counters)
 
 
 @native
