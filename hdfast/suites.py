@@ -59,7 +59,7 @@ class Suite:
     """
 
     name: str
-    source: Literal["atari", "catch", "dmc", "gym", "metaworld"]
+    source: Literal["atari", "demo", "dmc", "gym", "metaworld"]
     tasks: tuple[Task, ...]
     action_repeat: int
     defaults: Mapping[str, Any]
@@ -153,7 +153,7 @@ def human_normalized(task: Task, score: float) -> float:
 _MUJOCO = {"source": ("auto", "envpool"), "obs": ("image", "state", "both"), "render": ("full", "fast")}
 _ENV_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "atari": {"source": ("auto", "envpool", "ale"), "obs": ("image",), "render": ("full",)},
-    "catch": {"source": ("auto", "envpool"), "obs": ("image",), "render": ("full",)},
+    "demo": {"source": ("auto",), "obs": ("image",), "render": ("full",)},
     "dmc": _MUJOCO,
     "gym": {"source": ("auto",), "obs": ("auto", "image", "state", "both"), "render": ("full",)},
     "metaworld": _MUJOCO,
@@ -294,8 +294,9 @@ SUITES: dict[str, Suite] = {
         ),
         Suite(
             name="demo",
-            source="catch",
+            source="demo",
             tasks=(Task("Catch", "Catch-v0", time_limit=9),),
+            others=(Task("Track", "Track", time_limit=32),),
             action_repeat=1,
             defaults={
                 "size": "tiny",

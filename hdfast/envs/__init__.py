@@ -63,10 +63,11 @@ def make(
     match benchmark.source:
         case "atari":
             return _atari(source)(found, **shared)
-        case "catch":
+        case "demo":
             from hdfast.envs.catch import Catch
+            from hdfast.envs.track import Track
 
-            return Catch(found, **shared)
+            return {"Catch": Catch, "Track": Track}[found.name](found, **shared)
         case "dmc":
             from hdfast.envs.dmc import ControlSuite
 
