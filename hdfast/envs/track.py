@@ -2,7 +2,7 @@
 
 A task of the suite `demo`. Behind both, sixteen blocks take other colours in every frame: nothing depends on them, no
 one can foresee them, and most of the picture's squared error is theirs. Actions are left, stay, right. An episode has
-32 steps, and its end is a truncation. The dot moves by a cell a step, turns at the walls, and elsewhere one time in ten.
+32 steps, and its end is a truncation. The dot moves by a cell a step and turns at the walls, elsewhere one time in ten.
 
 Axes: N environments. The 8 cells of a row are 2 pixels wide each.
 """
