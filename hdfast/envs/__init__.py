@@ -67,7 +67,7 @@ def make(
             from hdfast.envs.catch import Catch
             from hdfast.envs.track import Track
 
-            return {"Catch": Catch, "Track": Track}[found.name](found, **shared)
+            return {"Catch-v0": Catch, "Track": Track}[found.env_id](found, **shared)
         case "dmc":
             from hdfast.envs.dmc import ControlSuite
 
