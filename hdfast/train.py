@@ -27,7 +27,7 @@ def main() -> None:
         errors.warn(f"--train.ratio {config.train.ratio:g} {each}: the run ends before the first")
     for seed in range(config.seed, config.seed + config.seeds):
         for task in tasks:
-            run(dataclasses.replace(config, task=task.name, seed=seed))
+            run(dataclasses.replace(config, task=task.name, seed=seed, seeds=1))
     report.show(suite, results.collect(config.logdir, suite, tasks))
 
 

@@ -12,6 +12,7 @@ import hdfast
 from hdfast import __main__ as package
 from hdfast import loop, suites, train
 from hdfast.agent.learner import Learner
+from hdfast.config import LAST_SEED, validate
 from tests.loop_cases import (
     TINY,
     differing,
@@ -237,6 +238,17 @@ def test_a_suite_alone_trains_its_tasks_in_turn_skips_and_resumes(tmp_path, monk
     code, out, err = door(train.main, argv, monkeypatch, capfd)
     assert (code, err) == (0, "")
     assert out[out.index("final evaluation") :] == before
+
+
+def test_the_seeds_of_a_suite_may_end_at_the_last_there_is(monkeypatch):
+    """Each run is checked for itself, so it must not be taken for the first of as many seeds again."""
+    ran = []
+    monkeypatch.setattr(train, "run", lambda config: ran.append(validate(config)))
+    monkeypatch.setattr(train.report, "show", lambda *args: None)
+    argv = ["train", "--suite", "demo", "--seed", str(LAST_SEED - 1), "--seeds", "2"]
+    monkeypatch.setattr(sys, "argv", argv)
+    train.main()
+    assert [(config.seed, config.seeds) for config in ran] == [(LAST_SEED - 1, 1), (LAST_SEED, 1)]
 
 
 def test_one_task_of_the_suite(tmp_path, monkeypatch, capfd, two_tasks):
