@@ -11,7 +11,7 @@ from typing import Any
 
 from hdfast import envs
 from hdfast.agent.custom import learner_class
-from hdfast.config import GROWING, RESUMABLE_CHANGES, Config, validate
+from hdfast.config import GROWING, RESUMABLE_CHANGES, Config, check_no_dry_run, validate
 from hdfast.replay import LayoutError, ReplayError
 from hdfast.runtime import graphs
 from hdfast.runtime.console import say
@@ -61,6 +61,7 @@ def run(config: Config, *, on_line: OnLine = lambda file, line: None) -> dict[st
             "a run begins where a process of its environments imports the script",
             hint='write `if __name__ == "__main__":` before what the script does',
         )
+    check_no_dry_run(config)
     config = validate(config)
     suite = get(config.suite)
     task, *more = suite.select([config.task] if config.task else [])

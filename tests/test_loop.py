@@ -15,6 +15,7 @@ from hdfast import loop, session
 from hdfast.agent.learner import Learner
 from hdfast.agent.policy import Policy
 from hdfast.envs.base import ContinuousActions
+from hdfast.runtime.errors import ConfigError
 from hdfast.runtime.progress import Progress
 from hdfast.streams import stream_seed
 from tests.loop_cases import (
@@ -321,6 +322,12 @@ def test_continuous_actions_and_vector_observations(tmp_path, monkeypatch, preci
     assert int(saved(config).tensors["learner.skipped"]) == 0
     assert list((path_of(config) / "videos").iterdir()) == []
     assert "loss/state" in lines(config, "metrics")[-1]
+
+
+def test_a_dry_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"^--dry-run: only hdfast\.train has a dry run; leave it out$"):
+        loop.run(tiny(tmp_path, dry_run=True))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_session_that_cannot_begin_leaves_nothing_open(tmp_path, monkeypatch):
