@@ -126,10 +126,11 @@ def main() -> None:
             learner_class(one)
             if one.device != "auto":  # which needs no look, and so no GPU in this process
                 resolve_device(one.device)
-    pool = RayPool(args.ray) if args.ray else LocalPool(args.jobs, args.devices, threads=threads)
+    at_a_time = min(args.jobs, len(jobs))  # cores are shared among those that run
+    pool = RayPool(args.ray) if args.ray else LocalPool(at_a_time, args.devices, threads=threads)
     say = functools.partial(Console(highlight=False).print, markup=False, soft_wrap=True)
     with StopRequest() as stop:
-        failed = run(pool, jobs, args.jobs, stop, say)
+        failed = run(pool, jobs, at_a_time, stop, say)
     found = {str(folder): results.collect(folder, suite, tasks) for folder in folders}
     if len(found) > 1:
         report.compare(suite, found)

@@ -30,10 +30,13 @@ def test_the_door_of_sweep(tmp_path, monkeypatch, capfd):
     train_flags = [*flags(agent_steps=12)[2:], "--logdir", str(tmp_path)]
     monkeypatch.setenv("PYTHONPATH", loop_cases.PYTHONPATH)
     pools, pool = [], sweep.LocalPool
-    monkeypatch.setattr(
-        sweep, "LocalPool", lambda *args, threads: pools.append(threads) or pool(*args, threads=threads)
-    )
-    argv = ["--suite", "demo", "--seeds", "2", "--seed", "4", "--jobs", "2", "--", *train_flags]
+
+    def spied(at_a_time, devices, *, threads):
+        pools.append((at_a_time, threads))
+        return pool(at_a_time, devices, threads=threads)
+
+    monkeypatch.setattr(sweep, "LocalPool", spied)
+    argv = ["--suite", "demo", "--seeds", "2", "--seed", "4", "--jobs", "16", "--", *train_flags]
     code, out, err = door(sweep.main, argv, monkeypatch, capfd)
     assert (code, err) == (0, "")
     assert out.splitlines()[0].startswith("[1/2] Catch seed 4: started, output in")
@@ -43,7 +46,7 @@ def test_the_door_of_sweep(tmp_path, monkeypatch, capfd):
         log = tmp_path / "demo" / "Catch" / f"seed{seed}" / "train.log"
         assert "agent_steps=12/12 done=100.0%" in log.read_text()
         assert json.loads((log.parent / "config.json").read_text())["config"]["seed"] == seed
-    assert pools == [1]  # the demo is narrow
+    assert pools == [(2, 1)]  # there are no more runs, and the demo is narrow
     argv = ["--suite", "demo", "--seeds", "1", "--", *train_flags, "--device", "cuda:7"]
     code, out, err = door(sweep.main, argv, monkeypatch, capfd)
     assert (code, out) == (2, "")  # before a run begins
