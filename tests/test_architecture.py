@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "hdfast_kernels": ("hdfast_kernels",),
     "hdfast.runtime.device": ("hdfast.runtime.errors", "hdfast_kernels"),
     "hdfast.runtime": ("hdfast.runtime",),
-    "hdfast.suites": ("hdfast.runtime.errors",),
+    "hdfast.suites": ("hdfast.aggregates", "hdfast.runtime.errors"),
     "hdfast.config": (
         "hdfast.suites",
         "hdfast.flags",
