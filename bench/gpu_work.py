@@ -30,7 +30,8 @@ from hdfast.config import Config
 from hdfast.overrides import apply_overrides
 from hdfast.runtime.device import prepare_device, resolve_device
 from hdfast.runtime.graphs import WARMUP, CapturedStep
-from hdfast.tuning.search import Job, search
+from hdfast.tuning.choice import Job
+from hdfast.tuning.search import search
 from hdfast_kernels import dispatch
 
 BACKENDS = ("default", "reference", "triton", "triton-persistent")

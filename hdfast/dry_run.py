@@ -11,7 +11,6 @@ from torch import Tensor
 import hdfast
 from hdfast import init_from
 from hdfast.advice import check_settings
-from hdfast.agent.custom import learner_class
 from hdfast.agent.learner import Learner
 from hdfast.agent.world_model import LossError, WorldModel
 from hdfast.config import Config
@@ -23,6 +22,7 @@ from hdfast.runtime.device import describe_device, resolve_device, resolve_preci
 from hdfast.runtime.errors import ConfigError, warn
 from hdfast.streams import make_envs
 from hdfast.suites import Task
+from hdfast.tuning.choice import Job
 
 
 def describe(config: Config, tasks: Sequence[Task]) -> str:
@@ -38,7 +38,7 @@ def describe(config: Config, tasks: Sequence[Task]) -> str:
     with make_envs(config, tasks[0], num_envs=config.env.num_envs, stream="train") as env:
         seen = env.obs_specs, env.actions
         check_settings(config, *seen)
-        learner = learner_class(config)(*seen, config, device=device, dtype=dtype, seed=config.seed)
+        learner = Job(*seen, config, device, dtype).learner(config.seed)
         if start is not None:
             init_from.load_parameters(learner, start, config)
         specs = replay_specs(env.obs_specs, env.actions)

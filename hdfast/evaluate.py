@@ -18,7 +18,6 @@ import numpy as np
 from rich import progress
 
 from hdfast import evaluation, suites
-from hdfast.agent.custom import learner_class
 from hdfast.agent.policy import Policy
 from hdfast.config import Config, validate
 from hdfast.envs.base import BatchEnv, EnvStep
@@ -31,7 +30,7 @@ from hdfast.runtime.errors import ConfigError, HdfastError
 from hdfast.runtime.video import encode_gif, save_gif
 from hdfast.sections import MOST_ENVS
 from hdfast.streams import make_envs, stream_seed
-from hdfast.tuning.search import Job
+from hdfast.tuning.choice import Job
 from hdfast.tuning.settle import recalled
 from hdfast_kernels import dispatch
 
@@ -143,9 +142,9 @@ def load(
         opened.callback(env.close)
         dtype = resolve_precision(config.precision, where)
         specs = {key: spec for key, spec in env.obs_specs.items() if not (unseen and spec.is_image)}
-        choice = recalled(Job(specs, env.actions, config, where, dtype))
-        opened.callback(dispatch.use, where.type, choice.use(where))
-        learner = learner_class(config)(specs, env.actions, config, device=where, dtype=dtype)
+        job = Job(specs, env.actions, config, where, dtype)
+        opened.callback(dispatch.use, where.type, recalled(job).use(where))
+        learner = job.learner()
         with checkpoint.fitting(saved.path):
             learner.load_parameters(saved.part("learner."))
         policy = Policy(learner, num_envs, stream_seed(seed, "evaluate"), greedy=greedy)

@@ -24,7 +24,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from hdfast import config as configs
 from hdfast import suites
-from hdfast.agent.custom import learner_class
 from hdfast.agent.learner import Learner
 from hdfast.config import Config
 from hdfast.replay import Replay
@@ -37,7 +36,7 @@ from hdfast.runtime.errors import disk_errors
 from hdfast.runtime.graphs import check_graph
 from hdfast.runtime.profiling import annotate
 from hdfast.streams import make_envs, stream_seed
-from hdfast.tuning.search import Job
+from hdfast.tuning.choice import Job
 from hdfast.tuning.settle import settle
 
 PHASES = ("sample", "world model", "imagination", "actor-critic", "optimizers")
@@ -58,8 +57,7 @@ def build(config: Config) -> tuple[Learner, Callable[[], None]]:
         dtype = resolve_precision(config.precision, device)
         job = Job(env.obs_specs, env.actions, config, device, dtype)
         settle(job, check=lambda: None, say=say).use(device)
-        seen = env.obs_specs, env.actions
-        learner = learner_class(config)(*seen, config, device=device, dtype=dtype, seed=config.seed)
+        learner = job.learner(config.seed)
         capacity = 2 * length * env.num_envs
         specs = replay_specs(env.obs_specs, env.actions)
         replay = Replay(specs, num_envs=env.num_envs, capacity=capacity, device=device)

@@ -15,7 +15,6 @@ import torch
 
 from hdfast import evaluation, init_from
 from hdfast.advice import RewardScale, check_settings
-from hdfast.agent.custom import learner_class
 from hdfast.agent.open_loop import CONTEXT, EXAMPLES, films
 from hdfast.agent.policy import Policy
 from hdfast.agent.updates import Updates, captured_updates
@@ -34,7 +33,7 @@ from hdfast.runtime.rundir import RunDir
 from hdfast.runtime.signals import StopRequest
 from hdfast.streams import make_envs, stream_seed
 from hdfast.suites import Suite, Task
-from hdfast.tuning.search import Job
+from hdfast.tuning.choice import Job
 from hdfast.tuning.settle import settle
 from hdfast_kernels import dispatch
 
@@ -89,13 +88,13 @@ class Session:
         """
         config, rundir, dtype = self.config, self.rundir, resolve_precision(self.config.precision, device)
         seen = self.env.obs_specs, self.env.actions
-        choice = settle(Job(*seen, config, device, dtype), check=self.stop.check, say=say)
+        job = Job(*seen, config, device, dtype)
+        choice = settle(job, check=self.stop.check, say=say)
         opened.callback(dispatch.use, device.type, choice.use(device))  # undone at the end
         auto = config.train.graph == "auto"
         self.graph = choice.graph if auto else config.train.graph != "off"
         overlap = choice.overlap if auto else config.train.graph == "overlap"
-        seed = stream_seed(config.seed, "learner")
-        self.learner = learner_class(config)(*seen, config, device=device, dtype=dtype, seed=seed)
+        self.learner = job.learner(stream_seed(config.seed, "learner"))
         if start is not None:
             init_from.load_parameters(self.learner, start, config)
         how = {"precision": str(dtype).removeprefix("torch."), "environment": self.env.source}

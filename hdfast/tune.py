@@ -23,7 +23,7 @@ from hdfast.runtime.errors import ConfigError, Interrupted, RunError
 from hdfast.runtime.graphs import check_graph
 from hdfast.runtime.signals import StopRequest
 from hdfast.streams import make_envs
-from hdfast.tuning.choice import Choice, path_of, remembered
+from hdfast.tuning.choice import Choice, Job, path_of, remembered
 from hdfast.tuning.search import (
     CAPTURING,
     DEFINITION,
@@ -33,7 +33,6 @@ from hdfast.tuning.search import (
     OVERLAPPING,
     TIMES,
     TOGETHER,
-    Job,
     TuningError,
 )
 from hdfast.tuning.settle import find, summary

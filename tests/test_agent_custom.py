@@ -23,7 +23,7 @@ from hdfast.runtime.errors import (
     NonFiniteError,
     RunError,
 )
-from hdfast.tuning.choice import key_of
+from hdfast.tuning.choice import Job
 from hdfast.tuning.choice import path_of as path_of_choice
 from tests.agent_cases import make_batch, make_learner
 from tests.loop_cases import (
@@ -190,12 +190,9 @@ def test_a_choice_of_kernels_is_for_one_learner(module):
     text = "from hdfast.agent.learner import Learner\nclass Mine(Learner): ...\n"
     first, second = (f"{module(text + end)}:Mine" for end in ("", "# changed"))
     plain = make_learner()
-    keys = [
-        key_of(
-            plain.obs_specs, plain.actions, dataclasses.replace(plain.config, learner=name), plain.device, F32
-        )
-        for name in (None, first, second)
-    ]
+    seen = plain.obs_specs, plain.actions
+    configs = [dataclasses.replace(plain.config, learner=name) for name in (None, first, second)]
+    keys = [Job(*seen, config, plain.device, F32).key for config in configs]
     assert len({path_of_choice(key) for key in keys}) == 3
     assert [source_of(Config(learner=name)) for name in (None, first)] == [None, keys[1]["learner"]]
     assert keys[1]["learner"].split()[1] != keys[2]["learner"].split()[1]

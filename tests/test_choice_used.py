@@ -8,7 +8,7 @@ import torch
 from hdfast.agent.policy import Policy
 from hdfast.evaluate import load
 from hdfast.runtime.errors import ConfigError
-from hdfast.tuning.choice import Choice, key_of, remember
+from hdfast.tuning.choice import Choice, Job, remember
 from hdfast_kernels import dispatch
 from tests import loop_cases
 from tests.loop_cases import one_thread, path_of, tiny  # noqa: F401
@@ -28,8 +28,8 @@ def test_a_choice_is_used_while_it_is_wanted(tmp_path, monkeypatch):
         assert backend() == "native"  # the default, as nothing is remembered
         seen = trained.env.obs_specs, trained.env.actions
         dtype = trained.policy.learner.dtype
-    key = key_of(*seen, config, torch.device("cpu"), dtype)
-    assert remember(key, Choice({"image_loss": "native"}))
+    job = Job(*seen, config, torch.device("cpu"), dtype)
+    assert remember(job.key, Choice({"image_loss": "native"}))
     step = Policy.__call__
 
     def seeing(self, *args):

@@ -12,8 +12,8 @@ from hdfast.runtime.console import Console
 from hdfast.runtime.errors import Interrupted
 from hdfast.tuning import choice as choices
 from hdfast.tuning import settle as settling
-from hdfast.tuning.choice import Choice, alone, key_of, path_of, remember, remembered
-from hdfast.tuning.search import CAPTURING, FINE, OVERLAPPING, TIMES, Job, TuningError
+from hdfast.tuning.choice import Choice, Job, alone, path_of, remember, remembered
+from hdfast.tuning.search import CAPTURING, FINE, OVERLAPPING, TIMES, TuningError
 from hdfast.tuning.settle import settle, summary
 from hdfast_kernels import dispatch
 from tests.agent_cases import SPECS, make_actions, one_thread, small_config  # noqa: F401
@@ -33,7 +33,7 @@ def own_defaults():
 def a_key(**changes):
     config = small_config(**changes.pop("config", {}))
     arguments = {"obs_specs": SPECS, "actions": make_actions(False), "device": CPU, "dtype": torch.float32}
-    return key_of(config=config, **{**arguments, **changes})
+    return Job(config=config, **{**arguments, **changes}).key
 
 
 def test_a_choice_is_for_one_machine_and_model(monkeypatch):

@@ -5,6 +5,7 @@ import torch
 
 from hdfast.agent.updates import Updates
 from hdfast.tuning import trials as trying
+from hdfast.tuning.choice import Job
 from hdfast.tuning.trials import EAGER, GRAPH, OVERLAP, Trials
 from hdfast_kernels import dispatch
 from tests.agent_cases import SPECS, make_actions, one_thread, small_config  # noqa: F401
@@ -21,7 +22,8 @@ def _no_backend_forced(monkeypatch):
 
 
 def make_trials(dtype=torch.float32, device=CPU, continuous=False) -> Trials:
-    trials = Trials(SPECS, make_actions(continuous), small_config(**SIZES), torch.device(device), dtype)
+    job = Job(SPECS, make_actions(continuous), small_config(**SIZES), torch.device(device), dtype)
+    trials = Trials(job)
     trials.measure_definition()
     return trials
 

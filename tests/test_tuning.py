@@ -13,14 +13,14 @@ import torch
 from hdfast.runtime.errors import Interrupted
 from hdfast.tuning import search as searching
 from hdfast.tuning import trials
-from hdfast.tuning.choice import Choice
+from hdfast.tuning.choice import Choice, Job
 from hdfast.tuning.search import (
     CAPTURING,
+    DEFINITION,
     FINE,
     INSTEAD,
     OVERLAPPING,
     TIMES,
-    Job,
     TuningError,
     chosen,
     leave_out,
@@ -33,10 +33,8 @@ from tests.tuning_cases import SIZES, own_cache  # noqa: F401
 ROOT = Path(__file__).parents[1]
 
 
-def job(device="cpu", **options) -> Job:
-    return Job(
-        SPECS, make_actions(False), small_config(**SIZES), torch.device(device), torch.float32, **options
-    )
+def job(device="cpu") -> Job:
+    return Job(SPECS, make_actions(False), small_config(**SIZES), torch.device(device), torch.float32)
 
 
 # On CUDA every kernel is compiled, in a process that first loads all that a run needs.
@@ -153,7 +151,8 @@ def test_a_search_ends_with_the_run_that_waits_for_it():
     code = """
         import torch
         from tests.agent_cases import SPECS, make_actions, small_config
-        from hdfast.tuning.search import Job, search
+        from hdfast.tuning.choice import Job
+        from hdfast.tuning.search import search
 
         job = Job(SPECS, make_actions(False), small_config(), torch.device("cpu"), torch.float32)
         search(job, check=lambda: None, tell=lambda line: None)
@@ -219,15 +218,35 @@ def test_where_a_capture_fails_another_process_does_the_rest_without(monkeypatch
 
     monkeypatch.setattr(searching, "Trials", Fake)
     monkeypatch.setattr(searching, "prepare_device", lambda *args: None)
-    asked, lines = job("cuda"), []
+    asked, known, lines = job("cuda"), {}, []
     with pytest.raises(RuntimeError, match="capture failed"):
-        searching.work(asked, lines.append)
+        searching.work(asked, known, lines.append)
     assert lines[-1] == {"begin": failing}
-    asked.known[failing] = {"end": failing, "right": False, "why": "capture failed"}
-    searching.work(asked, lines.append)
-    found = chosen(asked.known)
+    known[failing] = {"end": failing, "right": False, "why": "capture failed"}
+    searching.work(asked, known, lines.append)
+    found = chosen(known)
     assert (found.ops, found.graph) == ({"kl_balance": "triton"}, False)
     assert "ms an update: plain PyTorch 2, fused 1" in summary(found)
+
+
+def test_a_second_search_tries_everything_again(monkeypatch):
+    """What one search finds out is not kept in its job."""
+    begun = []
+
+    def process(job, known, *_):
+        begun.append(sorted(known))
+        yield {"begin": DEFINITION}
+        yield {"end": DEFINITION, "right": True}
+        if TIMES not in known:
+            yield {"begin": TIMES}
+            yield {"reason": "crashed"}
+
+    monkeypatch.setattr(searching, "_lines", process)
+    asked = job()
+    for _ in range(2):
+        found = searching.search(asked, check=lambda: None, tell=lambda line: None)
+        assert found.report[TIMES] == {"right": False, "why": "crashed"}
+    assert begun == [[], [DEFINITION, TIMES]] * 2
 
 
 class Clock:
@@ -339,18 +358,18 @@ def test_what_is_worth_most_is_tried_first(fails, monkeypatch):
             asked_ways.append({way for _, way in settings})
             return super().milliseconds(*settings)
 
-    asked, lines, asked_ways = job("cuda"), [], []
+    asked, known, lines, asked_ways = job("cuda"), {}, [], []
     monkeypatch.setattr(searching, "Trials", Fake)
     monkeypatch.setattr(searching, "prepare_device", lambda *args: None)
     if fails:
         with pytest.raises(RuntimeError, match="capture failed"):
-            searching.work(asked, lines.append)
-        asked.known[OVERLAPPING] = {"end": OVERLAPPING, "right": False, "why": "capture failed"}
-    searching.work(asked, lines.append)
+            searching.work(asked, known, lines.append)
+        known[OVERLAPPING] = {"end": OVERLAPPING, "right": False, "why": "capture failed"}
+    searching.work(asked, known, lines.append)
     begun = [line["begin"] for line in lines if "begin" in line]
     assert list(dict.fromkeys(begun))[-4:] == [TIMES, INSTEAD, OVERLAPPING, FINE]
     assert asked_ways[-1] == {trials.GRAPH if fails else trials.OVERLAP}
-    found = chosen(asked.known)
+    found = chosen(known)
     assert found.ops == {"kl_balance": "triton", "rssm_observe": "triton"}
     assert (found.graph, found.overlap) == (True, not fails)
 

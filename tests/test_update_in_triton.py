@@ -10,6 +10,7 @@ import torch
 
 from hdfast.overrides import apply_overrides
 from hdfast.tuning import trials as trying
+from hdfast.tuning.choice import Job
 from hdfast.tuning.trials import Trials
 from hdfast_kernels import dispatch
 from tests.agent_cases import SPECS, make_actions, small_config
@@ -47,7 +48,7 @@ def test_an_update_is_right(continuous):
     config = apply_overrides(
         small_config(), {"replay": {"batch": 2, "length": 3}, "behavior": {"horizon": 2}}
     )
-    trials = Trials(SPECS, make_actions(continuous), config, torch.device("cpu"), torch.bfloat16)
+    trials = Trials(Job(SPECS, make_actions(continuous), config, torch.device("cpu"), torch.bfloat16))
     trials.measure_definition()
     have = {op: dispatch._ops[op].implementations for op in dispatch.ops()}
     chosen = {op: [name for name in trying.FUSED["cuda"] if name in names] for op, names in have.items()}

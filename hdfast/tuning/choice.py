@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch
 
 import hdfast
 import hdfast_kernels
-from hdfast.agent.custom import source_of
+from hdfast.agent.custom import learner_class, source_of
+from hdfast.agent.learner import Learner
 from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
 from hdfast.runtime.device import describe_device
@@ -52,38 +54,52 @@ class Choice:
         return dispatch.use(device.type, None if os.environ.get("HDFAST_BACKEND") else self.ops)
 
 
-def key_of(
-    obs_specs: Mapping[str, ArraySpec],
-    actions: DiscreteActions | ContinuousActions,
-    config: Config,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """All that a choice depends on: the machine, the versions of what runs on it, the shapes of the run."""
-    about = describe_device(device)
-    about.pop("device")
-    return plain(
-        {
-            "device": about,
-            "torch": torch.__version__,
-            "triton": _version("triton"),
-            "hdfast": hdfast.__version__,
-            "source": _source(),
-            "dtype": str(dtype).removeprefix("torch."),
-            "observations": {k: [list(v.shape), str(v.dtype)] for k, v in sorted(obs_specs.items())},
-            "actions": type(actions).__name__,  # their number does not affect speed
-            "config": {
-                name: asdict(getattr(config, name)) for name in ("rssm", "network", "harmony", "loss")
-            },
-            "batch": config.replay.batch,
-            "length": config.replay.length,
-            "horizon": config.behavior.horizon,
-            "actor_grad": config.behavior.actor_grad,
-            "learner": source_of(config),
-            "graphs": config.train.graph != "off",
-            "forced": os.environ.get("HDFAST_BACKEND") or None,
-        }
-    )
+@dataclass(frozen=True)
+class Job:
+    """What is to be computed: a run's updates and actions on this machine.
+
+    obs_specs, actions: what the environment shows and accepts. config, dtype: of the run. device: where it learns.
+    """
+
+    obs_specs: Mapping[str, ArraySpec]
+    actions: DiscreteActions | ContinuousActions
+    config: Config
+    device: torch.device
+    dtype: torch.dtype
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """All that a choice depends on: the machine, the versions of what runs on it, the shapes of the run."""
+        about = describe_device(self.device)
+        about.pop("device")
+        config, seen = self.config, sorted(self.obs_specs.items())
+        return plain(
+            {
+                "device": about,
+                "torch": torch.__version__,
+                "triton": _version("triton"),
+                "hdfast": hdfast.__version__,
+                "source": _source(),
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "observations": {name: [list(spec.shape), str(spec.dtype)] for name, spec in seen},
+                "actions": type(self.actions).__name__,  # their number does not affect speed
+                "config": {
+                    name: asdict(getattr(config, name)) for name in ("rssm", "network", "harmony", "loss")
+                },
+                "batch": config.replay.batch,
+                "length": config.replay.length,
+                "horizon": config.behavior.horizon,
+                "actor_grad": config.behavior.actor_grad,
+                "learner": source_of(config),
+                "graphs": config.train.graph != "off",
+                "forced": os.environ.get("HDFAST_BACKEND") or None,
+            }
+        )
+
+    def learner(self, seed: int = 0) -> Learner:
+        """A new learner of the run's class; seed: decides its parameters and what it draws. Raises: HdfastError."""
+        seen = self.obs_specs, self.actions
+        return learner_class(self.config)(*seen, self.config, device=self.device, dtype=self.dtype, seed=seed)
 
 
 def path_of(key: Mapping[str, Any]) -> Path:

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,8 @@ from typing import Any
 import torch
 
 import hdfast
-from hdfast.config import Config
-from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
 from hdfast.runtime.device import prepare_device
-from hdfast.tuning.choice import POLL_SECONDS, Choice, key_of
+from hdfast.tuning.choice import POLL_SECONDS, Choice, Job
 from hdfast.tuning.trials import EAGER, GRAPH, OVERLAP, WORTH, Trials
 
 LIMIT = 180.0  # seconds for one trial; the first of an op compiles its kernels
@@ -36,27 +34,11 @@ EAGER_TIMES, FINE, INSTEAD = "times without graphs", "times without each", "time
 OVERLAPPING = "updates that overlap"
 
 Report = Callable[[Mapping[str, Any]], object]
+Known = dict[str, dict[str, Any]]  # verdicts: a trial's name -> its last line
 
 
 class TuningError(RuntimeError):
     """Plain PyTorch could not be tried, so nothing can be compared with it."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to try, and the verdicts known from earlier processes: a trial's name -> its last line."""
-
-    obs_specs: Mapping[str, ArraySpec]
-    actions: DiscreteActions | ContinuousActions
-    config: Config
-    device: torch.device
-    dtype: torch.dtype
-    known: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """What the choice depends on."""
-        return key_of(self.obs_specs, self.actions, self.config, self.device, self.dtype)
 
 
 def search(
@@ -70,26 +52,26 @@ def search(
 
     Raises: TuningError.
     """
-    end = time.monotonic() + budget
+    end, known = time.monotonic() + budget, Known()
     while True:
         begun, reason = None, None
         with tempfile.TemporaryDirectory(prefix="hdfast-") as folder:
-            for line in _lines(job, Path(folder), check, limit, end):
+            for line in _lines(job, known, Path(folder), check, limit, end):
                 tell(line)
                 if "reason" in line:
                     reason = line["reason"]
                 elif "begin" in line:
                     begun = line["begin"]
                 else:
-                    job.known[line["end"]], begun = line, None
+                    known[line["end"]], begun = line, None
         if begun in (None, DEFINITION):
-            if DEFINITION not in job.known:
+            if DEFINITION not in known:
                 raise TuningError(reason)
-            return chosen(job.known)  # all is done, or the time is over
-        job.known[begun] = {"end": begun, "right": False, "why": reason}
-        tell(job.known[begun])
+            return chosen(known)  # all is done, or the time is over
+        known[begun] = {"end": begun, "right": False, "why": reason}
+        tell(known[begun])
         if begun == FINE or time.monotonic() > end:
-            return chosen(job.known)
+            return chosen(known)
 
 
 def milliseconds(report: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -113,7 +95,7 @@ def chosen(known: Mapping[str, Mapping[str, Any]]) -> Choice:
 class _Tried:
     """Does the trials whose verdict is not known yet, and writes a line as each begins and ends."""
 
-    def __init__(self, known: dict[str, dict[str, Any]], write: Report) -> None:
+    def __init__(self, known: Known, write: Report) -> None:
         self._known, self._write = known, write
 
     def begin(self, name: str) -> None:
@@ -143,14 +125,14 @@ def _surviving(do: Callable[..., Mapping[str, Any]], *args: Any) -> Mapping[str,
         return {"right": False, "why": f"{type(error).__name__}: {_first_line(error)}"}
 
 
-def work(job: Job, write: Report) -> None:
-    """All trials whose verdict is not known, a line as each begins and ends."""
+def work(job: Job, known: Known, write: Report) -> None:
+    """All trials whose verdict is not known, to which it is added; a line as each begins and ends."""
     prepare_device(job.device, job.config.little_work)
     write({"begin": DEFINITION})  # in every process: the others are compared with it
-    trials = Trials(job.obs_specs, job.actions, job.config, job.device, job.dtype)
+    trials = Trials(job)
     trials.measure_definition()
     write({"end": DEFINITION, "right": True})
-    tried = _Tried(job.known, write)
+    tried = _Tried(known, write)
     ops = {
         op: backend
         for op, backend in trials.candidates().items()
@@ -259,14 +241,14 @@ def _way(found: Mapping[str, Any]) -> str:
 
 
 def _lines(
-    job: Job, folder: Path, check: Callable[[], None], limit: float, end: float
+    job: Job, known: Known, folder: Path, check: Callable[[], None], limit: float, end: float
 ) -> Iterator[dict[str, Any]]:
-    """The lines of a process that does a job, as it writes them; if it fails, the `reason` comes last.
+    """The lines of a process that does what is not known of a job, as it writes them; if it fails, the `reason` last.
 
     limit: seconds from one line to the next. end: when to give up, on the monotonic clock.
     """
     lines, said = folder / "lines", folder / "said"
-    (folder / "job").write_bytes(pickle.dumps(job))
+    (folder / "job").write_bytes(pickle.dumps((job, known)))
     lines.touch()
     command = [sys.executable, "-m", "hdfast.tuning.search", str(folder / "job"), str(lines)]
     homes = [str(Path(hdfast.__file__).parents[1]), os.environ.get("PYTHONPATH")]
@@ -338,8 +320,9 @@ def _end_with_parent() -> None:
 
 def main(job: str, lines: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    asked, known = pickle.loads(Path(job).read_bytes())
     with open(lines, "a", buffering=1) as file:
-        work(pickle.loads(Path(job).read_bytes()), lambda line: file.write(json.dumps(dict(line)) + "\n"))
+        work(asked, known, lambda line: file.write(json.dumps(dict(line)) + "\n"))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from hdfast.runtime.device import describe_device
 from hdfast.runtime.errors import warn
-from hdfast.tuning.choice import Choice, alone, path_of, remember, remembered
-from hdfast.tuning.search import BUDGET, DEFINITION, LIMIT, Job, Report, TuningError, milliseconds, search
+from hdfast.tuning.choice import Choice, Job, alone, path_of, remember, remembered
+from hdfast.tuning.search import BUDGET, DEFINITION, LIMIT, Report, TuningError, milliseconds, search
 
 AUTOMATIC = ("cuda",)  # types of devices on which a run searches by itself; the CPU's defaults are measured
 

@@ -22,15 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hdfast.agent.custom import learner_class
 from hdfast.agent.policy import Policy
 from hdfast.agent.updates import Updates, captured_updates
-from hdfast.config import Config
-from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
 from hdfast.replay import Replay
 from hdfast.replay.contents import random_row, replay_specs
 from hdfast.runtime.graphs import WARMUP
-from hdfast.tuning.choice import Choice
+from hdfast.tuning.choice import Choice, Job
 from hdfast_kernels import dispatch
 
 # Backends to try beside the definition (the first that an op has), and backends that may replace those.
@@ -55,28 +52,16 @@ class Verdict:
 
 
 class Trials:
-    """Updates on noise, each from the same parameters, on the same rows, with the same draws.
+    """Updates of a job on noise, each from the same parameters, on the same rows, with the same draws."""
 
-    Args:
-        obs_specs, actions: what the environment shows and accepts.
-        config, dtype: of the run.
-        device: where it learns.
-    """
-
-    def __init__(
-        self,
-        obs_specs: Mapping[str, ArraySpec],
-        actions: DiscreteActions | ContinuousActions,
-        config: Config,
-        device: torch.device,
-        dtype: torch.dtype,
-    ):
-        self.device, self.dtype, self.config = device, dtype, config
-        self.learner = learner_class(config)(obs_specs, actions, config, device=device, dtype=dtype, seed=0)
+    def __init__(self, job: Job):
+        self.device, self.dtype, self.config = job.device, job.dtype, job.config
+        self.learner = job.learner()
         self._spread()
         self._start = {name: tensor.clone() for name, tensor in self.learner.state_dict().items()}
         rng = np.random.default_rng(0)
-        self._rows = [random_row(obs_specs, actions, 1, rng) for _ in range(2 * config.replay.length)]
+        length = self.config.replay.length
+        self._rows = [random_row(job.obs_specs, job.actions, 1, rng) for _ in range(2 * length)]
         self._definition: dict[torch.dtype, list[dict[str, Tensor]]] = {}  # from every start
         self._yardstick: dict[torch.dtype, dict[str, float]] = {}
 
