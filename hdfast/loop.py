@@ -1,43 +1,24 @@
 """One run, from wherever the last session of it ended to its end: which directory, which device, which signals."""
 
-import contextlib
 import dataclasses
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hdfast import envs
 from hdfast.agent.custom import learner_class
 from hdfast.config import GROWING, RESUMABLE_CHANGES, Config, check_no_dry_run, validate
-from hdfast.replay import LayoutError, ReplayError
 from hdfast.runtime import graphs
 from hdfast.runtime.console import say
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device
-from hdfast.runtime.errors import NO_ROOM, ConfigError, DiskFullError, RunError, disk_errors, warn
+from hdfast.runtime.errors import ConfigError, disk_errors, warn
 from hdfast.runtime.logger import OnLine
 from hdfast.runtime.rundir import RunDir, filled, has_begun, path_of, read
 from hdfast.runtime.signals import StopRequest
 from hdfast.session import Session
 from hdfast.suites import get
-
-
-@contextlib.contextmanager
-def replay_errors() -> Iterator[None]:
-    """Turns what replay raises into the one-line errors of the doors."""
-    try:
-        yield
-    except LayoutError as error:
-        hint = "go on with the earlier environment, or begin another run: another --logdir or --seed"
-        raise RunError(str(error), hint=hint) from error
-    except ReplayError as error:
-        if error.errno in NO_ROOM:
-            raise DiskFullError(str(error), hint="make room and run it again") from error
-        anew = "restore it from a copy, or begin another run from what this one has learnt, by --init-from"
-        hint = "" if error.errno else anew
-        raise RunError(str(error), hint=hint) from error
 
 
 def run(config: Config, *, on_line: OnLine = lambda file, line: None) -> dict[str, Any]:
@@ -74,20 +55,17 @@ def run(config: Config, *, on_line: OnLine = lambda file, line: None) -> dict[st
     envs.check(config.suite, task.name)  # before a mistyped name becomes a directory
     learner_class(config)
     config = _as_begun(config, path_of(config.logdir, config.suite, task.folder, config.seed))
-    with (
-        replay_errors(),
-        RunDir.open(
-            config.logdir,
-            config.suite,
-            task.folder,
-            config.seed,
-            config.to_dict(),
-            ignore=RESUMABLE_CHANGES,
-            growing=GROWING,
-            defaults=Config().to_dict(),
-            device=describe_device(device),
-        ) as rundir,
-    ):
+    with RunDir.open(
+        config.logdir,
+        config.suite,
+        task.folder,
+        config.seed,
+        config.to_dict(),
+        ignore=RESUMABLE_CHANGES,
+        growing=GROWING,
+        defaults=Config().to_dict(),
+        device=describe_device(device),
+    ) as rundir:
         if rundir.summary is not None:
             done = read(rundir.path).config["agent_steps"]
             say(

@@ -20,7 +20,7 @@ from hdfast.agent.policy import Policy
 from hdfast.agent.updates import Updates, captured_updates
 from hdfast.config import Config
 from hdfast.envs.base import BatchEnv
-from hdfast.replay import Replay, ReplayError
+from hdfast.replay import Replay
 from hdfast.replay.contents import replay_specs
 from hdfast.runtime import checkpoint, errors
 from hdfast.runtime.console import say
@@ -159,7 +159,7 @@ class Session:
     def _close_replay(self, kind: type[BaseException] | None, *_: Any) -> None:
         try:
             self.replay.close()
-        except ReplayError:
+        except errors.HdfastError:
             if kind is None:  # otherwise the first error is the one to report
                 raise
 

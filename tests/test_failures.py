@@ -392,5 +392,5 @@ def test_an_unexpected_error_keeps_its_traceback_and_the_run(tmp_path, monkeypat
 
 def test_a_replay_that_is_not_whole_names_the_way_out():
     wanted = "the replay ends at row 0; restore it from a copy, or begin another run from .*, by --init-from$"
-    with pytest.raises(RunError, match=wanted), loop.replay_errors():
+    with pytest.raises(RunError, match=wanted):
         raise ReplayError("the replay ends at row 0")

@@ -1,6 +1,6 @@
 """Where data is kept: the ring of rows (`ring`) and its append-only log on disk (`log`)."""
 
-from hdfast.replay.chunk import LayoutError, ReplayError
+from hdfast.replay.chunk import ReplayError
 from hdfast.replay.ring import Replay
 
-__all__ = ["LayoutError", "Replay", "ReplayError"]
+__all__ = ["Replay", "ReplayError"]

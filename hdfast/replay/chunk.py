@@ -22,14 +22,14 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from hdfast.replay.rows import RowLayout
+from hdfast.runtime.errors import RunError
 
 VERSION = 1
 CHUNK_MAGIC = b"hdfrows\n"
@@ -37,32 +37,17 @@ CHUNK_HEADER = struct.Struct("<8sII")  # magic, bytes of JSON, crc of the JSON
 RECORD_MAGIC = b"HDFR"
 RECORD_HEADER = struct.Struct("<4sII")  # magic, bytes of payload, rows; the crc follows
 CRC = struct.Struct("<I")
+_ANEW = "restore it from a copy, or begin another run from what this one has learnt, by --init-from"
+_EARLIER = "go on with the earlier environment, or begin another run: another --logdir or --seed"
 
 
-class ReplayError(RuntimeError):
-    """The log cannot be written, or does not hold the rows that a checkpoint needs; the message is one line.
+class ReplayError(RunError):
+    """The log does not hold the rows that are needed, or may have lost some."""
 
-    `errno` is that of the system call that failed, or None if the content is wrong.
-    """
-
-    def __init__(self, message: str, *, errno: int | None = None) -> None:
-        super().__init__(message)
-        self.errno = errno
-
-
-class LayoutError(ReplayError):
-    """The log holds rows of other observations, actions or environments than the reader expects."""
-
-
-@contextmanager
-def disk_errors(verb: str, path: Path) -> Iterator[None]:
-    """Turn an OSError inside the block into a ReplayError about `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise ReplayError(
-            f"cannot {verb} the replay in {path}: {error.strerror}", errno=error.errno
-        ) from error
+    def __init__(
+        self, what: str, *, where: object = "", hint: str = _ANEW, details: Sequence[str] = ()
+    ) -> None:
+        super().__init__(what, where=where, hint=hint, details=details)
 
 
 def chunk_header(layout: RowLayout, first_row: int, crc: int) -> bytes:
@@ -125,9 +110,10 @@ class ChunkReader:
         header = self._header()
         if header["layout"] != layout.to_json():
             others = _others(header["layout"], layout.to_json())
-            raise LayoutError(f"{path}: holds rows of another environment: {others}")
+            what = f"holds rows of another environment: {others}"
+            raise ReplayError(what, where=path, hint=_EARLIER)
         if header["first_row"] != row or crc not in (None, header["crc"]):
-            raise ReplayError(f"{path}: the replay is damaged before this chunk")
+            raise ReplayError("the replay is damaged before this chunk", where=path)
         self.row = row  # after the last one read
         self.crc: int = header["crc"]
         self._last = np.zeros(layout.packed_nbytes, np.uint8)
@@ -165,13 +151,12 @@ class ChunkReader:
             raise self._damaged(0)
         fields = json.loads(text)
         if fields["version"] != VERSION:
-            raise ReplayError(
-                f"{self._path}: version {fields['version']}, this hdfast reads version {VERSION}"
-            )
+            what = f"version {fields['version']}, this hdfast reads version {VERSION}"
+            raise ReplayError(what, where=self._path)
         return fields
 
     def _damaged(self, byte: int) -> ReplayError:
-        return ReplayError(f"{self._path}: the replay is damaged at byte {byte}")
+        return ReplayError(f"the replay is damaged at byte {byte}", where=self._path)
 
 
 def _others(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

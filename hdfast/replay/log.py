@@ -7,7 +7,6 @@ Rows are written in records of BLOCK_BYTES; `flush` makes everything so far dura
 came after the last flush; whatever follows a checkpoint's position, torn or whole, is cut off.
 """
 
-import logging
 import os
 from collections import deque
 from collections.abc import Callable
@@ -17,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from hdfast.replay.chunk import ChunkReader, RecordWriter, ReplayError, chunk_header, disk_errors
+from hdfast.replay.chunk import ChunkReader, RecordWriter, ReplayError, chunk_header
 from hdfast.replay.rows import RowLayout
+from hdfast.runtime import errors
+from hdfast.runtime.errors import disk_errors
 from hdfast.runtime.files import sync_directory
 
 BLOCK_BYTES = 1 << 20  # packed; 85 rows of one Atari environment
 CHUNK_BYTES = 16 << 20  # on disk; deleted as a whole when no checkpoint can need it any more
-
-logger = logging.getLogger(__name__)
 
 
 class ReplayLog:
@@ -33,9 +32,9 @@ class ReplayLog:
     ring: how many rows before a position `load` must find.
     positions: how many of the newest positions must stay loadable; rows that none of them needs are deleted.
 
-    Every method raises ReplayError if the disk fails. After a failed write nothing is lost: the rows wait in
-    memory for the next `append` or `flush`. After a failed fsync the kernel may have dropped them, so every
-    later `flush` fails too, and no checkpoint can come to rely on them.
+    Every method raises RunError if the disk fails, DiskFullError if it is full. After a failed write nothing is
+    lost: the rows wait in memory for the next `append` or `flush`. After a failed fsync the kernel may have
+    dropped them, so every later `flush` fails too, with ReplayError, and no checkpoint can come to rely on them.
     """
 
     def __init__(self, directory: Path, layout: RowLayout, ring: int, positions: int) -> None:
@@ -53,14 +52,14 @@ class ReplayLog:
         self._synced = True
         self._sync_failed = False
         self._positions: deque[int] = deque(maxlen=positions)
-        with disk_errors("create", self.directory):
+        with disk_errors(self.directory, "create the replay"):
             self.directory.mkdir(parents=True, exist_ok=True)
             sync_directory(self.directory.parent)
 
     def start(self) -> None:
         """Begin at row 0. Deletes the rows of an earlier attempt, which are useless without a checkpoint."""
         if chunks := self._chunks():
-            logger.warning("%s: deleting rows that no checkpoint was loaded for", self.directory)
+            errors.warn(f"{self.directory}: deleting rows that no checkpoint was loaded for")
             self._cut(chunks, None, 0)
 
     def append(self, packed: np.ndarray) -> None:
@@ -100,9 +99,11 @@ class ReplayLog:
         first = (needed or chunks)[0] if rows and chunks else None
         found, found_crc, end = _first_row(first) if first else 0, None, 0
         if found > oldest:
-            raise ReplayError(f"{self.directory}: the replay begins at row {found}, row {oldest} is needed")
+            raise ReplayError(
+                f"the replay begins at row {found}, row {oldest} is needed", where=self.directory
+            )
         for path in needed:
-            with disk_errors("read", path), path.open("rb") as file:
+            with disk_errors(path, "read the replay"), path.open("rb") as file:
                 reader = ChunkReader(path, file, self._layout, found, found_crc)
                 while reader.row < rows and (packed := reader.read()) is not None:
                     first_row = reader.row - len(packed)
@@ -111,9 +112,11 @@ class ReplayLog:
                         store(first_row + skip, packed[skip:])
                 found, found_crc, end = reader.row, reader.crc, file.tell()
         if found < rows:
-            raise ReplayError(f"{self.directory}: the replay ends at row {found}, the checkpoint at {rows}")
+            raise ReplayError(
+                f"the replay ends at row {found}, the checkpoint at {rows}", where=self.directory
+            )
         if found > rows or (rows and found_crc != crc):
-            raise ReplayError(f"{self.directory}: not the replay that this checkpoint was saved with")
+            raise ReplayError("not the replay that this checkpoint was saved with", where=self.directory)
         self._cut(chunks, needed[-1] if needed else None, end)
         self._rows, self._crc = rows, crc
         self._positions.clear()
@@ -159,7 +162,7 @@ class ReplayLog:
                 self._open(path)
             assert self._file is not None
             self._synced = False
-            with disk_errors("write", path):
+            with disk_errors(path, "write the replay"):
                 try:
                     _write_at(self._file, data, self._file_nbytes)
                 except OSError:
@@ -171,7 +174,7 @@ class ReplayLog:
 
     def _open(self, path: Path) -> None:
         self._sync()
-        with disk_errors("create", path):
+        with disk_errors(path, "create the replay"):
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         if self._file is not None:
             os.close(self._file)
@@ -179,13 +182,13 @@ class ReplayLog:
 
     def _sync(self) -> None:
         if self._sync_failed:
-            raise ReplayError(f"{self.directory}: the disk failed before, rows of the replay may be lost")
+            raise ReplayError("the disk failed before, rows of the replay may be lost", where=self.directory)
         if self._synced:
             return
         assert self._file is not None
         assert self._file_path is not None
         self._sync_failed = True
-        with disk_errors("write", self._file_path):
+        with disk_errors(self._file_path, "write the replay"):
             os.fsync(self._file)
             sync_directory(self.directory)
         self._sync_failed = False
@@ -195,24 +198,24 @@ class ReplayLog:
         """Delete the chunks that end before row `needed`, oldest first."""
         for path, following in pairwise(self._chunks()):
             if _first_row(following) <= needed:
-                with disk_errors("delete", path):
+                with disk_errors(path, "delete the replay"):
                     path.unlink()
 
     def _cut(self, chunks: list[Path], last: Path | None, end: int) -> None:
         """Delete the chunks after `last`, newest first so that no gap arises, and its bytes from `end` on."""
         for path in reversed(chunks):
             if last is None or path > last:
-                with disk_errors("delete", path):
+                with disk_errors(path, "delete the replay"):
                     path.unlink()
         if last is not None:
-            with disk_errors("write", last), last.open("r+b") as file:
+            with disk_errors(last, "write the replay"), last.open("r+b") as file:
                 file.truncate(end)
                 os.fsync(file.fileno())
-        with disk_errors("write", self.directory):
+        with disk_errors(self.directory, "write the replay"):
             sync_directory(self.directory)
 
     def _chunks(self) -> list[Path]:
-        with disk_errors("read", self.directory):
+        with disk_errors(self.directory, "read the replay"):
             return sorted(self.directory.glob("rows-" + "[0-9]" * 12 + ".log"))
 
 

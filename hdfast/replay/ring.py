@@ -48,7 +48,7 @@ class Replay:
         none of them needs are deleted from the log.
 
     The ring is allocated at once; in host memory its pages cost nothing until they are written.
-    Raises ValueError or TypeError for impossible specs or sizes, ReplayError if the directory cannot be made.
+    Raises ValueError or TypeError for impossible specs or sizes, RunError if the directory cannot be made.
     """
 
     def __init__(
@@ -113,8 +113,8 @@ class Replay:
     def add(self, rows: Mapping[str, np.ndarray]) -> None:
         """Append one row of every environment: numpy arrays (N, ...) of exactly the specs' shapes and dtypes.
 
-        Raises ValueError or TypeError and adds nothing if the rows are wrong. Raises ReplayError if the disk
-        fails; the row is then in the ring, and the log writes it once the disk works again.
+        Raises ValueError or TypeError and adds nothing if the rows are wrong. Raises RunError, DiskFullError
+        if the disk fails; the row is then in the ring, and the log writes it once the disk works again.
         """
         self._layout.check(rows)
         if self._log is not None and self.rows_added == 0:
