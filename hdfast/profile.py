@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ from hdfast.runtime.console import Console, say
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import disk_errors
 from hdfast.runtime.graphs import check_graph
-from hdfast.runtime.profiling import annotate
+from hdfast.runtime.profiling import phase
 from hdfast.streams import make_envs, stream_seed
 from hdfast.tuning.choice import Job
 from hdfast.tuning.settle import settle
@@ -66,39 +65,11 @@ def build(config: Config) -> tuple[Learner, Callable[[], None]]:
             replay.add(random_row(env.obs_specs, env.actions, env.num_envs, rng))
 
     def update() -> None:
-        replay.stage(batch, length)
+        with phase("sample"):
+            replay.stage(batch, length)
         learner.update(replay.sample)
 
-    mark(learner, replay)
     return learner, update
-
-
-def mark(learner: Learner, replay: Replay) -> None:
-    """Makes every phase of an update a range, both for torch.profiler and for Nsight Systems."""
-
-    def ranged(owner: Any, method: str, phase: Callable[..., str]) -> None:
-        inner = getattr(owner, method)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            name = phase(*args)
-            with record_function(name), annotate(name):
-                return inner(*args, **kwargs)
-
-        setattr(owner, method, call)
-
-    def always(name: str) -> Callable[..., str]:
-        return lambda *args: name
-
-    behavior = learner.behavior
-    ranged(replay, "stage", always("sample"))
-    ranged(replay, "sample", always("sample"))
-    ranged(learner.model, "loss", always("world model"))
-    ranged(behavior, "imagine", always("imagination"))
-    for method in ("score", "actor_loss", "critic_loss", "update_slow_critic"):
-        ranged(behavior, method, always("actor-critic"))
-    ranged(learner, "_gradients", lambda part, *_: "world model" if part == "model" else "actor-critic")
-    for optimizer in learner.optimizers.values():
-        ranged(optimizer, "step", always("optimizers"))
 
 
 @dataclass(frozen=True)
@@ -160,7 +131,8 @@ def measure(
 
     # On CUDA, kernels are listed beside the ops that launched them, and ranges a second time, as device work.
     events = {event.key: event for event in profiler.key_averages() if event.device_type == DeviceType.CPU}
-    phases = {name: ms(events[name], "{}_time_total") for name in PHASES}
+    # A learner of one's own need not have all phases.
+    phases = {name: ms(events[name], "{}_time_total") if name in events else 0.0 for name in PHASES}
     phases["the rest"] = ms(events.pop("update"), "{}_time_total") - sum(phases.values())
     ops = [
         (name, event.count / updates, ms(event, "self_{}_time_total"))

@@ -1,5 +1,6 @@
 """Where the time of an update goes."""
 
+import contextlib
 import gzip
 import json
 import time
@@ -8,6 +9,7 @@ import pytest
 
 from hdfast import profile
 from hdfast.agent.behavior import Behavior
+from hdfast.agent.learner import Learner
 from tests.loop_cases import (
     door,
     flags,
@@ -51,6 +53,16 @@ def test_profile_attributes_time_to_the_phase_that_took_it(tmp_path, monkeypatch
     assert found.wall > 300
     assert found.cpu < found.wall - 250  # sleeping is not work
     assert not set(profile.PHASES) & {name for name, _, _ in found.ops}
+
+
+def test_a_learner_of_ones_own_need_not_have_all_phases(tmp_path, monkeypatch):
+    """What it does outside of them is the rest."""
+    learn = Learner.learn_model
+    monkeypatch.setattr(Learner, "learn_model", lambda *args: time.sleep(0.3) or learn(*args))
+    monkeypatch.setattr("hdfast.agent.learner.phase", lambda name: contextlib.nullcontext())
+    found = profile.measure(*profile.build(tiny(tmp_path)), 1)
+    assert found.phases["the rest"] > 300
+    assert [found.phases[name] for name in profile.PHASES[1:]] == [0] * 4
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,23 @@ def test_ranges_nest_and_end_when_the_block_raises(monkeypatch, fresh_ranges):
     assert domain.calls == ["update", "observe", "update", "end", "end", "end"]
 
 
+def test_a_phase_is_a_range_for_both_profilers_and_ends_when_the_block_raises(monkeypatch, fresh_ranges):
+    domain = FakeDomain()
+    monkeypatch.setitem(sys.modules, "nvtx", SimpleNamespace(get_domain={"hdfast": domain}.__getitem__))
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "6")  # as `profile.measure`: it is read once in a process
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        with contextlib.suppress(KeyError), profiling.phase("imagination"):
+            with profiling.phase("rollout"):
+                torch.zeros(1)
+            raise KeyError
+        torch.ones(1)
+    assert domain.calls == ["imagination", "rollout", "end", "end"]
+    parents = {event.name: event.cpu_parent and event.cpu_parent.name for event in profiler.events()}
+    assert parents["rollout"] == "imagination"
+    assert parents["aten::zeros"] == "rollout"
+    assert parents["aten::ones"] is None
+
+
 def test_ranges_are_nothing_without_nvtx(monkeypatch, fresh_ranges):
     monkeypatch.setitem(sys.modules, "nvtx", None)
     with profiling.annotate("update"), profiling.annotate("update"):

@@ -20,6 +20,7 @@ from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
 from hdfast.runtime.device import restore_generator
 from hdfast.runtime.errors import ConfigError, MissingLibraryError
+from hdfast.runtime.profiling import phase
 from hdfast_kernels import BackendError, dispatch
 
 Sampler = Callable[[int, int], dict[str, Tensor]]
@@ -170,14 +171,17 @@ class Learner:
     def learn_model(self, sample: Sampler, wait: Callable[[], None] = lambda: None) -> ModelStep:
         """The first half of a step: the world model learns. `wait` is called before its parameters change."""
         config, optimizer = self.config, self.optimizers["model"]
-        batch = sample(config.replay.batch, config.replay.length)
-        with torch.no_grad():
-            uniform = self.uniform(*batch["reward"].shape, config.rssm.stoch)
-        with rounded(optimizer, self.dtype):
-            output = self.model.loss(batch, uniform, self.dtype)
-        gradients = self._gradients("model", output.loss)
+        with phase("sample"):
+            batch = sample(config.replay.batch, config.replay.length)
+        with phase("world model"):
+            with torch.no_grad():
+                uniform = self.uniform(*batch["reward"].shape, config.rssm.stoch)
+            with rounded(optimizer, self.dtype):
+                output = self.model.loss(batch, uniform, self.dtype)
+            gradients = self._gradients("model", output.loss)
         wait()
-        norm, applied = optimizer.step(gradients, output.loss.isfinite())
+        with phase("optimizers"):
+            norm, applied = optimizer.step(gradients, output.loss.isfinite())
         metrics = {"loss_model": output.loss.detach(), **output.metrics, "grad_norm_model": norm}
         latent = output.observed.latent.flatten(0, 1).detach()
         cont = 1 - batch["is_terminal"].flatten().float()
@@ -279,23 +283,28 @@ class Learner:
 
     def _update_behavior(self, half: ModelStep) -> tuple[Tensor, dict[str, Tensor]]:
         behavior = self.behavior
-        draws = self.draws(half.cont.shape[0])
         actor, critic = self.optimizers["actor"], self.optimizers["critic"]
-        # Without REINFORCE the actor's weights are cast at every step, see `Behavior._roll_out`.
-        with rounded(actor, self.dtype) if behavior.reinforce else nullcontext():
-            trajectory = behavior.imagine(self.model, half.latent, half.cont, draws, self.dtype)
-        with rounded(critic, self.dtype):
-            scores = behavior.score(trajectory, self.dtype)
-        bounds = behavior.return_range.updated(scores.returns)
-        actor_loss, metrics = behavior.actor_loss(trajectory, scores, bounds)
-        critic_loss = behavior.critic_loss(trajectory, scores, self.dtype)
-        finite = half.applied & actor_loss.isfinite() & critic_loss.isfinite()
-        critic_gradients = self._gradients("critic", critic_loss, keep_graph=not behavior.reinforce)
-        actor_norm, applied = actor.step(self._gradients("actor", actor_loss), finite)
-        critic_norm, applied = critic.step(critic_gradients, applied)
-        behavior.return_range.bounds.copy_(torch.where(applied, bounds, behavior.return_range.bounds))
-        behavior.update_slow_critic(applied, self._slow_critic.tensors(), critic.held.tensors())
-        self._slow_critic.changed()
+        with phase("imagination"):
+            draws = self.draws(half.cont.shape[0])
+            # Without REINFORCE the actor's weights are cast at every step, see `Behavior._roll_out`.
+            with rounded(actor, self.dtype) if behavior.reinforce else nullcontext():
+                trajectory = behavior.imagine(self.model, half.latent, half.cont, draws, self.dtype)
+        with phase("actor-critic"):
+            with rounded(critic, self.dtype):
+                scores = behavior.score(trajectory, self.dtype)
+            bounds = behavior.return_range.updated(scores.returns)
+            actor_loss, metrics = behavior.actor_loss(trajectory, scores, bounds)
+            critic_loss = behavior.critic_loss(trajectory, scores, self.dtype)
+            finite = half.applied & actor_loss.isfinite() & critic_loss.isfinite()
+            critic_gradients = self._gradients("critic", critic_loss, keep_graph=not behavior.reinforce)
+            actor_gradients = self._gradients("actor", actor_loss)
+        with phase("optimizers"):
+            actor_norm, applied = actor.step(actor_gradients, finite)
+            critic_norm, applied = critic.step(critic_gradients, applied)
+        with phase("actor-critic"):
+            behavior.return_range.bounds.copy_(torch.where(applied, bounds, behavior.return_range.bounds))
+            behavior.update_slow_critic(applied, self._slow_critic.tensors(), critic.held.tensors())
+            self._slow_critic.changed()
         metrics |= {"loss_actor": actor_loss.detach(), "loss_critic": critic_loss.detach()}
         return applied, metrics | {"grad_norm_actor": actor_norm, "grad_norm_critic": critic_norm}
 
