@@ -177,7 +177,7 @@ def test_replay_append(compare, benchmark, num_envs, log, tmp_path):
         ("atari100k", "Pong", "envpool", 8),
         ("atari100k", "Pong", "ale", 1),
         ("atari100k", "Pong", "ale", 8),
-        ("demo", "Catch", "envpool", 8),
+        ("demo", "Catch", "auto", 8),
     ],
 )
 def test_environments(compare, benchmark, suite, task, source, num_envs):
@@ -196,7 +196,7 @@ def test_environments(compare, benchmark, suite, task, source, num_envs):
     with env:
         env.reset()
         benchmark.group = f"environments {task} {num_envs}"
-        compare(play, implementation=source, default=source == "envpool", count=num_envs * ENV_STEPS)
+        compare(play, implementation=source, default=source != "ale", count=num_envs * ENV_STEPS)
 
 
 @pytest.mark.parametrize("render", ["full", "fast"])
