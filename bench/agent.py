@@ -21,20 +21,13 @@ from hdfast.config import Config, default_config
 from hdfast.envs.base import ArraySpec, DiscreteActions
 from hdfast.overrides import apply_overrides
 from hdfast.replay import Replay
+from hdfast.replay.contents import replay_specs
 from hdfast.runtime.device import prepare_device
 
 SIDE = 64
 ACTIONS = DiscreteActions(6)
 IMAGE = {"image": ArraySpec((SIDE, SIDE, 3), np.dtype(np.uint8))}
-FLAG = ArraySpec((), np.dtype(bool))
-ROW = {
-    **IMAGE,
-    "action": ACTIONS.spec,
-    "reward": ArraySpec((), np.dtype(np.float32)),
-    "is_first": FLAG,
-    "is_last": FLAG,
-    "is_terminal": FLAG,
-}
+ROW = replay_specs(IMAGE, ACTIONS)
 PARTS = ("update", "observe", "imagine", "act")
 Run = Callable[[], Any]
 

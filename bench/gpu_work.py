@@ -25,7 +25,6 @@ from torch.profiler import ProfilerActivity, profile
 from bench.agent import ACTIONS, IMAGE, Bench, config_of, gflop, random_row
 from bench.gpu_tools import LASTING, occupied
 from bench.machine import copy_gb_per_second, gemm_gflop_per_second
-from hdfast.agent.policy import Policy
 from hdfast.config import Config
 from hdfast.overrides import apply_overrides
 from hdfast.runtime.device import prepare_device, resolve_device
@@ -149,17 +148,10 @@ def scan(bench: Bench) -> Run:
     return run
 
 
-def act(bench: Bench, num_envs: int, graph: bool) -> Run:
-    """An action for each of N environments, from images on the host to actions on the host."""
-    policy = Policy(bench.learner, num_envs, seed=0, graph=graph)
-    obs = {key: np.zeros((num_envs, *spec.shape), spec.dtype) for key, spec in IMAGE.items()}
-    return lambda: policy(obs, np.zeros(num_envs, bool))
-
-
 def part(bench: Bench, name: str, graph: bool) -> Run:
     """One part as a function without arguments."""
     if name.startswith("act"):
-        return act(bench, int(name.split()[1]), graph)
+        return bench.act(int(name.split()[1]), graph=graph)
     if name == "add":
         row = random_row(np.random.default_rng(0), 1)
         return lambda: bench.replay.add(row)

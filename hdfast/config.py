@@ -17,6 +17,7 @@ from hdfast import config_file, suites
 from hdfast.flags import parse_flags, peek
 from hdfast.overrides import Range, apply_overrides, check_ranges
 from hdfast.runtime.errors import ConfigError
+from hdfast.runtime.files import plain
 from hdfast.sections import (
     BehaviorConfig,
     CheckpointConfig,
@@ -102,6 +103,11 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     @property
+    def tasks(self) -> list[suites.Task]:
+        """The tasks to train: the one that is named, or all of the suite."""
+        return suites.get(self.suite).select([self.task] if self.task else [])
+
+    @property
     def updates_per_step(self) -> float:
         """Updates owed for each agent step."""
         return self.train.ratio / (self.replay.batch * self.replay.length)
@@ -135,7 +141,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as stored in ``config.json``."""
-        return _plain(dataclasses.asdict(self))
+        return plain(dataclasses.asdict(self))
 
 
 def default_config(suite: str = "atari100k", size: str | None = None) -> Config:
@@ -256,14 +262,14 @@ def validate(config: Config) -> Config:
 
 def _check_weights(config: Config) -> None:
     """Raises: ConfigError for a weight of a loss that the mode of harmony does not use, or cannot."""
-    mode, plain = config.harmony.mode, Config()
+    mode = config.harmony.mode
     others = {
         "harmony": (("learned", "fixed"), ("reward", "image", "kl")),
         "loss": (("off",), ("reward", "image")),
     }
     for section, (modes, names) in others.items():
         for name in names:
-            given, default = (getattr(getattr(one, section), name) for one in (config, plain))
+            given, default = (getattr(getattr(one, section), name) for one in (config, Config()))
             if given != default and mode not in modes:
                 what = f"--{section}.{name} has no effect with --harmony.mode {mode}"
                 raise ConfigError(what, hint=f"--harmony.mode {' or '.join(modes)} takes it")
@@ -293,9 +299,3 @@ def _checked_env(env: EnvConfig, suite: suites.Suite) -> EnvConfig:
     if not isinstance(kwargs, dict):
         raise ConfigError(f"--env.kwargs {env.kwargs} is no JSON object", hint=hint)
     return dataclasses.replace(env, kwargs=json.dumps(kwargs, sort_keys=True, separators=(",", ":")))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return str(value) if isinstance(value, Path) else value

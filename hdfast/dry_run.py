@@ -1,7 +1,6 @@
 """`--dry-run`: builds everything a run needs and says, as JSON, what it is and what it will take."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,25 +16,22 @@ from hdfast.config import Config
 from hdfast.envs.base import BatchEnv, DiscreteActions
 from hdfast.replay import Replay
 from hdfast.replay.contents import replay_specs
-from hdfast.runtime import graphs
-from hdfast.runtime.device import describe_device, resolve_device, resolve_precision
+from hdfast.runtime.device import describe_device, ready_device, resolve_precision
 from hdfast.runtime.errors import ConfigError, warn
 from hdfast.streams import make_envs
-from hdfast.suites import Task
 from hdfast.tuning.choice import Job
 
 
-def describe(config: Config, tasks: Sequence[Task]) -> str:
+def describe(config: Config) -> str:
     """JSON: version, tasks, device, resolved config, and for the first task its environment, parameters and memory.
 
     Raises: RunError, CheckpointError: --init-from names neither a run with a checkpoint nor a checkpoint, or one that
     does not fit. ConfigError: a learner of one's own has losses that cannot be added.
     """
-    start = init_from.checkpoint_for(config)
-    device = resolve_device(config.device)
+    device = ready_device(config.device, config.little_work, config.train.graph)
     dtype = resolve_precision(config.precision, device)
-    graphs.check_graph(config.train.graph, device)
-    with make_envs(config, tasks[0], num_envs=config.env.num_envs, stream="train") as env:
+    start = init_from.checkpoint_for(config)
+    with make_envs(config, config.tasks[0], num_envs=config.env.num_envs, stream="train") as env:
         seen = env.obs_specs, env.actions
         check_settings(config, *seen)
         learner = Job(*seen, config, device, dtype).learner(config.seed)
@@ -45,7 +41,7 @@ def describe(config: Config, tasks: Sequence[Task]) -> str:
         replay = Replay(specs, num_envs=env.num_envs, capacity=config.replay_rows, device=device)
         about = {
             "version": hdfast.__version__,
-            "tasks": [task.name for task in tasks],
+            "tasks": [task.name for task in config.tasks],
             "seeds": list(range(config.seed, config.seed + config.seeds)),
             "device": {**describe_device(device), "precision": str(dtype).removeprefix("torch.")},
             "environment": _environment(env),

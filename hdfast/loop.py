@@ -10,9 +10,8 @@ from typing import Any
 from hdfast import envs
 from hdfast.agent.custom import learner_class
 from hdfast.config import GROWING, RESUMABLE_CHANGES, Config, check_no_dry_run, validate
-from hdfast.runtime import graphs
 from hdfast.runtime.console import say
-from hdfast.runtime.device import describe_device, prepare_device, resolve_device
+from hdfast.runtime.device import describe_device, ready_device
 from hdfast.runtime.errors import ConfigError, disk_errors, warn
 from hdfast.runtime.logger import OnLine
 from hdfast.runtime.rundir import RunDir, filled, has_begun, path_of, read
@@ -26,7 +25,7 @@ def run(config: Config, *, on_line: OnLine = lambda file, line: None) -> dict[st
 
     The task may be left out where the suite has one. A finished run is not touched: its saved summary is returned.
     On the CPU this process gets as many threads as the model gains from, and keeps the memory that it frees, see
-    `prepare_device`.
+    `hdfast.runtime.device.prepare_device`.
 
     on_line gets every line of metrics.jsonl and scores.jsonl, as `on_line("metrics", {"agent_steps": 500, ...})`. What
     it raises ends the run, with a checkpoint. After a kill the lines since the last checkpoint come again.
@@ -45,13 +44,11 @@ def run(config: Config, *, on_line: OnLine = lambda file, line: None) -> dict[st
     check_no_dry_run(config)
     config = validate(config)
     suite = get(config.suite)
-    task, *more = suite.select([config.task] if config.task else [])
+    task, *more = config.tasks
     if more:
         raise ConfigError(f"a run is of one task, and {suite.name} has {1 + len(more)}", where="--task")
     config = dataclasses.replace(config, task=task.name)
-    device = resolve_device(config.device)
-    prepare_device(device, config.little_work)
-    graphs.check_graph(config.train.graph, device)
+    device = ready_device(config.device, config.little_work, config.train.graph)
     envs.check(config.suite, task.name)  # before a mistyped name becomes a directory
     learner_class(config)
     config = _as_begun(config, path_of(config.logdir, config.suite, task.folder, config.seed))

@@ -22,7 +22,6 @@ from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from hdfast import config as configs
-from hdfast import suites
 from hdfast.agent.learner import Learner
 from hdfast.config import Config
 from hdfast.replay import Replay
@@ -30,9 +29,8 @@ from hdfast.replay.contents import random_row, replay_specs
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments, given_path, natural, positive
 from hdfast.runtime.console import Console, say
-from hdfast.runtime.device import describe_device, prepare_device, resolve_device, resolve_precision
+from hdfast.runtime.device import describe_device, ready_device, resolve_precision
 from hdfast.runtime.errors import disk_errors
-from hdfast.runtime.graphs import check_graph
 from hdfast.runtime.profiling import phase
 from hdfast.streams import make_envs, stream_seed
 from hdfast.tuning.choice import Job
@@ -47,12 +45,9 @@ def build(config: Config) -> tuple[Learner, Callable[[], None]]:
     Raises: HdfastError, as a run of this config would.
     """
     configs.check_no_dry_run(config)
-    device = resolve_device(config.device)
-    prepare_device(device, config.little_work)
-    check_graph(config.train.graph, device)
-    task = suites.get(config.suite).select([config.task] if config.task else [])[0]
+    device = ready_device(config.device, config.little_work, config.train.graph)
     batch, length = config.replay.batch, config.replay.length
-    with make_envs(config, task, num_envs=config.env.num_envs, stream="profile") as env:
+    with make_envs(config, config.tasks[0], num_envs=config.env.num_envs, stream="profile") as env:
         dtype = resolve_precision(config.precision, device)
         job = Job(env.obs_specs, env.actions, config, device, dtype)
         settle(job, check=lambda: None, say=say).use(device)

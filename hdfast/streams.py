@@ -1,6 +1,7 @@
 """Sources of randomness in a run: a seed for each use, and the environments seeded with one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -32,14 +33,7 @@ def make_envs(
     return envs.make(
         config.suite,
         task.name,
-        num_envs=num_envs,
         seed=stream_seed(config.seed, stream, agent_steps) % 2**31,
-        source=config.env.source,
-        obs=config.env.obs,
-        render=config.env.render,
-        image_size=config.env.image_size,
-        threads=config.env.threads,
-        kwargs=config.env.kwargs,
-        time_limit=config.env.time_limit,
         stop=stop,
+        **vars(replace(config.env, num_envs=num_envs)),
     )

@@ -8,16 +8,13 @@ from hdfast.config import parse
 from hdfast.dry_run import describe
 from hdfast.loop import run
 from hdfast.runtime import errors
-from hdfast.runtime.device import prepare_device, resolve_device
 
 
 def main() -> None:
     config = parse()
-    suite = suites.get(config.suite)
-    tasks = suite.select([config.task] if config.task else [])
+    suite, tasks = suites.get(config.suite), config.tasks
     if config.dry_run:
-        prepare_device(resolve_device(config.device), config.little_work)
-        sys.stdout.write(describe(config, tasks) + "\n")
+        sys.stdout.write(describe(config) + "\n")
         return
     if config.prefill_agent_steps >= config.total_agent_steps:
         steps = f"ends before learning begins, at agent step {config.prefill_agent_steps:,}"

@@ -12,15 +12,13 @@ from rich import box
 from rich.table import Table
 
 from hdfast import config as configs
-from hdfast import suites
 from hdfast.agent.learner import check_backends
 from hdfast.config import Config
 from hdfast.runtime import errors
 from hdfast.runtime.arguments import Arguments
 from hdfast.runtime.console import Console
-from hdfast.runtime.device import describe_device, prepare_device, resolve_device, resolve_precision
+from hdfast.runtime.device import describe_device, ready_device, resolve_precision
 from hdfast.runtime.errors import ConfigError, Interrupted, RunError
-from hdfast.runtime.graphs import check_graph
 from hdfast.runtime.signals import StopRequest
 from hdfast.streams import make_envs
 from hdfast.tuning.choice import Choice, Job, path_of, remembered
@@ -47,16 +45,14 @@ def tune(config: Config, console: Console, *, again: bool) -> Choice:
     Raises: HdfastError, as a run of this config would; RunError if not even plain PyTorch can be tried.
     """
     configs.check_no_dry_run(config)
-    device = resolve_device(config.device)
-    prepare_device(device, config.little_work)
-    check_graph(config.train.graph, device)
+    device = ready_device(config.device, config.little_work, config.train.graph)
     check_backends(device)
     forced = os.environ.get("HDFAST_BACKEND")
     if forced and device.type == "cpu":  # on CUDA there are graphs to try
         what = f"HDFAST_BACKEND={forced} decides what ops run on, so that nothing is left to find"
         raise ConfigError(what, hint="unset it to find the fastest")
     dtype = resolve_precision(config.precision, device)
-    task = suites.get(config.suite).select([config.task] if config.task else [])[0]
+    task = config.tasks[0]
     with make_envs(config, task, num_envs=config.env.num_envs, stream="tune") as env:
         seen = dict(env.obs_specs), env.actions
     job = Job(*seen, config, device, dtype)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hdfast.agent import policy, updates
-from hdfast.runtime import graphs
+from hdfast.runtime import device, graphs
 from hdfast.runtime.graphs import WARMUP
 
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero"}
@@ -111,7 +111,8 @@ def record_instead_of_capturing(monkeypatch: pytest.MonkeyPatch, *others: Module
         return made[-1]
 
     monkeypatch.setenv("HDFAST_BACKEND", "reference")
-    monkeypatch.setattr(graphs, "check_graph", lambda wish, device: None)
+    for owner in (device, graphs):
+        monkeypatch.setattr(owner, "check_graph", lambda wish, device: None)
     for module in (updates, policy, *others):
         monkeypatch.setattr(module, "CapturedStep", capture)
     return made

@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "hdfast.sizes",
         "hdfast.config_file",
         "hdfast.runtime.errors",
+        "hdfast.runtime.files",
     ),
     "hdfast.sections": ("hdfast.overrides",),
     "hdfast.sizes": ("hdfast.runtime.errors",),

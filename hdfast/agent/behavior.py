@@ -269,19 +269,15 @@ class Behavior(nn.Module):
         return (loss * scores.weight[:-1]).mean()
 
     @torch.no_grad()
-    def update_slow_critic(
-        self, apply: Tensor, slow: Sequence[Tensor] | None = None, fast: Sequence[Tensor] | None = None
-    ) -> None:
+    def update_slow_critic(self, apply: Tensor, slow: Sequence[Tensor], fast: Sequence[Tensor]) -> None:
         """Moves the slow critic towards the critic: a copy the first time, by `slow_rate` afterwards.
 
         Args:
             apply: scalar bool on the device; false leaves everything as it is.
-            slow, fast: tensors that hold the parameters of both, laid out alike; None: the parameters themselves.
+            slow, fast: tensors that hold the parameters of both, laid out alike.
         """
         rate = torch.where(self.slow_updates == 0, 1.0, self.slow_rate)
         rate = torch.where(apply, rate, 0.0)
-        slow = list(self.slow_critic.parameters()) if slow is None else slow
-        fast = list(self.critic.parameters()) if fast is None else fast
         for follower, leader in zip(slow, fast, strict=True):
             follower.lerp_(leader, rate)
         self.slow_updates += apply

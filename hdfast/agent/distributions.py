@@ -1,4 +1,4 @@
-"""Pure functions on distributions: symlog, unimix categoricals, the squashed Normal of continuous actors.
+"""Pure functions on distributions: unimix categoricals, the squashed Normal of continuous actors.
 
 Axes: K classes, A action width.
 """
@@ -7,11 +7,6 @@ import math
 
 import torch
 from torch import Tensor
-
-
-def symlog(x: Tensor) -> Tensor:
-    """sign(x) · log(1 + |x|), elementwise."""
-    return x.sign() * x.abs().log1p()
 
 
 def unimix_log_probs(logits: Tensor, unimix: float) -> Tensor:

@@ -130,17 +130,13 @@ class Learner:
         self.model.to(self.device)
         self.behavior.to(self.device)
         opt = config.optimizer
+        parts = {"model": self.model, "actor": self.behavior.actor, "critic": self.behavior.critic}
         self.optimizers = {
-            "model": Adam(self.model.parameters(), lr=opt.model_lr, eps=opt.model_eps, clip=opt.model_clip),
-            "actor": Adam(
-                self.behavior.actor.parameters(), lr=opt.actor_lr, eps=opt.actor_eps, clip=opt.actor_clip
-            ),
-            "critic": Adam(
-                self.behavior.critic.parameters(),
-                lr=opt.critic_lr,
-                eps=opt.critic_eps,
-                clip=opt.critic_clip,
-            ),
+            part: Adam(
+                module.parameters(),
+                **{name: getattr(opt, f"{part}_{name}") for name in ("lr", "eps", "clip")},
+            )
+            for part, module in parts.items()
         }
         self._slow_critic = Parameters(self.behavior.slow_critic.parameters())
         self.generator = torch.Generator(self.device)

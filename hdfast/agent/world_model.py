@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdfast.agent.distributions import categorical_entropy, symlog
+from hdfast.agent.distributions import categorical_entropy
 from hdfast.agent.harmony import build_harmonizer
 from hdfast.agent.networks import ImageDecoder, ImageEncoder, Latent, LatentMLP, VectorEncoder
 from hdfast.agent.rssm import RSSM, Observed
 from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
 from hdfast_kernels import image_loss, kl_balance, two_hot_loss, two_hot_mean
+from hdfast_kernels.two_hot import symlog
 
 
 class ModelOutput(NamedTuple):

@@ -93,6 +93,22 @@ def prepare_device(device: torch.device, little_work: bool) -> None:
             raise MissingLibraryError(str(error)) from error
 
 
+def check_graph(wish: str, device: torch.device) -> None:
+    """Raises: ConfigError if graphs are asked for ("on", "overlap") on a device that has none."""
+    if wish in ("on", "overlap") and device.type != "cuda":
+        raise ConfigError(
+            "a CUDA graph needs a CUDA device", where="--train.graph", hint="leave it out on the CPU"
+        )
+
+
+def ready_device(name: str, little_work: bool, graph: str) -> torch.device:
+    """The device that a run asks for, prepared. Raises: as `resolve_device`, `prepare_device` and `check_graph`."""
+    device = resolve_device(name)
+    prepare_device(device, little_work)
+    check_graph(graph, device)
+    return device
+
+
 def _limit_threads(to_one: bool) -> None:
     """Limits PyTorch to one thread, or restores the number it had before the last limit."""
     if "OMP_NUM_THREADS" in os.environ:

@@ -7,17 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from hdfast.runtime.errors import ConfigError
+from hdfast.runtime.device import check_graph
 
 WARMUP = 3  # eager calls before the capture: kernels compile, libraries choose, late buffers are made
-
-
-def check_graph(wish: str, device: torch.device) -> None:
-    """Raises: ConfigError if graphs are asked for ("on", "overlap") on a device that has none."""
-    if wish in ("on", "overlap") and device.type != "cuda":
-        raise ConfigError(
-            "a CUDA graph needs a CUDA device", where="--train.graph", hint="leave it out on the CPU"
-        )
 
 
 class CapturedStep:
