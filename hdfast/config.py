@@ -17,7 +17,7 @@ from hdfast import config_file, suites
 from hdfast.flags import parse_flags, peek
 from hdfast.overrides import Range, apply_overrides, check_ranges
 from hdfast.runtime.errors import ConfigError
-from hdfast.runtime.files import plain
+from hdfast.runtime.files import filled, plain
 from hdfast.sections import (
     BehaviorConfig,
     CheckpointConfig,
@@ -142,6 +142,11 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as stored in ``config.json``."""
         return plain(dataclasses.asdict(self))
+
+
+def with_defaults(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as it was saved, with the defaults of the fields that are newer than it."""
+    return filled(saved, Config().to_dict())
 
 
 def default_config(suite: str = "atari100k", size: str | None = None) -> Config:

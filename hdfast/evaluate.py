@@ -22,7 +22,7 @@ from hdfast.agent.policy import Policy
 from hdfast.config import Config, validate
 from hdfast.envs.base import BatchEnv, EnvStep
 from hdfast.overrides import apply_overrides
-from hdfast.runtime import checkpoint, errors, rundir
+from hdfast.runtime import checkpoint, errors, record
 from hdfast.runtime.arguments import Arguments, given_path, natural, positive
 from hdfast.runtime.console import Console
 from hdfast.runtime.device import prepare_device, resolve_device, resolve_precision
@@ -117,7 +117,7 @@ def load(
         raise ConfigError(f"--num-envs {num_envs} is out of range: expected 1 to {MOST_ENVS:,}")
     if seed < 0:
         raise ConfigError(f"--seed {seed} is out of range: expected 0 or more")
-    saved = rundir.chosen(run)
+    saved = record.chosen(run)
     config = dataclasses.replace(config_of(saved.run), seed=seed)
     if env_kwargs is not None:
         config = validate(dataclasses.replace(config, env=dataclasses.replace(config.env, kwargs=env_kwargs)))
@@ -156,14 +156,14 @@ def config_of(run: Path) -> Config:
 
     Raises: RunError, ConfigError.
     """
-    file, saved = run / "config.json", rundir.read(run).config
+    file, saved = run / "config.json", record.read(run).config
     try:
         config = apply_overrides(Config(), saved)
         if config.task is None:
             raise TypeError("config.task is missing")
         return validate(dataclasses.replace(config, seeds=1))  # the run's own; its sweep may have had more
     except TypeError as error:
-        raise rundir.damaged(file, str(error)) from error
+        raise record.damaged(file, str(error)) from error
     except ConfigError as error:
         raise ConfigError(str(error), where=file, hint="did another version of hdfast write it?") from error
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from hdfast.agent.learner import Learner
-from hdfast.config import Config
+from hdfast.config import Config, with_defaults
 from hdfast.runtime import checkpoint
-from hdfast.runtime.rundir import chosen, difference, filled, read
+from hdfast.runtime.record import chosen, difference, read
 
 # What sets the shapes of parameters.
 _SIZES = ("learner", "rssm", "network", "env.obs", "env.image_size", "suite", "task")
@@ -13,7 +13,7 @@ _HINT = "--init-from needs a run with the same observations, actions, sizes and 
 
 
 def checkpoint_for(config: Config) -> checkpoint.Checkpoint | None:
-    """What a new run begins with; None if with parameters of its own. Raises: as `rundir.chosen`."""
+    """What a new run begins with; None if with parameters of its own. Raises: as `record.chosen`."""
     return None if config.init_from is None else chosen(config.init_from)
 
 
@@ -27,7 +27,7 @@ def _otherwise(run: Path, config: Config) -> list[str]:
     """Where another run may have another model, as lines of `difference`; none for a checkpoint without a run."""
     if not (run / "config.json").exists():
         return []
-    theirs = filled(read(run).config, Config().to_dict())
+    theirs = with_defaults(read(run).config)
     lines = difference(theirs, config.to_dict(), ignore=("rssm.unimix",))
     return [
         line for line in lines if line.startswith(tuple(f"{name}{end}" for name in _SIZES for end in ".:"))

@@ -9,12 +9,13 @@ from typing import Any
 
 from hdfast import envs
 from hdfast.agent.custom import learner_class
-from hdfast.config import GROWING, RESUMABLE_CHANGES, Config, check_no_dry_run, validate
+from hdfast.config import GROWING, RESUMABLE_CHANGES, Config, check_no_dry_run, validate, with_defaults
 from hdfast.runtime.console import say
 from hdfast.runtime.device import describe_device, ready_device
 from hdfast.runtime.errors import ConfigError, disk_errors, warn
 from hdfast.runtime.logger import OnLine
-from hdfast.runtime.rundir import RunDir, filled, has_begun, path_of, read
+from hdfast.runtime.record import has_begun, path_of, read
+from hdfast.runtime.rundir import RunDir
 from hdfast.runtime.signals import StopRequest
 from hdfast.session import Session
 from hdfast.suites import get
@@ -90,7 +91,7 @@ def _as_begun(config: Config, path: Path) -> Config:
         begun = (path / "config.json").exists() and has_begun(path)
     if not begun:
         return config
-    saved = filled(read(path).config, Config().to_dict())
+    saved = with_defaults(read(path).config)
     match saved["env"]:
         case {"obs": "image" | "state" | "both" as obs} if config.env.obs == "auto":
             config = dataclasses.replace(config, env=dataclasses.replace(config.env, obs=obs))

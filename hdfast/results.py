@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from hdfast import suites
-from hdfast.config import RESUMABLE_CHANGES, Config
-from hdfast.runtime import errors, rundir
+from hdfast.config import RESUMABLE_CHANGES, with_defaults
+from hdfast.runtime import errors
 from hdfast.runtime.errors import RunError, disk_errors
 from hdfast.runtime.files import is_number
+from hdfast.runtime.record import damaged, difference, read
 from hdfast.tables import TaskScores
 
 # What is known of an evaluation: which it is, and what came of it.
@@ -38,12 +39,12 @@ def collect(
         precisions, episodes = set(), set()
         for seed, path in _runs(logdir, suite, task):
             try:
-                record = rundir.read(path)
+                record = read(path)
             except RunError as error:  # the others' results can still be shown
                 errors.warn(str(error))
                 continue
             if (summary := record.summary) is not None:
-                configs.append(rundir.filled(record.config, Config().to_dict()))
+                configs.append(with_defaults(record.config))
                 scores[seed] = float(summary["score"])
                 if "success" in summary:
                     success[seed] = float(summary["success"])
@@ -90,11 +91,11 @@ def differences(folders: Sequence[Path], suite: suites.Suite) -> list[str]:
         for seed, path in (run for task in sorted((folder / suite.name).glob("*")) for run in _seeds(task)):
             with contextlib.suppress(RunError):  # already reported
                 _task_of(path, suite, seed)
-                configs[folder] = rundir.filled(rundir.read(path).config, Config().to_dict())
+                configs[folder] = with_defaults(read(path).config)
                 break
     first, own = next(iter(configs.items()), (None, {}))
     ignore = {"seed", *RESUMABLE_CHANGES}
-    lines = {folder: rundir.difference(own, config, ignore) for folder, config in configs.items()}
+    lines = {folder: difference(own, config, ignore) for folder, config in configs.items()}
     return [f"{folder} against {first}: {', '.join(found)}" for folder, found in lines.items() if found]
 
 
@@ -130,10 +131,10 @@ def _task_of(path: Path, suite: suites.Suite, seed: int) -> suites.Task:
     Raises: _Astray where it is of another suite or seed, or belongs in the folder of another task; RunError where
     its configuration cannot be read.
     """
-    config = {"suite": suite.name, "seed": seed, **rundir.read(path).config}
+    config = {"suite": suite.name, "seed": seed, **read(path).config}
     for field in ("suite", "task"):
         if not isinstance(value := config.get(field), str):
-            raise rundir.damaged(path / "config.json", f"config.{field} is {value!r:.50}, expected a str")
+            raise damaged(path / "config.json", f"config.{field} is {value!r:.50}, expected a str")
     try:
         of = suites.get(config["suite"])
         task = of.task(config["task"])
@@ -148,7 +149,7 @@ def _task_of(path: Path, suite: suites.Suite, seed: int) -> suites.Task:
 def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """The fields that decide what is computed, except the seed, in which configurations differ."""
     ignore = {"seed", *RESUMABLE_CHANGES}
-    lines = [line for other in configs[1:] for line in rundir.difference(configs[0], other, ignore)]
+    lines = [line for other in configs[1:] for line in difference(configs[0], other, ignore)]
     return list(dict.fromkeys(line.partition(":")[0] for line in lines))
 
 

@@ -20,7 +20,7 @@ from hdfast.runtime.arguments import Arguments, natural, positive
 from hdfast.runtime.console import Console
 from hdfast.runtime.device import resolve_device
 from hdfast.runtime.errors import ConfigError, RunError
-from hdfast.runtime.rundir import path_of
+from hdfast.runtime.record import path_of
 from hdfast.runtime.signals import StopRequest
 
 OWN_FLAGS = ("--suite", "--task", "--seed", "--seeds", "--dry-run", "--help", "-h")

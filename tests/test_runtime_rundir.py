@@ -13,7 +13,8 @@ import torch
 import hdfast
 from hdfast.runtime import rundir
 from hdfast.runtime.errors import ConfigError, DiskFullError, RunError
-from hdfast.runtime.rundir import RunDir, difference
+from hdfast.runtime.record import difference, read
+from hdfast.runtime.rundir import RunDir
 
 CONFIG = {"seed": 3, "device": "cpu", "log": {"every": 500}, "rssm": {"deter": 512, "layers": (1, 2)}}
 
@@ -22,13 +23,20 @@ def open_run(logdir, config=CONFIG, **options):
     return RunDir.open(logdir, "atari100k", "Pong", 3, config, **options)
 
 
+def state(run):
+    """What it was when it was opened, by what it holds then."""
+    if run.summary is not None:
+        return "finished"
+    return "resumed" if read(run.path).resumed else "new"
+
+
 def test_a_new_run_has_its_folders_and_its_config_with_where_it_comes_from(tmp_path):
     with open_run(tmp_path, device={"name": "a chip"}) as run:
-        assert run.state == "new"
+        assert state(run) == "new"
         assert run.path == tmp_path / "atari100k" / "Pong" / "seed3"
-        for folder in (run.checkpoints, run.replay, run.tensorboard, run.videos):
+        for folder in (run.checkpoints, run.replay, run.path / "tensorboard", run.path / "videos"):
             assert folder.is_dir()
-        record = rundir.read(run.path)  # no lock needed
+        record = read(run.path)  # no lock needed
     assert record.config == {**CONFIG, "rssm": {"deter": 512, "layers": [1, 2]}}
     assert (record.summary, record.resumed) == (None, [])
     assert record.created["hdfast"] == hdfast.__version__
@@ -41,11 +49,11 @@ def test_the_same_config_resumes_and_a_finished_run_stays_finished(tmp_path):
     with open_run(tmp_path):
         pass
     with open_run(tmp_path) as run:
-        assert run.state == "resumable"
+        assert state(run) == "resumed"
         run.mark_finished({"score": float("nan"), "agent_steps": 7})
     with open_run(tmp_path) as run:
-        assert (run.state, run.summary) == ("finished", {"score": "NaN", "agent_steps": 7})
-    assert len(rundir.read(run.path).resumed) == 1
+        assert run.summary == {"score": "NaN", "agent_steps": 7}
+    assert len(read(run.path).resumed) == 1
 
 
 def test_another_config_is_refused_with_the_difference(tmp_path):
@@ -65,15 +73,15 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
     )
     assert (run.path / "config.json").read_bytes() == before
     with open_run(tmp_path) as run:  # the one refused has not kept the lock
-        assert run.state == "resumable"
+        assert state(run) == "resumed"
 
 
 def test_before_its_first_checkpoint_a_run_takes_another_config(tmp_path):
     with open_run(tmp_path, {"seed": 3, "env": "none"}):
         pass  # it could not start
     with open_run(tmp_path) as run:
-        assert run.state == "new"
-        record = rundir.read(run.path)
+        assert state(run) == "new"
+        record = read(run.path)
     assert (record.config["device"], record.resumed) == ("cpu", [])
     assert "env" not in record.config
 
@@ -82,7 +90,7 @@ def test_a_first_checkpoint_that_was_not_finished_is_none(tmp_path):
     with open_run(tmp_path, {"seed": 3}) as run:
         (run.checkpoints / "0000000001.safetensors.partial").touch()
     with open_run(tmp_path) as run:
-        assert run.state == "new"
+        assert state(run) == "new"
 
 
 def test_a_run_grows_in_what_may_be_more(tmp_path):
@@ -93,13 +101,13 @@ def test_a_run_grows_in_what_may_be_more(tmp_path):
         (run.checkpoints / "0000000001.safetensors").touch()
         run.mark_finished({"score": 1.0})
     with opened(10) as run:
-        assert run.state == "finished"
+        assert state(run) == "finished"
     with opened(20) as run:
-        before = rundir.read(run.path)
+        before = read(run.path)
         run.grow()
-        record = rundir.read(run.path)
+        record = read(run.path)
         run.grow()  # it has
-    assert (run.state, run.summary, record.summary) == ("resumable", None, None)
+    assert (run.summary, record.summary) == (None, None)
     assert (before.config, before.summary) == ({"seed": 3, "steps": 10}, {"score": 1.0})
     assert record.config == {"seed": 3, "steps": 20}
     assert record.resumed[-1]["changed"] == ["steps: 10 -> 20"]
@@ -108,7 +116,7 @@ def test_a_run_grows_in_what_may_be_more(tmp_path):
     assert error.value.details == ("steps: 20 -> 10",)
     with opened(30) as run:
         run.mark_finished({"score": 2.0})  # what was added left nothing to do
-    record = rundir.read(run.path)
+    record = read(run.path)
     assert (record.config["steps"], record.summary) == (30, {"score": 2.0})
 
 
@@ -128,9 +136,9 @@ def test_a_run_that_is_killed_as_it_grows_is_not_finished(tmp_path, monkeypatch,
         with pytest.raises(KeyboardInterrupt):
             run.grow()
     with open_run(tmp_path, **longer) as run:
-        assert run.state == "resumable"
+        assert run.summary is None
         run.grow()
-    record = rundir.read(run.path)
+    record = read(run.path)
     assert (record.config, record.summary) == ({"seed": 3, "steps": 20}, None)
 
 
@@ -152,8 +160,8 @@ def test_a_field_that_is_newer_than_the_run_was_at_its_default(tmp_path):
     defaults = {"seed": 0, "fast": False, "rssm": {"deter": 1, "blocks": 8}, "mix": {"a": 1}}
     newer = {**CONFIG, "fast": False, "rssm": {**CONFIG["rssm"], "blocks": 8}, "mix": {"a": 1}}
     with open_run(tmp_path, newer, defaults=defaults) as run:
-        assert run.state == "resumable"
-        record = rundir.read(run.path)
+        assert state(run) == "resumed"
+        record = read(run.path)
     assert record.config == {**CONFIG, "rssm": {"deter": 512, "layers": [1, 2]}}  # as it was saved
     assert record.resumed[0]["changed"] == []
     with pytest.raises(ConfigError, match="this run has another config") as error:
@@ -169,7 +177,7 @@ def test_fields_that_may_differ_are_recorded_when_they_do(tmp_path):
         pass
     moved = {**CONFIG, "device": "cuda", "log": {"every": 1}}
     with open_run(tmp_path, moved, ignore={"device", "log.every"}) as run:
-        record = rundir.read(run.path)
+        record = read(run.path)
     assert record.config["device"] == "cpu"
     assert record.resumed[0]["changed"] == ['device: "cpu" -> "cuda"', "log.every: 500 -> 1"]
 
@@ -217,7 +225,7 @@ def test_a_killed_holder_frees_its_run(tmp_path):
         os.close(reader)
         os.close(writer)
     with open_run(tmp_path) as run:
-        assert run.state == "resumable"
+        assert state(run) == "resumed"
 
 
 def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
@@ -226,7 +234,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
 
     monkeypatch.setattr(fcntl, "flock", unable)
     with open_run(tmp_path) as run:
-        assert run.state == "new"
+        assert state(run) == "new"
     assert capsys.readouterr().err.startswith(
         f"warning: {run.path}: cannot lock (No locks available); make sure"
     )
@@ -289,7 +297,7 @@ def test_a_full_disk_while_creating_or_finishing_a_run(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (run.path / "finished.json").exists()
     with open_run(tmp_path / "other") as run:
-        assert run.state == "new"
+        assert state(run) == "new"
 
 
 @pytest.mark.parametrize(
@@ -314,7 +322,7 @@ def test_a_damaged_file_is_told(tmp_path, name, text, why):
     with open_run(tmp_path) as run:
         run.mark_finished({"score": 1.0})
         (run.path / f"{name}.json").write_bytes(text)
-    for access in (lambda: open_run(tmp_path), lambda: rundir.read(run.path)):
+    for access in (lambda: open_run(tmp_path), lambda: read(run.path)):
         with pytest.raises(RunError, match=rf"{name}.json: the file is damaged \({why}") as error:
             access()
         assert "\n" not in str(error.value)
@@ -349,7 +357,7 @@ def test_checkpoints_without_a_config_are_not_taken_for_a_new_run(tmp_path):
     with pytest.raises(RunError, match=r"there are checkpoints but no config.json"):
         open_run(tmp_path)
     with pytest.raises(RunError, match="there is no run here"):
-        rundir.read(run.path)
+        read(run.path)
 
 
 @pytest.mark.parametrize("name", ["../up", "", ".hidden", "a/b", "a b"])

@@ -93,3 +93,12 @@ def plain(value: Any, name: str = "value") -> Any:
         case Path():
             return str(value)
     raise TypeError(f"{name}: {type(value).__name__} has no JSON form")
+
+
+def filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested `config` with the fields of `defaults` that it lacks."""
+    whole = {**defaults, **config}
+    for name, default in defaults.items():
+        if isinstance(default, Mapping) and isinstance(whole[name], Mapping):
+            whole[name] = filled(whole[name], default)
+    return whole

@@ -7,7 +7,6 @@ backends.json: how the last session computed.
 
 import contextlib
 import fcntl
-import json
 import os
 import platform
 import re
@@ -16,51 +15,36 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 
 import hdfast
-from hdfast.runtime import checkpoint, errors
+from hdfast.runtime import errors
 from hdfast.runtime.errors import CheckpointError, ConfigError, RunError, disk_errors
-from hdfast.runtime.files import is_number, plain, write_json
+from hdfast.runtime.files import filled, plain, write_json
+from hdfast.runtime.record import difference, has_begun, path_of, read, read_json
 
 OPENING = {"config.json", "backends.json", "lock"}  # files that exist before a run begins
 FOLDERS = ("checkpoints", "replay", "tensorboard", "videos")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_ABSENT = "(absent)"
-
-State = Literal["new", "resumable", "finished"]
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a run's directory says about the run."""
-
-    path: Path
-    config: dict[str, Any]
-    created: dict[str, Any]
-    resumed: list[dict[str, Any]]
-    summary: dict[str, Any] | None  # None until the run is finished
 
 
 class RunDir:
     """A run's directory, held by this process until `close`; a context manager.
 
-    path: the directory. checkpoints, replay, tensorboard, videos: its folders.
-    state: "new", "resumable" or "finished" when it was opened.
+    path: the directory. checkpoints, replay: its folders.
     summary: what `mark_finished` was given, None before that.
     """
 
-    def __init__(self, path: Path, state: State, summary: dict[str, Any] | None, lock: int) -> None:
-        self.path, self.state, self.summary, self._lock = path, state, summary, lock
+    def __init__(self, path: Path, summary: dict[str, Any] | None, lock: int) -> None:
+        self.path, self.summary, self._lock = path, summary, lock
         self._made: list[Path] = []  # folders that `open` made, the run's own first
         self._grown: dict[str, Any] | None = None  # what config.json is to hold once the run has grown
-        self.checkpoints, self.replay, self.tensorboard, self.videos = (path / name for name in FOLDERS)
+        self.checkpoints, self.replay = path / "checkpoints", path / "replay"
 
     @classmethod
     def open(
@@ -75,7 +59,6 @@ class RunDir:
         growing: Collection[str] = (),
         defaults: Mapping[str, Any] | None = None,
         device: Mapping[str, Any] | None = None,
-        warn: Callable[[str], None] = errors.warn,
     ) -> Self:
         """Create the run's directory, or open the one that is there, and lock it.
 
@@ -100,7 +83,7 @@ class RunDir:
             _check_is_directory(path)
             made = [folder for folder in (path, *path.parents) if not folder.exists()]
             path.mkdir(parents=True, exist_ok=True)
-            lock = _lock(path, warn)
+            lock = _lock(path)
             try:
                 origin = {**provenance(), "device": plain(dict(device or {}), "device")}
                 opened = cls._open_locked(path, requested, ignore, growing, defaults or {}, origin, lock)
@@ -137,7 +120,7 @@ class RunDir:
         # Until its first checkpoint a run has learnt nothing, and its config may still change.
         if record is None or (lines and not begun and not finished):
             write_json(path / "config.json", {"config": requested, "created": origin, "resumed": []})
-            return cls(path, "new", None, lock)
+            return cls(path, None, lock)
         if lines:
             hint = "give the saved values, or another --logdir or --seed for a new run"
             raise ConfigError("this run has another config", where=path, hint=hint, details=lines)
@@ -145,10 +128,10 @@ class RunDir:
             hint = "restore them, or give another --logdir or --seed for a new run"
             raise CheckpointError("it is finished, but its checkpoints are gone", where=path, hint=hint)
         if record.summary is not None and not grown:
-            return cls(path, "finished", record.summary, lock)
+            return cls(path, record.summary, lock)
         resumed = [*record.resumed, {**origin, "changed": difference(saved, requested)}]
         written = {"config": {**record.config, **grown}, "created": record.created, "resumed": resumed}
-        opened = cls(path, "resumable", None, lock)
+        opened = cls(path, None, lock)
         if grown:
             opened._grown = written
         else:
@@ -181,7 +164,7 @@ class RunDir:
         path = self.path / "backends.json"
         with disk_errors(path, "write the file"):
             try:
-                before = _read_json(path)
+                before = read_json(path)
             except (FileNotFoundError, ValueError):
                 before = {}
             write_json(path, plain(dict(how), "how"))
@@ -215,77 +198,6 @@ class RunDir:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def path_of(logdir: Path, suite: str, task: str, seed: int) -> Path:
-    """Where a run lives; task: the name of its folder."""
-    return Path(logdir) / suite / task / f"seed{seed}"
-
-
-def has_begun(path: Path) -> bool:
-    """Whether the run in a directory has a checkpoint: until then it has learnt nothing."""
-    return bool(checkpoint.numbered(path / "checkpoints"))
-
-
-def read(path: Path) -> Record:
-    """What a run's directory says, without locking it: for reports and evaluation, also beside the trainer.
-
-    Raises: RunError when there is no run, or its JSON is damaged.
-    """
-    with disk_errors(path, "read the run"):
-        if not (path / "config.json").exists():
-            inside = (path.absolute().parent / "config.json").exists()  # such as checkpoints/
-            hint = f"try {path.parent}" if inside else ""
-            raise RunError("there is no run here (no config.json)", where=path, hint=hint)
-        try:
-            about = _read_json(path / "config.json", config=dict, created=dict, resumed=list)
-        except ValueError as error:
-            raise damaged(path / "config.json", str(error)) from None
-        finished = path / "finished.json"
-        summary = _read_summary(finished) if finished.exists() else None
-    return Record(path, about["config"], about["created"], about["resumed"], summary)
-
-
-def chosen(path: str | Path) -> checkpoint.Checkpoint:
-    """The newest checkpoint of the run in directory `path`, or the one whose file it is. Expands `~`, locks nothing.
-
-    Raises: RunError: there is no run. ConfigError: it holds runs instead. CheckpointError: it has no checkpoint yet or
-    none of that name, or what it has is damaged.
-    """
-    path = Path(path).expanduser()
-    if path.suffix == checkpoint.SUFFIX:
-        return checkpoint.load(path if path.parent.name else path.absolute())
-    with disk_errors(path, "read the run"):
-        below = [] if (path / "config.json").exists() else sorted(path.glob("**/config.json"))
-    if below:
-        hint = f"try {below[0].parent}"
-        raise ConfigError(f"this is not a run, it holds {len(below)}", where=path, hint=hint)
-    read(path)
-    if (found := checkpoint.load_latest(path / "checkpoints")) is None:
-        hint = "the first is written after --checkpoint.seconds of training"
-        raise CheckpointError("there is no checkpoint yet", where=path, hint=hint)
-    return found
-
-
-def difference(
-    saved: Mapping[str, Any], requested: Mapping[str, Any], ignore: Collection[str] = ()
-) -> list[str]:
-    """One line per field in which two nested configs differ, "rssm.deter: 512 -> 1024", saved value first.
-
-    Numbers are compared by value: 1 and 1.0 are the same.
-    ignore: dotted fields left out, each with everything below it.
-    """
-    before, after = dict(_flat(saved)), dict(_flat(requested))
-    lines = []
-    for field in dict.fromkeys([*before, *after]):
-        parts = field.split(".")
-        if any(".".join(parts[:i]) in ignore for i in range(1, len(parts) + 1)):
-            continue
-        old, new = (json.dumps(side[field]) if field in side else _ABSENT for side in (before, after))
-        values = [before.get(field), after.get(field)]
-        if old != new and not (all(map(_is_number, values)) and values[0] == values[1]):
-            lines.append(f"{field}: {old} -> {new}")
-    return lines
 
 
 def provenance() -> dict[str, Any]:
@@ -324,7 +236,7 @@ def _check_is_directory(path: Path) -> None:
             raise RunError("this is a file, not a directory", where=part, hint="choose another --logdir")
 
 
-def _lock(path: Path, warn: Callable[[str], None]) -> int:
+def _lock(path: Path) -> int:
     """A descriptor that holds the lock on `path` until it is closed or the process ends, however it ends."""
     descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -335,7 +247,7 @@ def _lock(path: Path, warn: Callable[[str], None]) -> int:
         hint = "wait for it, stop it, or choose another --logdir"
         raise RunError(f"this run is in use by {holder}", where=path, hint=hint) from None
     except OSError as error:
-        warn(f"{path}: cannot lock ({error.strerror}); make sure that no other process uses this run")
+        errors.warn(f"{path}: cannot lock ({error.strerror}); make sure that no other process uses this run")
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode(), 0)
@@ -343,54 +255,6 @@ def _lock(path: Path, warn: Callable[[str], None]) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def damaged(path: Path, why: str, *, hint: str = "restore it or remove the run's directory") -> RunError:
-    """The error to raise about a damaged file of a run."""
-    return RunError(f"the file is damaged ({why})", where=path, hint=hint)
-
-
-def _read_json(path: Path, **kinds: type) -> dict[str, Any]:
-    """The fields of an object, each of its type. Raises: ValueError."""
-    content = json.loads(path.read_bytes())
-    if not isinstance(content, dict):
-        raise ValueError(f"it is {content!r:.50}, expected a dict")
-    for field, kind in kinds.items():
-        if not isinstance(content.get(field), kind):
-            raise ValueError(f"{field} is {content.get(field)!r:.50}, expected a {kind.__name__}")
-    return content
-
-
-def _read_summary(path: Path) -> dict[str, Any]:
-    try:
-        summary = _read_json(path, summary=dict)["summary"]
-        for name, value in {"score": None, **summary}.items():
-            if name in ("score", "success") and not is_number(value):
-                raise ValueError(f"{name} is {value!r:.50}, expected a number")
-    except ValueError as error:
-        raise damaged(path, str(error), hint="remove it, and the run's command writes it anew") from None
-    return summary
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested `config` with the fields of `defaults` that it lacks."""
-    whole = {**defaults, **config}
-    for name, default in defaults.items():
-        if isinstance(default, Mapping) and isinstance(whole[name], Mapping):
-            whole[name] = filled(whole[name], default)
-    return whole
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    fields = []
-    for name, value in config.items():
-        nested = isinstance(value, Mapping) and value
-        fields += _flat(value, f"{prefix}{name}.") if nested else [(prefix + name, value)]
-    return fields
 
 
 def _now() -> str:
