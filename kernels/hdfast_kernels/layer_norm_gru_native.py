@@ -1,5 +1,7 @@
 """layer_norm_gru on the CPU (csrc/ops/layer_norm_gru.cpp). Forward keeps each row's mean and rstd."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,19 +10,31 @@ from .autograd import once_differentiable
 from .numerics import rows_of
 
 
+def _forward(
+    inputs: Sequence[Tensor], eps: float, out: Tensor, rounded: Tensor | None, moments: tuple[Tensor, Tensor]
+) -> None:
+    """Fills out and rounded (N, columns), whose rows may be any distance apart, and the moments.
+
+    inputs: gates, deter, weight, bias. moments: each row's mean and rstd (N,).
+    """
+    gates, deter, *_ = inputs
+    mean, rstd = moments
+    second, apart = (0, 0) if rounded is None else (native.ptr_of_rows(rounded), rounded.stride(0))
+    native.module().layer_norm_gru_forward(
+        *map(native.ptr, inputs), native.ptr_of_rows(out), out.stride(0), second, apart, native.ptr(mean),
+        native.ptr(rstd), *out.shape, eps, native.is_bf16(gates), native.is_bf16(deter), native.threads(),
+    )  # fmt: skip
+
+
 class _LayerNormGRU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gates: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         gates, deter = gates.contiguous(), deter.contiguous()
         weight, bias = native.as_float(weight), native.as_float(bias)
-        rows, width = deter.shape[:-1].numel(), deter.shape[-1]
-        after, mean, rstd = torch.empty_like(deter), native.empty(rows), native.empty(rows)
-        native.module().layer_norm_gru_forward(
-            native.ptr(gates), native.ptr(deter), native.ptr(weight), native.ptr(bias), native.ptr(after),
-            width, 0, 0, native.ptr(mean), native.ptr(rstd), rows, width, eps, native.is_bf16(gates),
-            native.is_bf16(deter), native.threads(),
-        )  # fmt: skip
-        ctx.save_for_backward(gates, deter, weight, bias, mean, rstd)
+        rows, after = deter.shape[:-1].numel(), torch.empty_like(deter)
+        moments = native.empty(rows), native.empty(rows)
+        _forward((gates, deter, weight, bias), eps, rows_of(after), None, moments)
+        ctx.save_for_backward(gates, deter, weight, bias, *moments)
         return after
 
     @staticmethod
@@ -55,11 +69,6 @@ def layer_norm_gru_native(
     weight, bias = native.as_float(weight.detach()), native.as_float(bias.detach())
     out = torch.empty_like(deter) if out is None else out
     after, second = rows_of(out), None if rounded is None else rows_of(rounded)
-    (rows, width), moments = after.shape, native.empty(2, len(after))
-    native.module().layer_norm_gru_forward(
-        native.ptr(gates), native.ptr(deter), native.ptr(weight), native.ptr(bias), native.ptr_of_rows(after),
-        after.stride(0), 0 if second is None else native.ptr_of_rows(second),
-        0 if second is None else second.stride(0), native.ptr(moments[0]), native.ptr(moments[1]), rows, width,
-        eps, native.is_bf16(gates), native.is_bf16(deter), native.threads(),
-    )  # fmt: skip
+    moments = native.empty(len(after)), native.empty(len(after))
+    _forward((gates, deter, weight, bias), eps, after, second, moments)
     return out

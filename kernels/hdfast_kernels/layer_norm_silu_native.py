@@ -8,17 +8,25 @@ from .autograd import once_differentiable
 from .numerics import rows_of
 
 
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, moments: tuple[Tensor, Tensor]
+) -> None:
+    """Fills out (N, columns), whose rows may be any distance apart, and the moments: each row's mean and rstd (N,)."""
+    mean, rstd = moments
+    native.module().layer_norm_silu_forward(
+        native.ptr(x), native.ptr(weight), native.ptr(bias), native.ptr_of_rows(out), out.stride(0),
+        native.ptr(mean), native.ptr(rstd), *out.shape, eps, native.is_bf16(x), native.threads(),
+    )  # fmt: skip
+
+
 class _LayerNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         x, weight, bias = x.contiguous(), native.as_float(weight), native.as_float(bias)
-        rows, width = x.shape[:-1].numel(), x.shape[-1]
-        y, mean, rstd = torch.empty_like(x), native.empty(rows), native.empty(rows)
-        native.module().layer_norm_silu_forward(
-            native.ptr(x), native.ptr(weight), native.ptr(bias), native.ptr(y), width, native.ptr(mean),
-            native.ptr(rstd), rows, width, eps, native.is_bf16(x), native.threads(),
-        )  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        rows, y = x.shape[:-1].numel(), torch.empty_like(x)
+        moments = native.empty(rows), native.empty(rows)
+        _forward(x, weight, bias, eps, rows_of(y), moments)
+        ctx.save_for_backward(x, weight, bias, *moments)
         return y
 
     @staticmethod
@@ -43,9 +51,5 @@ def layer_norm_silu_native(
         return _LayerNormSiLU.apply(x, weight, bias, eps)
     x, y = x.detach().contiguous(), rows_of(out)
     weight, bias = native.as_float(weight.detach()), native.as_float(bias.detach())
-    (rows, width), moments = y.shape, native.empty(2, len(y))
-    native.module().layer_norm_silu_forward(
-        native.ptr(x), native.ptr(weight), native.ptr(bias), native.ptr_of_rows(y), y.stride(0),
-        native.ptr(moments[0]), native.ptr(moments[1]), rows, width, eps, native.is_bf16(x), native.threads(),
-    )  # fmt: skip
+    _forward(x, weight, bias, eps, y, (native.empty(len(y)), native.empty(len(y))))
     return out

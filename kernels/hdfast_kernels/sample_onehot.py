@@ -37,19 +37,11 @@ def sample_onehot_reference(
     logits: Tensor, uniform: Tensor, unimix: float = 0.01
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, in plain PyTorch; see `sample_onehot`."""
-    classes, dtype = logits.shape[-1], compute_dtype(logits)
-    if unimix:
-        probs = torch.softmax(logits.to(dtype), dim=-1) * (1 - unimix) + unimix / classes
-        logp = probs.log()
-    else:
-        logp = torch.log_softmax(logits.to(dtype), dim=-1)  # stays finite where a probability underflows
-        probs = logp.exp()
-    cdf = probs.detach().cumsum(dim=-1)
-    index = (cdf <= uniform.unsqueeze(-1)).sum(dim=-1).clamp_(max=classes - 1)  # (..., S, K) -> (..., S)
-    stoch = one_hot(index, classes).view(probs.shape) + (
+    probs, logp, index = _draw(logits, uniform, unimix)
+    stoch = one_hot(index, logits.shape[-1]).view(probs.shape) + (
         probs - probs.detach()
     )  # the bracket is exactly zero
-    return stoch.to(logits.dtype), index, logp
+    return stoch.to(logits.dtype), index, probs.log() if logp is None else logp
 
 
 def sample_index_reference(
@@ -60,16 +52,23 @@ def sample_index_reference(
     dense: Tensor | None = None,
 ) -> Tensor:
     """The definition, in plain PyTorch; see `sample_index`."""
-    classes, logits = logits.shape[-1], logits.detach().to(compute_dtype(logits))
+    _, _, index = _draw(logits.detach(), uniform, unimix)
+    if dense is not None:
+        dense.copy_(one_hot(index, logits.shape[-1]))
+    return index if out is None else out.copy_(index)
+
+
+def _draw(logits: Tensor, uniform: Tensor, unimix: float) -> tuple[Tensor, Tensor | None, Tensor]:
+    """p, log p if p follows from it, and the class that each uniform number draws."""
+    classes, logits, logp = logits.shape[-1], logits.to(compute_dtype(logits)), None
     if unimix:
         probs = torch.softmax(logits, dim=-1) * (1 - unimix) + unimix / classes
     else:
-        probs = torch.log_softmax(logits, dim=-1).exp()
-    cdf = probs.cumsum(dim=-1)
-    index = (cdf <= uniform.unsqueeze(-1)).sum(dim=-1).clamp_(max=classes - 1)
-    if dense is not None:
-        dense.copy_(one_hot(index, classes))
-    return index if out is None else out.copy_(index)
+        logp = torch.log_softmax(logits, dim=-1)  # stays finite where a probability underflows
+        probs = logp.exp()
+    cdf = probs.detach().cumsum(dim=-1)
+    index = (cdf <= uniform.unsqueeze(-1)).sum(dim=-1).clamp_(max=classes - 1)  # (..., S, K) -> (..., S)
+    return probs, logp, index
 
 
 def one_hot(index: Tensor, classes: int) -> Tensor:
