@@ -296,7 +296,7 @@ SUITES: dict[str, Suite] = {
             name="demo",
             source="demo",
             tasks=(Task("Catch", "Catch-v0", time_limit=9),),
-            others=(Task("Track", "Track", time_limit=32),),
+            others=(Task("Track", "Track", time_limit=32), Task("TrackGrey", "TrackGrey", time_limit=32)),
             action_repeat=1,
             defaults={
                 "size": "tiny",

@@ -46,6 +46,17 @@ def test_images_show_dot_and_paddle_before_blocks_that_change():
             before, (dot, paddle) = after, moved
 
 
+def test_without_blocks_the_dots_are_the_same():
+    rows = []
+    for task in ("Track", "TrackGrey"):
+        with envs.make("demo", task, num_envs=3, seed=1) as env:
+            rows.append([env.reset(), *(env.step(np.full(3, RIGHT, np.int32)) for _ in range(40))])
+    for blocks, grey in zip(*rows, strict=True):
+        assert np.array_equal(cells(blocks.obs["image"]), cells(grey.obs["image"]))
+        assert np.array_equal(blocks.reward, grey.reward)
+        assert (grey.obs["image"][:, 3:14] == 128).all()
+
+
 def test_an_episode_has_a_first_row_and_32_steps_and_is_truncated():
     rng = np.random.default_rng(0)
     _, rows = play(lambda image: rng.integers(3, size=len(image)), num_envs=4, steps=99)

@@ -360,7 +360,7 @@ def test_a_folder_of_another_suite_is_told_and_hides_no_other(tmp_path, monkeypa
         f"warning: {tmp_path / 'demo' / name}: left out: {what}"
         for name, what in (
             ("CartPole-v1", f"it holds gym CartPole-v1 seed 0; {asked}"),
-            ("Caught", "no task 'Caught' in suite demo; choose from 'Catch', 'Track'"),
+            ("Caught", "no task 'Caught' in suite demo; choose from 'Catch', 'Track', 'TrackGrey'"),
             ("Old", "no suite 'deom'; did you mean 'demo'?"),
             ("walker_walk", f"it holds gym walker_walk seed 0; {asked}"),
         )

@@ -67,7 +67,7 @@ def make(
             from hdfast.envs.catch import Catch
             from hdfast.envs.track import Track
 
-            return {"Catch-v0": Catch, "Track": Track}[found.env_id](found, **shared)
+            return (Catch if found.env_id == "Catch-v0" else Track)(found, **shared)
         case "dmc":
             from hdfast.envs.dmc import ControlSuite
 

@@ -1,8 +1,9 @@
 """Track: a dot wanders along the top of the picture, and the paddle at the bottom earns 1 in each step it is below it.
 
 A task of the suite `demo`. Behind both, sixteen blocks take other colours in every frame: nothing depends on them, no
-one can foresee them, and most of the picture's squared error is theirs. Actions are left, stay, right. An episode has
-32 steps, and its end is a truncation. The dot moves by a cell a step and turns at the walls, elsewhere one time in ten.
+one can foresee them, and most of the picture's squared error is theirs. TrackGrey is the same without them, with the
+same dots. Actions are left, stay, right. An episode has 32 steps, and its end is a truncation. The dot moves by a cell
+a step and turns at the walls, elsewhere one time in ten.
 
 Axes: N environments. The 8 cells of a row are 2 pixels wide each.
 """
@@ -18,10 +19,11 @@ REACH = 1  # cells to either side that the paddle covers
 TURNS = 0.1
 DOT = (255, 255, 255)
 PADDLE = (0, 0, 255)
+GREY = 128
 
 
 class Track(BatchEnv):
-    """Track as images, uint8 (N, 16, 16, 3) under the key `image`."""
+    """Track, or TrackGrey, as images, uint8 (N, 16, 16, 3) under the key `image`."""
 
     source = "hdfast"
 
@@ -34,7 +36,7 @@ class Track(BatchEnv):
             action_repeat=action_repeat,
         )
         assert task.time_limit is not None
-        self._length = task.time_limit
+        self._length, self._grey = task.time_limit, task.env_id == "TrackGrey"
         self._rngs = [np.random.default_rng(one) for one in env_seeds(seed, num_envs)]
         self._dot, self._way, self._paddle, self._elapsed = np.zeros((4, num_envs), np.int64)
 
@@ -57,7 +59,7 @@ class Track(BatchEnv):
             else:
                 self._move(i, rng)
             colours = rng.integers(256, size=(SIZE // BLOCK, SIZE // BLOCK, 3), dtype=np.uint8)
-            image[i] = colours.repeat(BLOCK, 0).repeat(BLOCK, 1)
+            image[i] = GREY if self._grey else colours.repeat(BLOCK, 0).repeat(BLOCK, 1)
             column = CELL * self._dot[i]
             image[i, 1 : 1 + CELL, column : column + CELL] = DOT
             left, right = self._paddle[i] - REACH, self._paddle[i] + REACH + 1
