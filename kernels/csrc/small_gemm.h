@@ -13,7 +13,7 @@
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
-#if defined(__AVX512BF16__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -148,7 +148,7 @@ inline void panel_product(const E* A, int64_t lda, int64_t rows, const Packed<E>
   }
 }
 
-#if defined(__AVX512BF16__) && defined(__linux__) && defined(__x86_64__)
+#if defined(__AMX_BF16__) && defined(__linux__) && defined(__x86_64__)
 #define HDFAST_AMX
 // Whether this process may use the AMX tiles; asks the kernel for them once.
 inline bool amx_granted() {
