@@ -28,28 +28,27 @@ def plainly(implementation: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes it an error to ask for a gradient that can be differentiated again (`create_graph=True`) of `backward`.
+def once_differentiable(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes it an error to ask for a gradient of `op` that can be differentiated again (`create_graph=True`).
 
-    `backward` is the backward pass of a torch.autograd.Function of kernels. PyTorch's decorator of this name waits
-    until the second differentiation, and finds it only on some of its ways: a gradient of chosen inputs silently leaves
-    out a penalty on the first gradient. `backward` gets gradients with their signs resolved: that of an imaginary part
+    It decorates the backward pass of a torch.autograd.Function of kernels. PyTorch's decorator of this name waits until
+    the second differentiation, and finds it only on some of its ways: a gradient of chosen inputs silently leaves out a
+    penalty on the first gradient. The backward pass gets gradients with their signs resolved: that of an imaginary part
     may come in lazily negated.
     """
-    op = backward.__module__.rpartition(".")[2]
-    for suffix in ("_native", "_triton", "_fused"):
-        op = op.removesuffix(suffix)
-
     # PyTorch itself has no second derivative of the bags of embeddings in the reference of onehot_linear.
     remedy = "a product with one-hot latents" if op == "onehot_linear" else 'backend="reference"'
 
-    @functools.wraps(backward)
-    def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{op}: its kernels cannot be differentiated twice, which create_graph=True asks for; {remedy} can"
-            )
-        grads = tuple(grad if grad is None else grad.resolve_neg() for grad in grads)
-        return plainly(backward)(ctx, *grads)
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{op}: its kernels cannot be differentiated twice, which create_graph=True asks for; {remedy} can"
+                )
+            grads = tuple(grad if grad is None else grad.resolve_neg() for grad in grads)
+            return plainly(backward)(ctx, *grads)
 
-    return wrapper
+        return wrapper
+
+    return decorate

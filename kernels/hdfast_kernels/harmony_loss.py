@@ -143,7 +143,7 @@ class _HarmonyLoss(torch.autograd.Function):
         return total, means
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("harmony_loss")
     def backward(ctx, dtotal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         log_sigma, means = ctx.saved_tensors
         dlosses = tuple(torch.empty(shape, dtype=dtype, device=means.device) for shape, dtype in ctx.like)

@@ -38,7 +38,7 @@ class _HarmonyLoss(torch.autograd.Function):
         return total, means
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("harmony_loss")
     def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
         (slopes,), count = ctx.saved_tensors, ctx.count
         groups = slopes.numel() - count

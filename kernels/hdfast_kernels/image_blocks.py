@@ -248,7 +248,7 @@ class _HalveImage(torch.autograd.Function):
         return _halved(blocks, weight)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("strided_conv")
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (blocks, weight), grad, grad_image, grad_weight = ctx.saved_tensors, grad.contiguous(), None, None
         if ctx.needs_input_grad[0]:
@@ -267,7 +267,7 @@ class _DoubleToImage(torch.autograd.Function):
         return _doubled(x, weight, (2 * height, 2 * width, len(bias)), bias)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("image_deconv")
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (x, weight), grad_x, grad_weight = ctx.saved_tensors, None, None
         blocks, grad_bias = blocks_of(grad, summed=ctx.needs_input_grad[2])

@@ -25,7 +25,7 @@ class _ImageDeconv(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("image_deconv")
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), grad_x, grad_weight, grad_bias = ctx.saved_tensors, None, None, None
         if image_conv_native.takes(grad, x.shape[-1]):

@@ -71,7 +71,7 @@ class _ImageLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("image_loss")
     def backward(ctx, dloss: Tensor) -> tuple[Tensor, None]:
         pred, image = ctx.saved_tensors
         rows, pixels = pred.shape

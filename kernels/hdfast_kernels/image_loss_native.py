@@ -20,7 +20,7 @@ class _ImageLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("image_loss")
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         pred, image = ctx.saved_tensors
         grad, grad_pred, width = grad.contiguous(), torch.empty_like(pred), pred.shape[-3:].numel()

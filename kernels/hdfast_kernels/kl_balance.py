@@ -102,7 +102,7 @@ class _KLBalance(torch.autograd.Function):
         return dyn.view(leading), rep.view(leading), shown
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("kl_balance")
     def backward(
         ctx, ddyn: Tensor | None, drep: Tensor | None, _: None
     ) -> tuple[Tensor | None, Tensor | None, None]:

@@ -26,7 +26,7 @@ class _KLBalance(torch.autograd.Function):
         return loss, loss.clone(), kl
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("kl_balance")
     def backward(
         ctx, grad_dyn: Tensor | None, grad_rep: Tensor | None, _: None
     ) -> tuple[Tensor | None, Tensor | None, None]:

@@ -119,7 +119,7 @@ class _LambdaReturn(torch.autograd.Function):
         return returns, weight
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("lambda_return")
     def backward(ctx, dreturns: Tensor, _: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
         (cont,), (H, N), (reward, value) = ctx.saved_tensors, dreturns.shape, ctx.dtypes
         dreturns = dreturns.contiguous()

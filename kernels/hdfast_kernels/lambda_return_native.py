@@ -27,7 +27,7 @@ class _LambdaReturn(torch.autograd.Function):
         return returns.to(dtype), weight
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("lambda_return")
     def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
         (cont,) = ctx.saved_tensors
         grad = native.as_float(grad)

@@ -207,7 +207,7 @@ class _LayerNormGRU(torch.autograd.Function):
         return out.view(deter.shape)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("layer_norm_gru")
     def backward(ctx, dnext: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         gates, deter, weight, bias = ctx.saved_tensors
         (rows, D), tile = deter.shape, row_tile(deter.shape[1], TILE, THREAD)

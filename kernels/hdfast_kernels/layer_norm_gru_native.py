@@ -38,7 +38,7 @@ class _LayerNormGRU(torch.autograd.Function):
         return after
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("layer_norm_gru")
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         gates, deter, weight, bias, mean, rstd = ctx.saved_tensors
         grad, rows, width = grad.contiguous(), deter.shape[:-1].numel(), deter.shape[-1]

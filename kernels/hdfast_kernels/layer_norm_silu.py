@@ -197,7 +197,7 @@ class _LayerNormSiLU(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("layer_norm_silu")
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, bias, kept = ctx.saved_tensors
         rows, channels = x.shape

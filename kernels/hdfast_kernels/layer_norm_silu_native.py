@@ -30,7 +30,7 @@ class _LayerNormSiLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("layer_norm_silu")
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         grad, rows, width = grad.contiguous(), x.shape[:-1].numel(), x.shape[-1]

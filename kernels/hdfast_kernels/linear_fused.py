@@ -49,7 +49,7 @@ class _Linear(torch.autograd.Function):
         return y.view(*ctx.shape[:-1], len(weight))[..., :N]
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("linear")
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         K, N = ctx.shape[-1], grad.shape[-1]

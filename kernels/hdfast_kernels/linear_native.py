@@ -58,7 +58,7 @@ class _Linear(torch.autograd.Function):
         return _onednn(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("linear")
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad, grad_x, grad_weight, grad_bias = grad.flatten(0, -2), None, None, None

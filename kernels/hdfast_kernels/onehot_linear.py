@@ -184,7 +184,7 @@ class _OnehotLinear(torch.autograd.Function):
         return y.view(*index.shape[:-1], U)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("onehot_linear")
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         index, weight = ctx.saved_tensors
         dweight = dlatent = None
@@ -209,7 +209,7 @@ class _DenseLinear(torch.autograd.Function):
         return y.view(*dense.shape[:-1], weight.shape[1])
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("onehot_linear")
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         flat, weight = ctx.saved_tensors
         dweight = dlatent = None

@@ -33,7 +33,7 @@ class _OnehotLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("onehot_linear")
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         index, weight = ctx.saved_tensors
         grad, grad_weight, grad_latent = grad.contiguous(), None, None

@@ -80,7 +80,7 @@ class _Observe(torch.autograd.Function):
         return deter, stoch, state["index"], state["logp"]
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("rssm_observe")
     def backward(ctx, grad_deter, grad_stoch, _, grad_logp):
         saved = dict(zip((*WEIGHTS, *STATE), ctx.saved_tensors, strict=True))
         T, B, D, U, S, K, _ = ctx.sizes.values()

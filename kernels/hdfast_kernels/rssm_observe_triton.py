@@ -151,7 +151,7 @@ class _Observe(torch.autograd.Function):
         return deter, stoch, index, logp
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("rssm_observe")
     def backward(ctx, grad_deter, grad_stoch, _, grad_logp):
         is_first, initial_deter, initial_index, in_stoch, *rest = ctx.saved_tensors
         in_weight, in_bias, gru, gru_weight, gru_bias, post_deter, post_weight, post_bias, logit_weight, _ = (

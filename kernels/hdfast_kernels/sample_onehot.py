@@ -164,7 +164,7 @@ class _SampleOnehot(torch.autograd.Function):
         return stoch.view(logits.shape), index.view(logits.shape[:-1]), logp.view(logits.shape)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("sample_onehot")
     def backward(
         ctx, dstoch: Tensor | None, _: None, dlogp: Tensor | None
     ) -> tuple[Tensor | None, None, None]:

@@ -23,7 +23,7 @@ class _SampleOnehot(torch.autograd.Function):
         return stoch, index, logp
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("sample_onehot")
     def backward(ctx, grad_stoch: Tensor, _, grad_logp: Tensor) -> tuple[Tensor, None, None]:
         (logits,) = ctx.saved_tensors
         grad_stoch, grad_logp = grad_stoch.contiguous(), native.as_float(grad_logp)

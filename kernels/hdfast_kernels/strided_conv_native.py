@@ -28,7 +28,7 @@ class _StridedConv(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("strided_conv")
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (x, low), grad, grad_x, grad_weight = ctx.saved_tensors, grad.contiguous(), None, None
         wanted = list(ctx.needs_input_grad[:2])

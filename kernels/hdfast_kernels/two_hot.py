@@ -248,7 +248,7 @@ class _TwoHotLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("two_hot_loss")
     def backward(ctx, dloss: Tensor) -> tuple[Tensor, None, None, None]:
         logits, target = ctx.saved_tensors
         (rows, K), tile = logits.shape, row_tile(logits.shape[1], TILE, THREAD)
@@ -275,7 +275,7 @@ class _TwoHotMean(torch.autograd.Function):
         return mean
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("two_hot_mean")
     def backward(ctx, dmean: Tensor) -> tuple[Tensor, None, None]:
         (logits,) = ctx.saved_tensors
         (rows, K), tile = logits.shape, row_tile(logits.shape[1], TILE, THREAD)

@@ -31,7 +31,7 @@ class _TwoHotLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("two_hot_loss")
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, kept = ctx.saved_tensors
         grad, grad_logits = grad.contiguous(), torch.empty_like(logits)
@@ -57,7 +57,7 @@ class _TwoHotMean(torch.autograd.Function):
         return mean
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("two_hot_mean")
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, kept = ctx.saved_tensors
         grad, grad_logits = grad.contiguous(), torch.empty_like(logits)

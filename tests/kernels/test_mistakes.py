@@ -160,11 +160,8 @@ def test_differentiating_twice_is_refused(op, backend, monkeypatch):
     ends = [one for one in (out if isinstance(out, tuple) else (out,)) if one.requires_grad]
     assert ends
     total = sum(one.sum() for one in ends)
-    with pytest.raises(
-        RuntimeError, match=r"^\w+: its kernels cannot be differentiated twice, .* can$"
-    ) as told:
+    with pytest.raises(RuntimeError, match=rf"^{op}: its kernels cannot be differentiated twice, .* can$"):
         torch.autograd.grad(total, floats, create_graph=True, allow_unused=True)
-    assert op.startswith(str(told.value).partition(":")[0])
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op not in (*WITHOUT_GRADIENT, "onehot_linear")])
