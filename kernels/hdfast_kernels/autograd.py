@@ -12,7 +12,7 @@ def _autocast() -> bool:
     return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
-def plainly(implementation: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """The implementation of an op, called with autocast off.
 
     The dtypes of an op's arguments decide what it computes in. Under autocast, PyTorch would return bfloat16 from one
@@ -47,7 +47,7 @@ def once_differentiable(op: str) -> Callable[[Callable[..., Any]], Callable[...,
                     f"{op}: its kernels cannot be differentiated twice, which create_graph=True asks for; {remedy} can"
                 )
             grads = tuple(grad if grad is None else grad.resolve_neg() for grad in grads)
-            return plainly(backward)(ctx, *grads)
+            return without_autocast(backward)(ctx, *grads)
 
         return wrapper
 

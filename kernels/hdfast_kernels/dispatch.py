@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .autograd import plainly
+from .autograd import without_autocast
 
 BACKENDS = ("reference", "triton", "persistent", "fused", "native")
 IN_TRITON = ("triton", "persistent")
@@ -27,26 +27,13 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16)
 # was verified on a real GPU, and an update with all of them is 5.6 times as fast as one with references, both as
 # graphs (bench/results/nvidia-h200). gather_windows was verified too, but not timed there by itself. The first run
 # on a GPU searches for the fastest by itself.
-CPU_DEFAULT: dict[str, str] = {
-    "adam_step": "native",
-    "gather_windows": "native",
-    "harmony_loss": "native",
-    "image_deconv": "native",
-    "image_input": "native",
-    "image_loss": "native",
-    "kl_balance": "native",
-    "lambda_return": "native",
-    "layer_norm_gru": "native",
-    "layer_norm_silu": "native",
-    "linear": "native",
-    "onehot_linear": "native",
-    "rssm_observe": "native",
-    "sample_index": "native",
-    "sample_onehot": "native",
-    "strided_conv": "native",
-    "two_hot_loss": "native",
-    "two_hot_mean": "native",
-}
+# fmt: off
+CPU_DEFAULT: dict[str, str] = dict.fromkeys((
+    "adam_step", "gather_windows", "harmony_loss", "image_deconv", "image_input", "image_loss", "kl_balance",
+    "lambda_return", "layer_norm_gru", "layer_norm_silu", "linear", "onehot_linear", "rssm_observe", "sample_index",
+    "sample_onehot", "strided_conv", "two_hot_loss", "two_hot_mean",
+), "native")
+# fmt: on
 CUDA_DEFAULT: dict[str, str] = {
     "adam_step": "triton",
     "harmony_loss": "triton",
@@ -80,33 +67,31 @@ class BackendError(RuntimeError):
 
 @dataclass
 class _Op:
+    dtypes: tuple[torch.dtype, ...] | None
     implementations: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    dtypes: tuple[torch.dtype, ...] | None = FUSED_DTYPES
 
 
 _ops: dict[str, _Op] = {}
-_kept_apart: dict[tuple[str, str], Callable[..., Any]] = {}  # by op and backend; see `_apart`
+_outside: dict[tuple[str, str], Callable[..., Any]] = {}  # by op and backend; see `_outside_compile`
 
 
 def register(
-    op: str,
-    *,
-    reference: Callable[..., Any] | None = None,
-    triton: Callable[..., Any] | None = None,
-    persistent: Callable[..., Any] | None = None,
-    fused: Callable[..., Any] | None = None,
-    native: Callable[..., Any] | None = None,
-    dtypes: tuple[torch.dtype, ...] | None = FUSED_DTYPES,
+    op: str, *, dtypes: tuple[torch.dtype, ...] | None = FUSED_DTYPES, **implementations: Callable[..., Any]
 ) -> None:
-    """Add implementations of `op`; several calls for one op add up.
+    """Add implementations of `op`, by backend; several calls for one op add up.
 
-    `dtypes` are those of the deciding tensor that all but the reference take; None means all.
+    `dtypes` are those of the deciding tensor that all but the reference take, the same in every call for an op; None
+    means all.
+
+    Raises BackendError if there is no such backend, or if the op has other dtypes.
     """
-    entry = _ops.setdefault(op, _Op())
-    given = (reference, triton, persistent, fused, native)
-    named = zip(BACKENDS, given, strict=True)
-    entry.implementations |= {name: function for name, function in named if function is not None}
-    entry.dtypes = dtypes
+    for name in implementations:
+        if name not in BACKENDS:
+            raise BackendError(f"{op}: there is no backend {name}; choose one of {', '.join(BACKENDS)}")
+    entry = _ops.setdefault(op, _Op(dtypes=dtypes))
+    if dtypes != entry.dtypes:
+        raise BackendError(f"{op}: registered with dtypes={entry.dtypes}, now with {dtypes}")
+    entry.implementations |= implementations
 
 
 def use(device: str, backends: Mapping[str, str] | None) -> dict[str, str]:
@@ -138,12 +123,12 @@ def resolve(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[...,
     name = resolve_name(op, backend, tensor)
     if name != "reference":
         if torch.compiler.is_compiling():
-            return _apart(op, name)
+            return _outside_compile(op, name)
         if torch.jit.is_tracing():
             raise BackendError(
                 f'{op}: torch.jit.trace does not see what {name} does; backend="reference" can be traced'
             )
-    implementation = plainly(_ops[op].implementations[name])
+    implementation = without_autocast(_ops[op].implementations[name])
     if name != "reference" and tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return functools.partial(_on, tensor.device, implementation)
     return implementation
@@ -223,24 +208,24 @@ def _on(device: torch.device, implementation: Callable[..., Any], *args: Any, **
         return implementation(*args, **kwargs)
 
 
-def _apart(op: str, name: str) -> Callable[..., Any]:
+def _outside_compile(op: str, name: str) -> Callable[..., Any]:
     """The implementation as torch.compile calls it between two of its graphs, without looking into it.
 
     Looking, it would break its graph at every step of ours that is not PyTorch's, and compile the rest piece by piece.
     """
-    if not _kept_apart:  # for all ops at once: a graph that has been compiled depends on this not changing
+    if not _outside:  # for all ops at once: a graph that has been compiled depends on this not changing
         for one, entry in _ops.items():
             for backend, implementation in entry.implementations.items():
                 call = functools.partial(_run, implementation)
-                _kept_apart[one, backend] = torch.compiler.disable(call, reason="a kernel of hdfast_kernels")
-    return _kept_apart[op, name]
+                _outside[one, backend] = torch.compiler.disable(call, reason="a kernel of hdfast_kernels")
+    return _outside[op, name]
 
 
 def _run(implementation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     tensor = next((one for one in args if isinstance(one, torch.Tensor)), None)
     if tensor is not None and tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return _on(tensor.device, plainly(implementation), *args, **kwargs)
-    return plainly(implementation)(*args, **kwargs)
+        return _on(tensor.device, without_autocast(implementation), *args, **kwargs)
+    return without_autocast(implementation)(*args, **kwargs)
 
 
 def _check_op(op: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import dispatch
 from ._triton import tl, triton
-from .autograd import once_differentiable, plainly
+from .autograd import once_differentiable, without_autocast
 from .numerics import as_contiguous, check_axes, check_device, check_shape, check_tensor, compute_dtype
 from .onehot_linear_native import onehot_linear_native
 from .tiles import as_rows, row_tile
@@ -294,7 +294,7 @@ def onehot_linear(
         "onehot_linear", weight=weight, index=index, straight_through=straight_through, onto=onto, dense=dense
     )
     if dense is not None and dispatch.resolve_name("onehot_linear", backend, weight) == "triton":
-        return plainly(_DenseLinear.apply)(dense.detach(), weight, straight_through, onto)
+        return without_autocast(_DenseLinear.apply)(dense.detach(), weight, straight_through, onto)
     return dispatch.resolve("onehot_linear", backend, weight)(index, weight, straight_through, onto)
 
 

@@ -181,6 +181,21 @@ def test_dtypes_none_takes_all(toy):
     assert dispatch.resolve_name("bytes", "native", torch.empty(0, dtype=torch.uint8)) == "native"
 
 
+def test_a_second_call_adds_to_an_op_and_does_not_change_its_dtypes(toy):
+    with pytest.raises(BackendError, match=r"^toy: registered with dtypes=\(.*\), now with None$"):
+        dispatch.register(toy, fused=lambda: "fused", dtypes=None)
+    assert dispatch.backends_registered(toy) == ("reference", "triton", "native")
+    assert dispatch.resolve_name(toy, None, CPU.double()) == "reference"
+
+
+def test_an_implementation_of_no_backend_is_refused(toy):
+    with pytest.raises(
+        BackendError, match=r"^toi: there is no backend nativ; choose one of reference, triton"
+    ):
+        dispatch.register("toi", nativ=lambda: "native")
+    assert dispatch.ops() == (toy,)
+
+
 def test_every_default_is_an_implementation_that_exists():
     for table in (dispatch.CPU_DEFAULT, dispatch.CUDA_DEFAULT):
         for op, name in table.items():
