@@ -80,10 +80,7 @@ def backend(name: str) -> Iterator[None]:
                 "triton": ("triton", "fused"),
                 "triton-persistent": ("persistent", "triton", "fused"),
             }.get(name, (name,))
-            have = {op: dispatch.backends_registered(op) for op in dispatch.ops()}
-            chosen = {
-                op: next(b for b in wanted if b in own) for op, own in have.items() if {*wanted} & {*own}
-            }
+            chosen = dispatch.first_of(wanted)
             before = {device: dispatch.use(device, chosen) for device in ("cpu", "cuda")}
         yield
     finally:

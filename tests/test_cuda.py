@@ -61,9 +61,7 @@ def backend(
     """The backend of every op that has it, also in runs, which otherwise choose for themselves."""
     if request.param != "reference" and device.type == "cpu":
         pytest.skip("Triton runs on CUDA")
-    have = {op: [name for name in BACKENDS[request.param] if name in dispatch._ops[op].implementations]
-            for op in dispatch.ops()}  # fmt: skip
-    chosen = {op: names[0] for op, names in have.items() if names}
+    chosen = dispatch.first_of(BACKENDS[request.param])
     before = dispatch.use("cuda", chosen)
     if device.type == "cuda" and not MISSING:
         monkeypatch.setattr(session, "settle", lambda *args, **kwargs: Choice(chosen))

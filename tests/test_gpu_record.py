@@ -286,15 +286,15 @@ def test_rows_are_kept_where_work_fails(tmp_path):
 
 def test_a_backend_is_forced_where_it_exists():
     def of(op):
-        return dispatch._DEFAULTS["cuda"].get(op)
+        return dispatch.defaults("cuda").get(op)
 
-    before = {device: dict(table) for device, table in dispatch._DEFAULTS.items()}
+    before = [dispatch.defaults(device) for device in ("cpu", "cuda")]
     with gpu_work.backend("triton"):
         assert (of("kl_balance"), of("adam_step"), of("rssm_observe")) == ("triton", "triton", "triton")
     with gpu_work.backend("triton-persistent"):
         assert (of("kl_balance"), of("adam_step"), of("rssm_observe")) == ("triton", "triton", "persistent")
         assert of("linear") == "fused"
-    assert before == dispatch._DEFAULTS
+    assert before == [dispatch.defaults(device) for device in ("cpu", "cuda")]
     with gpu_work.backend("reference"):
         assert dispatch.resolve_name("kl_balance", None, torch.zeros(1)) == "reference"
     with (

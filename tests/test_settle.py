@@ -163,9 +163,9 @@ def test_a_choice_is_used(own_defaults):
     assert dispatch.resolve_name("kl_balance", None, torch.zeros(1)) == "native"
     assert dispatch.resolve_name("image_loss", None, torch.zeros(1)) == "reference"
     Choice({}).use(CPU)
-    assert dispatch._DEFAULTS["cpu"] == {}
+    assert dispatch.defaults("cpu") == {}
     Choice().use(CPU)
-    assert dispatch._DEFAULTS["cpu"] == dispatch.CPU_DEFAULT, "nothing of the run before is left"
+    assert dispatch.defaults("cpu") == dispatch.CPU_DEFAULT, "nothing of the run before is left"
 
 
 def test_a_choice_leaves_ops_without_the_forced_backend_to_their_defaults(own_defaults, monkeypatch):

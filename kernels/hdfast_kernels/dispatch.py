@@ -7,10 +7,11 @@ it (`HDFAST_BACKEND=reference`), and otherwise the table below decides. A backen
 run is an error that says how to fix it; nothing falls back silently.
 """
 
+import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +113,28 @@ def use(device: str, backends: Mapping[str, str] | None) -> dict[str, str]:
     return before
 
 
+def defaults(device: str) -> dict[str, str]:
+    """The backend of each op that does not run its reference by default on a device type; see `use`."""
+    return dict(_DEFAULTS[device])
+
+
+@contextlib.contextmanager
+def replaced(op: str, backend: str, implementation: Callable[..., Any]) -> Iterator[None]:
+    """Makes `implementation` the backend of `op` inside the block, for tests; torch.compile may keep the earlier one.
+
+    Raises BackendError if there is no such op or backend.
+    """
+    _check_op(op)
+    if backend not in BACKENDS:
+        raise BackendError(f"{op}: {_lacking(op, backend)}")
+    before = _ops[op].implementations
+    _ops[op].implementations = {**before, backend: implementation}
+    try:
+        yield
+    finally:
+        _ops[op].implementations = before
+
+
 def resolve(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[..., Any]:
     """The implementation of `op` for a call whose device and dtype `tensor` decides.
 
@@ -174,6 +197,16 @@ def backends_available(op: str, tensor: torch.Tensor) -> tuple[str, ...]:
     """
     _check_op(op)
     return tuple(name for name in BACKENDS if _obstacle(op, name, tensor) is None)
+
+
+def first_of(backends: Sequence[str], tensor: torch.Tensor | None = None) -> dict[str, str]:
+    """By op, the first of these backends that it has and, given a tensor, that can run on one like it.
+
+    An op without any of them is left out.
+    """
+    have = {op: backends_registered(op) if tensor is None else backends_available(op, tensor) for op in ops()}
+    chosen = {op: [backend for backend in backends if backend in own] for op, own in have.items()}
+    return {op: names[0] for op, names in chosen.items() if names}
 
 
 def backends_of(device: torch.device) -> dict[str, str]:

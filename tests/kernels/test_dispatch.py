@@ -84,7 +84,7 @@ def test_no_table_is_the_one_that_was_measured():
     try:
         assert measured == dispatch.CPU_DEFAULT, "and nothing changes it"
         assert dispatch.use("cpu", None) == {}
-        assert dispatch._DEFAULTS["cpu"] == measured
+        assert dispatch.defaults("cpu") == measured
     finally:
         dispatch.use("cpu", before)
 
@@ -196,15 +196,36 @@ def test_an_implementation_of_no_backend_is_refused(toy):
     assert dispatch.ops() == (toy,)
 
 
+def test_an_implementation_is_replaced_until_the_end_of_the_block(toy):
+    with dispatch.replaced(toy, "fused", lambda: "other"), dispatch.replaced(toy, "native", lambda: "faulty"):
+        assert [dispatch.resolve(toy, name, CPU)() for name in ("fused", None)] == ["other", "faulty"]
+    assert dispatch.resolve(toy, None, CPU)() == "native"
+    assert dispatch.backends_registered(toy) == ("reference", "triton", "native")
+    for op, backend, says in (("toi", "native", "no such op"), (toy, "nativ", "no such backend")):
+        with (
+            pytest.raises(BackendError, match=f"^{op}: there is {says}"),
+            dispatch.replaced(op, backend, print),
+        ):
+            pass
+
+
+def test_the_first_of_some_backends_is_that_which_an_op_has_or_can_run(toy):
+    dispatch.register("plain", reference=lambda: "reference")
+    assert dispatch.first_of(("fused", "triton", "native")) == {toy: "triton"}
+    assert dispatch.first_of(("triton", "reference", "native")) == {toy: "triton", "plain": "reference"}
+    assert dispatch.first_of(("triton", "native"), CPU) == {toy: "native"}
+    assert dispatch.first_of(("triton", "native"), CPU.double()) == {}
+
+
 def test_every_default_is_an_implementation_that_exists():
     for table in (dispatch.CPU_DEFAULT, dispatch.CUDA_DEFAULT):
         for op, name in table.items():
-            assert name in dispatch._ops[op].implementations, op
+            assert name in dispatch.backends_registered(op), op
 
 
 def test_every_op_has_a_reference_and_is_public():
     assert set(dispatch.ops()) <= set(hdfast_kernels.__all__)
-    assert all("reference" in entry.implementations for entry in dispatch._ops.values())
+    assert all("reference" in dispatch.backends_registered(op) for op in dispatch.ops())
 
 
 def test_public_names_are_functions_whatever_was_imported_first():

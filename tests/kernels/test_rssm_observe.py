@@ -1,5 +1,6 @@
 """rssm_observe: the definition against float64, and the C++ against both, forward and every gradient."""
 
+import contextlib
 import functools
 
 import pytest
@@ -211,11 +212,13 @@ def test_errors_name_what_does_not_fit():
 )
 def test_too_many_sequences_for_one_launch_take_several_unless_one_is_asked_for(monkeypatch, forced, chosen):
     """HDFAST_BACKEND=fused asks for none: the op has no such backend, and takes its default."""
-    implementations = {name: lambda *_, name=name: name for name in ("triton", "persistent")}
-    monkeypatch.setattr(dispatch._ops["rssm_observe"], "implementations", implementations)
-    monkeypatch.setitem(dispatch._DEFAULTS, "cpu", {"rssm_observe": "persistent"})
     monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
     monkeypatch.setattr(dispatch, "triton_interpreted", lambda: True)
     monkeypatch.setenv("HDFAST_BACKEND", forced)
     case = cast(make_case(Sizes(T=1, B=2000, D=8, U=8, S=1, K=2)), torch.float32)
-    assert rssm_observe(**case) == chosen
+    before = dispatch.use("cpu", {"rssm_observe": "persistent"})
+    with contextlib.ExitStack() as stack:
+        stack.callback(dispatch.use, "cpu", before)
+        for name in ("triton", "persistent"):
+            stack.enter_context(dispatch.replaced("rssm_observe", name, lambda *_, name=name: name))
+        assert rssm_observe(**case) == chosen
