@@ -2,8 +2,7 @@
 
 Rates of the machine and of the grid barrier; update, scan, imagination, acting and replay on every backend, eager and
 as CUDA graphs; the tests marked `gpu`; every op beside eager PyTorch; what torch.profiler, ncu and compute-sanitizer
-see; sheeprl's DreamerV3 if it is installed; a short training; predictions beside measurements; and which backends
-should be the defaults.
+see; what a run finds for itself; sheeprl's DreamerV3 if it is installed; a short training.
 
 In the 460 s of a whole record there is no time to look for races, for sheeprl, and for training; `--seconds 240 --steps
 'racecheck|peers|training|game' --out FOLDER` does that, into another folder because a record is written whole.
@@ -35,8 +34,6 @@ if __name__ == "__main__":  # run by its path from any folder, whether or not hd
     sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from bench import gpu_tools  # noqa: E402
-from bench.gpu_defaults import proposal  # noqa: E402
-from bench.gpu_predictions import compared  # noqa: E402
 from bench.gpu_report import markdown  # noqa: E402
 from bench.gpu_steps import (  # noqa: E402
     Record,
@@ -177,12 +174,7 @@ def main() -> int:
     steps = [step for step in steps if step[0] not in late]
     for at, (name, weight, do) in enumerate(steps):
         record.step(name, weight, sum(step[1] for step in steps[at:]), do)
-    from hdfast_kernels import dispatch
-
-    found, ops = record.found, {op: dispatch.backends_registered(op) for op in dispatch.ops()}
-    rows, benches = (found["rows"], found.get("benchmarks", [])) if on_gpu else ([], [])
-    found["predictions"] = compared(about["name"], rows, benches)
-    found["cuda_default"] = proposal(found, ops)
+    found = record.found
     found["seconds"] = round(time.monotonic() - began, 1)
     record.write()
     (folder / "record.md").write_text(markdown(found))

@@ -31,8 +31,6 @@ def markdown(record: dict[str, Any]) -> str:
         ("In short", summary),
         ("Steps", steps),
         ("Time of each part", timings),
-        ("Predicted and measured", predictions),
-        ("What should run by default on CUDA", defaults),
         ("What a run finds for itself (hdfast.tune)", choices),
         ("An update of sheeprl's DreamerV3, in turns with ours in a graph", peers),
         ("Rates of the machine", peaks),
@@ -97,8 +95,6 @@ def summary(record: dict[str, Any]) -> list[str]:
     counts = Counter(test["outcome"] for test in record.get("tests", []))
     if counts["passed"] or counts["failed"]:
         lines.append(f"- {counts['passed']} tests on the GPU passed, {counts['failed']} failed.")
-    chosen = [row["op"] for row in record["cuda_default"] if row["backend"] != "reference"]
-    lines.append(f"- Right and faster when fused: {', '.join(chosen) or 'nothing that was seen here'}.")
     rest = [f"{name} ({step['status']})" for name, step in record["steps"].items() if step["status"] != "ok"]
     return lines + ([f"- Not complete: {', '.join(rest)}."] if rest else [])
 
@@ -146,36 +142,6 @@ def timings(record: dict[str, Any]) -> list[str]:
         ]
         lines[-1] += f"H15, is {work['gflop']:,.0f} GFLOP of matrix products."
     return lines
-
-
-def predictions(record: dict[str, Any]) -> list[str]:
-    rows = [
-        [
-            cell(one["what"]),
-            cell(one["why"]),
-            one["unit"],
-            number(one["predicted"], 4),
-            number(one["measured"], 4) or "–",
-            "" if one["ratio"] is None else f"{one['ratio']:.2f}",
-        ]
-        for one in record["predictions"]
-    ]
-    head = ["small model, bfloat16", "from", "", "predicted", "measured", "measured / predicted"]
-    on_gpu = record["machine"]["device"].startswith("cuda")
-    lines = [] if on_gpu else ["Of an H100; nothing is measured without a GPU.", ""]
-    return [*lines, table(head, rows, texts=3)]
-
-
-def defaults(record: dict[str, Any]) -> list[str]:
-    rows = record["cuda_default"]
-    chosen = [f'    "{row["op"]}": "{row["backend"]}",' for row in rows if row["backend"] != "reference"]
-    code = (
-        ["CUDA_DEFAULT: dict[str, str] = {", *chosen, "}"]
-        if chosen
-        else ["CUDA_DEFAULT: dict[str, str] = {}"]
-    )
-    reasons = [[row["op"], row["backend"], cell(row["why"])] for row in rows]
-    return ["```python", *code, "```", "", table(["op", "backend", "because"], reasons, texts=3)]
 
 
 def choices(record: dict[str, Any]) -> list[str]:

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -154,33 +153,6 @@ def finished(path: Path) -> bool:
     return path.exists() and any(
         json.loads(line)["outcome"] == FINISHED for line in path.read_text().splitlines()
     )
-
-
-_OF_MANY = ("test_into", "test_training_shapes")  # files with tests of several ops
-
-
-def outcomes_of(op: str, tests: Iterable[dict[str, str]], persistent: bool = False) -> Counter[str]:
-    """Outcomes of the tests of an op's fused kernels on a GPU, found by their file or by the op's name in theirs.
-
-    persistent: only of the kernels that take one launch; else only of the others.
-    """
-    short = op.removesuffix("_loss").removesuffix("_mean").removesuffix("_step")
-    files = {f"test_{op}", f"test_{op}_triton", f"test_{short}", f"test_native_{short}"}
-    files |= {"test_image_blocks"} if op in ("image_deconv", "strided_conv") else set()
-    files |= {"test_sample_onehot"} if op == "sample_index" else set()
-    mine = [
-        test
-        for test in tests
-        if re.search("(triton|fused)-cuda", test["name"])
-        and ("persistent" in test["name"]) == persistent
-        and (test["file"] in files or (test["file"] in _OF_MANY and _names(op, test["name"])))
-    ]
-    return Counter(test["outcome"] for test in mine)
-
-
-def _names(op: str, test: str) -> bool:
-    """Whether a test's name contains the op's, and not that of an op whose name ends with it."""
-    return re.search(rf"(?:^test_|[\[-]){op}(?![a-z])", test) is not None
 
 
 def benchmark_rows(path: Path) -> list[dict[str, Any]]:

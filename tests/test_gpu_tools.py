@@ -1,14 +1,11 @@
 """What the record of a GPU makes of the output of ncu and compute-sanitizer."""
 
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from bench import gpu_steps, gpu_tests, gpu_tools
-from hdfast.tuning.trials import FUSED
-from hdfast_kernels import dispatch
 from tests.gpu_samples import BROKEN_LINES, DETAILS, FORBIDDEN, MEMCHECK, NO_CALLS, RACECHECK, RAW
 
 
@@ -101,18 +98,3 @@ def test_where_the_time_of_ncu_ends_it_has_not_failed(tmp_path, monkeypatch):
     assert record.found["ncu"]
     said = last
     assert ncu(30).startswith("Failed to profile")
-
-
-def test_every_op_s_tests_on_a_gpu_are_known_to_be_its_own():
-    """Those of the files that ask `backends` for the op, and of rssm_observe those at the shapes of training."""
-    texts = {path.stem: path.read_text() for path in Path(__file__).parent.glob("kernels/test_*.py")}
-    fused = dispatch.first_of(FUSED["cuda"])
-    assert len(fused) > 10
-    for op in fused:
-        files = [file for file, text in texts.items() if f'backends("{op}"' in text]
-        names = {"test_into": f"test_{op}[triton-cuda]"}
-        tests = [{"file": f, "name": names.get(f, "t[triton-cuda]"), "outcome": "passed"} for f in files]
-        if op == "rssm_observe":
-            name = "test_rssm_observe_errs[triton-cuda-small]"
-            tests = [{"file": "test_training_shapes", "name": name, "outcome": "passed"}]
-        assert gpu_tools.outcomes_of(op, tests)["passed"] == len(tests) > 0, op
