@@ -44,33 +44,26 @@ def find_tool(name: str) -> str | None:
 
 
 def ncu_rows(text: str) -> list[dict[str, Any]]:
-    """Kernels in order of total time, from the output of `ncu --csv` with NCU_METRICS.
+    """Kernels in order of total time, from the output of `ncu --csv --page raw` with NCU_METRICS.
 
-    Both pages are understood: `raw`, a line per launch, and `details`, a line per launch and metric. Times are in µs;
-    the other metrics are means over a kernel's launches, weighted by time.
+    Times are in µs; the other metrics are means over a kernel's launches, weighted by time.
     """
     # The table follows the program's own output and notes of ncu.
     begin = re.search(r'^"ID",', text, re.MULTILINE)
     if begin is None:
         return []
-    launches: dict[str, dict[str, Any]] = {}
+    by_name: dict[str, list[dict[str, float | None]]] = defaultdict(list)
     units: dict[str, str] = {}
     for line in csv.DictReader(io.StringIO(text[begin.start() :])):
-        if line["ID"] == "":  # the second line of the raw page
+        if line["ID"] == "":  # the second line
             units = line
         elif not line["ID"].isdecimal():  # output after the table
             break
-        elif "Metric Name" in line:
-            launch = launches.setdefault(line["ID"], {"name": line["Kernel Name"]})
-            launch[line["Metric Name"]] = line["Metric Value"], line["Metric Unit"]
         else:
-            given = [metric for metric in NCU_METRICS.values() if metric in line]
-            values = {metric: (line[metric], units.get(metric, "")) for metric in given}
-            launches[line["ID"]] = {"name": line["Kernel Name"], **values}
-    by_name = defaultdict(list)
-    for launch in launches.values():
-        values = {key: _number(*launch.get(metric, ("", ""))) for key, metric in NCU_METRICS.items()}
-        by_name[launch["name"]].append(values)
+            values = {
+                key: _number(line.get(metric), units.get(metric)) for key, metric in NCU_METRICS.items()
+            }
+            by_name[line["Kernel Name"]].append(values)
     rows = []
     for name, found in by_name.items():
         total = sum(one["us"] or 0.0 for one in found)
@@ -83,10 +76,10 @@ def ncu_rows(text: str) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["us"])
 
 
-def _number(value: str, unit: str | None) -> float | None:
+def _number(value: str | None, unit: str | None) -> float | None:
     try:
         scale = re.fullmatch(r"([num]?)(s|second)", unit or "")
-        return float(value.replace(",", "")) * (MICROSECONDS[scale.group(1)] if scale else 1.0)
+        return float((value or "").replace(",", "")) * (MICROSECONDS[scale.group(1)] if scale else 1.0)
     except ValueError:  # "n/a", or nothing
         return None
 

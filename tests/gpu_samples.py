@@ -17,14 +17,6 @@ RAW = """\
 "90.00","6,000","40","40.00","70.00"
 ==WARNING== Note: Running with uncontrolled GPU caches.
 """
-DETAILS = """\
-"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device","CC",\
-"Section Name","Metric Name","Metric Unit","Metric Value"
-"0","7","python","h","kernel","1","7","(1, 1, 1)","(1, 1, 1)","0","9.0","Command line profiler metrics",\
-"gpu__time_duration.sum","usecond","12.5"
-"0","7","python","h","kernel","1","7","(1, 1, 1)","(1, 1, 1)","0","9.0","Command line profiler metrics",\
-"launch__registers_per_thread","register/thread","255"
-"""
 FORBIDDEN = """\
 ==PROF== Connected to process 9 (/usr/bin/python3.11)
 ==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access NVIDIA GPU Performance Counters on device 0.

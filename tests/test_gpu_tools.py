@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench import gpu_steps, gpu_tests, gpu_tools
-from tests.gpu_samples import BROKEN_LINES, DETAILS, FORBIDDEN, MEMCHECK, NO_CALLS, RACECHECK, RAW
+from tests.gpu_samples import BROKEN_LINES, FORBIDDEN, MEMCHECK, NO_CALLS, RACECHECK, RAW
 
 
 def test_ncu_kernels_are_added_up_and_weighted_by_time():
@@ -22,11 +22,6 @@ def test_ncu_kernels_are_added_up_and_weighted_by_time():
     }
     assert second["us"] == pytest.approx(1.5005)
     assert second["occupancy_percent"] is None
-
-
-def test_ncu_with_a_line_per_metric():
-    (row,) = gpu_tools.ncu_rows(DETAILS)
-    assert (row["us"], row["registers"], row["dram_percent"]) == (12.5, 255.0, None)
 
 
 @pytest.mark.parametrize(
