@@ -4,20 +4,16 @@ import math
 
 import pytest
 import torch
-from test_mistakes import BACKENDS, F32, I64, call, make
+from test_mistakes import ANY, F32, I64, call, make
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_groups(backend):
+def test_no_groups():
     with pytest.raises(ValueError, match=r"weight has shape \(8, 6\), expected \(0 groups \* K, U\)"):
-        call(
-            "onehot_linear", {}, backend, index=torch.zeros(5, 0, dtype=I64), straight_through=None, onto=None
-        )
+        call("onehot_linear", {}, ANY, index=torch.zeros(5, 0, dtype=I64), straight_through=None, onto=None)
     with pytest.raises(ValueError, match="needs T > 0, S > 0 and S dividing 8 classes"):
-        call("rssm_observe", {}, backend, uniform=torch.zeros(3, 2, 0))
+        call("rssm_observe", {}, ANY, uniform=torch.zeros(3, 2, 0))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("op", "arguments"),
     [
@@ -28,18 +24,16 @@ def test_no_groups(backend):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_axes_without_an_element(op, arguments, backend):
+def test_axes_without_an_element(op, arguments):
     with pytest.raises(ValueError, match=rf"^{op}: \S+ ha(s|ve) shape .*, expected .*at least"):
-        call(op, {}, backend, **{name: make(value, "cpu") for name, value in arguments.items()})
+        call(op, {}, ANY, **{name: make(value, "cpu") for name, value in arguments.items()})
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_is_first_of_another_dtype(backend):
+def test_is_first_of_another_dtype():
     with pytest.raises(ValueError, match=r"^rssm_observe: is_first is torch.float32, expected torch.bool$"):
-        call("rssm_observe", {}, backend, is_first=torch.zeros(3, 2))
+        call("rssm_observe", {}, ANY, is_first=torch.zeros(3, 2))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("op", "arguments", "message"),
     [
@@ -63,14 +57,13 @@ def test_is_first_of_another_dtype(backend):
         ),
     ],
 )
-def test_settings_that_mean_nothing(op, arguments, message, backend):
+def test_settings_that_mean_nothing(op, arguments, message):
     with pytest.raises(ValueError, match=rf"^{op}: {message}$"):
-        call(op, {}, backend, **arguments)
+        call(op, {}, ANY, **arguments)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_classes_that_are_no_integers(backend):
+def test_classes_that_are_no_integers():
     with pytest.raises(
         TypeError, match=r"^rssm_observe: initial_index is torch.float32, expected int64 or int32$"
     ):
-        call("rssm_observe", {}, backend, initial_index=torch.zeros(2))
+        call("rssm_observe", {}, ANY, initial_index=torch.zeros(2))
