@@ -26,13 +26,15 @@ SMALL = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Importing it runs a module's tests on one thread: with small models threads wait longer than they compute."""
+def on_one_thread() -> Iterator[None]:
+    """Importing one_thread runs a module's tests on one: with small models threads wait longer than they compute."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+one_thread = pytest.fixture(on_one_thread, autouse=True, scope="module")
 
 
 def small_config(**overrides: dict) -> Config:

@@ -8,13 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from hdfast import loop, session, suites
 from hdfast.agent.learner import Learner
@@ -23,6 +22,7 @@ from hdfast.envs.base import ArraySpec, BatchEnv, DiscreteActions, EnvStep
 from hdfast.overrides import apply_overrides
 from hdfast.runtime import checkpoint, errors
 from hdfast.runtime.checkpoint import Checkpoint
+from tests.agent_cases import on_one_thread
 
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 PYTHONPATH = os.pathsep.join(
@@ -46,13 +46,7 @@ TINY: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Importing it runs a module's tests on one thread: with small models threads wait longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+one_thread = pytest.fixture(on_one_thread, autouse=True)  # for each test: a run sets the number
 
 
 def tiny(logdir: Path, **overrides: Any) -> Config:

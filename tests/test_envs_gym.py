@@ -20,11 +20,8 @@ from hdfast.envs import gym_spaces
 from hdfast.evaluate import evaluate
 from hdfast.runtime.errors import ConfigError, RunError
 from tests import gym_envs, loop_cases
+from tests.gym_cases import make
 from tests.loop_cases import lines, one_thread, path_of, tiny  # noqa: F401
-
-
-def make(name, num_envs=1, **settings):
-    return envs.make("gym", f"tests.gym_envs:{name}-v0", num_envs=num_envs, **{"seed": 0, **settings})
 
 
 def columns(env, actions):

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hdfast import envs
 from hdfast.envs import gym_thread, gym_view
 from hdfast.runtime import checkpoint
 from hdfast.runtime.errors import Interrupted
 from hdfast.runtime.signals import StopRequest
 from tests import loop_cases
+from tests.gym_cases import make
 from tests.loop_cases import flags
 
 PROGRAM = """
@@ -27,10 +27,6 @@ errors.main(train.main)
 """
 SAYS = "stopping with a checkpoint; a second Ctrl-C stops it at once, without one"
 STOPPED = "error: stopped by SIGINT; the same command resumes it"
-
-
-def make(name, num_envs=1, **settings):
-    return envs.make("gym", f"tests.gym_envs:{name}-v0", num_envs=num_envs, **{"seed": 0, **settings})
 
 
 def hanging(where, tmp_path, *, num_envs=2, threads=0, grace=1.0):

@@ -19,11 +19,8 @@ from hdfast.envs import gym, gym_view
 from hdfast.evaluate import evaluate
 from hdfast.runtime.errors import ConfigError, EnvError
 from tests import loop_cases
+from tests.gym_cases import make
 from tests.loop_cases import PYTHONPATH, one_thread, path_of, tiny  # noqa: F401
-
-
-def make(name, num_envs=1, **settings):
-    return envs.make("gym", f"tests.gym_envs:{name}-v0", num_envs=num_envs, **{"seed": 0, **settings})
 
 
 def end_of(env, most=20):

@@ -10,11 +10,8 @@ from hdfast import envs
 from hdfast.envs import gym_spaces
 from hdfast.runtime.errors import RunError
 from tests import gym_envs, loop_cases
+from tests.gym_cases import make
 from tests.loop_cases import flags
-
-
-def make(name, num_envs=1, **settings):
-    return envs.make("gym", f"tests.gym_envs:{name}-v0", num_envs=num_envs, **{"seed": 0, **settings})
 
 
 @pytest.mark.parametrize("threads", [0, 1])

@@ -30,12 +30,6 @@ from tests.replay_log_cases import (
 )
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Records of 4 rows, chunks of about 20 rows."""
-    make_blocks_small(monkeypatch.setattr)
-
-
 def test_flush_is_durable_and_costs_nothing_when_nothing_is_new(tmp_path, monkeypatch):
     synced = []
     real = os.fsync
@@ -54,7 +48,8 @@ def test_flush_is_durable_and_costs_nothing_when_nothing_is_new(tmp_path, monkey
     assert len(synced) == 3
 
 
-def test_every_chunk_is_durable_after_a_flush_and_every_cut_after_a_load(tmp_path, small_blocks, monkeypatch):
+def test_every_chunk_is_durable_after_a_flush_and_every_cut_after_a_load(tmp_path, monkeypatch):
+    make_blocks_small(monkeypatch.setattr)
     """What a power failure may take: files written, and directories changed, since they were last synced."""
     directory, at_risk = str(tmp_path / "replay"), set()
     write, open_, sync, unlink = os.pwrite, os.open, os.fsync, Path.unlink
@@ -89,7 +84,8 @@ def test_every_chunk_is_durable_after_a_flush_and_every_cut_after_a_load(tmp_pat
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path, small_blocks, monkeypatch, error):
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path, monkeypatch, error):
+    make_blocks_small(monkeypatch.setattr)
     """The disk takes 100 more bytes and then has room again; the second time a torn tail remains."""
     replay = extend(new_replay(tmp_path), 22)
     state, size = replay.state_dict(), nbytes(tmp_path)
