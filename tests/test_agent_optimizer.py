@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hdfast.agent import optimizer as optimizers
 from hdfast.agent.optimizer import ALIGNMENT, Adam
 from tests.agent_cases import differing, make_batch, make_learner, one_thread, snapshot  # noqa: F401
+from tests.calls import Calls
 from tests.recorder import Recording
 
 SHAPES = [(3, 4), (5,), (), (2, 1, 3)]
@@ -206,22 +206,15 @@ def test_flat_parameters_have_their_places():
 
 def test_gradients_are_laid_out_in_few_calls():
     """On CUDA `_foreach_copy_` copies tensors one by one if any pair of them differs in strides or dtype."""
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            calls.append((func._schema.name.removeprefix("aten::"), args))
-            return func(*args, **(kwargs or {}))
-
-    calls = []
     network, adam = network_and_adam(True)
     grads = network.gradients(0)
-    with Watch():
+    with Calls() as calls:
         adam.gradient.copy_(grads)
-    (together,) = (args for name, args in calls if name == "_foreach_copy_")
+    (together,) = calls.of("_foreach_copy_")
     assert len(together[0]) == len(grads) - 1
     for into, given in zip(*together[:2], strict=True):
         assert (into.shape, into.stride(), into.dtype) == (given.shape, given.stride(), given.dtype)
-    assert [name for name, _ in calls if name == "copy_"] == ["copy_"], "the convolution's"
+    assert len(calls.of("copy_")) == 1, "the convolution's"
     for part, grad in zip(adam.gradient.parts, grads, strict=True):
         assert torch.equal(part, grad)
 

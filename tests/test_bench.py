@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import agent, machine, table
 from bench.agent import PARTS, Bench, backend, config_of, gflop
 from hdfast.agent import optimizer
 from hdfast.overrides import apply_overrides
 from hdfast.runtime.errors import ConfigError
+from tests.calls import Calls
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -117,28 +117,19 @@ def test_parts_run_and_an_update_changes_the_parameters(part):
     assert bench.learner.updates == (part == "update")
 
 
-class Casts(TorchDispatchMode):
-    """Counts casts inside the block."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function._overloadpacket is torch.ops.aten._to_copy
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("part", "spared"), [("observe", 30), ("imagine", 3)])
 def test_parts_round_their_weights_at_once_as_an_update_does(part, spared, monkeypatch):
     """Where the parameters are one tensor, as on CUDA."""
     monkeypatch.setenv("HDFAST_BACKEND", "reference")
     monkeypatch.setattr(optimizer, "FLAT", ("cpu",))
     run = getattr(Bench(narrow(), CPU, torch.bfloat16), part)()
-    with Casts() as few:
+    with Calls() as few:
         run()
     monkeypatch.setattr(agent, "rounded", lambda *_: contextlib.nullcontext())
-    with Casts() as many:
+    with Calls() as many:
         run()
-    assert few.count <= many.count - spared
+    casts = [len(calls.of("_to_copy")) for calls in (few, many)]
+    assert casts[0] <= casts[1] - spared
 
 
 def test_a_run_that_is_timed_does_not_depend_on_what_tuning_found(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from hdfast.agent.learner import Learner
 from hdfast.agent.updates import Updates, captured_updates
 from hdfast.runtime import checkpoint
 from tests.agent_cases import differing, make_batch, make_learner, one_thread, snapshot  # noqa: F401
+from tests.calls import Calls
 from tests.loop_cases import differing as differing_runs
 from tests.loop_cases import path_of, saved, script, tiny, train
 from tests.recorder import record_instead_of_capturing
@@ -215,20 +216,13 @@ def test_a_change_of_the_world_model_waits_for_the_behavior(monkeypatch):
 
 def test_a_half_is_kept_in_a_call_for_each_dtype():
     """On CUDA `_foreach_copy_` copies tensors one by one unless all have the same dtype."""
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            calls.append((func._schema.name.removeprefix("aten::"), args))
-            return func(*args, **(kwargs or {}))
-
-    calls, learner = [], make_learner()
+    learner = make_learner()
     halves = [learner.learn_model(lambda b, t, seed=seed: make_batch(learner, seed)) for seed in range(2)]
     kept = halves[0].clone()
-    with Watch():
+    with Calls() as calls:
         kept.copy_(halves[1])
-    copies = [args for name, args in calls if name == "_foreach_copy_"]
-    assert [name for name, _ in calls if name == "copy_"] == []
-    assert [{tensor.dtype for tensor in places} for places, *_ in copies] == [
+    assert calls.of("copy_") == []
+    assert [{tensor.dtype for tensor in places} for places, *_ in calls.of("_foreach_copy_")] == [
         {torch.float32},
         {torch.int64},
         {torch.bool},

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hdfast.envs import ArraySpec
 from hdfast.replay import Replay, ReplayError, ring
+from tests.recorder import Recording
 from tests.without_native import definitions_on_the_host  # noqa: F401
 
 FLAGS = ("is_first", "is_last", "is_terminal")
@@ -122,43 +121,17 @@ def test_the_seed_decides_the_windows():
     assert not torch.equal(drawn[0][0], drawn[0][1])
 
 
-class Recorder(TorchDispatchMode):
-    """Records the operations that run, as a CUDA graph does, and fails if one needs the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert str(function) not in {"aten._local_scalar_dense.default", "aten.nonzero.default"}, (
-            "asks the host"
-        )
-        assert not str(function).startswith("aten.lift_fresh"), "copies a Python number to the device"
-        out = function(*args, **(kwargs or {}))
-        self.calls.append(
-            (function, args, kwargs or {}, [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)])
-        )
-        return out
-
-    def replay(self) -> None:
-        for function, args, kwargs, outs in self.calls:
-            again = [x for x in tree_leaves(function(*args, **kwargs)) if isinstance(x, torch.Tensor)]
-            for old, new in zip(outs, again, strict=True):
-                if old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
 def test_a_recorded_sample_follows_the_ring(monkeypatch):
     """Recorded with 6 rows in the ring and replayed after it has wrapped around: nothing may be frozen."""
     monkeypatch.setenv("HDFAST_BACKEND", "reference")
     recorded, eager = filled(6, seed=7), filled(6, seed=7)
-    with Recorder() as recorder:
-        batch = recorded.sample(50, 4)
+    batch = {}
+    recording = Recording(lambda: batch.update(recorded.sample(50, 4)), recorded.generators)
     eager.sample(50, 4)
     for agent_step in range(6, 40):
         for replay in (recorded, eager):
             replay.add(make_row(agent_step, 3))
-        recorder.replay()
+        recording.replay()
         expected = eager.sample(50, 4)
         for key, rows in expected.items():
             assert torch.equal(batch[key], rows), (agent_step, key)

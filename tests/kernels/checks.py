@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hdfast_kernels import backends_available, dispatch
 
@@ -62,18 +61,6 @@ def backends(op: str, *, reference: bool = True) -> list[Any]:
                 marks = [pytest.mark.gpu] if device == "cuda" else []
                 out.append(pytest.param(Backend(name, device), id=str(Backend(name, device)), marks=marks))
     return out
-
-
-class Calls(TorchDispatchMode):
-    """Records in `made` all that PyTorch is asked to do inside the block: (operation, arguments) of every call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None) -> Any:
-        self.made.append((str(function), arguments))
-        return function(*arguments, **(options or {}))
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:

@@ -4,11 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from checks import Calls, backends, check_against_fp64, random
+from checks import backends, check_against_fp64, random
 
 from hdfast_kernels import image_deconv
 from hdfast_kernels.dispatch import BackendError
 from hdfast_kernels.image_deconv import image_deconv_reference
+from tests.calls import Calls
 
 # images, H, W, inputs and channels: one pixel; odd; one row; one column; gray; a game's frame; wide; two; none. Then
 # whole vectors of inputs, whose gradients are our own convolutions

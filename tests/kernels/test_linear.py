@@ -5,9 +5,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import Calls, backends, check_against_fp64, random
+from checks import backends, check_against_fp64, random
 
 from hdfast_kernels import dispatch, linear, linear_fused, linear_native, native, report_cases
+from tests.calls import Calls
 
 ISAS = native.isas() if dispatch.native_built() else []
 

@@ -4,10 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from checks import Calls, backends, check_against_fp64, random
+from checks import backends, check_against_fp64, random
 
 from hdfast_kernels import dispatch, image_blocks, native, strided_conv
 from hdfast_kernels.strided_conv import strided_conv_reference
+from tests.calls import Calls
 
 ISAS = native.isas() if dispatch.native_built() else []
 
