@@ -1,10 +1,6 @@
 """rssm_observe in Triton: its arithmetic, in another process under the interpreter, and its compiled code."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import checks  # noqa: F401  mends the interpreter
 import pytest
@@ -13,14 +9,12 @@ from rssm_observe_cases import Sizes, cast, check_impossible_classes, check_leve
 from test_rssm_observe import errors, op, run
 
 from hdfast_kernels import dispatch, report, report_cases
+from tests.interpreter import inside, interpreted, outside
 
 needs_triton = pytest.mark.skipif(
     not dispatch.triton_installed(), reason="needs triton; `pip install triton`"
 )
 compiled = pytest.mark.skipif(dispatch.triton_interpreted(), reason="TRITON_INTERPRET=1 compiles nothing")
-interpreted = pytest.mark.skipif(
-    not dispatch.triton_interpreted(), reason="runs in the process that test_under_the_interpreter starts"
-)
 SMALL = Sizes(T=2, B=3, D=16, U=16, S=2, K=4)
 ODD = Sizes(
     T=2, B=17, D=12, U=20, S=4, K=9
@@ -39,21 +33,12 @@ def triton_op(persistent: bool):
     return function
 
 
-@needs_triton
-@compiled
+@outside
 def test_under_the_interpreter():
-    here = Path(__file__)
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment.pop("HDFAST_BACKEND", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=here.parents[2], check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "28 passed" in done.stdout, done.stdout
+    interpreted(__file__)
 
 
-@interpreted
+@inside
 @pytest.mark.parametrize(
     ("sizes", "dtype"), [(SMALL, torch.float32), (SMALL, torch.bfloat16), (ODD, torch.float32)]
 )
@@ -68,7 +53,7 @@ def test_triton_errs_at_most_twice_as_much_as_pytorch(sizes, dtype):
     assert not too_large
 
 
-@interpreted
+@inside
 @pytest.mark.parametrize("unimix", [0.0, 0.4])
 def test_more_and_less_of_the_uniform_distribution(unimix):
     plain = errors(op("reference"), SMALL, torch.float32, range(1), unimix)
@@ -77,18 +62,18 @@ def test_more_and_less_of_the_uniform_distribution(unimix):
     assert {name: fused[name] for name in plain if not fused[name] <= 2 * plain[name] + unit} == {}
 
 
-@interpreted
+@inside
 @pytest.mark.parametrize("sizes", [SMALL, ODD])
 def test_norms_of_equal_numbers(sizes):
     check_level_case(op("triton"), run, sizes)
 
 
-@interpreted
+@inside
 def test_a_class_without_probability_is_not_drawn_until_none_is_left():
     check_impossible_classes(op("triton"))
 
 
-@interpreted
+@inside
 @pytest.mark.parametrize("sizes", [SMALL, ODD])
 def test_one_launch_does_what_a_launch_for_each_stage_does(sizes):
     from interpreter_barriers import cooperative
@@ -104,7 +89,7 @@ def test_one_launch_does_what_a_launch_for_each_stage_does(sizes):
         assert torch.equal(value, together[name]), name
 
 
-@interpreted
+@inside
 @pytest.mark.parametrize("launch", [0, 1])
 @pytest.mark.parametrize("barrier", range(7))
 def test_no_barrier_of_the_launch_can_be_left_out(launch, barrier):
@@ -121,7 +106,7 @@ def test_no_barrier_of_the_launch_can_be_left_out(launch, barrier):
         run(op("persistent"), case)
 
 
-@interpreted
+@inside
 @pytest.mark.parametrize("wrong", [4, -(2**40)])
 def test_an_initial_class_out_of_range_reads_nothing(wrong):
     """Like the definition; without the mask the interpreter reads memory outside of the tensor."""

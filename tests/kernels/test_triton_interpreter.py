@@ -1,57 +1,39 @@
 """The Triton kernels, run on the CPU by Triton's interpreter: every op's tests once more, in their own process.
 
-The interpreter is chosen when a kernel is decorated, at import, so that this process cannot use it. In the other
-process `backends` offers triton for CPU tensors, and the other tests of this file check the interpreter itself.
+In the other process `backends` offers triton for CPU tensors, and the other tests of this file check the interpreter
+itself.
 """
 
 import contextlib
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import checks  # noqa: F401  mends the interpreter
 import numpy as np
 import pytest
 import torch
 
-from hdfast_kernels import dispatch
+from tests.interpreter import KERNELS, inside, interpreted, outside
 
-OPS = (
-    *("gather_windows", "harmony_loss", "image_input", "image_loss", "into", "kl_balance", "lambda_return"),
-    *("layer_norm_gru", "layer_norm_silu", "native_adam", "onehot_linear", "sample_onehot", "two_hot"),
-    *("image_blocks", "image_deconv", "strided_conv", "mistakes"),
+# Groups that take about as long, a process each.
+GROUPS = (
+    ("layer_norm_gru",),
+    ("image_blocks", "layer_norm_silu"),
+    ("image_deconv", "image_input", "image_loss", "strided_conv"),
+    ("onehot_linear", "sample_onehot", "two_hot"),
+    (
+        *("adam_step", "gather_windows", "harmony_loss", "into", "kl_balance", "lambda_return", "mistakes"),
+        "triton_interpreter",
+    ),
 )
-interpreted = pytest.mark.skipif(
-    not dispatch.triton_interpreted(),
-    reason="runs in the process that test_every_op_under_the_interpreter starts",
-)
 
 
-@pytest.mark.skipif(not dispatch.triton_installed(), reason="needs triton; `pip install triton`")
-@pytest.mark.skipif(dispatch.triton_interpreted(), reason="this is that process")
-def test_every_op_under_the_interpreter():
-    here = Path(__file__).parent
-    files = [str(here / f"test_{name}.py") for name in (*OPS, "triton_interpreter")]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "HDFAST_TEST_BACKENDS": "triton"}
-    environment |= {"OMP_NUM_THREADS": "1"}  # the interpreter is a single thread of Python
-    environment.pop("HDFAST_BACKEND", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton"]
-    halves = [
-        subprocess.Popen(
-            [*command, *half], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=environment, cwd=here.parent.parent,
-        )
-        for half in (files[::2], files[1::2])
-    ]  # fmt: skip
-    told = [half.communicate()[0] for half in halves]
-    assert [half.returncode for half in halves] == [0, 0], "".join(told)
-    passed = [int(re.search(r"(\d+) passed", text).group(1)) for text in told]
-    assert sum(passed) >= 100, "".join(told)
+@outside
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group[0])
+def test_every_op_under_the_interpreter(group):
+    files = [KERNELS / f"test_{name}.py" for name in group]
+    interpreted(*files, only="triton", HDFAST_TEST_BACKENDS="triton")
 
 
-@interpreted
+@inside
 def test_triton_rounds_bfloat16_as_pytorch_does():
     from hdfast_kernels._triton import tl, triton
 
@@ -69,7 +51,7 @@ def test_triton_rounds_bfloat16_as_pytorch_does():
     assert y[4].isnan()
 
 
-@interpreted
+@inside
 def test_triton_multiplies_bfloat16():
     from hdfast_kernels._triton import tl, triton
 
@@ -85,7 +67,7 @@ def test_triton_multiplies_bfloat16():
     assert torch.allclose(c, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
 
 
-@interpreted
+@inside
 @pytest.mark.parametrize(
     ("read", "written", "what"),
     [(32, 32, None), (30, 31, None), (33, 32, "reads outside of its"), (32, 33, "writes outside of its")],
@@ -104,7 +86,7 @@ def test_only_tensors_that_were_given_are_touched(read, written, what):
     assert torch.equal(y[:30], x[:30] if what is None else torch.zeros(30))
 
 
-@interpreted
+@inside
 @pytest.mark.parametrize(
     ("inplace", "shift", "what"),
     [
@@ -133,7 +115,7 @@ def test_programs_of_a_launch_share_nothing_that_one_of_them_writes(inplace, shi
         assert torch.equal(y, expected)
 
 
-@interpreted
+@inside
 def test_what_another_program_wrote_before_a_barrier_is_read_past_the_first_level_cache():
     from interpreter_memory import Launch
     from triton.runtime.interpreter import interpreter_builder
@@ -153,7 +135,7 @@ def test_what_another_program_wrote_before_a_barrier_is_read_past_the_first_leve
             launch.access(pointers, mask, 4, write=False, cached=True)
 
 
-@interpreted
+@inside
 def test_loads_past_the_first_level_cache_are_known_by_their_modifier(monkeypatch):
     from interpreter_memory import Launch
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from checks import backends, random
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hdfast_kernels import adam_step, backends_available, dispatch, native
+from tests.calls import Calls
 
 SHAPES = [(3, 5), (), (17000,), (2, 3, 4, 4)]
 BACKENDS = backends("adam_step")
@@ -60,28 +60,21 @@ def test_equals_torch_in_float64(weight_decay, backend):
 
 def test_the_definition_takes_all_parameters_at_once():
     """On CUDA foreach operations go one by one if any two of their tensors differ in memory order."""
-    counts: dict[int, list[str]] = {}
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            name = func._schema.name.removeprefix("aten::")
-            seen.append(name)
-            lists = [arg for arg in args if isinstance(arg, list)] if name.startswith("_foreach") else []
-            for tensors in zip(*lists, strict=True):
-                assert len({tensor.stride() for tensor in tensors}) == 1, name
-            return func(*args, **(kwargs or {}))
-
+    works = []
     for many in (1, 5):
-        state, seen = State(), counts.setdefault(many, [])
-        grads = gradients(0)
+        state, grads = State(), gradients(0)
         grads[3] = grads[3].contiguous(memory_format=torch.channels_last)
         assert grads[3].stride() != state.params[3].stride()
         for name in ("params", "exp_avg", "exp_avg_sq"):
             tensors = getattr(state, name)
             setattr(state, name, tensors + [tensor.clone() for tensor in tensors * (many - 1)])
-        with Watch():
+        with Calls() as calls:
             state.take(grads * many, max_norm=1.0, backend="reference")
-    works = [[name for name in seen if "view" not in name and name != "clone"] for seen in counts.values()]
+        for name, given in calls.made:
+            lists = [one for one in given if isinstance(one, list)] if "_foreach" in name else []
+            for tensors in zip(*lists, strict=True):
+                assert len({tensor.stride() for tensor in tensors}) == 1, name
+        works.append([name for name, _ in calls.made if "view" not in name and "clone" not in name])
     assert works[0] == works[1]  # only a gradient of another order is copied, at any number of parameters
 
 
