@@ -6,6 +6,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +62,19 @@ def planted(monkeypatch, tmp_path, code: str) -> None:
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
+def late_at(trial: str, seconds: float, monkeypatch) -> searching.Report:
+    """What to `tell` so that the clock of the search jumps ahead as this trial begins."""
+    ahead = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0], sleep=time.sleep)
+    monkeypatch.setattr(searching, "time", clock)
+
+    def tell(line):
+        if line.get("begin") == trial:
+            ahead[0] += seconds
+
+    return tell
+
+
 def test_ops_that_crash_or_hang_cost_only_themselves(monkeypatch, tmp_path):
     planted(
         monkeypatch,
@@ -86,11 +100,12 @@ def test_ops_that_crash_or_hang_cost_only_themselves(monkeypatch, tmp_path):
             plant("two_hot_mean", refuse)
         """,
     )
-    found = searching.search(job(), check=lambda: None, tell=lambda line: None, limit=6)
+    tell = late_at("lambda_return", searching.LIMIT + 1, monkeypatch)
+    found = searching.search(job(), check=lambda: None, tell=tell)
     wrong = {op: line["why"] for op, line in found.report.items() if not line["right"]}
     assert wrong == {
         "kl_balance": "its process ended by signal 6",
-        "lambda_return": "no end within 6 s",
+        "lambda_return": "no end within 180 s",
         "two_hot_mean": "ValueError: out of registers",
     }
     assert found.report[TIMES]["right"]
@@ -108,7 +123,8 @@ def test_a_search_that_takes_too_long_ends_with_the_defaults(monkeypatch, tmp_pa
             trials.Trials.milliseconds = lambda *args: time.sleep(1000)
         """,
     )
-    found = searching.search(job(), check=lambda: None, tell=lambda line: None, budget=15)
+    tell = late_at(TIMES, 301, monkeypatch)
+    found = searching.search(job(), check=lambda: None, tell=tell, limit=400, budget=300)
     assert (found.ops, found.graph) == (None, False)
     assert found.report[TIMES]["why"] == "the time for all trials was over"
     assert found.report["kl_balance"]["right"]
