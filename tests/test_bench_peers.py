@@ -124,11 +124,11 @@ def test_the_report_gives_medians_rates_and_ratios_to_the_last():
 
 
 def test_ours_takes_turns():
-    """With the smallest batch, in the process that `bench.peers` starts."""
-    settings = {"batch": 1, "length": 2, "horizon": 1, "device": "cpu", "threads": 1}
+    """With the smallest model and batch, in the process that `bench.peers` starts."""
+    settings = {"size": "tiny", "batch": 1, "length": 2, "horizon": 1, "device": "cpu", "threads": 1}
     settings |= {"precision": "float32", "graph": False, "compile": False}
     with Worker("ours", peers.OURS.command, settings, cwd=ROOT) as ours:
-        assert ours.about["parameters"] == 17_922_952
+        assert ours.about["parameters"] == 829_896
         assert ours.about["threads"] == 1
         assert ours.about["precision"] == "float32"
         assert ours.about["gflop"] > 0 < ours.update()
@@ -178,6 +178,7 @@ def test_an_installed_peer_is_used_as_it_is(tmp_path, monkeypatch):
         places.interpreter(tmp_path, ["one==1.3", "two"], "peer")  # another version is installed anew
 
 
+@pytest.mark.slow  # makes a virtual environment with pip
 def test_without_an_index_the_command_ends_with_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")

@@ -15,9 +15,8 @@ def build(settings: dict[str, Any]) -> tuple[Callable[[], None], dict[str, Any]]
     device = resolve_device(settings["device"])
     prepare_device(device, little_work=False)
     torch.set_num_threads(settings["threads"])
-    config = config_of(
-        "small", batch=settings["batch"], length=settings["length"], horizon=settings["horizon"]
-    )
+    shape = {name: settings[name] for name in ("batch", "length", "horizon")}
+    config = config_of(settings.get("size", "small"), **shape)
     name = {"default": "auto"}.get(settings["precision"], settings["precision"])
     bench = Bench(config, device, resolve_precision(name, device))
     update = bench.graph() if settings["graph"] else bench.update()
