@@ -151,8 +151,21 @@ def oldest_triton() -> str:
 def test_training_shapes_on_the_oldest_triton(tmp_path_factory):
     """The oldest Triton allowed compiles what the installed one does."""
     folder = tmp_path_factory.mktemp("triton", numbered=False)
-    install = ["-m", "pip", "install", "-q", "--no-deps", "--target", folder, f"triton=={oldest_triton()}.0"]
-    done = subprocess.run([sys.executable, *install], capture_output=True, text=True)
+    install = [
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--retries",
+        "0",
+        "--timeout",
+        "15",
+        "--target",
+        folder,
+    ]
+    command = [sys.executable, *install, f"triton=={oldest_triton()}.0"]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         pytest.skip(f"no older triton to be had: {done.stderr.strip()[-300:]}")
     try:
