@@ -6,7 +6,7 @@ Each point is measured in a process of its own, so that its peak memory is its o
 warm-up, on CUDA those of CUDA graphs; a share is of the best rate that this machine reaches in a matrix product.
 
 On two idle CPU cores the default points take 2 minutes in bfloat16 (4 on busy cores), twice as long in float32: each
-point costs the start of a process (5 s), `--rounds` updates and one more, and the measurement of the peak.
+point costs the start of a process (5 s), `--rounds` updates and one more. The best rate is measured once, before them.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,24 @@ def points(
                 yield factor, point
 
 
-def measure(point: Point, device: str, precision: str, rounds: int) -> dict[str, Any]:
-    """Seconds, peak bytes and GFLOP of a point, measured in this process."""
+def dtype_of(point: Point, where: torch.device, precision: str) -> torch.dtype:
+    """What a point computes in: the policy acts in float32 on a CPU."""
+    if point.num_envs and where.type == "cpu":
+        return torch.float32
+    return resolve_precision(precision, where)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def measure(
+    point: Point, device: str, precision: str, rounds: int, rates: Mapping[str, float]
+) -> dict[str, Any]:
+    """Seconds, peak bytes and GFLOP of a point, measured in this process.
+
+    rates: the best GFLOP/s of the machine, by dtype.
+    """
     where = resolve_device(device)
     dtype = resolve_precision(precision, where)
     config = config_of(point.size, batch=point.batch, length=point.length, horizon=point.horizon)
@@ -83,10 +99,9 @@ def measure(point: Point, device: str, precision: str, rounds: int) -> dict[str,
     if where.type == "cuda":
         peak = torch.cuda.max_memory_allocated(where)
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before anything else is measured
-        dtype = torch.float32 if point.num_envs else dtype  # the policy acts in float32 on a CPU
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     work = gflop(config, point.part, where) * (point.num_envs or 1)
-    rate = work / statistics.median(times)
+    rate, dtype = work / statistics.median(times), name_of(dtype_of(point, where, precision))
     return {
         **asdict(point),
         "part": point.part,
@@ -96,15 +111,17 @@ def measure(point: Point, device: str, precision: str, rounds: int) -> dict[str,
         "parameters": bench.learner.parameter_counts()["total"],
         "gflop": work,
         "gflop_per_second": rate,
-        "share_of_peak": rate / gemm_gflop_per_second(where, dtype),
-        "dtype": str(dtype).removeprefix("torch."),
+        "share_of_peak": rate / rates[dtype],
+        "dtype": dtype,
         "threads": torch.get_num_threads(),
     }
 
 
-def measure_alone(point: Point, device: str, precision: str, rounds: int) -> dict[str, Any]:
+def measure_alone(
+    point: Point, device: str, precision: str, rounds: int, rates: Mapping[str, float]
+) -> dict[str, Any]:
     """`measure` in a process of its own. Raises: RunError with the last line of its stderr."""
-    call = json.dumps([asdict(point), device, precision, rounds])
+    call = json.dumps([asdict(point), device, precision, rounds, rates])
     command = [sys.executable, "-m", "bench.costs", "--point", call]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     if done.returncode:
@@ -194,10 +211,14 @@ def main(arguments: Iterable[str] | None = None) -> None:
         print(json.dumps(measure(Point(**point), *rest)))
         return
     where = resolve_device(flags.device)
-    how = (flags.device, str(resolve_precision(flags.precision, where)).removeprefix("torch."), flags.rounds)
+    how = (flags.device, name_of(resolve_precision(flags.precision, where)), flags.rounds)
+    chosen = list(points(flags.sizes, flags.batches, flags.lengths, flags.horizons, flags.envs))
+    prepare_device(where, little_work=False)
+    dtypes = dict.fromkeys(dtype_of(point, where, flags.precision) for _, point in chosen)
+    rates = {name_of(dtype): gemm_gflop_per_second(where, dtype) for dtype in dtypes}
     rows = []
-    for factor, point in points(flags.sizes, flags.batches, flags.lengths, flags.horizons, flags.envs):
-        rows.append({"factor": factor, **measure_alone(point, *how)})
+    for factor, point in chosen:
+        rows.append({"factor": factor, **measure_alone(point, *how, rates)})
         print(f"{describe(point)}: {rows[-1]['seconds']:.4g} s", file=sys.stderr, flush=True)
     about = describe_device(where)
     print(f"{about['name']}, {how[1]}, {torch.get_num_threads()} threads\n")

@@ -45,12 +45,14 @@ def test_the_tables_tell_what_differs_and_by_how_much():
 @pytest.mark.parametrize("num_envs", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_point_is_measured_in_a_process_of_its_own(num_envs):
     point = Point("tiny", batch=2, length=4, horizon=2, num_envs=num_envs)
-    measured = costs.measure_alone(point, "cpu", "float32", rounds=2)
+    measured = costs.measure_alone(point, "cpu", "bfloat16", 2, {"float32": 50.0, "bfloat16": 100.0})
     assert Point(**{key: measured[key] for key in costs.asdict(point)}) == point
     assert measured["seconds"] > 0 < measured["gflop"]
     assert measured["rounds"] == (costs.ACTS if num_envs else 2)
     assert 1e8 < measured["peak_bytes"] < 4e9
     assert measured["gflop_per_second"] == pytest.approx(measured["gflop"] / measured["seconds"])
+    rate = 50.0 if num_envs else 100.0  # the policy acts in float32
+    assert measured["share_of_peak"] == pytest.approx(measured["gflop_per_second"] / rate)
 
 
 @pytest.mark.parametrize("point", [Point(), Point(num_envs=2)], ids=["update", "act"])
@@ -66,12 +68,11 @@ def test_on_cuda_a_graph_is_measured_when_it_has_been_captured(point, monkeypatc
         "synchronised": lambda run, where: run,
         "seconds": lambda run: timed.append(len(calls)) or 1.0,
         "gflop": lambda *_: 1.0,
-        "gemm_gflop_per_second": lambda *_: 4.0,
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(costs, name, fake)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda where: 5)
-    row = costs.measure(point, "cuda", "float32", 2)
+    row = costs.measure(point, "cuda", "float32", 2, {"float32": 4.0})
     assert (row["peak_bytes"], row["share_of_peak"]) == (5, 0.5 if point.num_envs else 0.25)
     assert min(timed) > WARMUP
     assert set(calls) == {("act", 2, True)} if point.num_envs else {"graph"}
@@ -79,19 +80,27 @@ def test_on_cuda_a_graph_is_measured_when_it_has_been_captured(point, monkeypatc
 
 def test_a_point_that_fails_is_told_in_one_line():
     with pytest.raises(RunError, match=r"bench\.costs size huge: error: .*no size 'huge'"):
-        costs.measure_alone(Point("huge"), "cpu", "float32", rounds=1)
+        costs.measure_alone(Point("huge"), "cpu", "float32", 1, {})
 
 
 def test_the_command_prints_and_writes_what_was_measured(tmp_path, monkeypatch, capsys):
-    seen = []
+    seen, rated = [], []
+    rates = {torch.float32: 50.0, torch.bfloat16: 100.0}
+    monkeypatch.setattr(
+        costs, "gemm_gflop_per_second", lambda where, dtype: rated.append(dtype) or rates[dtype]
+    )
     monkeypatch.setattr(costs, "measure_alone", lambda point, *how: seen.append((point, how)) or row(point))
     path = tmp_path / "costs.json"
-    none = [f"--{name}" for name in ("batches", "lengths", "horizons", "envs")]
-    costs.main(["--sizes", "large", *none, "--device", "cpu", "--precision", "float32", "--json", str(path)])
-    assert seen == [(Point(), ("cpu", "float32", 3)), (Point(size="large"), ("cpu", "float32", 3))]
+    none = [f"--{name}" for name in ("batches", "lengths", "horizons")]
+    how = ["--device", "cpu", "--precision", "bfloat16", "--json", str(path)]
+    costs.main(["--sizes", "large", *none, "--envs", "2", "4", *how])
+    told = ("cpu", "bfloat16", 3, {"bfloat16": 100.0, "float32": 50.0})
+    wanted = (Point(), Point(size="large"), Point(num_envs=2), Point(num_envs=4))
+    assert seen == [(point, told) for point in wanted]
+    assert sorted(map(str, rated)) == ["torch.bfloat16", "torch.float32"], "each once"
     assert "| size large | 1.00 |" in capsys.readouterr().out
     written = json.loads(path.read_text())
-    assert [point["factor"] for point in written["points"]] == ["", "size"]
+    assert [point["factor"] for point in written["points"]] == ["", "size", "num_envs", "num_envs"]
     assert written["machine"]["device"] == "cpu"
     with pytest.raises(ConfigError, match="invalid choice: 'huge'"):
         costs.main(["--sizes", "huge"])
