@@ -76,18 +76,11 @@ class Trials:
         """The fused backend of every op that has one here; none where HDFAST_BACKEND decides."""
         if os.environ.get("HDFAST_BACKEND"):
             return {}
-        return self._first_of(FUSED[self.device.type])
+        return dispatch.first_of(FUSED[self.device.type], torch.empty(0, device=self.device))
 
     def others(self) -> dict[str, str]:
         """The other fused backend of every op that has two here."""
-        return self._first_of(INSTEAD.get(self.device.type, ()))
-
-    def _first_of(self, backends: tuple[str, ...]) -> dict[str, str]:
-        """By op, the first of these backends that runs here."""
-        probe = torch.empty(0, device=self.device)
-        runs = {op: dispatch.backends_available(op, probe) for op in dispatch.ops()}
-        have = {op: [backend for backend in backends if backend in runs[op]] for op in runs}
-        return {op: names[0] for op, names in have.items() if names}
+        return dispatch.first_of(INSTEAD.get(self.device.type, ()), torch.empty(0, device=self.device))
 
     def measure_definition(self) -> None:
         """Computes the results of plain PyTorch, and how far rounding errors move them."""
