@@ -216,6 +216,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     prepare_device(where, little_work=False)
     dtypes = dict.fromkeys(dtype_of(point, where, flags.precision) for _, point in chosen)
     rates = {name_of(dtype): gemm_gflop_per_second(where, dtype) for dtype in dtypes}
+    if where.type == "cuda":
+        torch.cuda.empty_cache()  # the points' own processes need the memory
     rows = []
     for factor, point in chosen:
         rows.append({"factor": factor, **measure_alone(point, *how, rates)})

@@ -205,7 +205,8 @@ def profiles(device: torch.device, name: str, write: "Rows") -> None:
                     run()
                 synchronize(device)
             kind = torch.autograd.DeviceType.CUDA if on_cuda else torch.autograd.DeviceType.CPU
-            events = [event for event in found.events() if event.device_type == kind]
+            # Without the ranges of an update's phases, which hold others.
+            events = [e for e in found.events() if e.device_type == kind and not e.is_user_annotation]
             spans = [(e.name, e.time_range.start, e.time_range.end) for e in events]
             row |= occupied(spans, updates)
             if what == "overlap" and write.traces is not None:

@@ -153,7 +153,7 @@ def human_normalized(task: Task, score: float) -> float:
 _MUJOCO = {"source": ("auto", "envpool"), "obs": ("image", "state", "both"), "render": ("full", "fast")}
 _ENV_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "atari": {"source": ("auto", "envpool", "ale"), "obs": ("image",), "render": ("full",)},
-    "demo": {"source": ("auto",), "obs": ("image",), "render": ("full",)},
+    "demo": {"source": ("auto", "envpool"), "obs": ("image",), "render": ("full",)},
     "dmc": _MUJOCO,
     "gym": {"source": ("auto",), "obs": ("auto", "image", "state", "both"), "render": ("full",)},
     "metaworld": _MUJOCO,

@@ -19,9 +19,10 @@ inside = pytest.mark.skipif(
 )
 
 
-def interpreted(*files: str | Path, only: str = "", **environment: str) -> None:
+def interpreted(*files: str | Path, least: int, only: str = "", **environment: str) -> None:
     """Runs the tests of these files in a process with the interpreter; AssertionError unless all pass, in each some.
 
+    least: how many must have passed, so that a condition that skips most does not go unnoticed.
     only: those whose names contain this. environment: variables of the process, besides those that every one has.
     """
     path = os.pathsep.join(filter(None, [str(KERNELS), os.environ.get("PYTHONPATH", "")]))
@@ -44,3 +45,4 @@ def interpreted(*files: str | Path, only: str = "", **environment: str) -> None:
         Path(line.split()[1].partition("::")[0]).name for line in lines
     }
     assert not without, f"no test of {without} passed\n{told}"
+    assert len(lines) >= least, f"only {len(lines)} tests passed\n{told}"

@@ -15,9 +15,8 @@ from hdfast import loop, train
 from hdfast.agent.learner import Learner
 from hdfast.agent.world_model import WorldModel
 from hdfast.envs import base
-from hdfast.replay.chunk import ReplayError
 from hdfast.runtime import checkpoint
-from hdfast.runtime.errors import NonFiniteError, RunError
+from hdfast.runtime.errors import NonFiniteError
 from hdfast.session import Session
 from hdfast_kernels import dispatch, native
 from tests import loop_cases
@@ -388,9 +387,3 @@ def test_an_unexpected_error_keeps_its_traceback_and_the_run(tmp_path, monkeypat
     assert saved(config).meta["agent_steps"] == 22
     loop_cases.train(config)
     assert int(saved(config).tensors["learner.updates"]) == 15
-
-
-def test_a_replay_that_is_not_whole_names_the_way_out():
-    wanted = "the replay ends at row 0; restore it from a copy, or begin another run from .*, by --init-from$"
-    with pytest.raises(RunError, match=wanted):
-        raise ReplayError("the replay ends at row 0")

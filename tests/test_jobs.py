@@ -3,12 +3,14 @@
 import dataclasses
 import os
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
 
 from hdfast import jobs
+from hdfast.runtime import tethered
 from hdfast.runtime.errors import Interrupted, OutputFullError, RunError
 from hdfast.runtime.signals import StopRequest
 from tests.loop_cases import (
@@ -159,6 +161,21 @@ with StopRequest() as stop:
         told("ready\n")
         process.kill()
     told("saved by SIGHUP\n")
+
+
+def test_a_command_does_not_begin_when_who_began_it_is_gone():
+    """It may end while Python starts; here another process is named, as if it had."""
+    command = [sys.executable, "-I", tethered.__file__, "1", sys.executable, "-c", "print('ran')"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGHUP, "")
+
+
+def test_a_command_begins_as_it_would_by_itself():
+    """With the same signals ignored: Python ignores some of its own accord."""
+    show = ["grep", "SigIgn", "/proc/self/status"]
+    tied = [sys.executable, "-I", tethered.__file__, str(os.getpid()), *show]
+    told = [subprocess.run(one, capture_output=True, text=True, check=True).stdout for one in (show, tied)]
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), OutputFullError("no room")], ids=["closed", "full"])

@@ -14,9 +14,11 @@ pytestmark = pytest.mark.slow
 
 def score(tmp_path, *flags: str) -> float:
     """The score of a run's final evaluation of 100 episodes, on one thread."""
-    command = [sys.executable, "-m", "hdfast.train", "--suite", "demo", "--logdir", str(tmp_path), *flags]
+    command = [sys.executable, "-m", "hdfast.train", "--suite", "demo", "--device", "cpu"]
+    command += ["--logdir", str(tmp_path), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     (finished,) = tmp_path.glob("demo/*/seed0/finished.json")
     return json.loads(finished.read_text())["summary"]["score"]
 
@@ -28,8 +30,8 @@ def test_the_ball_is_caught(tmp_path, precision):
     assert score(tmp_path, "--precision", precision) > 0.8
 
 
-@pytest.mark.parametrize(("mode", "least", "most"), [("learned", 18.0, 29.4), ("off", 11.9, 16.0)])
+@pytest.mark.parametrize(("mode", "least", "most"), [("learned", 18.0, 31.0), ("off", 11.5, 16.0)])
 def test_harmony_pays_where_most_of_the_picture_does_not_matter(tmp_path, mode, least, most):
-    """Ten seeds of each ended between 20.3 and 22.6 with harmony, and between 13.4 and 14.4 without it."""
+    """Ten seeds scored 20.3 to 22.6 there with harmony, 13.4 to 14.4 without; random actions 11.5, the best 31."""
     found = score(tmp_path, "--task", "Track", "--agent-steps", "8000", "--harmony.mode", mode)
     assert least < found < most

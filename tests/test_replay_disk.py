@@ -49,8 +49,8 @@ def test_flush_is_durable_and_costs_nothing_when_nothing_is_new(tmp_path, monkey
 
 
 def test_every_chunk_is_durable_after_a_flush_and_every_cut_after_a_load(tmp_path, monkeypatch):
-    make_blocks_small(monkeypatch.setattr)
     """What a power failure may take: files written, and directories changed, since they were last synced."""
+    make_blocks_small(monkeypatch.setattr)
     directory, at_risk = str(tmp_path / "replay"), set()
     write, open_, sync, unlink = os.pwrite, os.open, os.fsync, Path.unlink
 
@@ -85,8 +85,8 @@ def test_every_chunk_is_durable_after_a_flush_and_every_cut_after_a_load(tmp_pat
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path, monkeypatch, error):
-    make_blocks_small(monkeypatch.setattr)
     """The disk takes 100 more bytes and then has room again; the second time a torn tail remains."""
+    make_blocks_small(monkeypatch.setattr)
     replay = extend(new_replay(tmp_path), 22)
     state, size = replay.state_dict(), nbytes(tmp_path)
     for cut_fails in (False, True):

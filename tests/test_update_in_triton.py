@@ -14,7 +14,7 @@ from tests.interpreter import inside, interpreted, outside
 
 @outside
 def test_under_the_interpreter():
-    interpreted(__file__)
+    interpreted(__file__, least=2)
 
 
 @inside

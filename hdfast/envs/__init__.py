@@ -67,7 +67,11 @@ def make(
             from hdfast.envs.catch import Catch
             from hdfast.envs.track import Track
 
-            return (Catch if found.env_id == "Catch-v0" else Track)(found, **shared)
+            if found.env_id == "Catch-v0":
+                return Catch(found, **shared)
+            if source != "auto":
+                raise suites.UnknownName(f"--env.source cannot be {source!r} for {found.name}; choose 'auto'")
+            return Track(found, **shared)
         case "dmc":
             from hdfast.envs.dmc import ControlSuite
 

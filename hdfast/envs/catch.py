@@ -1,6 +1,6 @@
 """Catch: a ball falls through ten rows of five cells, and the paddle in the lowest row must be under it.
 
-The task of the suite `demo`, from envpool's Catch (bsuite's rules): actions are left, stay, right; the last
+A task of the suite `demo`, from envpool's Catch (bsuite's rules): actions are left, stay, right; the last
 of the ten rows of an episode is terminal with reward +1 (caught) or -1 (missed), every other reward is 0.
 
 Axes: N environments. The 10 x 5 board is stretched over 16 x 16 pixels.

@@ -199,7 +199,10 @@ class Replay:
         """
         rows, ring, crc = (int(state[key]) for key in ("rows_added", "ring", "log_crc"))
         if ring != self.ring and rows > min(ring, self.ring):
-            raise ReplayError(f"replay: the checkpoint has {ring} rows per environment, this run {self.ring}")
+            raise ReplayError(
+                f"replay: the checkpoint has {ring} rows per environment, this run {self.ring}",
+                hint="give the earlier --replay settings, or begin another run",
+            )
         if self._log is None and rows:
             raise ReplayError(
                 f"replay: the checkpoint has {rows} rows, and there is no log to read them from"

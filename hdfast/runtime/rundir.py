@@ -129,7 +129,7 @@ class RunDir:
             raise CheckpointError("it is finished, but its checkpoints are gone", where=path, hint=hint)
         if record.summary is not None and not grown:
             return cls(path, record.summary, lock)
-        resumed = [*record.resumed, {**origin, "changed": difference(saved, requested)}]
+        resumed = [*record.resumed, {**origin, "changed": difference(saved, requested, {"seeds"})}]
         written = {"config": {**record.config, **grown}, "created": record.created, "resumed": resumed}
         opened = cls(path, None, lock)
         if grown:

@@ -13,7 +13,8 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h; it outlasts exec
 
 
 def main(parent: str, *command: str) -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    for signum in (signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ):  # Python itself ignores the last two
+        signal.signal(signum, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
     if os.getppid() != int(parent):
         os.kill(os.getpid(), signal.SIGHUP)

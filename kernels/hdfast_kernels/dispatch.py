@@ -139,7 +139,7 @@ def resolve(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[...,
     """The implementation of `op` for a call whose device and dtype `tensor` decides.
 
     `backend` is the caller's wish; None leaves it to `HDFAST_BACKEND` (except on the meta device, or where the op
-    lacks that backend) and then to the default of the device.
+    lacks that backend) and then to the default of the device; torch.compile sees through the ops of `TRACED` then.
     Raises BackendError if that backend is unknown, not implemented for this op, or cannot run on this tensor;
     TypeError for integers, if the op takes floating-point numbers.
     """

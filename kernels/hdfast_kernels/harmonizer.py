@@ -61,7 +61,8 @@ class Harmonizer(nn.Module):
         >>> sorted(name for name in metrics if name.startswith("harmony/weight"))
         ['harmony/weight_image', 'harmony/weight_kl', 'harmony/weight_reward']
 
-    torch.compile takes it into its graph (`fullgraph=True`) and fuses it with the losses, unless a backend is named.
+    torch.compile takes it into its graph (`fullgraph=True`) and fuses it with the losses, unless a backend is named,
+    here or by HDFAST_BACKEND.
 
     A group settles at a weight of (sqrt(1 + 4 / L) - 1) / 2, which is about 1 / L where its loss L is large. Adam moves
     a scalar by its learning rate a step, so that a loss of 1e5 takes 11 / lr of them. Begin with a weight near there,

@@ -35,7 +35,7 @@ def triton_op(persistent: bool):
 
 @outside
 def test_under_the_interpreter():
-    interpreted(__file__)
+    interpreted(__file__, least=28)
 
 
 @inside
