@@ -171,7 +171,7 @@ def test_a_command_does_not_begin_when_who_began_it_is_gone():
 
 
 def test_a_command_begins_as_it_would_by_itself():
-    """With the same signals ignored, of which Python has some of its own; but SIGHUP never is, which `nohup` ignores."""
+    """With the same signals ignored, of which Python has some of its own, but for SIGHUP, which `nohup` ignores."""
     show = ["grep", "SigIgn", "/proc/self/status"]
     tied = [sys.executable, "-I", tethered.__file__, str(os.getpid()), *show]
     told = [subprocess.run(one, capture_output=True, text=True, check=True).stdout for one in (show, tied)]
