@@ -104,7 +104,7 @@ class Config:
 
     @property
     def tasks(self) -> list[suites.Task]:
-        """The tasks to train: the one that is named, or all of the suite."""
+        """The tasks to train: the one that is named, or all of the suite. Raises UnknownName, listing the nearest."""
         return suites.get(self.suite).select([self.task] if self.task else [])
 
     @property

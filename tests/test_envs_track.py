@@ -69,15 +69,23 @@ def test_an_episode_has_a_first_row_and_32_steps_and_is_truncated():
         assert row.reward.tolist() == ((np.abs(dot - paddle) <= 1) & ~row.is_first).tolist()
 
 
-def test_following_the_dot_in_the_image_wins_and_chance_does_not():
+def test_what_can_be_earned():
+    """The README's scores of following the dot, of a paddle that is parked in the middle, and of chance."""
+
     def follow(image):
         dot, paddle = cells(image)
         return np.sign(dot - paddle) + 1
 
+    def park(image):
+        return np.sign(4 - cells(image)[1]) + 1
+
     rng = np.random.default_rng(0)
-    best, chance = play(follow)[0], play(lambda image: rng.integers(3, size=len(image)))[0]
-    assert best > 28
-    assert 9 < chance < 15
+    for policy, score in (
+        (follow, 31.0),
+        (park, 13.8),
+        (lambda image: rng.integers(3, size=len(image)), 11.5),
+    ):
+        assert abs(play(policy, num_envs=64)[0] - score) < 0.7
 
 
 def test_a_seed_decides_everything():

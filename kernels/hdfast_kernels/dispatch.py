@@ -102,8 +102,7 @@ def use(device: str, backends: Mapping[str, str] | None) -> dict[str, str]:
 
     Raises BackendError if there is no such device type, op or backend.
     """
-    if device not in _DEFAULTS:
-        raise BackendError(f"there are no backends for {device}, only for {' and '.join(_DEFAULTS)}")
+    _check_device(device)
     backends = _SHIPPED[device] if backends is None else backends
     for op, name in backends.items():
         _check_op(op)
@@ -114,7 +113,11 @@ def use(device: str, backends: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def defaults(device: str) -> dict[str, str]:
-    """The backend of each op that does not run its reference by default on a device type; see `use`."""
+    """The backend of each op that does not run its reference by default on a device type; see `use`.
+
+    Raises BackendError if there is no such device type.
+    """
+    _check_device(device)
     return dict(_DEFAULTS[device])
 
 
@@ -259,6 +262,11 @@ def _run(implementation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if tensor is not None and tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return _on(tensor.device, without_autocast(implementation), *args, **kwargs)
     return without_autocast(implementation)(*args, **kwargs)
+
+
+def _check_device(device: str) -> None:
+    if device not in _DEFAULTS:
+        raise BackendError(f"there are no backends for {device}, only for {' and '.join(_DEFAULTS)}")
 
 
 def _check_op(op: str) -> None:

@@ -107,6 +107,11 @@ def test_a_table_that_cannot_be_changes_nothing(toy, device, table, says):
     assert dispatch.resolve_name(toy, None, CPU) == "native"
 
 
+def test_the_defaults_of_a_device_that_is_none():
+    with pytest.raises(BackendError, match="^there are no backends for mps, only for cpu and cuda$"):
+        dispatch.defaults("mps")
+
+
 def test_the_environment_goes_before_the_table_and_the_caller_before_both(toy, monkeypatch):
     monkeypatch.setenv("HDFAST_BACKEND", "reference")
     assert dispatch.resolve_name(toy, None, CPU) == "reference"
