@@ -108,7 +108,7 @@ def test_a_table_that_cannot_be_changes_nothing(toy, device, table, says):
 
 
 def test_the_defaults_of_a_device_that_is_none():
-    with pytest.raises(BackendError, match="^there are no backends for mps, only for cpu and cuda$"):
+    with pytest.raises(BackendError, match=r"^there are no backends for mps, only for cpu and cuda$"):
         dispatch.defaults("mps")
 
 
