@@ -25,7 +25,7 @@ import torch
 from bench import table
 from bench.agent import Bench, config_of, gflop
 from bench.machine import gemm_gflop_per_second, seconds, synchronised
-from hdfast.runtime import errors
+from hdfast.runtime import entry
 from hdfast.runtime.arguments import Arguments, positive
 from hdfast.runtime.device import describe_device, prepare_device, resolve_device, resolve_precision
 from hdfast.runtime.errors import RunError
@@ -232,4 +232,4 @@ def main(arguments: Iterable[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    entry.main(main)

@@ -4,8 +4,8 @@ import sys
 
 __version__ = "0.1.0"
 
-if sys.argv[:1] == ["-m"]:  # `python -m hdfast.train` imports all it needs before its `errors.main` runs
-    from hdfast.runtime import errors, threads
+if sys.argv[:1] == ["-m"]:  # `python -m hdfast.train` imports all it needs before its `entry.main` runs
+    from hdfast.runtime import entry, threads
 
-    errors.begin()
+    entry.begin()
     threads.wait_briefly()

@@ -4,7 +4,7 @@ import difflib
 import sys
 
 import hdfast
-from hdfast.runtime import errors
+from hdfast.runtime import entry
 from hdfast.runtime.errors import ConfigError
 
 DOORS = {
@@ -31,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    entry.main(main)

@@ -26,7 +26,7 @@ from hdfast.agent.learner import Learner
 from hdfast.config import Config
 from hdfast.replay import Replay
 from hdfast.replay.contents import random_row, replay_specs
-from hdfast.runtime import errors
+from hdfast.runtime import entry
 from hdfast.runtime.arguments import Arguments, given_path, natural, positive
 from hdfast.runtime.console import Console, say
 from hdfast.runtime.device import describe_device, ready_device, resolve_precision
@@ -202,4 +202,4 @@ def nsight(flags: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    entry.main(main)

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from hdfast import suites
 from hdfast.results import CURVES, KEYS, collect, curves, differences, with_runs
-from hdfast.runtime import errors
+from hdfast.runtime import entry, errors
 from hdfast.runtime.arguments import Arguments, given_path
 from hdfast.runtime.console import Console
 from hdfast.runtime.errors import ConfigError, RunError, disk_errors
@@ -249,4 +249,4 @@ def _count(things: Collection[Any], name: str) -> str:
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    entry.main(main)

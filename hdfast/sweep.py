@@ -15,7 +15,7 @@ from hdfast import config, config_file, envs, init_from, report, results, suites
 from hdfast.agent.custom import learner_class
 from hdfast.flags import field_names
 from hdfast.jobs import Job, LocalPool, RayPool, ending, run
-from hdfast.runtime import errors
+from hdfast.runtime import entry
 from hdfast.runtime.arguments import Arguments, natural, positive
 from hdfast.runtime.console import Console
 from hdfast.runtime.device import resolve_device
@@ -143,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    entry.main(main)

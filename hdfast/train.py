@@ -7,7 +7,7 @@ from hdfast import report, results, suites
 from hdfast.config import parse
 from hdfast.dry_run import describe
 from hdfast.loop import run
-from hdfast.runtime import errors
+from hdfast.runtime import entry, errors
 
 
 def main() -> None:
@@ -29,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    entry.main(main)

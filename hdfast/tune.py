@@ -14,7 +14,7 @@ from rich.table import Table
 from hdfast import config as configs
 from hdfast.agent.learner import check_backends
 from hdfast.config import Config
-from hdfast.runtime import errors
+from hdfast.runtime import entry
 from hdfast.runtime.arguments import Arguments
 from hdfast.runtime.console import Console
 from hdfast.runtime.device import describe_device, ready_device, resolve_precision
@@ -124,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    entry.main(main)

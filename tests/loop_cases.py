@@ -20,7 +20,7 @@ from hdfast.agent.learner import Learner
 from hdfast.config import Config, default_config, validate
 from hdfast.envs.base import ArraySpec, BatchEnv, DiscreteActions, EnvStep
 from hdfast.overrides import apply_overrides
-from hdfast.runtime import checkpoint, errors
+from hdfast.runtime import checkpoint, entry
 from hdfast.runtime.checkpoint import Checkpoint
 from tests.agent_cases import on_one_thread
 
@@ -153,7 +153,7 @@ def door(
     monkeypatch.setattr(sys, "argv", ["door", *argv])
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
-        errors.main(main)
+        entry.main(main)
     out, err = capfd.readouterr()
     return stop.value.code, out, err
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hdfast import evaluate, loop, sweep
+from hdfast import loop, sweep
 from hdfast import train as training
 from hdfast.agent.behavior import Behavior
 from hdfast.agent.custom import learner_class, source_of
@@ -23,6 +23,7 @@ from hdfast.runtime.errors import (
     NonFiniteError,
     RunError,
 )
+from hdfast.trained import load
 from hdfast.tuning.choice import Job
 from hdfast.tuning.choice import path_of as path_of_choice
 from tests.agent_cases import make_batch, make_learner
@@ -69,7 +70,7 @@ def test_the_example_of_the_readme_learns_and_is_evaluated(tmp_path, example):
     assert all(line["loss/rewarded"] > 0 for line in lines(config, "metrics") if line["updates"])
     head = {k: v for k, v in saved(config).tensors.items() if k.startswith("learner.model.rewarded.")}
     begun = learner_class(config)
-    with evaluate.load(path_of(config)) as trained:
+    with load(path_of(config)) as trained:
         assert type(trained.policy.learner) is begun
         fresh = begun(
             trained.env.obs_specs,

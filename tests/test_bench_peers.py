@@ -14,7 +14,7 @@ from bench.peers import places
 from bench.peers.known import PEERS, Checkout
 from bench.peers.places import Program
 from bench.peers.workers import Worker, take_turns
-from hdfast.runtime import errors
+from hdfast.runtime import entry
 from hdfast.runtime.errors import MissingLibraryError, RunError
 
 ROOT = Path(__file__).parents[1]
@@ -185,7 +185,7 @@ def test_without_an_index_the_command_ends_with_one_line(tmp_path, monkeypatch, 
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setattr(peers, "PLACE", tmp_path)
     with pytest.raises(SystemExit) as end:
-        errors.main(lambda: peers.main(["--device", "cpu"]))
+        entry.main(lambda: peers.main(["--device", "cpu"]))
     assert end.value.code == MissingLibraryError.exit_code
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
@@ -196,7 +196,7 @@ def test_without_an_index_the_command_ends_with_one_line(tmp_path, monkeypatch, 
 
 def test_without_a_checkout_the_command_ends_with_the_line_that_makes_one(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        errors.main(lambda: peers.main(["--peer", "dreamerv3-torch", "--checkouts", str(tmp_path)]))
+        entry.main(lambda: peers.main(["--peer", "dreamerv3-torch", "--checkouts", str(tmp_path)]))
     assert end.value.code == MissingLibraryError.exit_code
     checkout, folder = peers.BY_NAME["dreamerv3-torch"].checkout, tmp_path / "dreamerv3-torch"
     assert capsys.readouterr().err == (
@@ -226,7 +226,7 @@ def test_a_peer_can_run_on_the_python_that_runs_ours(tmp_path, monkeypatch, caps
     assert "PYTHONPATH" not in found.variables  # with an environment of its own it must not see our packages
     monkeypatch.undo()
     with pytest.raises(SystemExit) as end:
-        errors.main(lambda: peers.main(["--device", "cpu", "--here"]))
+        entry.main(lambda: peers.main(["--device", "cpu", "--here"]))
     assert end.value.code == MissingLibraryError.exit_code
     assert capsys.readouterr().err.startswith("error: sheeprl: it is not installed here; leave out --here")
 

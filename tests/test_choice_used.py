@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hdfast.agent.policy import Policy
-from hdfast.evaluate import load
 from hdfast.runtime.errors import ConfigError
+from hdfast.trained import load
 from hdfast.tuning.choice import Choice, Job, remember
 from hdfast_kernels import dispatch
 from tests import loop_cases

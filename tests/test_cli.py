@@ -274,7 +274,7 @@ def test_the_package_itself_lists_its_doors(monkeypatch, capsys):
     doors = {
         path.stem
         for path in Path(loop.__file__).parent.glob("*.py")
-        if "errors.main(main)" in path.read_text() and path.stem != "__main__"
+        if "entry.main(main)" in path.read_text() and path.stem != "__main__"
     }
     monkeypatch.setattr(sys, "argv", ["hdfast"])
     package.main()

@@ -7,7 +7,7 @@ import pytest
 
 from hdfast import envs
 from hdfast.envs import gym_view
-from hdfast.evaluate import load
+from hdfast.trained import load
 from tests import loop_cases
 from tests.gym_cameras import Cameras
 from tests.loop_cases import one_thread, path_of, tiny  # noqa: F401

@@ -21,9 +21,9 @@ from tests.loop_cases import flags
 PROGRAM = """
 from hdfast import train
 from hdfast.envs import gym_thread
-from hdfast.runtime import errors
+from hdfast.runtime import entry
 gym_thread.GRACE_SECONDS = {grace}
-errors.main(train.main)
+entry.main(train.main)
 """
 SAYS = "stopping with a checkpoint; a second Ctrl-C stops it at once, without one"
 STOPPED = "error: stopped by SIGINT; the same command resumes it"

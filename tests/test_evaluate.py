@@ -16,6 +16,7 @@ import torch
 from hdfast import evaluate, loop, session
 from hdfast.envs.base import ContinuousActions
 from hdfast.runtime.errors import ConfigError
+from hdfast.trained import load
 from hdfast_kernels import two_hot_mean
 from tests import loop_cases
 from tests.loop_cases import (
@@ -94,7 +95,7 @@ def test_evaluate_plays_an_older_checkpoint_that_is_named(tmp_path, monkeypatch,
     loop_cases.train(run)
     older, newest = sorted(path_of(run).glob("checkpoints/*.safetensors"))
     capfd.readouterr()
-    with evaluate.load(older) as trained:
+    with load(older) as trained:
         assert (trained.checkpoint.path, trained.config.task) == (older, "Catch")
         assert trained.checkpoint.meta["agent_steps"] < 40
     scores = evaluate.evaluate(str(older), episodes=2, video=True)
@@ -168,8 +169,8 @@ def test_numbers_out_of_range_are_one_line_in_a_notebook_too(run):
             "--episodes 0 is out of range: expected 1 or more",
         ),
         (lambda path: evaluate.evaluate(path, seed=-1), "--seed -1 is out of range: expected 0 or more"),
-        (lambda path: evaluate.load(path, seed=-1), "--seed -1 is out of range: expected 0 or more"),
-        (lambda path: evaluate.load(path, num_envs=0), "--num-envs 0 is out of range: expected 1 to 4,096"),
+        (lambda path: load(path, seed=-1), "--seed -1 is out of range: expected 0 or more"),
+        (lambda path: load(path, num_envs=0), "--num-envs 0 is out of range: expected 1 to 4,096"),
     ):
         with pytest.raises(ConfigError) as error:
             call(path_of(run))
@@ -177,7 +178,7 @@ def test_numbers_out_of_range_are_one_line_in_a_notebook_too(run):
 
 
 def test_a_trained_agent_acts_in_a_notebook(run):
-    with evaluate.load(str(path_of(run)), num_envs=2, device="cpu") as trained:
+    with load(str(path_of(run)), num_envs=2, device="cpu") as trained:
         step, rows = trained.env.reset(), 0
         while not step.is_last.any():
             step = trained.env.step(trained.policy(step.obs, step.is_first))
@@ -244,7 +245,7 @@ def test_a_run_of_an_older_version_is_played_and_gone_on_with(run, tmp_path, cap
         section, _, field = name.partition(".")
         about["config"][section].pop(field) if field else about["config"].pop(section)
     (copy / "config.json").write_text(json.dumps(about))
-    with evaluate.load(copy, device="cpu") as trained:
+    with load(copy, device="cpu") as trained:
         assert dataclasses.replace(trained.config, logdir=run.logdir) == run
     capfd.readouterr()
     loop_cases.train(tiny(tmp_path))
@@ -259,18 +260,18 @@ def test_a_run_of_an_older_version_is_played_and_gone_on_with(run, tmp_path, cap
 
 def test_evaluate_knows_success_and_wants_images_for_a_video(tmp_path, monkeypatch):
     script(monkeypatch, actions=ContinuousActions(2), state=True)
-    monkeypatch.setattr(evaluate, "make_envs", session.make_envs)
+    monkeypatch.setattr("hdfast.trained.make_envs", session.make_envs)
     config = tiny(tmp_path, agent_steps=12)
     loop_cases.train(config)
     assert evaluate.evaluate(path_of(config), episodes=4)["success"] == 1.0
-    with pytest.raises(evaluate.ConfigError, match="--video: this task shows no images"):
+    with pytest.raises(ConfigError, match="--video: this task shows no images"):
         evaluate.evaluate(path_of(config), episodes=1, video=True)
 
 
 def test_a_notebook_may_write_the_home_directory_as_a_tilde(run, monkeypatch):
     monkeypatch.setenv("HOME", str(run.logdir.parent))
     at = Path("~") / path_of(run).relative_to(run.logdir.parent)
-    with evaluate.load(str(at)) as trained:
+    with load(str(at)) as trained:
         assert trained.checkpoint.meta["agent_steps"] == 40
     assert evaluate.evaluate(at, episodes=1)["run"] == str(path_of(run))
 
@@ -343,14 +344,14 @@ def test_it_acts_in_an_environment_of_ones_own_as_in_its_own(name, obs, tmp_path
     config = tiny(tmp_path, agent_steps=4, env={"obs": obs}, **task)
     loop_cases.train(config)
     folder = path_of(config) if not ours else next(tmp_path.glob("gym/*/seed0"))
-    with evaluate.load(folder, seed=3, device="cpu") as trained:
+    with load(folder, seed=3, device="cpu") as trained:
         step, theirs, rows = trained.env.reset(), [], []
         while not step.is_last.any():
             rows.append({key: value[0] for key, value in step.obs.items()})
             action = trained.policy(step.obs, step.is_first)
             theirs.append(trained.env.own_action(action))
             step = trained.env.step(action)
-    with evaluate.load(folder, seed=3, device="cpu") as trained:
+    with load(folder, seed=3, device="cpu") as trained:
         if not ours:  # a single observation: alone, or by its name
             assert [trained.act(rows[0]["image"]), *map(trained.act, rows[1:])] == theirs
             return
@@ -371,14 +372,14 @@ def test_it_acts_in_an_environment_of_ones_own_as_in_its_own(name, obs, tmp_path
 
 
 def test_what_it_cannot_act_on_is_told(run):
-    with evaluate.load(path_of(run), device="cpu") as trained:
+    with load(path_of(run), device="cpu") as trained:
         with pytest.raises(ValueError, match="Catch: the observation has no 'image', but pixels"):
             trained.act({"pixels": np.zeros((16, 16, 3), np.uint8)})
         with pytest.raises(
             ValueError, match=r"Catch: observation 'image' has shape \(8, 8, 3\), expected \(16, 16, 3\)"
         ):
             trained.act(np.zeros((8, 8, 3), np.uint8))
-    several = evaluate.load(path_of(run), num_envs=2, device="cpu")
+    several = load(path_of(run), num_envs=2, device="cpu")
     with several, pytest.raises(ValueError, match=r"act\(\) is for one environment, this was loaded for 2"):
         several.act(np.zeros((16, 16, 3), np.uint8))
 
@@ -386,7 +387,7 @@ def test_what_it_cannot_act_on_is_told(run):
 def test_what_the_readme_looks_at_in_a_notebook(run):
     text = (Path(__file__).parents[1] / "README.md").read_text()
     (code,) = re.findall(r"what the agent believes.*?```python\n(.*?)```", text, re.DOTALL)
-    with evaluate.load(path_of(run), num_envs=3) as trained:
+    with load(path_of(run), num_envs=3) as trained:
         step = trained.env.reset()
         trained.policy(step.obs, step.is_first)
         seen = {"torch": torch, "trained": trained}

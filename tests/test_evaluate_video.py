@@ -10,6 +10,7 @@ from PIL import Image
 
 from hdfast import evaluate
 from hdfast.runtime.errors import RunError
+from hdfast.trained import load
 from tests import gym_envs, loop_cases
 from tests.loop_cases import (
     one_thread,  # noqa: F401
@@ -96,8 +97,8 @@ def test_what_is_drawn_for_a_video_is_nothing_that_it_acts_on(tmp_path):
         tiny(tmp_path, agent_steps=4, suite="gym", task="tests.gym_envs:Drawn-v0", env={"obs": "state"})
     )
     (folder,) = tmp_path.glob("gym/*/seed0")
-    drawn = evaluate.load(folder, device="cpu", drawn=True)
+    drawn = load(folder, device="cpu", drawn=True)
     with drawn, pytest.raises(ValueError, match="load it without drawn=True"):
         drawn.act(np.zeros(3, np.float32))
-    with evaluate.load(folder, device="cpu") as trained:
+    with load(folder, device="cpu") as trained:
         assert trained.act(np.zeros(3, np.float32)) in (0, 1, 2)

@@ -277,7 +277,7 @@ DIE = """
 import os, signal, sys
 from hdfast import train
 from hdfast.agent.learner import Learner
-from hdfast.runtime import errors
+from hdfast.runtime import entry
 owner, name, number = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
 owner = {"os": os, "Learner": Learner}[owner]
 inner, calls = getattr(owner, name), []
@@ -287,7 +287,7 @@ def dying(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return inner(*args)
 setattr(owner, name, dying)
-errors.main(train.main)
+entry.main(train.main)
 """
 
 

@@ -71,10 +71,11 @@ def test_disk_errors_tell_a_full_disk_from_another_trouble():
 
 
 SMALLER = "a smaller --size, --replay.batch, --replay.length or --replay.capacity takes less"
+DOOR = "from hdfast.runtime.entry import main\nfrom hdfast.runtime.errors import *\n"
 
 
 def run_door(body):
-    code = f"import errno, signal\nfrom hdfast.runtime.errors import *\ndef door():\n {body}\nmain(door)"
+    code = f"{DOOR}import errno, signal\ndef door():\n {body}\nmain(door)"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
 
@@ -188,7 +189,7 @@ def test_a_package_that_is_not_there_is_one_line_of_every_door(tmp_path, hidden,
 
 def run_unread(body):
     """Runs a command whose stdout nobody reads; returns its exit code and stderr."""
-    code = f"from hdfast.runtime.errors import *\ndef door():\n {body}\nmain(door)"
+    code = f"{DOOR}def door():\n {body}\nmain(door)"
     buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered
@@ -207,7 +208,7 @@ def test_main_ends_silently_when_its_reader_has_gone(count):
 @pytest.mark.parametrize("body", ["print('x')", "print('x' * 200_000)", "print('x'); raise SystemExit(0)"])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_main_tells_in_one_line_that_stdout_has_no_room(body, unbuffered):
-    code = f"from hdfast.runtime.errors import *\ndef door():\n {body}\nmain(door)"
+    code = f"{DOOR}def door():\n {body}\nmain(door)"
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-c", code]
@@ -218,9 +219,7 @@ def test_main_tells_in_one_line_that_stdout_has_no_room(body, unbuffered):
 
 
 def test_what_was_wrong_is_told_even_when_stdout_has_no_room():
-    code = (
-        "from hdfast.runtime.errors import *\ndef door():\n print('x'); raise ConfigError('no')\nmain(door)"
-    )
+    code = f"{DOOR}def door():\n print('x'); raise ConfigError('no')\nmain(door)"
     with open("/dev/full", "w") as full:
         environment = {**os.environ, "PYTHONUNBUFFERED": ""}
         command = [sys.executable, "-c", code]

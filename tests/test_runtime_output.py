@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from hdfast import evaluate, report, sweep, train
-from hdfast.runtime import errors
+from hdfast.runtime import entry
 from hdfast.runtime.console import Console
 from hdfast.runtime.output import encodable
 from tests.loop_cases import PYTHONPATH, flags, one_thread, path_of, tiny  # noqa: F401
@@ -18,7 +18,7 @@ from tests.test_report import finish
 def ended(main, argv, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["door", *argv])
     with pytest.raises(SystemExit) as stop:
-        errors.main(main)
+        entry.main(main)
     return stop.value.code
 
 
@@ -51,13 +51,13 @@ def test_doors_with_closed_outputs_do_the_same(tmp_path, monkeypatch, capfd, clo
 def test_no_file_takes_the_number_of_an_output_that_is_closed(tmp_path, closed):
     """Otherwise that file would get what a C library prints to the output."""
     code = (
-        "import os, sys; from hdfast.runtime import errors\n"
+        "import os, sys; from hdfast.runtime import entry, errors\n"
         "def door():\n"
         f" with open({str(tmp_path / 'file')!r}, 'w') as file: assert file.fileno() > 2\n"
         " for number in (1, 2): os.write(number, b'said')\n"
         " print('told'); errors.warn('told'); sys.stderr.write('told')\n"
         " return 7\n"
-        "errors.main(door)"
+        "entry.main(door)"
     )
     shell = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH}

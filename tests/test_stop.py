@@ -27,7 +27,7 @@ from tests.loop_cases import (
     tiny,
 )
 
-RUN_TRAIN = "from hdfast import train\nfrom hdfast.runtime import errors\nerrors.main(train.main)"
+RUN_TRAIN = "from hdfast import train\nfrom hdfast.runtime import entry\nentry.main(train.main)"
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -27,7 +27,7 @@ from bench.peers.known import PEERS
 from bench.peers.places import Program, program
 from bench.peers.workers import Worker, take_turns
 from hdfast import __version__
-from hdfast.runtime import errors
+from hdfast.runtime import entry
 from hdfast.runtime.arguments import Arguments, positive
 from hdfast.runtime.device import PRECISIONS, describe_device, resolve_device
 
@@ -166,4 +166,4 @@ def main(arguments: Iterable[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    entry.main(main)
