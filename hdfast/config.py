@@ -90,6 +90,8 @@ class Config:
     """Agent steps of a run, with random ones and the first row of each episode (frames: times the action repeat)."""
     learner: str | None = None
     """module:Class, a subclass of hdfast.agent.learner.Learner that learns in its place."""
+    learner_options: str = "{}"
+    """With --learner: values of its class's own `options`, a JSON object such as '{"scale": 0.5}'."""
     init_from: str | None = None
     """Run (or file of a checkpoint) whose parameters a new run starts with; its policy acts from the first step."""
     dry_run: bool = False
@@ -106,6 +108,11 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of a learner of one's own, by name; those that were not given are there once it is made."""
+        return json.loads(self.learner_options)
 
     @property
     def tasks(self) -> list[suites.Task]:
@@ -254,7 +261,12 @@ def validate(config: Config) -> Config:
     if (last := config.seed + config.seeds - 1) > LAST_SEED:
         asked = f"--seed {config.seed} --seeds {config.seeds}"
         raise ConfigError(f"{asked} ends at seed {last:,}, out of range: expected up to {LAST_SEED:,}")
-    config = dataclasses.replace(config, env=_checked_env(config.env, suite))
+    options = _object("--learner-options", config.learner_options, '{"scale": 0.5}')
+    if options and config.learner is None:
+        raise ConfigError("--learner-options has no effect without --learner", hint="name the learner, too")
+    config = dataclasses.replace(
+        config, env=_checked_env(config.env, suite), learner_options=json_text(options)
+    )
     _check_weights(config)
     low, high = config.behavior.return_low, config.behavior.return_high
     if not low < high:
@@ -301,11 +313,21 @@ def _checked_env(env: EnvConfig, suite: suites.Suite) -> EnvConfig:
         near = 1 << env.image_size.bit_length()
         hint = f"expected a power of two such as {near // 2} or {near}"
         raise ConfigError(f"--env.image-size {env.image_size} is no power of two", hint=hint)
-    hint = """expected an object such as --env.kwargs '{"level": 3}'"""
+    return dataclasses.replace(env, kwargs=json_text(_object("--env.kwargs", env.kwargs, '{"level": 3}')))
+
+
+def _object(flag: str, text: str, example: str) -> dict[str, Any]:
+    """The JSON object in a flag's text. Raises: ConfigError."""
+    hint = f"expected an object such as {flag} '{example}'"
     try:
-        kwargs = json.loads(env.kwargs)
+        found = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"--env.kwargs {env.kwargs} is no JSON: {error}", hint=hint) from None
-    if not isinstance(kwargs, dict):
-        raise ConfigError(f"--env.kwargs {env.kwargs} is no JSON object", hint=hint)
-    return dataclasses.replace(env, kwargs=json.dumps(kwargs, sort_keys=True, separators=(",", ":")))
+        raise ConfigError(f"{flag} {text} is no JSON: {error}", hint=hint) from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{flag} {text} is no JSON object", hint=hint)
+    return found
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """An object as JSON; equal ones give the same text. Raises: TypeError, ValueError for what JSON cannot say."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -48,7 +48,10 @@ def read(path: Path) -> dict[str, Any]:
     fields = content.get("config", content) if isinstance(content, dict) else content
     if not isinstance(fields, dict):
         raise ConfigError(f"it holds {fields!r:.50}, expected an object of fields", where=where)
+    # Objects that flags hold as text, as one would write them there.
     env = fields.get("env")
-    if isinstance(env, dict) and isinstance(env.get("kwargs"), dict):  # as one would write it there
+    if isinstance(env, dict) and isinstance(env.get("kwargs"), dict):
         fields = fields | {"env": env | {"kwargs": json.dumps(env["kwargs"])}}
+    if isinstance(fields.get("learner_options"), dict):
+        fields = fields | {"learner_options": json.dumps(fields["learner_options"])}
     return {name: value for name, value in fields.items() if name not in _OF_ONE_CALL}

@@ -47,7 +47,7 @@ def describe(config: Config) -> str:
             "environment": _environment(env),
             "parameters": {**learner.parameter_counts(), "modules": _modules(learner)},
             "memory_bytes": _memory(learner, replay, env),
-            "config": config.to_dict(),
+            "config": learner.config.to_dict(),
         }
     return json.dumps(about, indent=2)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hdfast import envs
-from hdfast.agent.custom import learner_class
+from hdfast.agent.custom import with_options
 from hdfast.config import GROWING, RESUMABLE_CHANGES, Config, check_no_dry_run, validate, with_defaults
 from hdfast.runtime.console import say
 from hdfast.runtime.device import describe_device, ready_device
@@ -51,7 +51,7 @@ def run(config: Config, *, on_line: OnLine = lambda file, line: None) -> dict[st
     config = dataclasses.replace(config, task=task.name)
     device = ready_device(config.device, config.little_work, config.train.graph)
     envs.check(config.suite, task.name)  # before a mistyped name becomes a directory
-    learner_class(config)
+    config = with_options(config)
     config = _as_begun(config, path_of(config.logdir, config.suite, task.folder, config.seed))
     with RunDir.open(
         config.logdir,

@@ -98,14 +98,14 @@ class Session:
         if start is not None:
             init_from.load_parameters(self.learner, start, config)
         how = {"precision": str(dtype).removeprefix("torch."), "environment": self.env.source}
+        how["learner"] = job.key["learner"]  # with a digest of its file
         for line in rundir.note_backends(
             {**how, "ops": dispatch.backends_of(device), "graph": self.graph, "overlap": overlap}
         ):
             if line.startswith(tuple(how)):
                 errors.warn(f"{rundir.path}: goes on with another {line}")
-        self.policy = Policy(
-            self.learner, self.env.num_envs, stream_seed(config.seed, "policy"), graph=self.graph
-        )
+        seed = stream_seed(config.seed, "policy")
+        self.policy = Policy(self.learner, self.env.num_envs, seed, graph=self.graph, training=True)
         self.replay = Replay(
             replay_specs(*seen),
             num_envs=self.env.num_envs,

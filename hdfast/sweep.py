@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hdfast import config, config_file, envs, init_from, report, results, suites, variants
-from hdfast.agent.custom import learner_class
+from hdfast.agent.custom import with_options
 from hdfast.flags import field_names
 from hdfast.jobs import Job, LocalPool, RayPool, ending, run
 from hdfast.runtime import entry
@@ -123,7 +123,7 @@ def main() -> None:
         for one in {one.init_from: one for one in folders.values()}.values():
             init_from.checkpoint_for(one)
         for one in folders.values():
-            learner_class(one)
+            with_options(one)
             if one.device != "auto":  # which needs no look, and so no GPU in this process
                 resolve_device(one.device)
     at_a_time = min(args.jobs, len(jobs))  # cores are shared among those that run

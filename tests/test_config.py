@@ -115,6 +115,7 @@ def another(config, name):
         "task": ("pong", "Pong"),
         "env.kwargs": ('{"level": 3}', '{"level":3}'),
         "env.image_size": ("128", 128),
+        "learner_options": ('{"scale": 2}', '{"scale":2}'),
     }
     if name in named:
         return named[name]
@@ -159,6 +160,7 @@ def test_every_field_is_a_typed_flag(name):
     modes = {f"harmony.{loss}": "fixed" for loss in ("reward", "image", "kl")}  # in which it has an effect
     modes |= {f"loss.{loss}": "off" for loss in ("reward", "image")}
     mode = [*suite, *(["--harmony.mode", modes[name]] if name in modes else [])]
+    mode += ["--learner", "mine:Mine"] if name == "learner_options" else []
     default = parse(mode)
     for flag in (name, name.replace("_", "-")):
         got = parse([f"--{flag}", text, *mode])

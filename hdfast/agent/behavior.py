@@ -171,7 +171,7 @@ class Behavior(nn.Module):
             start: detached (N, ...) states. start_cont: (N,) float, 1 - is_terminal of the starting rows.
 
         Gradients reach the actor: with REINFORCE through log_prob and entropy, otherwise through the dynamics. The
-        world model's parameters take none.
+        world model's parameters take none. A subclass may add to the rewards, `(H, N)`, of what this returns.
         """
         with frozen(model):
             if self.reinforce:

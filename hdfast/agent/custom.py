@@ -1,5 +1,6 @@
 """`--learner module:Class`: a learner of your own, a subclass of `Learner`, in place of it."""
 
+import dataclasses
 import hashlib
 import importlib
 import inspect
@@ -7,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from hdfast.agent.learner import Learner
-from hdfast.config import Config
+from hdfast.config import Config, json_text
 from hdfast.runtime.errors import ConfigError, MissingLibraryError, RunError, suggest
 
 FLAG = "--learner"
@@ -16,8 +17,8 @@ FLAG = "--learner"
 def learner_class(config: Config) -> type[Learner]:
     """The class that `config.learner` names, or Learner.
 
-    Raises: ConfigError where there is no such module or class, or it is no subclass of Learner; MissingLibraryError
-    where its module imports a missing package; RunError for what its module raises.
+    Raises: ConfigError where there is no such module or class, it is no subclass of Learner, or it has another `update`
+    or `step`; MissingLibraryError where its module imports a missing package; RunError for what its module raises.
     """
     if config.learner is None:
         return Learner
@@ -54,7 +55,37 @@ def learner_class(config: Config) -> type[Learner]:
         )
         others = [key for key, one in known.items() if one is not Learner]
         raise ConfigError(f"{what} in {module}", where=where, hint=suggest(name, others))
+    for method in ("update", "step"):  # not called by every way in which a run updates
+        if getattr(known[name], method) is not getattr(Learner, method):
+            hint = "override learn_model and learn_behavior, the halves of a step"
+            raise ConfigError(
+                f"{name} overrides {method}, which training may not call", where=where, hint=hint
+            )
     return known[name]
+
+
+def with_options(config: Config) -> Config:
+    """`config` with a value for each of the options that its learner has.
+
+    Raises: as `learner_class`. ConfigError for an option that the learner does not have, or of another type.
+    """
+    kind, given = learner_class(config), config.options
+    for name, value in given.items():
+        where = f"--learner-options {json_text({name: value})}"
+        if name not in kind.options:
+            raise ConfigError(
+                f"{kind.__name__} has no option {name!r}{suggest(name, kind.options)}", where=where
+            )
+        default = kind.options[name]
+        if type(value) is not type(default) and not (type(default) is float and type(value) is int):
+            hint = f"expected {type(default).__name__}, such as {default!r}"
+            raise ConfigError(f"{name} is {value!r}", where=where, hint=hint)
+    try:
+        return dataclasses.replace(config, learner_options=json_text({**kind.options, **given}))
+    except TypeError as error:
+        raise ConfigError(
+            f"{kind.__name__}.options: {error}", where=FLAG, hint="JSON's types can be options"
+        ) from error
 
 
 def source_of(config: Config) -> str | None:

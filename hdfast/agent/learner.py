@@ -6,12 +6,13 @@ Axes: T time, B batch, H horizon, N = T*B starting states, S groups, A action wi
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hdfast.agent.behavior import Behavior, Draws
+from hdfast.agent.behavior import Actor, Behavior, Draws
 from hdfast.agent.networks import Latent, parameter_counts
 from hdfast.agent.optimizer import Adam, Parameters, copy_all
 from hdfast.agent.rounding import rounded
@@ -98,11 +99,24 @@ class Learner:
     where a subclass of Behavior has parameters outside of actor and critics, which nothing would train.
 
     A subclass may learn with subclasses of the modules, which it names in `model_type` and `behavior_type`. Its name,
-    `--learner my_agent:MyLearner`, belongs to a run like any other setting.
+    `--learner my_agent:MyLearner`, belongs to a run like any other setting, and so do its `options`: names and
+    default values, such as `options = {"scale": 1.0}`, which `--learner-options` sets and its modules read in
+    `config.options["scale"]`. It may override `acting`, and the halves of an update, `learn_model` and
+    `learn_behavior`. A module of its own that is an attribute, such as another behavior, is saved and restored with
+    the others. What it learns with belongs into `optimizers`: an `Adam`, or a subclass of it with another `step`.
+
+    On CUDA an update is recorded once and then replayed, so that numbers of Python stay what they were. A schedule is
+    computed on the device, from the steps that the optimizer has made::
+
+        def learn_model(self, sample, wait=lambda: None):
+            optimizer = self.optimizers["model"]
+            optimizer.lr = self.config.optimizer.model_lr * ((optimizer.steps + 1) / 1000).clamp(max=1)
+            return super().learn_model(sample, wait)
     """
 
     model_type: type[WorldModel] = WorldModel
     behavior_type: type[Behavior] = Behavior
+    options: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -198,6 +212,10 @@ class Learner:
         losses = self.model.loss(batch, uniform, self.dtype).losses
         return [name for name, loss in losses.items() if not loss.isfinite().all()]
 
+    def acting(self, training: bool) -> Actor:
+        """The actor that acts in environments, of training or of evaluation; a subclass may explore with another."""
+        return self.behavior.actor
+
     def draws(self, count: int) -> Draws:
         """The random numbers of one imagined rollout from `count` states."""
         config = self.config
@@ -233,8 +251,7 @@ class Learner:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that learning depends on, as tensors by name."""
-        state = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        state |= {f"behavior.{k}": v for k, v in self.behavior.state_dict().items()}
+        state = {f"{name}.{k}": v for name, module in self._modules() for k, v in module.state_dict().items()}
         for name, optimizer in self.optimizers.items():
             state |= {f"optimizer.{name}.{k}": v for k, v in optimizer.state_dict().items()}
         state["generator"] = self.generator.get_state()
@@ -252,8 +269,8 @@ class Learner:
         def part(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
-        self.model.load_state_dict(part("model."))
-        self.behavior.load_state_dict(part("behavior."))
+        for name, module in self._modules():
+            module.load_state_dict(part(f"{name}."))
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(part(f"optimizer.{name}."))
         restore_generator(self.generator, state["generator"])
@@ -268,7 +285,7 @@ class Learner:
         Raises:
             RuntimeError: an entry is missing, or has another shape; others may already have been copied.
         """
-        for name, module in (("model", self.model), ("behavior", self.behavior)):
+        for name, module in self._modules():
             prefix = f"{name}."
             given = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             own = {k: v for k, v in module.state_dict().items() if k.startswith("harmonizer.")}
@@ -276,6 +293,10 @@ class Learner:
             if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in theirs.items()}:
                 given = {k: v for k, v in given.items() if k not in theirs} | own
             module.load_state_dict(given)
+
+    def _modules(self) -> list[tuple[str, nn.Module]]:
+        """The world model, the behavior and what modules a subclass has beside them, by the names of the attributes."""
+        return [(name, value) for name, value in vars(self).items() if isinstance(value, nn.Module)]
 
     def _update_behavior(self, half: ModelStep) -> tuple[Tensor, dict[str, Tensor]]:
         behavior = self.behavior
@@ -315,8 +336,21 @@ class Learner:
     @torch.no_grad()
     def _accumulate(self, metrics: dict[str, Tensor], applied: Tensor) -> None:
         if not self._metric_names:
+            for name, value in metrics.items():
+                if not isinstance(value, Tensor) or value.shape:
+                    got = (
+                        f"of shape {tuple(value.shape)}"
+                        if isinstance(value, Tensor)
+                        else type(value).__name__
+                    )
+                    raise ValueError(f"metric {name!r} is {got}, expected a tensor without axes")
             self._metric_names = list(metrics)
             self._metric_sum = torch.zeros(len(metrics), device=self.device)
+        if metrics.keys() != set(self._metric_names):
+            other = metrics.keys() ^ set(self._metric_names)
+            raise ValueError(
+                f"metrics must be the same in all updates, got only at times: {', '.join(sorted(other))}"
+            )
         values = torch.stack([metrics[name].float() for name in self._metric_names])
         self._metric_sum += torch.where(applied, values, 0.0)
         self._metric_count += applied

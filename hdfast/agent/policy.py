@@ -30,6 +30,7 @@ class Policy:
         num_envs: N.
         seed: of the draws of latents and actions.
         graph: capture `step` as a CUDA graph.
+        training: act for training, not for evaluation, see `Learner.acting`.
         greedy: take the actor's likeliest action instead of a sample. Latents are still sampled, from the same
             random numbers as otherwise, because those for the action are drawn too, but not used.
 
@@ -38,9 +39,16 @@ class Policy:
     """
 
     def __init__(
-        self, learner: Learner, num_envs: int, seed: int, *, graph: bool = False, greedy: bool = False
+        self,
+        learner: Learner,
+        num_envs: int,
+        seed: int,
+        *,
+        graph: bool = False,
+        training: bool = False,
+        greedy: bool = False,
     ):
-        self.learner, self.num_envs, self.greedy = learner, num_envs, greedy
+        self.learner, self.num_envs, self.training, self.greedy = learner, num_envs, training, greedy
         device, rssm = learner.device, learner.config.rssm
         # On the CPU, casting the weights takes longer than multiplying a few rows by them.
         self.dtype = torch.float32 if device.type == "cpu" else learner.dtype
@@ -110,7 +118,7 @@ class Policy:
         embed = model.encode(self._obs, dtype)
         weights = model.rssm.cast(dtype)
         latent = model.rssm.observe_step(self.latent, self.action, embed, self._first, draw, weights).detach()
-        actor = learner.behavior.actor
+        actor = learner.acting(self.training)
         action = actor.mode(latent, dtype) if self.greedy else actor(latent, noise, dtype).action
         self.latent.deter.copy_(latent.deter)
         self.latent.index.copy_(latent.index)

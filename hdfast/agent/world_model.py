@@ -8,8 +8,8 @@ outside harmony, as in the authors' code; no key is dropped.
 """
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,15 @@ class WorldModel(nn.Module):
     Raises:
         ValueError: images of different sizes or of a side that is not 8, 16, 32, ...; nothing to observe; an
             observation that is neither an image nor a vector.
+
+    A subclass may name other modules, which take the same arguments. `outputs` of an encoder is the width of what it
+    returns.
     """
+
+    image_encoder_type: Callable[..., nn.Module] = ImageEncoder
+    image_decoder_type: Callable[..., nn.Module] = ImageDecoder
+    vector_encoder_type: Callable[..., nn.Module] = VectorEncoder
+    rssm_type: Callable[..., RSSM] = RSSM
 
     def __init__(
         self,
@@ -76,15 +84,16 @@ class WorldModel(nn.Module):
         if self.images:
             resolution = resolutions.pop()
             channels = sum(shape[2] for shape in self.images.values())
-            self.encoder["image"] = images = ImageEncoder(resolution, channels, net.depth)
-            self.decoder["image"] = ImageDecoder(deter, stoch, resolution, channels, net.depth)
-            embed += images.outputs
+            self.encoder["image"] = images = self.image_encoder_type(resolution, channels, net.depth)
+            self.decoder["image"] = self.image_decoder_type(deter, stoch, resolution, channels, net.depth)
+            embed += cast(int, images.outputs)
         if self.vectors:
             width = sum(self.vectors.values())
-            self.encoder["vector"] = vectors = VectorEncoder(width, net.mlp_units, net.mlp_layers)
+            self.encoder["vector"] = vectors = self.vector_encoder_type(width, net.mlp_units, net.mlp_layers)
             self.decoder["vector"] = LatentMLP(deter, stoch, net.mlp_units, net.mlp_layers, self.vectors)
-            embed += vectors.outputs
-        self.rssm = RSSM(
+            embed += cast(int, vectors.outputs)
+        self.embed = embed
+        self.rssm = self.rssm_type(
             deter=deter,
             units=rssm.units,
             stoch=rssm.stoch,
@@ -108,7 +117,11 @@ class WorldModel(nn.Module):
         if self.vectors:
             x = symlog(self._vector(obs))
             parts.append(self.encoder["vector"](x, dtype))
-        return _cat(parts)
+        if (embed := _cat(parts)).shape[-1] != self.embed:
+            raise ValueError(
+                f"the encoder gives {embed.shape[-1]} numbers a row, its `outputs` say {self.embed}"
+            )
+        return embed
 
     def decode(self, latent: Latent, dtype: torch.dtype) -> dict[str, Tensor]:
         """Predicts every observation from (N, ...) latents: images (N, H, W, C), vectors (N, n) in symlog space."""

@@ -21,7 +21,7 @@ import torch
 
 import hdfast
 import hdfast_kernels
-from hdfast.agent.custom import learner_class, source_of
+from hdfast.agent.custom import learner_class, source_of, with_options
 from hdfast.agent.learner import Learner
 from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
@@ -91,6 +91,7 @@ class Job:
                 "horizon": config.behavior.horizon,
                 "actor_grad": config.behavior.actor_grad,
                 "learner": source_of(config),
+                "options": config.options,
                 "graphs": config.train.graph != "off",
                 "forced": os.environ.get("HDFAST_BACKEND") or None,
             }
@@ -98,8 +99,8 @@ class Job:
 
     def learner(self, seed: int = 0) -> Learner:
         """A new learner of the run's class; seed: decides its parameters and what it draws. Raises: HdfastError."""
-        seen = self.obs_specs, self.actions
-        return learner_class(self.config)(*seen, self.config, device=self.device, dtype=self.dtype, seed=seed)
+        seen, config = (self.obs_specs, self.actions), with_options(self.config)
+        return learner_class(config)(*seen, config, device=self.device, dtype=self.dtype, seed=seed)
 
 
 def path_of(key: Mapping[str, Any]) -> Path:
