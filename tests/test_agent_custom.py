@@ -11,7 +11,7 @@ import torch
 from hdfast import loop, sweep
 from hdfast import train as training
 from hdfast.agent.behavior import Behavior
-from hdfast.agent.custom import learner_class, source_of
+from hdfast.agent.custom import learner_class, source_of, with_options
 from hdfast.agent.learner import Learner
 from hdfast.agent.world_model import WorldModel
 from hdfast.config import Config
@@ -75,7 +75,7 @@ def test_the_example_of_the_readme_learns_and_is_evaluated(tmp_path, example):
         fresh = begun(
             trained.env.obs_specs,
             trained.env.actions,
-            config,
+            with_options(config),
             seed=trained.policy.learner.generator.initial_seed(),
         )
         own = trained.policy.learner.model.state_dict()
@@ -104,7 +104,8 @@ def test_the_learner_belongs_to_the_run(tmp_path, example):
     train(config)
     with pytest.raises(HdfastError) as error:
         train(tiny(tmp_path / "runs", agent_steps=60))
-    assert error.value.details == (f'learner: "{example}" -> null',)
+    options = r'learner_options: "{\"scale\":1.0}" -> "{}"'
+    assert error.value.details == (f'learner: "{example}" -> null', options)
     with pytest.raises(HdfastError) as error:
         train(tiny(tmp_path / "other", init_from=str(path_of(config))))
     assert f'learner: "{example}" -> null' in error.value.details
