@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hdfast.replay.rows import RowLayout
-from hdfast.runtime.errors import RunError
+from hdfast.runtime.errors import RunError, disk_errors
 
 VERSION = 1
 CHUNK_MAGIC = b"hdfrows\n"
@@ -50,11 +50,42 @@ class ReplayError(RunError):
         super().__init__(what, where=where, hint=hint, details=details)
 
 
+def chunks_of(directory: Path) -> list[Path]:
+    """The chunks in a directory, in order. Raises: RunError."""
+    with disk_errors(directory, "read the replay"):
+        return sorted(directory.glob("rows-" + "[0-9]" * 12 + ".log"))
+
+
+def chunk_path(directory: Path, first_row: int) -> Path:
+    return directory / f"rows-{first_row:012d}.log"
+
+
+def first_row_of(path: Path) -> int:
+    return int(path.stem.removeprefix("rows-"))
+
+
 def chunk_header(layout: RowLayout, first_row: int, crc: int) -> bytes:
     """The header of a chunk; crc: the checksum of the record before it."""
     fields = {"version": VERSION, "first_row": first_row, "crc": crc, "layout": layout.to_json()}
     text = json.dumps(fields).encode()
     return CHUNK_HEADER.pack(CHUNK_MAGIC, len(text), zlib.crc32(text)) + text
+
+
+def read_header(path: Path, file: BinaryIO) -> dict[str, Any] | None:
+    """The fields of a chunk's header, which `file` is behind then; None if it is torn. Raises ReplayError."""
+    header = file.read(CHUNK_HEADER.size)
+    if len(header) < CHUNK_HEADER.size:
+        return None
+    magic, nbytes, crc = CHUNK_HEADER.unpack(header)
+    text = file.read(min(nbytes, os.fstat(file.fileno()).st_size))
+    if magic == CHUNK_MAGIC and len(text) < nbytes:
+        return None
+    if magic != CHUNK_MAGIC or zlib.crc32(text) != crc:
+        raise damaged(path, 0)
+    fields = json.loads(text)
+    if fields["version"] != VERSION:
+        raise ReplayError(f"version {fields['version']}, this hdfast reads version {VERSION}", where=path)
+    return fields
 
 
 class RecordWriter:
@@ -107,7 +138,8 @@ class ChunkReader:
     def __init__(self, path: Path, file: BinaryIO, layout: RowLayout, row: int, crc: int | None) -> None:
         self._path, self._file = path, file
         self._nbytes = os.fstat(file.fileno()).st_size
-        header = self._header()
+        if (header := read_header(path, file)) is None:
+            raise damaged(path, 0)
         if header["layout"] != layout.to_json():
             others = _others(header["layout"], layout.to_json())
             what = f"holds rows of another environment: {others}"
@@ -127,14 +159,15 @@ class ChunkReader:
             return None
         magic, nbytes, rows = RECORD_HEADER.unpack(header)
         if magic != RECORD_MAGIC:
-            raise self._damaged(begin)
-        if self._file.tell() + nbytes > self._nbytes:
+            raise damaged(self._path, begin)
+        within = self._file.tell() + nbytes <= self._nbytes
+        payload = self._file.read(nbytes) if within else b""
+        if len(payload) < nbytes:  # also if it was cut off while it was read
             self._file.seek(begin)
             return None
-        payload = self._file.read(nbytes)
         crc = zlib.crc32(payload, zlib.crc32(header, self.crc))
         if stored_crc != CRC.pack(crc):
-            raise self._damaged(begin)
+            raise damaged(self._path, begin)
         packed = np.frombuffer(bytearray(zlib.decompress(payload, -zlib.MAX_WBITS)), np.uint8)
         packed = packed.reshape(rows, self._last.size)
         for row in packed:
@@ -143,20 +176,10 @@ class ChunkReader:
         self.row, self.crc = self.row + rows, crc
         return packed
 
-    def _header(self) -> dict[str, Any]:
-        header = self._file.read(CHUNK_HEADER.size).ljust(CHUNK_HEADER.size, b"\0")
-        magic, nbytes, crc = CHUNK_HEADER.unpack(header)
-        text = self._file.read(min(nbytes, self._nbytes))
-        if magic != CHUNK_MAGIC or zlib.crc32(text) != crc:
-            raise self._damaged(0)
-        fields = json.loads(text)
-        if fields["version"] != VERSION:
-            what = f"version {fields['version']}, this hdfast reads version {VERSION}"
-            raise ReplayError(what, where=self._path)
-        return fields
 
-    def _damaged(self, byte: int) -> ReplayError:
-        return ReplayError(f"the replay is damaged at byte {byte}", where=self._path)
+def damaged(path: Path, byte: int) -> ReplayError:
+    """The error to raise about a chunk."""
+    return ReplayError(f"the replay is damaged at byte {byte}", where=path)
 
 
 def _others(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

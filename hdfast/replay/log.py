@@ -16,7 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from hdfast.replay.chunk import ChunkReader, RecordWriter, ReplayError, chunk_header
+from hdfast.replay.chunk import (
+    ChunkReader,
+    RecordWriter,
+    ReplayError,
+    chunk_header,
+    chunk_path,
+    chunks_of,
+    first_row_of,
+)
 from hdfast.replay.rows import RowLayout
 from hdfast.runtime import errors
 from hdfast.runtime.errors import disk_errors
@@ -58,7 +66,7 @@ class ReplayLog:
 
     def start(self) -> None:
         """Begin at row 0. Deletes the rows of an earlier attempt, which are useless without a checkpoint."""
-        if chunks := self._chunks():
+        if chunks := chunks_of(self.directory):
             errors.warn(f"{self.directory}: deleting rows that no checkpoint was loaded for")
             self._cut(chunks, None, 0)
 
@@ -92,12 +100,12 @@ class ReplayLog:
         """
         self._forget()
         oldest = max(rows - self._ring, 0)
-        chunks = self._chunks()
-        needed = [path for path in chunks if _first_row(path) < rows]
-        while len(needed) > 1 and _first_row(needed[1]) <= oldest:
+        chunks = chunks_of(self.directory)
+        needed = [path for path in chunks if first_row_of(path) < rows]
+        while len(needed) > 1 and first_row_of(needed[1]) <= oldest:
             del needed[0]
         first = (needed or chunks)[0] if rows and chunks else None
-        found, found_crc, end = _first_row(first) if first else 0, None, 0
+        found, found_crc, end = first_row_of(first) if first else 0, None, 0
         if found > oldest:
             raise ReplayError(
                 f"the replay begins at row {found}, row {oldest} is needed", where=self.directory
@@ -146,7 +154,7 @@ class ReplayLog:
         self._rows += self._record.rows
         data, self._crc = self._record.finish(before)
         if self._chunk is None:
-            self._chunk = self.directory / f"rows-{first_row:012d}.log"
+            self._chunk = chunk_path(self.directory, first_row)
             self._chunk_nbytes = 0
             data = chunk_header(self._layout, first_row, before) + data
         self._unwritten.append((self._chunk, data))
@@ -196,8 +204,8 @@ class ReplayLog:
 
     def _prune(self, needed: int) -> None:
         """Delete the chunks that end before row `needed`, oldest first."""
-        for path, following in pairwise(self._chunks()):
-            if _first_row(following) <= needed:
+        for path, following in pairwise(chunks_of(self.directory)):
+            if first_row_of(following) <= needed:
                 with disk_errors(path, "delete the replay"):
                     path.unlink()
 
@@ -213,14 +221,6 @@ class ReplayLog:
                 os.fsync(file.fileno())
         with disk_errors(self.directory, "write the replay"):
             sync_directory(self.directory)
-
-    def _chunks(self) -> list[Path]:
-        with disk_errors(self.directory, "read the replay"):
-            return sorted(self.directory.glob("rows-" + "[0-9]" * 12 + ".log"))
-
-
-def _first_row(path: Path) -> int:
-    return int(path.stem.removeprefix("rows-"))
 
 
 def _write_at(file: int, data: bytes, offset: int) -> None:

@@ -3,18 +3,15 @@
 Axes: N environments, P bytes of a packed row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from math import prod
-from typing import TYPE_CHECKING
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hdfast.envs.base import ArraySpec
+from hdfast.envs.base import ArraySpec
 
 SCALAR_KEYS = {"reward": "float32", "is_first": "bool", "is_last": "bool", "is_terminal": "bool"}
 STARTS = "starts"  # of sampled windows: the storage rows at which they begin
@@ -71,6 +68,14 @@ class RowLayout:
         """A description that is equal for two replays of the same kind of rows."""
         keys = {key: [spec.dtype.str, *spec.shape] for key, spec in self.specs.items()}
         return {"num_envs": self.num_envs, "keys": keys}
+
+    @classmethod
+    def from_json(cls, layout: Mapping[str, Any]) -> Self:
+        """The layout that `to_json` describes."""
+        keys = {
+            key: ArraySpec(tuple(shape), np.dtype(dtype)) for key, (dtype, *shape) in layout["keys"].items()
+        }
+        return cls(keys, layout["num_envs"])
 
 
 def _torch_dtype(key: str, dtype: np.dtype) -> torch.dtype:

@@ -56,6 +56,16 @@ def read(path: Path) -> Record:
     return Record(path, about["config"], about["created"], about["resumed"], summary)
 
 
+def read_one(path: Path) -> Record:
+    """`read` of a directory that a user names. Raises also ConfigError: it holds runs instead."""
+    with disk_errors(path, "read the run"):
+        below = [] if (path / "config.json").exists() else sorted(path.glob("**/config.json"))
+    if below:
+        hint = f"try {below[0].parent}"
+        raise ConfigError(f"this is not a run, it holds {len(below)}", where=path, hint=hint)
+    return read(path)
+
+
 def chosen(path: str | Path) -> checkpoint.Checkpoint:
     """The newest checkpoint of the run in directory `path`, or the one whose file it is. Expands `~`, locks nothing.
 
@@ -65,12 +75,7 @@ def chosen(path: str | Path) -> checkpoint.Checkpoint:
     path = Path(path).expanduser()
     if path.suffix == checkpoint.SUFFIX:
         return checkpoint.load(path if path.parent.name else path.absolute())
-    with disk_errors(path, "read the run"):
-        below = [] if (path / "config.json").exists() else sorted(path.glob("**/config.json"))
-    if below:
-        hint = f"try {below[0].parent}"
-        raise ConfigError(f"this is not a run, it holds {len(below)}", where=path, hint=hint)
-    read(path)
+    read_one(path)
     if (found := checkpoint.load_latest(path / "checkpoints")) is None:
         hint = "the first is written after --checkpoint.seconds of training"
         raise CheckpointError("there is no checkpoint yet", where=path, hint=hint)
