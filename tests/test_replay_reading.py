@@ -4,7 +4,9 @@ Axes: N environments, T rows of an episode.
 """
 
 import json
+import os
 import re
+import signal
 import tracemalloc
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from hdfast.agent.learner import Learner
 from hdfast.envs.base import ArraySpec, ContinuousActions
 from hdfast.replay import Replay, ReplayError, episodes
 from hdfast.runtime.errors import ConfigError, Interrupted, RunError
+from hdfast.runtime.rundir import RunDir
 from tests.loop_cases import (
     differing,
     lines,
@@ -300,6 +303,40 @@ def test_memory_holds_little_of_a_large_replay(run):
         tracemalloc.stop()
     assert count == 200
     assert peak < 8e6
+
+
+def test_the_replay_of_a_run_that_another_process_holds_is_not_opened(tmp_path):
+    run = tmp_path / "demo/Catch/seed0"
+    with RunDir.open(tmp_path, "demo", "Catch", 0, {"a": 1}):
+        state = extend(new_replay(run), 5).state_dict()  # the holder itself may
+        extend(loaded(run, state), 5).close()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            RunDir.open(tmp_path, "demo", "Catch", 0, {"a": 1})
+            os.write(writer, b"1")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.read(reader, 1)
+    before = content(run)
+    try:
+        told = (
+            rf"^{run}: this run is in use by process {child} on \S+ since \S+; hdfast\.replay\.episodes reads"
+        )
+        with pytest.raises(RunError, match=told):
+            new_replay(run)
+        check(episodes(run), map(make_row, range(10)))
+        assert content(run) == before
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reader)
+        os.close(writer)
+    new_replay(run).close()  # the killed one's lock is gone
+    with RunDir.open(tmp_path, "demo", "Catch", 0, {"a": 1}):
+        pass
 
 
 def test_the_readme_s_returns(catch):

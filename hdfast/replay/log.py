@@ -29,6 +29,7 @@ from hdfast.replay.rows import RowLayout
 from hdfast.runtime import errors
 from hdfast.runtime.errors import disk_errors
 from hdfast.runtime.files import sync_directory
+from hdfast.runtime.rundir import refuse_held
 
 BLOCK_BYTES = 1 << 20  # packed; 85 rows of one Atari environment
 CHUNK_BYTES = 16 << 20  # on disk; deleted as a whole when no checkpoint can need it any more
@@ -39,6 +40,8 @@ class ReplayLog:
 
     ring: how many rows before a position `load` must find.
     positions: how many of the newest positions must stay loadable; rows that none of them needs are deleted.
+
+    Raises RunError if another process holds the run whose folder `directory` is: both would cut and write its rows.
 
     Every method raises RunError if the disk fails, DiskFullError if it is full. After a failed write nothing is
     lost: the rows wait in memory for the next `append` or `flush`. After a failed fsync the kernel may have
@@ -60,6 +63,8 @@ class ReplayLog:
         self._synced = True
         self._sync_failed = False
         self._positions: deque[int] = deque(maxlen=positions)
+        hint = "hdfast.replay.episodes reads its rows, and changes nothing"
+        refuse_held(self.directory.absolute().parent, hint=hint)
         with disk_errors(self.directory, "create the replay"):
             self.directory.mkdir(parents=True, exist_ok=True)
             sync_directory(self.directory.parent)

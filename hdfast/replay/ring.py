@@ -47,8 +47,13 @@ class Replay:
     checkpoints: how many of the newest states must stay loadable while the next one is being saved; rows that
         none of them needs are deleted from the log.
 
+    A `directory` is for writing: `load_state_dict` deletes the rows that follow its state, and the first `add` to a
+    replay for which no state was loaded deletes all. To read the rows of a run use `hdfast.replay.episodes`. The folder
+    of a run that another process holds is refused; that of a run which nobody holds is not.
+
     The ring is allocated at once; in host memory its pages cost nothing until they are written.
-    Raises ValueError or TypeError for impossible specs or sizes, RunError if the directory cannot be made.
+    Raises ValueError or TypeError for impossible specs or sizes, RunError if the directory cannot be made or
+    the run is in use by another process.
     """
 
     def __init__(
@@ -191,7 +196,7 @@ class Replay:
         return tensors | ahead | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Become what `state_dict` was called on: read its rows from the log, and cut off those added later.
+        """Become what `state_dict` was called on: read its rows from the log, and delete there those added later.
 
         The ring may differ in size from the saved one, as long as these rows fill neither more than once.
 

@@ -200,6 +200,23 @@ class RunDir:
         self.close()
 
 
+def refuse_held(path: Path, *, hint: str) -> None:
+    """Raises RunError if another process holds the run in directory `path`. Keeps no lock; there may be no run."""
+    try:
+        descriptor = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        if not (holder := _holder(descriptor)).startswith(f"{_this_process()} since "):
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(f"this run is in use by {holder}", where=path, hint=hint) from None
+    except OSError:
+        return  # a file system without locks: whoever opened the run was warned
+    finally:
+        os.close(descriptor)  # with the lock
+
+
 def provenance() -> dict[str, Any]:
     """Where and with what a run is made: versions, commit, host, command line and UTC time."""
     return {
@@ -242,7 +259,7 @@ def _lock(path: Path) -> int:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.read(descriptor, 4096).decode(errors="replace").strip() or "another process"
+        holder = _holder(descriptor)
         os.close(descriptor)
         hint = "wait for it, stop it, or choose another --logdir"
         raise RunError(f"this run is in use by {holder}", where=path, hint=hint) from None
@@ -250,11 +267,19 @@ def _lock(path: Path) -> int:
         errors.warn(f"{path}: cannot lock ({error.strerror}); make sure that no other process uses this run")
     try:
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode(), 0)
+        os.pwrite(descriptor, f"{_this_process()} since {_now()}\n".encode(), 0)
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _holder(descriptor: int) -> str:
+    return os.read(descriptor, 4096).decode(errors="replace").strip() or "another process"
 
 
 def _now() -> str:
