@@ -12,12 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import hdfast
+from hdfast.agent import open_loop as open_loop_module
 from hdfast.agent.learner import Learner
+from hdfast.agent.open_loop import open_loop
 from hdfast.envs.base import ArraySpec, ContinuousActions
 from hdfast.replay import Replay, ReplayError, episodes
 from hdfast.runtime.errors import ConfigError, Interrupted, RunError
 from hdfast.runtime.rundir import RunDir
+from hdfast.trained import load
 from tests.loop_cases import (
     differing,
     lines,
@@ -337,6 +342,23 @@ def test_the_replay_of_a_run_that_another_process_holds_is_not_opened(tmp_path):
     new_replay(run).close()  # the killed one's lock is gone
     with RunDir.open(tmp_path, "demo", "Catch", 0, {"a": 1}):
         pass
+
+
+def test_open_loop_of_an_episode_as_documented(catch):
+    code = re.search(r"::\n\n((?: {8}.*\n)+)", open_loop.__doc__)[1]
+    code = re.sub(r"^ +", "", code, flags=re.MULTILINE).replace("runs/demo/Catch/seed0", str(path_of(catch)))
+    with load(path_of(catch), device="cpu") as trained:
+        seen = {"hdfast": hdfast, "torch": torch, "trained": trained, "open_loop": open_loop}
+        exec(code, seen)
+        learner, batch = seen["learner"], seen["batch"]
+        assert seen["images"].shape == (10, 16, 16, 3)
+        all_seen = open_loop(learner, batch, context=10)["image"]
+        assert torch.equal(seen["images"][:5], all_seen[:5, 0])
+        assert torch.equal(open_loop(learner, batch, context=99)["image"], all_seen)
+        fewer = open_loop(learner, batch, context=2)["image"][:, 0]
+        assert torch.equal(fewer[:2], seen["images"][:2])
+        assert not torch.equal(fewer[2:5], seen["images"][2:5])
+    assert open_loop_module.CONTEXT == 5
 
 
 def test_the_readme_s_returns(catch):
