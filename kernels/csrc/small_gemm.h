@@ -1,4 +1,4 @@
-// Products of a few rows with a weight matrix that is used many times: C (rows, N) = A (rows, depth) W (depth, N).
+// Products of a few rows with a weight matrix that is used many times: C (rows, N) = A (rows, depth) weight (depth, N).
 //
 // The weight is packed once into contiguous panels of `columns` columns, so that a product streams it from cache in
 // order; each thread owns some panels, so it keeps reading the same part of the weight. bfloat16 panels hold pairs of
@@ -6,42 +6,17 @@
 
 #pragma once
 
-#include <cstdint>
 #include <cstring>
 #include <vector>
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-#if defined(__AMX_BF16__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
-#include "vector_math.h"
+#include "simd.h"
 
 namespace HDFAST_ISA {
+namespace {
 
-#if defined(__AVX512F__)
-constexpr int lanes = 16, tile_rows = 8;
-#elif defined(__AVX2__)
-constexpr int lanes = 8, tile_rows = 4;
-#else
-constexpr int lanes = 4, tile_rows = 4;
-#endif
-constexpr int columns = 2 * lanes;    // of a panel
+constexpr int tile_rows = W == 16 ? 8 : 4;
+constexpr int columns = 2 * W;        // of a panel
 constexpr int64_t depth_block = 128;  // depths of a panel: they stay in the L1 cache while the rows pass
-
-typedef float Lane __attribute__((vector_size(4 * lanes)));
-typedef uint32_t LaneBits __attribute__((vector_size(4 * lanes)));
-
-template <class V>
-inline V load(const void* p) {
-  V v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
 
 // A weight (depth, N) whose element (k, n) is source[k * depth_stride + n * column_stride].
 template <class E>
@@ -84,50 +59,51 @@ struct Packed {
   }
 };
 
-// One tile: `rows` rows times one panel over depths [0, depth), added to C or, if `fresh`, stored there.
-template <int rows>
-inline void tile(const float* A, int64_t lda, const float* panel, int64_t depth, float* C, int64_t ldc, bool fresh) {
-  Lane sum[rows][2];
-  for (int m = 0; m < rows; m++)
-    for (int v = 0; v < 2; v++) sum[m][v] = fresh ? Lane{} : load<Lane>(C + m * ldc + v * lanes);
-  for (int64_t k = 0; k < depth; k++) {
-    const Lane low = load<Lane>(panel + k * columns), high = load<Lane>(panel + k * columns + lanes);
-    for (int m = 0; m < rows; m++) {
-      sum[m][0] += A[m * lda + k] * low;
-      sum[m][1] += A[m * lda + k] * high;
-    }
-  }
-  for (int m = 0; m < rows; m++)
-    for (int v = 0; v < 2; v++) std::memcpy(C + m * ldc + v * lanes, &sum[m][v], sizeof(Lane));
+// A pair of bfloat16 numbers, or a vector of pairs.
+template <class Pair>
+HDFAST_INLINE Pair load_pairs(const bf16* p) {
+  Pair pairs;
+  std::memcpy(&pairs, p, sizeof(pairs));
+  return pairs;
 }
 
-inline Lane add_products(Lane sum, uint32_t pair, LaneBits weights) {
+HDFAST_INLINE Vf add_products(Vf sum, uint32_t pair, Vu weights) {
 #if defined(__AVX512BF16__)
-  return (Lane)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(pair)), (__m512bh)weights);
+  return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(_mm512_set1_epi32(int(pair))), bit_cast<__m512bh>(weights));
 #else
-  sum += __builtin_bit_cast(float, pair << 16) * (Lane)(weights << 16);
-  return sum + __builtin_bit_cast(float, pair & 0xFFFF0000u) * (Lane)(weights & 0xFFFF0000u);
+  sum += bit_cast<float>(pair << 16) * bit_cast<Vf>(weights << 16);
+  return sum + bit_cast<float>(pair & 0xffff0000u) * bit_cast<Vf>(weights & 0xffff0000u);
 #endif
 }
 
-template <int rows>
-inline void tile(const bfloat16* A, int64_t lda, const bfloat16* panel, int64_t depth, float* C, int64_t ldc,
-                 bool fresh) {
-  Lane sum[rows][2];
+// One tile: `rows` rows times one panel over depths [0, depth), added to C or, if `fresh`, stored there.
+template <int rows, class E>
+void tile(const E* A, int64_t lda, const E* panel, int64_t depth, float* C, int64_t ldc, bool fresh) {
+  Vf sum[rows][2];
   for (int m = 0; m < rows; m++)
-    for (int v = 0; v < 2; v++) sum[m][v] = fresh ? Lane{} : load<Lane>(C + m * ldc + v * lanes);
-  const auto add = [&](int64_t k, auto pair_of) {
-    const LaneBits low = load<LaneBits>(panel + k * columns), high = load<LaneBits>(panel + k * columns + 2 * lanes);
-    for (int m = 0; m < rows; m++) {
-      const uint32_t pair = pair_of(A + m * lda + k);
-      sum[m][0] = add_products(sum[m][0], pair, low);
-      sum[m][1] = add_products(sum[m][1], pair, high);
+    for (int v = 0; v < 2; v++) sum[m][v] = fresh ? Vf{} : load(C + m * ldc + v * W, Whole{});
+  if constexpr (std::is_same_v<E, float>) {
+    for (int64_t k = 0; k < depth; k++) {
+      const Vf low = load(panel + k * columns, Whole{}), high = load(panel + k * columns + W, Whole{});
+      for (int m = 0; m < rows; m++) {
+        sum[m][0] += A[m * lda + k] * low;
+        sum[m][1] += A[m * lda + k] * high;
+      }
     }
-  };
-  for (int64_t k = 0; k + 1 < depth; k += 2) add(k, load<uint32_t>);
-  if (depth % 2) add(depth - 1, [](const bfloat16* last) { return uint32_t(last->bits); });
+  } else {
+    const auto add = [&](int64_t k, auto pair_of) {
+      const Vu low = load_pairs<Vu>(panel + k * columns), high = load_pairs<Vu>(panel + k * columns + columns);
+      for (int m = 0; m < rows; m++) {
+        const uint32_t pair = pair_of(A + m * lda + k);
+        sum[m][0] = add_products(sum[m][0], pair, low);
+        sum[m][1] = add_products(sum[m][1], pair, high);
+      }
+    };
+    for (int64_t k = 0; k + 1 < depth; k += 2) add(k, load_pairs<uint32_t>);
+    if (depth % 2) add(depth - 1, [](const bf16* last) { return uint32_t(last->bits); });
+  }
   for (int m = 0; m < rows; m++)
-    for (int v = 0; v < 2; v++) std::memcpy(C + m * ldc + v * lanes, &sum[m][v], sizeof(Lane));
+    for (int v = 0; v < 2; v++) store(C + m * ldc + v * W, sum[m][v], Whole{});
 }
 
 template <class E, int rows = tile_rows>
@@ -140,28 +116,16 @@ inline void tile_of(int64_t left, const E* A, int64_t lda, const E* panel, int64
 
 // One panel, all rows.
 template <class E>
-inline void panel_product(const E* A, int64_t lda, int64_t rows, const Packed<E>& W, int64_t i, float* C, int64_t ldc) {
-  for (int64_t k = 0; k < W.depth; k += depth_block) {
-    const int64_t depth = W.depth - k < depth_block ? W.depth - k : depth_block;
+inline void panel_product(const E* A, int64_t lda, int64_t rows, const Packed<E>& weight, int64_t i, float* C,
+                          int64_t ldc) {
+  for (int64_t k = 0; k < weight.depth; k += depth_block) {
+    const int64_t depth = weight.depth - k < depth_block ? weight.depth - k : depth_block;
     for (int64_t m = 0; m < rows; m += tile_rows)
-      tile_of<E>(rows - m, A + m * lda + k, lda, W.panel(i) + k * columns, depth, C + m * ldc, ldc, k == 0);
+      tile_of<E>(rows - m, A + m * lda + k, lda, weight.panel(i) + k * columns, depth, C + m * ldc, ldc, k == 0);
   }
 }
 
-#if defined(__AMX_BF16__) && defined(__linux__) && defined(__x86_64__)
-#define HDFAST_AMX
-// Whether this process may use the AMX tiles; asks the kernel for them once.
-inline bool amx_granted() {
-  static const bool granted = [] {
-    unsigned a, b, c, d = 0;
-    constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (amx_bf16 | amx_tile)) return false;
-    constexpr int request_permission = 0x1023, tile_data = 18;
-    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-  }();
-  return granted;
-}
-
+#if defined(__AMX_BF16__)
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
@@ -169,9 +133,8 @@ struct TileConfig {
 };
 
 // `count` (1 or 2) panels, 16 rows at a time. Tiles 0-3 hold sums, 4 rows of A, 5-6 weights.
-__attribute__((target("amx-tile,amx-bf16"))) inline void amx_product(const bfloat16* A, int64_t lda, int64_t rows,
-                                                                     const Packed<bfloat16>& W, int64_t i, int count,
-                                                                     float* C, int64_t ldc) {
+inline void amx_product(const bf16* A, int64_t lda, int64_t rows, const Packed<bf16>& weight, int64_t i, int count,
+                        float* C, int64_t ldc) {
   for (int64_t m = 0; m < rows; m += 16) {
     TileConfig config;
     for (int t = 0; t < 7; t++) {
@@ -179,64 +142,63 @@ __attribute__((target("amx-tile,amx-bf16"))) inline void amx_product(const bfloa
       config.rows[t] = uint8_t(t >= 5 || rows - m >= 16 ? 16 : rows - m);
     }
     _tile_loadconfig(&config);
-    const bfloat16 *a = A + m * lda, *left = W.panel(i), *right = left + (count - 1) * W.panel_size();
+    const bf16 *a = A + m * lda, *left = weight.panel(i), *right = left + (count - 1) * weight.panel_size();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t k = 0; k < W.depth; k += 32) {
+    for (int64_t k = 0; k < weight.depth; k += 32) {
       _tile_loadd(4, a + k, lda * 2);
       _tile_loadd(5, left + k * columns, columns * 4);
-      _tile_loadd(6, left + k * columns + 2 * lanes, columns * 4);
+      _tile_loadd(6, left + k * columns + columns, columns * 4);
       _tile_dpbf16ps(0, 4, 5);
       _tile_dpbf16ps(1, 4, 6);
       if (count == 2) {
         _tile_loadd(5, right + k * columns, columns * 4);
-        _tile_loadd(6, right + k * columns + 2 * lanes, columns * 4);
+        _tile_loadd(6, right + k * columns + columns, columns * 4);
         _tile_dpbf16ps(2, 4, 5);
         _tile_dpbf16ps(3, 4, 6);
       }
     }
     float* c = C + m * ldc;
     _tile_stored(0, c, ldc * 4);
-    _tile_stored(1, c + lanes, ldc * 4);
+    _tile_stored(1, c + W, ldc * 4);
     if (count == 2) {
       _tile_stored(2, c + columns, ldc * 4);
-      _tile_stored(3, c + columns + lanes, ldc * 4);
+      _tile_stored(3, c + columns + W, ldc * 4);
     }
   }
 }
-
-__attribute__((target("amx-tile"))) inline void amx_release() { _tile_release(); }
 #endif
 
-// This thread's panels of C (rows, N) = A (rows, depth) W.
+// This thread's panels of C (rows, N) = A (rows, depth) weight.
 template <class E>
-inline void product(const E* A, int64_t lda, int64_t rows, const Packed<E>& W, float* C, int64_t ldc, int thread,
+inline void product(const E* A, int64_t lda, int64_t rows, const Packed<E>& weight, float* C, int64_t ldc, int thread,
                     int threads) {
-  int64_t i = W.panels() * thread / threads;
-  const int64_t end = W.panels() * (thread + 1) / threads, whole = W.N / columns;
-#ifdef HDFAST_AMX
+  int64_t i = weight.panels() * thread / threads;
+  const int64_t end = weight.panels() * (thread + 1) / threads, whole = weight.N / columns;
+#if defined(__AMX_BF16__)
   if constexpr (sizeof(E) == 2)
-    if (W.depth % 32 == 0 && amx_granted()) {
+    if (weight.depth % 32 == 0) {
       while (i < end && i < whole) {
         const int count = i + 1 < end && i + 1 < whole ? 2 : 1;
-        amx_product(A, lda, rows, W, i, count, C + i * columns, ldc);
+        amx_product(A, lda, rows, weight, i, count, C + i * columns, ldc);
         i += count;
       }
-      amx_release();
+      _tile_release();
     }
 #endif
   for (; i < end; i++) {
     if (i < whole) {
-      panel_product(A, lda, rows, W, i, C + i * columns, ldc);
+      panel_product(A, lda, rows, weight, i, C + i * columns, ldc);
     } else {  // the last columns, through a buffer as wide as a whole panel
       std::vector<float> wide(rows * columns);
-      panel_product(A, lda, rows, W, i, wide.data(), columns);
+      panel_product(A, lda, rows, weight, i, wide.data(), columns);
       for (int64_t m = 0; m < rows; m++)
-        std::memcpy(C + m * ldc + i * columns, wide.data() + m * columns, (W.N - i * columns) * sizeof(float));
+        std::memcpy(C + m * ldc + i * columns, wide.data() + m * columns, (weight.N - i * columns) * sizeof(float));
     }
   }
 }
 
+}  // namespace
 }  // namespace HDFAST_ISA

@@ -7,14 +7,13 @@
 #include <cstdint>
 #include <limits>
 
-namespace HDFAST_ISA {
+#include "simd.h"
 
-struct bfloat16 {
-  uint16_t bits;
-};
+namespace HDFAST_ISA {
+namespace {
 
 inline float to_float(float x) { return x; }
-inline float to_float(bfloat16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+inline float to_float(bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
 
 template <class E>
 E from_float(float x);
@@ -23,7 +22,7 @@ inline float from_float<float>(float x) {
   return x;
 }
 template <>
-inline bfloat16 from_float<bfloat16>(float x) {  // to nearest, ties to even; NaN stays NaN
+inline bf16 from_float<bf16>(float x) {  // to nearest, ties to even; NaN stays NaN
   const uint32_t u = __builtin_bit_cast(uint32_t, x);
   const uint32_t rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
   return {uint16_t(x == x ? rounded : 0x7FC0)};
@@ -84,4 +83,5 @@ inline float tanh_of(float x) {  // (1 - e) / (1 + e); near zero scale is one, s
   return ((1.0f - e.scale) - change) / (1.0f + (e.scale + change));
 }
 
+}  // namespace
 }  // namespace HDFAST_ISA

@@ -344,11 +344,11 @@ void backward(const RssmObserve& p, int threads) {
 }  // namespace
 
 void rssm_observe_forward(const RssmObserve& p, int threads) {
-  p.is_bfloat16 ? forward<bfloat16>(p, threads) : forward<float>(p, threads);
+  p.is_bfloat16 ? forward<bf16>(p, threads) : forward<float>(p, threads);
 }
 
 void rssm_observe_backward(const RssmObserve& p, int threads) {
-  p.is_bfloat16 ? backward<bfloat16>(p, threads) : backward<float>(p, threads);
+  p.is_bfloat16 ? backward<bf16>(p, threads) : backward<float>(p, threads);
 }
 
 }  // namespace HDFAST_ISA
