@@ -1,4 +1,4 @@
-// Shared by the two ops with a LayerNorm: the moments of a row, and the gradients of weight and bias.
+// Shared by the ops with a LayerNorm: the moments of a row, and the gradients of weight and bias.
 #pragma once
 
 #include <omp.h>

@@ -1,5 +1,4 @@
-#include "../simd_math.h"
-#include "layer_norm.h"
+#include "layer_norm_gru.h"
 
 namespace HDFAST_ISA {
 namespace {
@@ -11,23 +10,9 @@ void forward(const G* gates, const D* deter, const float* weight, const float* b
              int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; r++) {
-    const G* in = gates + r * 3 * width;
-    const D* before = deter + r * width;
-    D* out = next + r * next_stride;
     bf16* second = rounded ? rounded + r * rounded_stride : nullptr;
-    moments_of_rows<1>(in, 3 * width, eps, mean + r, rstd + r);
-    const float m = mean[r], s = rstd[r];
-    for_lanes(width, [&](int64_t i, auto lanes) {
-      const auto gate = [&](int64_t j) __attribute__((always_inline)) {
-        const Vf normed = (load(in + j, lanes) - m) * s;
-        return normed * load(weight + j, lanes) + load(bias + j, lanes);
-      };
-      const Vf cand = tanh(sigmoid(gate(i)) * gate(width + i)).value, update = sigmoid(gate(2 * width + i) - 1.f);
-      const Vf state = load(before + i, lanes);
-      const Vf after = state + update * (cand - state);
-      store(out + i, after, lanes);
-      if (second) store(second + i, after, lanes);
-    });
+    gru_row(gates + r * 3 * width, deter + r * width, weight, bias, next + r * next_stride, second, mean + r, rstd + r,
+            width, eps);
   }
 }
 
@@ -42,40 +27,10 @@ void backward(const D* grad, const G* gates, const D* deter, const float* weight
     Scratch<float> d_normed(3 * width), normed(3 * width);
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
-      const G* in = gates + r * 3 * width;
-      const D *before = deter + r * width, *dy = grad + r * width;
-      const float m = mean[r], s = rstd[r];
+      const int64_t at = r * width;
       local.next_rows(1);
-      Vf sum_d = {}, sum_dn = {};
-      for_lanes(width, [&](int64_t i, auto lanes) {
-        const int64_t at[3] = {i, width + i, 2 * width + i};
-        Vf n[3], w[3], z[3];
-        for (int k = 0; k < 3; k++) {
-          n[k] = (load(in + at[k], lanes) - m) * s;
-          w[k] = load(weight + at[k], lanes);
-          z[k] = n[k] * w[k] + load(bias + at[k], lanes);
-        }
-        const Vf reset = sigmoid(z[0]), update = sigmoid(z[2] - 1.f);
-        const Tanh cand = tanh(reset * z[1]);
-        const Vf g = load(dy + i, lanes);
-        store(grad_deter + r * width + i, g * (1.f - update), lanes);
-        const Vf d_product = g * update * cand.slope;
-        const Vf dz[3] = {d_product * z[1] * reset * (1.f - reset), d_product * reset,
-                          g * (cand.value - load(before + i, lanes)) * update * (1.f - update)};
-        for (int k = 0; k < 3; k++) {
-          local.add(at[k], dz[k] * n[k], dz[k], lanes);
-          const Vf d = dz[k] * w[k];
-          sum_d += d;
-          sum_dn += d * n[k];
-          store(d_normed + at[k], d, lanes);
-          store(normed + at[k], n[k], lanes);
-        }
-      });
-      const float mean_d = sum(sum_d) / (3 * width), mean_dn = sum(sum_dn) / (3 * width);
-      for_lanes(3 * width, [&](int64_t i, auto lanes) {
-        const Vf d = load(d_normed + i, lanes) - mean_d - load(normed + i, lanes) * mean_dn;
-        store(grad_gates + r * 3 * width + i, s * d, lanes);
-      });
+      gru_row_backward(grad + at, gates + 3 * at, deter + at, weight, bias, mean[r], rstd[r], grad_gates + 3 * at,
+                       grad_deter + at, width, d_normed, normed, local);
     }
   }
   totals.write(grad_weight, grad_bias);

@@ -1,21 +1,9 @@
+#include "sample_onehot.h"
+
 #include "../ops.h"
-#include "../row_sums.h"
-#include "../simd_math.h"
 
 namespace HDFAST_ISA {
 namespace {
-
-// The number of classes whose cumulative probability is at most `uniform`, but no more than classes - 1. Like PyTorch's
-// cumsum on the CPU, it sums in double in the order of the classes and rounds each sum to float.
-HDFAST_INLINE int64_t draw(const float* probs, int64_t classes, float uniform) {
-  double cdf = 0;
-  int64_t index = 0;
-  for (int64_t k = 0; k < classes; k++) {
-    cdf += probs[k];
-    index += float(cdf) <= uniform;
-  }
-  return index < classes ? index : classes - 1;
-}
 
 HDFAST_INLINE void set_one(float* at) { *at = 1.f; }
 HDFAST_INLINE void set_one(bf16* at) { at->bits = 0x3f80; }
@@ -31,24 +19,8 @@ void forward(const T* logits, const float* uniform, T* stoch, int64_t* index, fl
     Scratch<float> probs(classes);
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
-      const T* row = logits + r * classes;
-      const float top = max_of_row(row, classes);
-      Vf total = {};
-      for_lanes(classes, [&](int64_t i, auto lanes) {
-        const Vf e = keep(exp(load(row + i, lanes) - top), lanes);
-        total += e;
-        store(probs + i, e, lanes);
-      });
-      const float z = sum(total), scale = share / z;
-      const float log_z = Distribution ? std::log(z) : 0.f;
-      for_lanes(classes, [&](int64_t i, auto lanes) {
-        const Vf p = load(probs + i, lanes) * scale + floor;
-        store(probs + i, p, lanes);
-        // Without a mixture, a probability may underflow where its logarithm stays finite.
-        if constexpr (Distribution)
-          store(logp + r * classes + i, unimix > 0 ? log(p) : load(row + i, lanes) - top - log_z, lanes);
-      });
-      index[r] = draw(probs, classes, uniform[r]);
+      const int64_t at = r * classes;
+      index[r] = sample_row<Distribution>(logits + at, uniform[r], classes, share, floor, probs, logp + at);
       if constexpr (Distribution) set_one(stoch + r * classes + index[r]);
     }
   }
