@@ -4,7 +4,9 @@
 #include "../ops.h"
 #include "../rssm_observe.h"
 #include "../small_gemm.h"
-#include "rssm_observe_norms.h"
+#include "layer_norm_gru.h"
+#include "layer_norm_silu.h"
+#include "sample_onehot.h"
 
 #include <omp.h>
 
@@ -12,7 +14,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <vector>
 
 namespace HDFAST_ISA {
@@ -20,8 +21,12 @@ namespace {
 
 template <class E>
 void copy_to(const float* in, int64_t n, E* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) out[i] = from_float<E>(in[i]);
+  for_lanes(n, [&](int64_t i, auto lanes) { store(out + i, load(in + i, lanes), lanes); });
+}
+
+template <class E>
+void add_to(const E* in, int64_t n, float* sums) {
+  for_lanes(n, [&](int64_t i, auto lanes) { store(sums + i, load(sums + i, lanes) + load(in + i, lanes), lanes); });
 }
 
 // The stages of a step, row by row, and where the step's inputs come from.
@@ -44,137 +49,89 @@ struct Scan : RssmObserve {
     const int64_t* chosen = index_before(t, b);
     float* sum = in_sum + row * U;
     std::copy_n(action + row * U, U, sum);
-    for (int64_t s = 0; s < S; s++) {
-      const E* in = static_cast<const E*>(in_stoch) + (s * K + chosen[s]) * U;
-#pragma omp simd
-      for (int64_t i = 0; i < U; i++) sum[i] += to_float(in[i]);
-    }
+    for (int64_t s = 0; s < S; s++) add_to(static_cast<const E*>(in_stoch) + (s * K + chosen[s]) * U, U, sum);
     E* operand = low(gru_low) + row * (D + U);
     copy_to(deter_before(t, b), D, operand);
-    norm_silu(sum, in_norm_weight, in_norm_bias, U, eps, operand + D);
+    norm_silu(sum, in_norm_weight, in_norm_bias, operand + D);
   }
 
   void gates(int64_t t, int64_t b) const {
     const int64_t row = t * B + b;
-    const float *g = gates_sum + row * 3 * D, *w = gru_norm_weight, *c = gru_norm_bias, *before = deter_before(t, b);
-    const Stats s = stats_of(g, 3 * D, eps);
-    float* out = deter + row * D;
-    const int64_t n = D;
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-      const float reset = sigmoid_of((g[i] - s.mean) * s.scale * w[i] + c[i]);
-      const float candidate = tanh_of(reset * ((g[n + i] - s.mean) * s.scale * w[n + i] + c[n + i]));
-      const float update = sigmoid_of((g[2 * n + i] - s.mean) * s.scale * w[2 * n + i] + c[2 * n + i] - 1.0f);
-      out[i] = update * candidate + (1.0f - update) * before[i];
-    }
-    if (sizeof(E) == 2) copy_to(out, D, low(deter_low) + row * D);
+    bf16* const rounded = sizeof(E) == 2 ? static_cast<bf16*>(deter_low) + row * D : nullptr;
+    float mean, rstd;
+    gru_row(gates_sum + row * 3 * D, deter_before(t, b), gru_norm_weight, gru_norm_bias, deter + row * D, rounded,
+            &mean, &rstd, D, eps);
   }
 
   void hidden(int64_t t, int64_t b) const {
     const int64_t row = t * B + b;
-    float* sum = post_sum + row * U;
-    const float* add = embed + row * U;
-#pragma omp simd
-    for (int64_t i = 0; i < U; i++) sum[i] += add[i];
-    norm_silu(sum, post_norm_weight, post_norm_bias, U, eps, low(post_low) + row * U);
+    add_to(embed + row * U, U, post_sum + row * U);
+    norm_silu(post_sum + row * U, post_norm_weight, post_norm_bias, low(post_low) + row * U);
+  }
+
+  void norm_silu(const float* sum, const float* weight, const float* bias, E* out) const {
+    float mean, rstd;
+    forward_rows<1, false>(sum, weight, bias, out, U, &mean, &rstd, U, eps);
   }
 
   // logits -> logp, index, stoch
   void sample(int64_t t, int64_t b, float* p) const {
-    const int64_t row = t * B + b, n = K;
+    const int64_t row = t * B + b;
     const float floor = unimix / double(K), share = 1 - unimix;
-    for (int64_t s = 0; s < S; s++) {
-      float *l = logp + (row * S + s) * n, most = -INFINITY, sum = 0;
-      const float* bias = logit_bias + s * n;
-#pragma omp simd reduction(max : most)
-      for (int64_t k = 0; k < n; k++) {
-        l[k] += bias[k];
-        most = l[k] > most ? l[k] : most;
-      }
-#pragma omp simd reduction(+ : sum)
-      for (int64_t k = 0; k < n; k++) {
-        l[k] -= most;
-        p[k] = exp_of(l[k]);
-        sum += p[k];
-      }
-      const float scale = share / sum;
-      if (unimix > 0) {
-#pragma omp simd
-        for (int64_t k = 0; k < n; k++) {
-          p[k] = p[k] * scale + floor;
-          l[k] = log_of(p[k]);
-        }
-      } else {  // the logarithm stays finite where a probability underflows
-        const float total = std::log(sum);
-        for (int64_t k = 0; k < n; k++) {
-          p[k] *= scale;
-          l[k] -= total;
-        }
-      }
-      const float u = uniform[row * S + s];
-      int64_t k = 0;
-      for (float cumulative = p[0]; cumulative <= u && k < n - 1; cumulative += p[k]) k++;
-      index[row * S + s] = k;
-      stoch[(row * S + s) * n + k] = 1.0f;
+    add_to(logit_bias, S * K, logp + row * S * K);
+    for (int64_t s = row * S; s < (row + 1) * S; s++) {
+      index[s] = sample_row<true>(logp + s * K, uniform[s], K, share, floor, p, logp + s * K);
+      stoch[s * K + index[s]] = 1.0f;
     }
   }
 
   // Backward; of_x is the gradient of x. carried: the gradient of this step's stoch from the next step, or null.
   void sample_backward(int64_t t, int64_t b, const float* carried, float* p, float* grad_bias) const {
-    const int64_t row = t * B + b, n = K;
+    const int64_t row = t * B + b;
     const float floor = unimix / double(K), share = 1 - unimix;
     for (int64_t s = 0; s < S; s++) {
-      const int64_t at = (row * S + s) * n;
-      const float* from_stoch = grad_stoch ? grad_stoch + at : nullptr;
-      const float* from_logp = grad_logp ? grad_logp + at : nullptr;
-      E* out = low(grad_logits_low) + at;
-      float *of_p = p + n, total = 0;
-      for (int64_t k = 0; k < n; k++) of_p[k] = carried ? carried[s * n + k] : 0.0f;
-      if (from_stoch)
-        for (int64_t k = 0; k < n; k++) of_p[k] += from_stoch[k];
-#pragma omp simd reduction(+ : total)
-      for (int64_t k = 0; k < n; k++) {
-        const float mixed = exp_of(logp[at + k]), part = std::max(mixed - floor, 0.0f);  // part = share * softmax
-        p[k] = part / share;
-        of_p[k] = part * of_p[k] + (from_logp ? from_logp[k] * (unimix > 0 ? part / mixed : 1.0f) : 0.0f);
-        total += of_p[k];
-      }
-#pragma omp simd
-      for (int64_t k = 0; k < n; k++) {
-        const float grad = of_p[k] - p[k] * total;
-        grad_bias[s * n + k] += grad;
-        out[k] = from_float<E>(grad);
-      }
+      const int64_t at = (row * S + s) * K;
+      float* const of_p = p + K;
+      Vf products = {};
+      for_lanes(K, [&](int64_t k, auto lanes) {
+        const Vf mixed = exp(load(logp + at + k, lanes)), part = max(Vf{}, mixed - floor);  // part = share * softmax
+        Vf d = carried ? load(carried + s * K + k, lanes) : Vf{};
+        if (grad_stoch) d += load(grad_stoch + at + k, lanes);
+        d *= part;
+        if (grad_logp) d += load(grad_logp + at + k, lanes) * (unimix > 0 ? part / mixed : splat(1.0f));
+        d = keep(d, lanes);
+        products += d;
+        store(p + k, part / share, lanes);
+        store(of_p + k, d, lanes);
+      });
+      const float total = sum(products);
+      for_lanes(K, [&](int64_t k, auto lanes) {
+        const Vf grad = load(of_p + k, lanes) - load(p + k, lanes) * total;
+        float* const of_bias = grad_bias + s * K + k;
+        store(of_bias, load(of_bias, lanes) + grad, lanes);
+        store(low(grad_logits_low) + at + k, grad, lanes);
+      });
     }
   }
 
   // grad: on entry, of deter; on return, of the previous deter, without the part that the GRU's product adds.
-  void gates_backward(int64_t t, int64_t b, float* grad, float* of_gates, float* grad_weight, float* grad_bias) const {
-    const int64_t row = t * B + b, n = D;
-    const float *g = gates_sum + row * 3 * D, *w = gru_norm_weight, *c = gru_norm_bias, *before = deter_before(t, b);
-    const Stats s = stats_of(g, 3 * D, eps);
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-      const float normed_r = (g[i] - s.mean) * s.scale, normed_c = (g[n + i] - s.mean) * s.scale;
-      const float normed_u = (g[2 * n + i] - s.mean) * s.scale, scaled = normed_c * w[n + i] + c[n + i];
-      const float reset = sigmoid_of(normed_r * w[i] + c[i]), candidate = tanh_of(reset * scaled);
-      const float update = sigmoid_of(normed_u * w[2 * n + i] + c[2 * n + i] - 1.0f);
-      const float of_candidate = grad[i] * update * (1.0f - candidate * candidate);
-      const float of_r = of_candidate * scaled * reset * (1.0f - reset), of_c = of_candidate * reset;
-      const float of_u = grad[i] * (candidate - before[i]) * update * (1.0f - update);
-      grad_weight[i] += of_r * normed_r;
-      grad_weight[n + i] += of_c * normed_c;
-      grad_weight[2 * n + i] += of_u * normed_u;
-      grad_bias[i] += of_r;
-      grad_bias[n + i] += of_c;
-      grad_bias[2 * n + i] += of_u;
-      of_gates[i] = of_r * w[i];
-      of_gates[n + i] = of_c * w[n + i];
-      of_gates[2 * n + i] = of_u * w[2 * n + i];
-      grad[i] *= 1.0f - update;
-    }
-    norm_backward(g, s, 3 * D, of_gates);
-    copy_to(of_gates, 3 * D, low(grad_gates_low) + row * 3 * D);
+  void gates_backward(int64_t t, int64_t b, float* grad, float* scratch, AffineGradients::Local& of_norm) const {
+    const int64_t row = t * B + b;
+    const float* in = gates_sum + row * 3 * D;
+    float mean, rstd;
+    moments_of_rows<1>(in, 3 * D, eps, &mean, &rstd);
+    of_norm.next_rows(1);
+    gru_row_backward(grad, in, deter_before(t, b), gru_norm_weight, gru_norm_bias, mean, rstd,
+                     low(grad_gates_low) + row * 3 * D, grad, D, scratch, scratch + 3 * D, of_norm);
+  }
+
+  // grad: on entry, of the output; on return, of the sum.
+  void norm_silu_backward(const float* sum, const float* weight, const float* bias, float* grad, float* scratch,
+                          AffineGradients::Local& of_norm) const {
+    float mean, rstd;
+    moments_of_rows<1>(sum, U, eps, &mean, &rstd);
+    of_norm.next_rows(1);
+    backward_rows<1, false>(grad, sum, weight, bias, &mean, &rstd, grad, U, scratch, of_norm);
   }
 
   // Adds each step's grad_in_sum to the rows of grad_in_stoch that forward gathered, in this thread's columns.
@@ -184,9 +141,7 @@ struct Scan : RssmObserve {
       for (int64_t b = 0; b < B; b++)
         for (int64_t s = 0; s < S; s++) {
           float* out = grad_in_stoch + (s * K + index_before(t, b)[s]) * U;
-          const float* in = grad_in_sum + (t * B + b) * U;
-#pragma omp simd
-          for (int64_t i = begin; i < end; i++) out[i] += in[i];
+          add_to(grad_in_sum + (t * B + b) * U + begin, end - begin, out + begin);
         }
   }
 };
@@ -237,7 +192,7 @@ void forward(const RssmObserve& p, int threads) {
   {
     const int thread = omp_get_thread_num(), count = omp_get_num_threads();
     const int64_t begin = B * thread / count, end = B * (thread + 1) / count;
-    std::vector<float> probabilities(p.K);
+    Scratch<float> probabilities(p.K);
     gru.pack(thread, count);
     post.pack(thread, count);
     logit.pack(thread, count);
@@ -254,7 +209,7 @@ void forward(const RssmObserve& p, int threads) {
       barrier.wait(count);
       product(scan.low(p.post_low) + t * B * U, U, B, logit, p.logp + t * B * SK, SK, thread, count);
       barrier.wait(count);
-      for (int64_t b = begin; b < end; b++) scan.sample(t, b, probabilities.data());
+      for (int64_t b = begin; b < end; b++) scan.sample(t, b, probabilities);
     }
   }
 }
@@ -269,8 +224,9 @@ void backward(const RssmObserve& p, int threads) {
   const Packed<E> in(p.in_stoch, U, SK, 1, U, scratch<E>(3));
   std::vector<float> of_stoch(B * SK), of_deter(B * D, 0.0f), from_post(B * D), of_gru(B * (D + U));
   std::vector<E> in_low(B * U);
-  const int64_t vectors = 2 * U + 6 * D + 2 * U + SK + D;
+  const int64_t vectors = SK + D;
   const int most = team(p, threads);
+  AffineGradients in_norm(U, most), gru_norm(3 * D, most), post_norm(U, most);
   std::vector<float> sums(most * vectors, 0.0f);
   E *logits_low = static_cast<E*>(p.grad_logits_low), *post_low = static_cast<E*>(p.grad_post_low);
   E* gates_low = static_cast<E*>(p.grad_gates_low);
@@ -279,10 +235,9 @@ void backward(const RssmObserve& p, int threads) {
   {
     const int thread = omp_get_thread_num(), count = omp_get_num_threads();
     const int64_t begin = B * thread / count, end = B * (thread + 1) / count;
-    float* of_in = sums.data() + thread * vectors;
-    float *of_gru_norm = of_in + 2 * U, *of_post = of_gru_norm + 6 * D, *of_bias = of_post + 2 * U;
-    float* of_start = of_bias + SK;
-    std::vector<float> row(std::max(3 * D, 2 * p.K));
+    AffineGradients::Local of_in(in_norm), of_gru_norm(gru_norm), of_post(post_norm);
+    float *of_bias = sums.data() + thread * vectors, *of_start = of_bias + SK;
+    Scratch<float> row(std::max({6 * D, U, 2 * p.K}));
     logit.pack(thread, count);
     post.pack(thread, count);
     gru.pack(thread, count);
@@ -291,25 +246,25 @@ void backward(const RssmObserve& p, int threads) {
     for (int64_t t = T - 1; t >= 0; t--) {
       for (int64_t b = begin; b < end; b++) {
         const bool cut = t == T - 1 || scan.first(t + 1, b);
-        scan.sample_backward(t, b, cut ? nullptr : of_stoch.data() + b * SK, row.data(), of_bias);
+        scan.sample_backward(t, b, cut ? nullptr : of_stoch.data() + b * SK, row, of_bias);
       }
       barrier.wait(count);
       product(logits_low + t * B * SK, SK, B, logit, p.grad_post_sum + t * B * U, U, thread, count);
       barrier.wait(count);
       for (int64_t b = begin; b < end; b++) {
         const int64_t at = (t * B + b) * U;
-        norm_silu_backward(p.post_sum + at, p.post_norm_weight, p.post_norm_bias, U, p.eps, p.grad_post_sum + at,
-                           of_post, of_post + U);
+        scan.norm_silu_backward(p.post_sum + at, p.post_norm_weight, p.post_norm_bias, p.grad_post_sum + at, row,
+                                of_post);
         if (sizeof(E) == 2) copy_to(p.grad_post_sum + at, U, post_low + at);
       }
       barrier.wait(count);
       product(post_low + t * B * U, U, B, post, from_post.data(), D, thread, count);
       barrier.wait(count);
       for (int64_t b = begin; b < end; b++) {
-        float *grad = of_deter.data() + b * D, *add = from_post.data() + b * D;
-        const float* given = p.grad_deter ? p.grad_deter + (t * B + b) * D : nullptr;
-        for (int64_t i = 0; i < D; i++) grad[i] += add[i] + (given ? given[i] : 0.0f);
-        scan.gates_backward(t, b, grad, row.data(), of_gru_norm, of_gru_norm + 3 * D);
+        float* grad = of_deter.data() + b * D;
+        add_to(from_post.data() + b * D, D, grad);
+        if (p.grad_deter) add_to(p.grad_deter + (t * B + b) * D, D, grad);
+        scan.gates_backward(t, b, grad, row, of_gru_norm);
       }
       barrier.wait(count);
       product(gates_low + t * B * 3 * D, 3 * D, B, gru, of_gru.data(), D + U, thread, count);
@@ -317,14 +272,13 @@ void backward(const RssmObserve& p, int threads) {
       for (int64_t b = begin; b < end; b++) {
         const int64_t at = (t * B + b) * U;
         float *grad = of_deter.data() + b * D, *add = of_gru.data() + b * (D + U);
-        for (int64_t i = 0; i < D; i++) grad[i] += add[i];
+        add_to(add, D, grad);
         if (scan.first(t, b)) {
-          for (int64_t i = 0; i < D; i++) of_start[i] += grad[i];
+          add_to(grad, D, of_start);
           std::fill_n(grad, D, 0.0f);
         }
         std::copy_n(add + D, U, p.grad_in_sum + at);
-        norm_silu_backward(p.in_sum + at, p.in_norm_weight, p.in_norm_bias, U, p.eps, p.grad_in_sum + at, of_in,
-                           of_in + U);
+        scan.norm_silu_backward(p.in_sum + at, p.in_norm_weight, p.in_norm_bias, p.grad_in_sum + at, row, of_in);
         copy_to(p.grad_in_sum + at, U, in_low.data() + b * U);
       }
       barrier.wait(count);
@@ -336,9 +290,13 @@ void backward(const RssmObserve& p, int threads) {
     for (int64_t i = 0; i < vectors; i++) {
       float sum = 0;
       for (int k = 0; k < most; k++) sum += sums[k * vectors + i];
-      p.grad_vectors[i] = sum;
+      p.grad_vectors[4 * U + 6 * D + i] = sum;
     }
   }
+  float* out = p.grad_vectors;
+  in_norm.write(out, out + U);
+  gru_norm.write(out + 2 * U, out + 2 * U + 3 * D);
+  post_norm.write(out + 2 * U + 6 * D, out + 3 * U + 6 * D);
 }
 
 }  // namespace
