@@ -5,6 +5,8 @@ stores what backward reads: the inputs of the three layer norms and the operands
 
 Measured on one core of a Xeon with AMX, T=64, B=16, D=U=512, S=K=32, forward + backward against the reference in the
 same run: 162 against 433 ms in float32, 64 against 375 ms in bfloat16.
+Since then its rows are those of the other ops, which on one core of a Zen 4 took 2 to 14% from it at these widths,
+and 20 to 32% at widths of 64.
 
 Axes: T time, B batch, D deter, U units, S groups, K classes.
 """
