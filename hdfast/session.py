@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Mapping
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from hdfast.agent.policy import Policy
 from hdfast.agent.updates import Updates, captured_updates
 from hdfast.config import Config
 from hdfast.envs.base import BatchEnv
+from hdfast.flags import field_names
 from hdfast.replay import Replay
 from hdfast.replay.contents import replay_specs
 from hdfast.runtime import checkpoint, errors
@@ -138,6 +140,7 @@ class Session:
             evaluated_at=self.evaluated_at,
             seconds=seconds,
             tensorboard=config.log.tensorboard,
+            settings={name: attrgetter(name)(config) for name in field_names(config)},
             on_line=self._on_line,
         )
         opened.callback(self.logger.close)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from hdfast.runtime import tensorboard
 from hdfast.runtime.errors import DiskFullError, MissingLibraryError, RunError
@@ -264,6 +265,19 @@ def test_a_full_disk_is_told_and_the_log_goes_on_from_it(tmp_path):
 def test_a_directory_that_is_not_there_is_one_clear_line(tmp_path):
     with pytest.raises(RunError, match=r"metrics.jsonl: cannot write the log: No such file or directory"):
         Logger(tmp_path / "absent", action_repeat=1)
+
+
+def test_tensorboard_knows_the_settings_of_a_run(tmp_path):
+    for resumed_at in (None, 100):
+        settings = {"harmony.mode": "off", "train.ratio": 64.0, "seed": 3, "train.tune": True, "task": None}
+        with Logger(tmp_path, action_repeat=1, settings=settings, resumed_at=resumed_at):
+            pass
+    (content,) = events(tmp_path).PluginTagToContent("hparams").values()
+    told = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert {name: getattr(value, value.WhichOneof("kind")) for name, value in told.items()} == {
+        **settings,
+        "task": "None",
+    }
 
 
 @pytest.mark.parametrize(("owner", "part"), [(Logger, "_show_again"), (tensorboard.TensorBoard, "_write")])

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -39,7 +39,7 @@ class Logger:
     evaluated_at: agent steps of the last evaluation that the checkpoint knows of; later ones are repeated, and their
         lines are cut. None: it knows of all up to resumed_at.
     seconds: wall time the run had taken up to that checkpoint.
-    tensorboard: also write TensorBoard files.
+    tensorboard: also write TensorBoard files. settings: of the run, for its HParams tab.
     on_line: gets each line after it is written: "metrics" or "scores", and its columns by name.
 
     Raises, here and in every method that writes: DiskFullError, RunError.
@@ -54,6 +54,7 @@ class Logger:
         evaluated_at: int | None = None,
         seconds: float = 0.0,
         tensorboard: bool = True,
+        settings: Mapping[str, Any] = MappingProxyType({}),
         on_line: OnLine = lambda file, line: None,
     ) -> None:
         self._on_line = on_line
@@ -71,7 +72,12 @@ class Logger:
                 # The evaluation at that step is repeated, and TensorBoard hides all of a step or nothing.
                 behind = resumed_at is not None and evaluated_at is not None and evaluated_at < resumed_at
                 again = resumed_at if behind else None
-                board = TensorBoard(directory / "tensorboard", resumed_at=resumed_at, again=again is not None)
+                board = TensorBoard(
+                    directory / "tensorboard",
+                    resumed_at=resumed_at,
+                    again=again is not None,
+                    settings=settings,
+                )
                 opened.callback(board.close)
                 if again is not None:
                     self._show_again(board, again)

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hdfast.runtime.errors import MissingLibraryError, disk_errors
@@ -22,13 +23,22 @@ class TensorBoard:
     resumed_at: agent steps of the checkpoint the run goes on from; TensorBoard then hides what earlier files
         of the directory hold beyond it (all of it when None).
     again: it also hides what they hold of `resumed_at` itself, because the caller writes that again.
+    settings: what TensorBoard's HParams tab compares runs by, of any values; all but numbers are shown as text.
 
     Raises: MissingLibraryError, DiskFullError, RunError.
     """
 
-    def __init__(self, directory: Path, *, resumed_at: int | None = None, again: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        resumed_at: int | None = None,
+        again: bool = False,
+        settings: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         try:
             from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.plugins.hparams.summary_v2 import hparams_pb
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError as error:
             hint = "pip install tensorboard, or --log.no-tensorboard"
@@ -46,6 +56,9 @@ class TensorBoard:
             if earlier:
                 first_step = 0 if resumed_at is None else resumed_at + (not again)
                 self._write(first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+            if settings:
+                shown = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
+                self._write(resumed_at or 0, summary=hparams_pb(shown))
         except BaseException:
             self.close()
             raise
