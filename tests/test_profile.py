@@ -52,7 +52,9 @@ def test_profile_attributes_time_to_the_phase_that_took_it(tmp_path, monkeypatch
     assert found.phases["imagination"] > 300
     assert found.wall > 300
     assert found.cpu < found.wall - 250  # sleeping is not work
-    assert not set(profile.PHASES) & {name for name, _, _ in found.ops}
+    calls = {name: count for name, count, _ in found.ops}
+    assert not set(profile.PHASES) & set(calls)
+    assert calls["hdfast::adam_step"] >= 3, "with kernels that no op of PyTorch's is around"
 
 
 def test_a_learner_of_ones_own_need_not_have_all_phases(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd import profiler
 
 from .autograd import without_autocast
 
@@ -155,7 +156,11 @@ def resolve(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[...,
                 f'{op}: torch.jit.trace does not see what {name} does; backend="reference" can be traced'
             )
     implementation = without_autocast(_ops[op].implementations[name])
-    if name != "reference" and tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+    if name == "reference":
+        return implementation
+    if profiler._is_profiler_enabled:
+        implementation = recorded(op, implementation)
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return functools.partial(_on, tensor.device, implementation)
     return implementation
 
@@ -236,6 +241,22 @@ def triton_installed() -> bool:
 def triton_interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, which takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def recorded(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """`implementation`; while a profiler of PyTorch's runs, as the op `hdfast::<name>` of that profiler.
+
+    It counts a kernel for the op in which it was launched and for all that is around that op, and nowhere if there was
+    only a range.
+    """
+    if not profiler._is_profiler_enabled or torch.compiler.is_compiling():
+        return implementation
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._profiler._RecordFunctionFast(f"hdfast::{name}"):
+            return implementation(*args, **kwargs)
+
+    return call
 
 
 def _on(device: torch.device, implementation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -306,7 +306,7 @@ def expand_onehot(index: Tensor, classes: int, dtype: torch.dtype) -> Tensor | N
     like = torch.empty(0, dtype=dtype, device=index.device)
     if dtype != torch.bfloat16 or dispatch.resolve_name("onehot_linear", None, like) != "triton":
         return None
-    return onehot_matrix(index.contiguous(), classes, dtype)
+    return dispatch.recorded("onehot_matrix", onehot_matrix)(index.contiguous(), classes, dtype)
 
 
 def onehot_matrix(index: Tensor, classes: int, dtype: torch.dtype) -> Tensor:

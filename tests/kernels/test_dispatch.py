@@ -4,11 +4,13 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 
 import hdfast_kernels
 from hdfast_kernels import BackendError, backends_available, dispatch, layer_norm_silu
@@ -63,6 +65,28 @@ def test_triton_runs_on_the_device_of_the_tensor(toy, monkeypatch):
         dispatch.resolve(toy, "triton", tensor)()
     assert run_on == [1, 0]
     assert current == [0]
+
+
+def seen_of(run: Callable[[], object]) -> list[tuple[str, int]]:
+    """Name and scope of what PyTorch's profiler sees of ours."""
+    with profile(activities=[ProfilerActivity.CPU]) as found, record_function("hdfast phase"):
+        run()
+    return [(event.name, event.scope) for event in found.events() if event.name.startswith("hdfast")]
+
+
+def test_a_profiler_sees_an_op_of_ours_as_one_of_pytorchs(toy, monkeypatch):
+    """To a mere range it would count no kernel that Triton launches there."""
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "6")  # as `profile.measure`: it is read once in a process
+    monkeypatch.setattr(dispatch, "triton_interpreted", lambda: True)
+    scope = torch._C._profiler.RecordScope
+    phase, op = ("hdfast phase", scope.USER_SCOPE.value), ("hdfast::toy", scope.FUNCTION.value)
+    for backend in ("triton", "native"):
+        assert seen_of(lambda backend=backend: dispatch.resolve(toy, backend, CPU)()) == [phase, op]
+    assert seen_of(dispatch.resolve(toy, "reference", CPU)) == [phase], "it is made of PyTorch's"
+    run = dispatch.resolve(toy, "triton", CPU)
+    assert run is dispatch.implementation(toy, "triton"), "while none looks"
+    with profile(activities=[ProfilerActivity.CPU]), pytest.raises(ZeroDivisionError):
+        dispatch.recorded("fails", lambda: 1 // 0)()
 
 
 def test_an_op_that_the_table_does_not_name_runs_its_reference(toy):

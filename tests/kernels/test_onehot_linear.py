@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from checks import backends, check_against_fp64, random
+from torch.profiler import ProfilerActivity, profile
 
 from hdfast_kernels import expand_onehot, onehot_linear
 
@@ -77,9 +78,12 @@ def test_a_one_hot_matrix_beside_the_classes_changes_nothing(rows, S, K, U, dtyp
     ("rows", "S", "K"), [((1,), 1, 1), ((3, 5), 4, 7), ((70,), 32, 32), ((0,), 2, 4)], ids=str
 )
 def test_the_one_hot_matrix(rows, S, K, backend, monkeypatch):
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "6")  # as `profile.measure`: it is read once in a process
     monkeypatch.setenv("HDFAST_BACKEND", backend.name)
     index = torch.randint(0, K, (*rows, S), generator=torch.Generator().manual_seed(1)).to(backend.device)
-    made = expand_onehot(index, K, torch.bfloat16)
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        made = expand_onehot(index, K, torch.bfloat16)
+    assert ("hdfast::onehot_matrix" in {event.name for event in found.events()}) == (made is not None)
     if backend.name == "triton":
         assert torch.equal(made, one_hot(index, K, torch.bfloat16))
     else:
