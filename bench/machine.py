@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from hdfast_kernels import linear
 
 TRIES = 10  # of which the best counts
+ALIGNED = 512  # bytes, to a multiple of which PyTorch places a tensor on CUDA
 WARMUPS, REPLAYS = 3, 20  # calls before a capture, and replays in a row
 THREADS = torch.get_num_threads()  # before a narrow model limits them: peaks are measured with all
 
@@ -106,8 +107,9 @@ def copy_seconds(device: torch.device, nbytes: int, pieces: int) -> float:
     """Time of so many copies, one after another, that read and write `nbytes` in all; the least of several tries.
 
     On CUDA they run as an op does, see `in_a_row`. It is what an op can reach that moves as much in as many launches.
+    Each begins where memory is aligned, as a tensor of its own would.
     """
-    size = max(1, nbytes // (2 * pieces))
+    size = -(-nbytes // (2 * pieces * ALIGNED)) * ALIGNED
     source = torch.ones(pieces, size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     pairs = list(zip(target, source, strict=True))

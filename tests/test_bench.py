@@ -83,6 +83,20 @@ def test_copies_are_timed_in_pieces():
     assert machine.launches(lambda: pytest.fail("called"), CPU) == 0
 
 
+def test_copies_begin_where_a_tensor_would(monkeypatch):
+    """A copy from and to odd addresses goes byte by byte."""
+    starts, copy = [], torch.Tensor.copy_
+
+    def seen(to, piece):
+        starts.extend(one.storage_offset() % machine.ALIGNED for one in (to, piece))
+        return copy(to, piece)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", seen)
+    assert machine.copy_seconds(CPU, 12_345, 3) > 0
+    assert set(starts) == {0}
+    assert len(starts) >= 2 * 3 * machine.TRIES
+
+
 @pytest.mark.parametrize("part", PARTS[:3])
 def test_gflop_grows_with_the_batch_alone(part):
     """Counting one window and multiplying gives the same as counting all."""
