@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from hdfast.runtime.graphs import no_collection
 from hdfast_kernels import linear
 
 TRIES = 10  # of which the best counts
@@ -46,7 +47,9 @@ def in_a_row(function: Callable[[], Any], device: torch.device) -> tuple[Callabl
             torch.cuda.synchronize(device)
             with _no_waiting():  # a failed capture would make PyTorch's own generator unusable
                 function()
-            with torch.cuda.graph(graph, stream=stream):  # the outer block restores the previous stream
+            # The outer block restores the previous stream. Other threads do not matter to the capture.
+            capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+            with no_collection(), capture:
                 function()
     except RuntimeError:
         torch.cuda.synchronize(device)

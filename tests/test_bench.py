@@ -1,11 +1,13 @@
 """The tools of bench/: counting work, comparing functions, tables, and what it needs to run."""
 
 import contextlib
+import gc
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,23 +58,44 @@ def test_gflop_of_an_act_by_hand():
     assert gflop(narrow(), "act", CPU) * 1e9 == 2 * (encoder + initial + step + actor)
 
 
-def test_what_waits_for_the_device_is_not_captured(monkeypatch):
+@pytest.fixture
+def modes(monkeypatch) -> list[str]:
+    """Stands in for what captures on CUDA; what was said about waiting for the device."""
+    said: list[str] = []
+    for name in ("Stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", said.append)
+    return said
+
+
+def test_what_waits_for_the_device_is_not_captured(modes, monkeypatch):
     """PyTorch's generator stays in a capture that failed: later benchmarks could not even draw their inputs."""
-    modes = []
 
     def eager():
         if modes[-1:] == ["error"]:
             raise RuntimeError("called a synchronizing CUDA operation")
 
-    for name in ("Stream", "stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: pytest.fail("it was captured"))
     run, calls = machine.in_a_row(eager, torch.device("cuda"))
     run()
     assert (calls, modes) == (1, ["error", "default"])
+
+
+def test_no_older_graph_is_destroyed_in_a_capture(modes, monkeypatch):
+    """As Python's garbage collector may; and another thread may do there what it likes."""
+    collecting = []
+
+    def graph(graph, *, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    _, calls = machine.in_a_row(lambda: collecting.append(gc.isenabled()), torch.device("cuda"))
+    assert calls == machine.REPLAYS
+    assert collecting == [True] * (machine.WARMUPS + 1) + [False]
+    assert gc.isenabled()
 
 
 def test_copies_are_timed_in_pieces():

@@ -69,7 +69,7 @@ class CapturedStep:
         # copying a batch from pinned memory that it allocates.
         capture = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
         try:
-            with torch.cuda.stream(self.stream), _no_collection(), capture:
+            with torch.cuda.stream(self.stream), no_collection(), capture:
                 try:
                     self.step()
                 except Exception as error:
@@ -111,7 +111,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """In the block, Python frees no cycles: one may hold an older graph, whose destruction ends a capture."""
     gc.collect()
     enabled = gc.isenabled()
