@@ -66,8 +66,9 @@ def compare(benchmark) -> Callable[..., None]:
 
         implementation, against: the names of `run` and `beside`.
         default: whether `run` is what runs if nothing is chosen.
-        nbytes: the least that has to move; reported as a rate, and as a share of the rate of a large copy. Of a graph
-            also as a share of what copies reach that move as much in as many launches.
+        nbytes: the least that has to move; reported as a rate, and as a share of the rate of a large copy. What runs by
+            default in a graph also as a share of what copies reach that move as much in as many launches, which takes
+            a profiler and a graph of its own.
         gflop, dtype: of the matrix work; reported as a rate, and as a share of the rate of a large product.
         count: what `run` gets done, reported per second.
         graph: whether on CUDA both run as replays of a CUDA graph, see `in_a_row`.
@@ -107,7 +108,7 @@ def compare(benchmark) -> Callable[..., None]:
             rate = nbytes / median / 1e9
             share = rate / copy_gb_per_second(DEVICE)
             info |= {"bytes": nbytes, "gb_per_second": rate, "share_of_peak": share}
-            if calls > 1 and beside and (count_of := launches(called, DEVICE)):
+            if default and calls > 1 and (count_of := launches(called, DEVICE)):
                 of_copies = copy_seconds(DEVICE, nbytes, count_of) / median
                 info |= {"launches": count_of, "share_of_copies": of_copies}
         if gflop:
