@@ -40,20 +40,28 @@ from .tiles import (
 # Backward: numbers in a tile, and for each thread: one 16-byte load of bfloat16 for each operand, with the next tile's
 # under way meanwhile.
 TILE, THREAD = 1024, 8
-# Programs that run at once on the 132 multiprocessors of an H100, by the registers of a thread, each with a row of
-# partial sums. Up to 80 registers are taken by bfloat16 and by rows without kept moments, up to 96 by float32; a warp's
-# row of 512 columns, 16 numbers a thread, takes 128 and 168.
-AT_ONCE = {80: 792, 96: 660, 128: 528, 168: 396}
+# An H100's multiprocessors, and the registers of each.
+MULTIPROCESSORS, REGISTERS = 132, 65536
+# Registers that a thread of backward is given for rows of more than 512 columns; the others take what they need.
+WIDE = 80
 # From so many channels on, backward reads the moments that forward kept: 16 bytes a row, of at least 640 in all.
 KEPT_FROM = 64
 
 
 def backward_tile(channels: int, itemsize: int) -> tuple[Tile, int]:
-    """The tile of backward for rows of so many channels, of so many bytes each, and the registers of a thread."""
+    """The tile of backward for rows of so many channels, of so many bytes each, and how many programs run at once.
+
+    Each of those has a row of partial sums. By the registers of a thread: up to 80 are taken by bfloat16 and by rows
+    without kept moments, up to 96 by float32; a warp's row of 512 columns, 16 numbers a thread, takes 128 and 168.
+    """
     tile, low = tile_of_warps(channels, itemsize) or row_tile(channels, TILE, THREAD), itemsize == 2
-    if tile.rows * tile.block == 16 * 32 * tile.warps:
-        return tile, 128 if low else 168
-    return tile, 80 if low or channels < KEPT_FROM else 96
+    if tile.block > 512:
+        registers = WIDE
+    elif tile.rows * tile.block == 16 * 32 * tile.warps:
+        registers = 128 if low else 168
+    else:
+        registers = 80 if low or channels < KEPT_FROM else 96
+    return tile, MULTIPROCESSORS * (REGISTERS // (registers * 32 * tile.warps))
 
 
 def layer_norm_silu_reference(
@@ -201,14 +209,14 @@ class _LayerNormSiLU(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, bias, kept = ctx.saved_tensors
         rows, channels = x.shape
-        tile, registers = backward_tile(channels, x.element_size())
-        iterations = -(-tile.programs(rows) // AT_ONCE[registers])
+        tile, at_once = backward_tile(channels, x.element_size())
+        iterations = -(-tile.programs(rows) // at_once)
         programs = -(-tile.programs(rows) // iterations)  # no more than it takes to be done at the same time
         dx, partial = torch.empty_like(x), x.new_empty((2, programs, channels), dtype=torch.float32)
         layer_norm_silu_backward[(programs,)](
             x, weight, bias, as_rows(dy, channels), kept, dx, partial, rows, ctx.eps,
             iterations, channels >= KEPT_FROM, channels, tile.rows, tile.parts, tile.lanes,
-            num_warps=tile.warps, maxnreg=80 if tile.block > 512 else None,
+            num_warps=tile.warps, maxnreg=WIDE if tile.block > 512 else None,
         )  # fmt: skip
         dweight, dbias = sum_of_partials(partial).to(weight.dtype)
         return dx.view(dy.shape), dweight, dbias, None

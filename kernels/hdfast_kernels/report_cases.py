@@ -194,6 +194,7 @@ def cases() -> list[Case]:
         Case("layer_norm_silu", "imagined 16384x512 bf16", layer_norm_silu(16384, 512, low)),
         Case("layer_norm_silu", "medium 1024x640 bf16", layer_norm_silu(1024, 640, low)),
         Case("layer_norm_silu", "vector 1024x1024 bf16", layer_norm_silu(1024, 1024, low)),
+        Case("layer_norm_silu", "wide 1024x2048 bf16", layer_norm_silu(1024, 2048, low)),
         Case("layer_norm_silu", "into 1024x512 of 1024 bf16", layer_norm_silu_into(1024, 512, 1024)),
         Case("layer_norm_silu", "encoder 32x32x32 bf16", layer_norm_silu(1024 * 1024, 32, low), quick=True),
         Case("layer_norm_silu", "encoder 32x32x32 fp32", layer_norm_silu(1024 * 1024, 32, full)),
