@@ -140,7 +140,7 @@ class Session:
             evaluated_at=self.evaluated_at,
             seconds=seconds,
             tensorboard=config.log.tensorboard,
-            settings={name: attrgetter(name)(config) for name in field_names(config)},
+            settings={name: attrgetter(name)(config) for name in field_names(config) if name != "logdir"},
             on_line=self._on_line,
         )
         opened.callback(self.logger.close)
