@@ -39,12 +39,7 @@ Size = Literal["tiny", "small", "medium", "large", "xlarge"]
 LAST_SEED = 2**31 - 1
 LEAST_WEIGHT = 1e-30  # of a loss that harmony begins with
 # Fields of env that have an effect only in these suites.
-_TAKERS = {
-    "kwargs": ("gym",),
-    "time_limit": ("gym",),
-    "image_size": ("gym", "dmc", "metaworld"),
-    "background": ("dmc",),
-}
+_TAKERS = {"kwargs": ("gym",), "time_limit": ("gym",), "image_size": ("gym", "dmc", "metaworld")}
 
 # What may differ between the sessions of one run: where it runs and how it reports, not what it computes.
 RESUMABLE_CHANGES = (

@@ -31,8 +31,6 @@ class EnvConfig:
     """How MuJoCo draws: fast leaves out shadows and antialiasing; same physics, slightly different images."""
     image_size: Annotated[int, Range(8, 256)] = 64
     """Side in pixels of images of robots, and of images from gym that are resized; a power of two."""
-    background: Literal["task", "blocks"] = "task"
-    """With dmc: what sky and floor show; blocks: sixteen, of other random colours in every frame."""
     threads: Annotated[int, Range(0, 4096)] = 0
     """Environment threads; 0 lets the source choose. With gym: 0 for one process each, 1 for none."""
     kwargs: str = "{}"

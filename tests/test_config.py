@@ -142,7 +142,6 @@ def test_every_field_is_a_typed_flag(name):
         "env.kwargs": "gym",
         "env.time_limit": "gym",
         "env.image_size": "gym",
-        "env.background": "dmc",
         "env.render": "dmc",
         "env.obs": "dmc",
     }
@@ -268,10 +267,6 @@ def test_every_field_is_a_typed_flag(name):
         (
             "--env.image-size 128 --suite demo",
             "--env.image-size has no effect in suite demo; --suite gym or dmc or metaworld takes it",
-        ),
-        (
-            "--env.background blocks --suite metaworld",
-            "--env.background has no effect in suite metaworld; --suite dmc takes it",
         ),
         (
             "--env.image-size 96 --suite dmc",

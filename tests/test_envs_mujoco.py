@@ -258,38 +258,6 @@ def test_fast_images_differ_and_states_do_not(egl):
             rows = full.step(action), fast.step(action), state.step(action)
 
 
-@pytest.mark.parametrize("name", ["walker_walk", "fish_upright", "manipulator_bring_ball"])
-def test_blocks_of_random_colours_replace_sky_and_floor_and_nothing_else(name, egl):
-    task = short(DMC, name, time_limit=3)
-    drawn = settings(DMC, obs="both", render="fast")
-    with (
-        ControlSuite(task, **drawn) as plain,
-        ControlSuite(task, background="blocks", **drawn) as env,
-        ControlSuite(task, background="blocks", **drawn) as again,
-    ):
-        rng, colours = np.random.default_rng(0), []
-        rows = plain.reset(), env.reset(), again.reset()
-        for _ in range(3):
-            image = rows[1].obs["image"]
-            assert all(np.array_equal(rows[1].obs[key], rows[2].obs[key]) for key in env.obs_specs)
-            assert all(np.array_equal(rows[0].obs[k], rows[1].obs[k]) for k in env.obs_specs if k != "image")
-            changed = (image != rows[0].obs["image"]).any(-1)
-            assert 0.8 < changed.mean() < 0.999  # what is left is the robot
-            seen = [block[of] for block, of in zip(_cut(image), _cut(changed), strict=True)]
-            assert all(len(np.unique(block, axis=0)) == 1 for block in seen)
-            colours += [block[0] for block in seen]
-            action = plain.actions.sample(rng, 2)
-            rows = plain.step(action), env.step(action), again.step(action)
-    assert len(np.unique(colours, axis=0)) == 3 * 2 * 16
-    assert 100 < np.mean(colours) < 155
-
-
-def _cut(images):
-    """Images (N, 64, 64, ...) as their blocks (N * 16, 256, ...)."""
-    rest = images.shape[3:]
-    return images.reshape(-1, 4, 16, 4, 16, *rest).swapaxes(2, 3).reshape(-1, 256, *rest)
-
-
 def test_meta_world_is_seen_upright(egl):
     with envs.make("metaworld", "lever-pull", num_envs=1, seed=0, render="fast") as env:
         assert list(env.obs_specs) == ["image"]

@@ -23,7 +23,6 @@ def make(
     obs: str = "auto",
     render: str = "full",
     image_size: int = 64,
-    background: str = "task",
     threads: int = 0,
     kwargs: str = "{}",
     time_limit: int = 0,
@@ -38,7 +37,6 @@ def make(
         where no image is observed.
     render: for robotic tasks `full`, or `fast`: no shadows, no antialiasing.
     image_size: side in pixels of the images of robotic tasks, and of those of gymnasium that are resized.
-    background: for tasks of the DeepMind Control Suite `task`, or `blocks` of random colours in place of sky and floor.
     threads: of the source; 0 lets it choose.
     kwargs: keyword arguments of gymnasium.make, a JSON object.
     time_limit: agent steps after which an episode of gymnasium is truncated; 0 leaves it to the environment.
@@ -77,9 +75,7 @@ def make(
         case "dmc":
             from hdfast.envs.dmc import ControlSuite
 
-            return ControlSuite(
-                found, **shared, obs=obs, render=render, image_size=image_size, background=background
-            )
+            return ControlSuite(found, **shared, obs=obs, render=render, image_size=image_size)
         case "gym":
             from hdfast.envs.gym import GymEnv
 

@@ -7,9 +7,6 @@ Axes: N environments.
 
 from typing import Any
 
-import numpy as np
-
-from hdfast.envs.base import env_seeds
 from hdfast.envs.mujoco import MujocoEnv
 from hdfast.suites import Task
 
@@ -40,45 +37,16 @@ _UNUSED: dict[str, set[str]] = {
 # show the angle of a body that looks the same from all sides.
 _LOOKS = {"finger_spin": {r'(<site name="(?:tip|target)")': r'\1 rgba="0 0 0 0"'}}
 
-# To be exchanged, sky and floor are drawn in a green that no light changes, with hard edges.
-GREEN = (0, 255, 0)
-_SKY = '<texture name="skybox" type="skybox" builtin="flat" rgb1="0 1 0" rgb2="0 1 0" width="8" height="8"/>'
-_GREEN_SCREEN = {
-    r'<texture name="skybox"[^>]*>': _SKY,
-    r'<material name="(grid|background)"[^>]*>': r'<material name="\1" rgba="0 1 0 1" emission="1" specular="0"/>',
-    r"<quality\b[^>]*>": '<quality shadowsize="2048" offsamples="0"/>',
-}
-BLOCKS = 4  # to a side of the image
-
 
 class ControlSuite(MujocoEnv):
-    """One task of the DeepMind Control Suite.
+    """One task of the DeepMind Control Suite."""
 
-    background: `task` as the task's authors have it, or `blocks`: in place of sky and floor, 4 x 4 blocks that take
-    random colours in every frame, which `seed` decides, too. The physics is the same.
-    """
-
-    def __init__(
-        self, task: Task, *, num_envs: int, seed: int, background: str = "task", **settings: Any
-    ) -> None:
-        blocks = background == "blocks"
+    def __init__(self, task: Task, **settings: Any) -> None:
         super().__init__(
             task,
-            num_envs=num_envs,
-            seed=seed,
             camera=QUADRUPED_CAMERA if task.name.startswith("quadruped_") else CAMERA,
             assets="assets_dmc",
-            looks={**_LOOKS.get(task.name, {}), **(_GREEN_SCREEN if blocks else {})},
+            looks=_LOOKS.get(task.name),
             unused=frozenset(_UNUSED.get(task.name, ())),
             **settings,
         )
-        self._rngs = [np.random.default_rng(one) for one in env_seeds(seed, num_envs)] if blocks else []
-
-    def _draw(self) -> np.ndarray:
-        images = super()._draw()
-        for image, rng in zip(images, self._rngs, strict=False):
-            colours = rng.integers(256, size=(BLOCKS, BLOCKS, 3), dtype=np.uint8)
-            behind = colours.repeat(self._side // BLOCKS, 0).repeat(self._side // BLOCKS, 1)
-            green = (image == GREEN).all(-1)
-            image[green] = behind[green]
-        return images
