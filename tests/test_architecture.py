@@ -61,6 +61,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
                 "config",
                 "envs",
                 "evaluation",
+                "flags",
                 "init_from",
                 "loop",
                 "overrides",

@@ -29,7 +29,7 @@ from hdfast.replay.rows import RowLayout
 from hdfast.runtime import errors
 from hdfast.runtime.errors import disk_errors
 from hdfast.runtime.files import sync_directory
-from hdfast.runtime.rundir import refuse_held
+from hdfast.runtime.lock import refuse_held
 
 BLOCK_BYTES = 1 << 20  # packed; 85 rows of one Atari environment
 CHUNK_BYTES = 16 << 20  # on disk; deleted as a whole when no checkpoint can need it any more

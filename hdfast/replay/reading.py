@@ -11,7 +11,6 @@ import torch
 
 from hdfast.replay.chunk import ChunkReader, ReplayError, chunks_of, damaged, first_row_of, read_header
 from hdfast.replay.rows import SCALAR_KEYS, RowLayout
-from hdfast.runtime import record
 from hdfast.runtime.errors import RunError, disk_errors
 
 _LAST_KEYS = ("action", *SCALAR_KEYS)  # in an episode, after the observations
@@ -48,6 +47,8 @@ def episodes(run: str | Path) -> Iterator[dict[str, np.ndarray]]:
         ReplayError (a RunError), after the episodes before it: a file is damaged or missing, or the run was meanwhile
             resumed from an earlier checkpoint.
     """
+    from hdfast.runtime import record  # it needs safetensors, which learning alone does not
+
     path = Path(run).expanduser()
     record.read_one(path)
     chunks = chunks_of(path / "replay")

@@ -6,7 +6,6 @@ backends.json: how the last session computed.
 """
 
 import contextlib
-import fcntl
 import os
 import platform
 import re
@@ -14,7 +13,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -23,9 +21,9 @@ from typing import Any, Self
 import torch
 
 import hdfast
-from hdfast.runtime import errors
 from hdfast.runtime.errors import CheckpointError, ConfigError, RunError, disk_errors
 from hdfast.runtime.files import filled, plain, write_json
+from hdfast.runtime.lock import hold, now
 from hdfast.runtime.record import difference, has_begun, path_of, read, read_json
 
 OPENING = {"config.json", "backends.json", "lock"}  # files that exist before a run begins
@@ -83,7 +81,7 @@ class RunDir:
             _check_is_directory(path)
             made = [folder for folder in (path, *path.parents) if not folder.exists()]
             path.mkdir(parents=True, exist_ok=True)
-            lock = _lock(path)
+            lock = hold(path)
             try:
                 origin = {**provenance(), "device": plain(dict(device or {}), "device")}
                 opened = cls._open_locked(path, requested, ignore, growing, defaults or {}, origin, lock)
@@ -157,7 +155,7 @@ class RunDir:
         self.grow()
         self.summary = plain(dict(summary), "summary")
         with disk_errors(self.path, "mark the run finished"):
-            write_json(self.path / "finished.json", {"summary": self.summary, "time": _now()})
+            write_json(self.path / "finished.json", {"summary": self.summary, "time": now()})
 
     def note_backends(self, how: Mapping[str, Any]) -> list[str]:
         """Write backends.json; returns the `difference` from the last session. how: JSON-able."""
@@ -200,23 +198,6 @@ class RunDir:
         self.close()
 
 
-def refuse_held(path: Path, *, hint: str) -> None:
-    """Raises RunError if another process holds the run in directory `path`. Keeps no lock; there may be no run."""
-    try:
-        descriptor = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
-        if not (holder := _holder(descriptor)).startswith(f"{_this_process()} since "):
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RunError(f"this run is in use by {holder}", where=path, hint=hint) from None
-    except OSError:
-        return  # a file system without locks: whoever opened the run was warned
-    finally:
-        os.close(descriptor)  # with the lock
-
-
 def provenance() -> dict[str, Any]:
     """Where and with what a run is made: versions, commit, host, command line and UTC time."""
     return {
@@ -228,7 +209,7 @@ def provenance() -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "command": sys.argv,
-        "time": _now(),
+        "time": now(),
     }
 
 
@@ -251,36 +232,3 @@ def _check_is_directory(path: Path) -> None:
     for part in (*reversed(path.parents), path):
         if part.exists() and not part.is_dir():
             raise RunError("this is a file, not a directory", where=part, hint="choose another --logdir")
-
-
-def _lock(path: Path) -> int:
-    """A descriptor that holds the lock on `path` until it is closed or the process ends, however it ends."""
-    descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = _holder(descriptor)
-        os.close(descriptor)
-        hint = "wait for it, stop it, or choose another --logdir"
-        raise RunError(f"this run is in use by {holder}", where=path, hint=hint) from None
-    except OSError as error:
-        errors.warn(f"{path}: cannot lock ({error.strerror}); make sure that no other process uses this run")
-    try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{_this_process()} since {_now()}\n".encode(), 0)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _this_process() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
-
-
-def _holder(descriptor: int) -> str:
-    return os.read(descriptor, 4096).decode(errors="replace").strip() or "another process"
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

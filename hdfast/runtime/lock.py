@@ -1,0 +1,67 @@
+"""The lock of a run's directory: one process at a time writes there.
+
+It is the file `lock`, which says whose it is. Readers need none.
+"""
+
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+
+from hdfast.runtime import errors
+from hdfast.runtime.errors import RunError
+
+
+def hold(path: Path) -> int:
+    """A descriptor that holds the lock on directory `path` until it is closed or the process ends, however it ends.
+
+    Raises: RunError if another process, or an earlier call, holds it.
+    """
+    descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = _holder(descriptor)
+        os.close(descriptor)
+        hint = "wait for it, stop it, or choose another --logdir"
+        raise RunError(f"this run is in use by {holder}", where=path, hint=hint) from None
+    except OSError as error:
+        errors.warn(f"{path}: cannot lock ({error.strerror}); make sure that no other process uses this run")
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{_this_process()} since {now()}\n".encode(), 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def refuse_held(path: Path, *, hint: str) -> None:
+    """Raises RunError if another process holds the run in directory `path`. Keeps no lock; there may be no run."""
+    try:
+        descriptor = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        if not (holder := _holder(descriptor)).startswith(f"{_this_process()} since "):
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(f"this run is in use by {holder}", where=path, hint=hint) from None
+    except OSError:
+        return  # a file system without locks: whoever opened the run was warned
+    finally:
+        os.close(descriptor)  # with the lock
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _holder(descriptor: int) -> str:
+    return os.read(descriptor, 4096).decode(errors="replace").strip() or "another process"
+
+
+def now() -> str:
+    """UTC, as run directories write it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
