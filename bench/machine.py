@@ -107,7 +107,7 @@ def launches(function: Callable[[], Any], device: torch.device) -> int:
 
 @functools.cache
 def copy_seconds(device: torch.device, nbytes: int, pieces: int) -> float:
-    """Time of so many copies, one after another, that read and write `nbytes` in all; the least of several tries.
+    """Time of so many copies, one after another, that read and write `nbytes` in all or some more; the least of tries.
 
     On CUDA they run as an op does, see `in_a_row`. It is what an op can reach that moves as much in as many launches.
     Each begins where memory is aligned, as a tensor of its own would.

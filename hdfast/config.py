@@ -9,12 +9,13 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from hdfast import config_file, suites
-from hdfast.flags import parse_flags, peek
+from hdfast.flags import field_names, parse_flags, peek
 from hdfast.overrides import Range, apply_overrides, check_ranges
 from hdfast.runtime.errors import ConfigError
 from hdfast.runtime.files import filled, plain
@@ -149,6 +150,14 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as stored in ``config.json``."""
         return plain(dataclasses.asdict(self))
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """What a run computes, by the names of the flags, without what a later session may change."""
+    kept = (*RESUMABLE_CHANGES, *GROWING, "init_from", "learner_options")
+    names = [n for n in field_names(config) if n not in kept and n.partition(".")[0] not in kept]
+    own = {f"learner_options.{name}": value for name, value in config.options.items()}
+    return {**{name: attrgetter(name)(config) for name in names}, **own}
 
 
 def with_defaults(saved: Mapping[str, Any]) -> dict[str, Any]:

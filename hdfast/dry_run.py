@@ -67,7 +67,8 @@ def _environment(env: BatchEnv) -> dict[str, Any]:
 def _modules(learner: Learner) -> dict[str, int]:
     """Parameters of each module, two levels deep."""
     counts: dict[str, int] = {}
-    parts = {"world_model": learner.model, **learner.behavior.parts()}
+    parts = {**dict(learner.modules()), "world_model": learner.model, **learner.behavior.parts()}
+    parts = {part: module for part, module in parts.items() if part not in ("model", "behavior")}
     for part, module in parts.items():
         for name, parameter in module.named_parameters():
             owner = f"{part}.{name.partition('.')[0]}" if part == "world_model" else part
@@ -77,7 +78,7 @@ def _modules(learner: Learner) -> dict[str, int]:
 
 def _memory(learner: Learner, replay: Replay, env: BatchEnv) -> dict[str, int]:
     """What the run holds: the ring when full, parameters with Adam's moments and gradients, saved activations."""
-    parameters = [*learner.model.parameters(), *learner.behavior.parameters()]
+    parameters = [parameter for _, module in learner.modules() for parameter in module.parameters()]
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
     held = {
         "replay": replay.nbytes,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hdfast import envs
-from hdfast.agent.custom import with_options
+from hdfast.agent.custom import options_of_run, with_options
 from hdfast.config import GROWING, RESUMABLE_CHANGES, Config, check_no_dry_run, validate, with_defaults
 from hdfast.runtime.console import say
 from hdfast.runtime.device import describe_device, ready_device
@@ -95,6 +95,8 @@ def _as_begun(config: Config, path: Path) -> Config:
     match saved["env"]:
         case {"obs": "image" | "state" | "both" as obs} if config.env.obs == "auto":
             config = dataclasses.replace(config, env=dataclasses.replace(config.env, obs=obs))
+    if config.learner is not None and saved["learner"] == config.learner:
+        config = dataclasses.replace(config, learner_options=options_of_run(config, saved["learner_options"]))
     match saved["init_from"]:
         case None | str() as start:
             if config.init_from is not None and not _same_place(config.init_from, start):

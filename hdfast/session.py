@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Mapping
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,8 @@ from hdfast.advice import RewardScale, check_settings
 from hdfast.agent.open_loop import CONTEXT, EXAMPLES, films
 from hdfast.agent.policy import Policy
 from hdfast.agent.updates import Updates, captured_updates
-from hdfast.config import Config
+from hdfast.config import Config, settings_of
 from hdfast.envs.base import BatchEnv
-from hdfast.flags import field_names
 from hdfast.replay import Replay
 from hdfast.replay.contents import replay_specs
 from hdfast.runtime import checkpoint, errors
@@ -99,13 +97,6 @@ class Session:
         self.learner = job.learner(stream_seed(config.seed, "learner"))
         if start is not None:
             init_from.load_parameters(self.learner, start, config)
-        how = {"precision": str(dtype).removeprefix("torch."), "environment": self.env.source}
-        how["learner"] = job.key["learner"]  # with a digest of its file
-        for line in rundir.note_backends(
-            {**how, "ops": dispatch.backends_of(device), "graph": self.graph, "overlap": overlap}
-        ):
-            if line.startswith(tuple(how)):
-                errors.warn(f"{rundir.path}: goes on with another {line}")
         seed = stream_seed(config.seed, "policy")
         self.policy = Policy(self.learner, self.env.num_envs, seed, graph=self.graph, training=True)
         self.replay = Replay(
@@ -130,6 +121,13 @@ class Session:
         self.evaluated_at = 0
         self.evaluation: dict[str, Any] | None = None
         seconds = 0.0 if saved is None else self._restore(saved)
+        how = {"precision": str(dtype).removeprefix("torch."), "environment": self.env.source}
+        how["learner"] = job.key["learner"]  # with a digest of its file
+        for line in rundir.note_backends(
+            {**how, "ops": dispatch.backends_of(device), "graph": self.graph, "overlap": overlap}
+        ):
+            if line.startswith(tuple(how)):
+                errors.warn(f"{rundir.path}: goes on with another {line}")
         self.resumed_at = self.agent_steps
         self.skipped_before = int(self.learner.skipped)
         self.saved_at = time.monotonic()
@@ -140,7 +138,7 @@ class Session:
             evaluated_at=self.evaluated_at,
             seconds=seconds,
             tensorboard=config.log.tensorboard,
-            settings={name: attrgetter(name)(config) for name in field_names(config) if name != "logdir"},
+            settings=settings_of(config),
             on_line=self._on_line,
         )
         opened.callback(self.logger.close)

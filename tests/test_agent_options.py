@@ -1,8 +1,10 @@
 """Learners of one's own: options, other encoders, further modules, an actor that explores, schedules and metrics."""
 
 import dataclasses
+import importlib
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from hdfast.config import Config, parse
 from hdfast.runtime.errors import ConfigError
 from hdfast.trained import load
 from hdfast.tuning.choice import Job
+from hdfast.tuning.trials import Trials
 from hdfast.variants import variants
 from tests.agent_cases import make_batch, make_learner
 from tests.loop_cases import (
@@ -133,6 +136,8 @@ def test_options_may_be_in_a_file_be_varied_and_tell_kernels_apart(tmp_path, nam
     ]
     jobs = [Job(plain.obs_specs, plain.actions, config, plain.device, plain.dtype) for config in configs]
     assert jobs[0].key != jobs[1].key
+    resolved = [dataclasses.replace(job, config=with_options(job.config)) for job in jobs]
+    assert [job.key for job in resolved] == [job.key for job in jobs]
     assert [job.learner().config.options["scale"] for job in jobs] == [0.1, 1.0]
 
 
@@ -195,13 +200,76 @@ def test_an_actor_of_its_own_learns_acts_in_training_and_is_saved(tmp_path, name
         assert taken[True].count(2) > 40 > taken[False].count(2)
         other = Job(learner.obs_specs, learner.actions, config, learner.device, learner.dtype).learner()
         other.load_state_dict(saved(config).part("learner."))
-        assert all(
-            torch.equal(tensor, other.state_dict()[name]) for name, tensor in learner_state(other, tensors)
+        restored = other.state_dict()
+        assert all(torch.equal(restored[name], tensors[f"learner.{name}"]) for name in restored)
+
+
+def test_modules_of_its_own_follow_the_seed_are_counted_and_tried(named):
+    learner = named("from tests.test_agent_options import Explorer\nclass Mine(Explorer): ...")
+    plain = make_learner()
+    config = dataclasses.replace(plain.config, learner=learner)
+    job = Job(plain.obs_specs, plain.actions, config, plain.device, plain.dtype)
+    first, again, other = job.learner(3), job.learner(3), job.learner(4)
+    weights = [next(one.explorer.parameters()) for one in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    count = sum(p.numel() for p in first.explorer.parameters())
+    assert first.parameter_counts()["explorer"] == count
+    assert first.parameter_counts()["total"] == plain.parameter_counts()["total"] + count
+    changes = Trials(job)._changes({}, torch.float32)
+    assert any(name.startswith("gradient of explorer.") for name in changes)
+
+
+class Loose(Learner):
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.alpha = nn.Parameter(torch.zeros(1))
+        self.optimizers["alpha"] = Adam([self.alpha], lr=0.1, eps=1e-8, clip=1.0)
+
+
+class Foreign(Learner):
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.optimizers["model"] = torch.optim.AdamW(self.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (
+            "Loose",
+            r"Mine.optimizers\['alpha'\]: it learns parameters that would not be saved; put them into an nn",
+        ),
+        ("Foreign", r"Mine.optimizers\['model'\]: it is a AdamW, expected hdfast.agent.optimizer.Adam, or a"),
+    ],
+)
+def test_optimizers_whose_work_would_be_lost_are_refused(kind, told, named):
+    learner = named(f"from tests.test_agent_options import {kind}\nclass Mine({kind}): ...")
+    plain = make_learner()
+    config = dataclasses.replace(plain.config, learner=learner)
+    with pytest.raises(ConfigError, match=told):
+        Job(plain.obs_specs, plain.actions, config, plain.device, plain.dtype).learner()
+
+
+def test_a_run_goes_on_with_a_learner_that_has_another_option(tmp_path, named):
+    learner = named(OPTIONS)
+    begun = {"learner": learner, "learner_options": '{"scale": 2}'}
+    config = tiny(tmp_path / "runs", **begun)
+    train(config)
+    more = OPTIONS.replace('"layers": 2', '"layers": 2, "sizes": (1, 2), "free": None')
+    changed = named(more).partition(":")[0]
+    Path(tmp_path, f"{learner.partition(':')[0]}.py").write_text(more)
+    sys.modules[learner.partition(":")[0]] = importlib.import_module(changed)
+    assert with_options(Config(learner=learner)).options["sizes"] == [1, 2]
+    train(tiny(tmp_path / "runs", agent_steps=60, **begun))
+    with load(path_of(config)) as trained:
+        assert trained.policy.learner.config.options["sizes"] == [1, 2]
+    with pytest.raises(ConfigError, match="another config"):
+        train(
+            tiny(
+                tmp_path / "runs", agent_steps=80, learner=learner, learner_options='{"free": 3, "scale": 2}'
+            )
         )
-
-
-def learner_state(learner, tensors):
-    return [(name, tensors[f"learner.{name}"]) for name in learner.state_dict()]
 
 
 def test_a_run_acts_as_in_training_and_evaluates_otherwise(tmp_path, named):

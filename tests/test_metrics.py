@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import hdfast.agent
 from hdfast.envs.base import ContinuousActions
@@ -45,6 +46,10 @@ def logged(config) -> dict[str, set[str]]:
     events = EventAccumulator(str(path_of(config) / "tensorboard"))
     events.Reload()
     written["tensorboard/"] = set(events.Tags()["scalars"])
+    (content,) = events.PluginTagToContent("hparams").values()
+    settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["harmony.mode"].string_value == config.harmony.mode
+    assert not {"logdir", "agent_steps", "eval.every"} & settings.keys()  # what may change, as the tab cannot
     return {
         section: {re.sub(r"/state$", "/<vector>", name) for name in names}
         for section, names in written.items()

@@ -324,7 +324,8 @@ def test_the_replay_of_a_run_that_another_process_holds_is_not_opened(tmp_path):
             signal.pause()
         finally:
             os._exit(1)
-    os.read(reader, 1)
+    os.close(writer)
+    assert os.read(reader, 1) == b"1"
     before = content(run)
     try:
         told = (
@@ -338,7 +339,6 @@ def test_the_replay_of_a_run_that_another_process_holds_is_not_opened(tmp_path):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(reader)
-        os.close(writer)
     new_replay(run).close()  # the killed one's lock is gone
     with RunDir.open(tmp_path, "demo", "Catch", 0, {"a": 1}):
         pass

@@ -4,10 +4,13 @@ import dataclasses
 import hashlib
 import importlib
 import inspect
+import json
 import traceback
 from pathlib import Path
+from typing import Any
 
 from hdfast.agent.learner import Learner
+from hdfast.agent.optimizer import Adam
 from hdfast.config import Config, json_text
 from hdfast.runtime.errors import ConfigError, MissingLibraryError, RunError, suggest
 
@@ -70,22 +73,49 @@ def with_options(config: Config) -> Config:
     Raises: as `learner_class`. ConfigError for an option that the learner does not have, or of another type.
     """
     kind, given = learner_class(config), config.options
+    known = _defaults(kind)
     for name, value in given.items():
         where = f"--learner-options {json_text({name: value})}"
-        if name not in kind.options:
-            raise ConfigError(
-                f"{kind.__name__} has no option {name!r}{suggest(name, kind.options)}", where=where
-            )
-        default = kind.options[name]
-        if type(value) is not type(default) and not (type(default) is float and type(value) is int):
+        if name not in known:
+            raise ConfigError(f"{kind.__name__} has no option {name!r}{suggest(name, known)}", where=where)
+        default = known[name]
+        if type(default) is float and type(value) is int:
+            given[name] = float(value)
+        elif default is not None and type(value) is not type(default):
             hint = f"expected {type(default).__name__}, such as {default!r}"
             raise ConfigError(f"{name} is {value!r}", where=where, hint=hint)
+    return dataclasses.replace(config, learner_options=json_text({**known, **given}))
+
+
+def options_of_run(config: Config, saved: str) -> str:
+    """The options of `config`, or `saved`, those that a run began with, if all that is new has its default.
+
+    Raises: as `learner_class`.
+    """
+    began = {**_defaults(learner_class(config)), **json.loads(saved)}
+    return saved if began == config.options else config.learner_options
+
+
+def _defaults(kind: type[Learner]) -> dict[str, Any]:
+    """A learner's options as JSON has them. Raises: ConfigError where it cannot."""
     try:
-        return dataclasses.replace(config, learner_options=json_text({**kind.options, **given}))
+        return json.loads(json_text(dict(kind.options)))
     except TypeError as error:
-        raise ConfigError(
-            f"{kind.__name__}.options: {error}", where=FLAG, hint="JSON's types can be options"
-        ) from error
+        what = f"{kind.__name__}.options: {error}"
+        raise ConfigError(what, where=FLAG, hint="JSON's types can be options") from error
+
+
+def check_optimizers(learner: Learner) -> None:
+    """Raises: ConfigError for an entry of `optimizers` that is no Adam, or learns what would not be saved."""
+    saved = {id(parameter) for _, module in learner.modules() for parameter in module.parameters()}
+    for name, optimizer in learner.optimizers.items():
+        where = f"{type(learner).__name__}.optimizers[{name!r}]"
+        if not isinstance(optimizer, Adam):
+            hint = "hdfast.agent.optimizer.Adam, or a subclass of it with another step"
+            raise ConfigError(f"it is a {type(optimizer).__name__}, expected {hint}", where=where)
+        if any(id(parameter) not in saved for parameter in optimizer.parameters):
+            hint = "put them into an nn.Module that is an attribute of the learner"
+            raise ConfigError("it learns parameters that would not be saved", where=where, hint=hint)
 
 
 def source_of(config: Config) -> str | None:

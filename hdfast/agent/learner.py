@@ -102,8 +102,13 @@ class Learner:
     `--learner my_agent:MyLearner`, belongs to a run like any other setting, and so do its `options`: names and
     default values, such as `options = {"scale": 1.0}`, which `--learner-options` sets and its modules read in
     `config.options["scale"]`. It may override `acting`, and the halves of an update, `learn_model` and
-    `learn_behavior`. A module of its own that is an attribute, such as another behavior, is saved and restored with
-    the others. What it learns with belongs into `optimizers`: an `Adam`, or a subclass of it with another `step`.
+    `learn_behavior`. Scalar tensors that it adds to a step's metrics are logged, the same names in every update:
+    `half._replace(metrics=half.metrics | {"mine": value})`. Halves of two updates may run beside each other: what
+    `learn_behavior` reads, `learn_model` changes after it has called `wait()`.
+
+    A module of its own that is an attribute, such as another behavior, is saved and restored with the others, and a
+    parameter of its own belongs into one; `.to(self.device)` moves it. What learns it belongs into `optimizers`: an
+    `Adam`, or a subclass with another `step`.
 
     On CUDA an update is recorded once and then replayed, so that numbers of Python stay what they were. A schedule is
     computed on the device, from the steps that the optimizer has made::
@@ -225,6 +230,10 @@ class Learner:
         shape = (config.behavior.horizon, count, self.actions.size)
         return Draws(latent, torch.randn(shape, generator=self.generator, device=self.device))
 
+    def forget_metrics(self) -> None:
+        """What the next update measures may have other names."""
+        self._metric_names = []
+
     def uniform(self, *shape: int) -> Tensor:
         """Float32 numbers in [0, 1) from the learner's generator."""
         return torch.rand(shape, generator=self.generator, device=self.device)
@@ -243,15 +252,21 @@ class Learner:
         )
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters by part; `harmony` counts the scalars that balance the losses, the other counts leave them out."""
+        """Parameters by part, and of a subclass's own modules.
+
+        `harmony` counts the scalars that balance the losses, the other counts leave them out.
+        """
         harmony = parameter_counts({"harmony": self.model.harmonizer})["harmony"]
         counts = parameter_counts({"world_model": self.model, **self.behavior.parts()})
         counts["world_model"] -= harmony
+        counts |= parameter_counts(
+            {name: one for name, one in self.modules() if name not in ("model", "behavior")}
+        )
         return {**counts, "total": sum(counts.values()), "harmony": harmony}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that learning depends on, as tensors by name."""
-        state = {f"{name}.{k}": v for name, module in self._modules() for k, v in module.state_dict().items()}
+        state = {f"{name}.{k}": v for name, module in self.modules() for k, v in module.state_dict().items()}
         for name, optimizer in self.optimizers.items():
             state |= {f"optimizer.{name}.{k}": v for k, v in optimizer.state_dict().items()}
         state["generator"] = self.generator.get_state()
@@ -269,7 +284,7 @@ class Learner:
         def part(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
-        for name, module in self._modules():
+        for name, module in self.modules():
             module.load_state_dict(part(f"{name}."))
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(part(f"optimizer.{name}."))
@@ -285,7 +300,7 @@ class Learner:
         Raises:
             RuntimeError: an entry is missing, or has another shape; others may already have been copied.
         """
-        for name, module in self._modules():
+        for name, module in self.modules():
             prefix = f"{name}."
             given = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             own = {k: v for k, v in module.state_dict().items() if k.startswith("harmonizer.")}
@@ -294,9 +309,13 @@ class Learner:
                 given = {k: v for k, v in given.items() if k not in theirs} | own
             module.load_state_dict(given)
 
-    def _modules(self) -> list[tuple[str, nn.Module]]:
-        """The world model, the behavior and what modules a subclass has beside them, by the names of the attributes."""
-        return [(name, value) for name, value in vars(self).items() if isinstance(value, nn.Module)]
+    def modules(self) -> list[tuple[str, nn.Module]]:
+        """The world model, the behavior and what a subclass has beside and outside them, by the attributes' names."""
+        found: list[tuple[str, nn.Module]] = []
+        for name, value in vars(self).items():
+            if isinstance(value, nn.Module) and all(value not in set(one.modules()) for _, one in found):
+                found.append((name, value))
+        return found
 
     def _update_behavior(self, half: ModelStep) -> tuple[Tensor, dict[str, Tensor]]:
         behavior = self.behavior
@@ -346,6 +365,7 @@ class Learner:
                     raise ValueError(f"metric {name!r} is {got}, expected a tensor without axes")
             self._metric_names = list(metrics)
             self._metric_sum = torch.zeros(len(metrics), device=self.device)
+            self._metric_count.zero_()
         if metrics.keys() != set(self._metric_names):
             other = metrics.keys() ^ set(self._metric_names)
             raise ValueError(

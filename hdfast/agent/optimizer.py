@@ -109,7 +109,9 @@ class Parameters:
 class Adam:
     """Adam as optax composes it (thuml/HarmonyDream, jaxutils.Optimizer): clip by global norm, then Adam, debiased.
 
-    A gradient that is not finite changes nothing, neither parameters nor moments nor the step count.
+    A gradient that is not finite changes nothing, neither parameters nor moments nor the step count. A subclass with
+    another `step` does the same where `apply` is false, counts in `steps`, changes `held.tensors()` in place, calls
+    `held.changed()`, and adds what it keeps to `state_dict`.
 
     Args:
         parameters: float32 parameters, all on one device.

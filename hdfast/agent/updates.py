@@ -34,6 +34,7 @@ class Updates:
         """Goes on from a `state_dict`, with the learner as it was then. Raises: KeyError if an entry is missing."""
         if state:
             self.learner.learn_behavior(ModelStep.from_state_dict(state, self.learner.device))
+            self.learner.forget_metrics()  # an older version of the code may have measured others
 
 
 class OverlappedUpdates(Updates):

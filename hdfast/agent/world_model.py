@@ -50,8 +50,10 @@ class WorldModel(nn.Module):
         ValueError: images of different sizes or of a side that is not 8, 16, 32, ...; nothing to observe; an
             observation that is neither an image nor a vector.
 
-    A subclass may name other modules, which take the same arguments. `outputs` of an encoder is the width of what it
-    returns.
+    A subclass may name other classes of modules, made with the same arguments as ImageEncoder, ImageDecoder,
+    VectorEncoder and RSSM. An encoder of images is made with (height, width), channels and depth, has the width of what
+    it returns as `outputs`, and gets (N, H, W, C) uint8, cameras side by side as channels, and the dtype of the matrix
+    work, which may be another in acting than in learning.
     """
 
     image_encoder_type: Callable[..., nn.Module] = ImageEncoder

@@ -38,7 +38,10 @@ def hold(path: Path) -> int:
 
 
 def refuse_held(path: Path, *, hint: str) -> None:
-    """Raises RunError if another process holds the run in directory `path`. Keeps no lock; there may be no run."""
+    """Raises RunError if another process holds the run in directory `path`; there may be no run.
+
+    It holds the lock only as long as it takes to see that nobody else does.
+    """
     try:
         descriptor = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -21,7 +21,7 @@ import torch
 
 import hdfast
 import hdfast_kernels
-from hdfast.agent.custom import learner_class, source_of, with_options
+from hdfast.agent.custom import check_optimizers, learner_class, source_of, with_options
 from hdfast.agent.learner import Learner
 from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
@@ -91,7 +91,7 @@ class Job:
                 "horizon": config.behavior.horizon,
                 "actor_grad": config.behavior.actor_grad,
                 "learner": source_of(config),
-                "options": config.options,
+                "options": with_options(config).options,
                 "graphs": config.train.graph != "off",
                 "forced": os.environ.get("HDFAST_BACKEND") or None,
             }
@@ -100,7 +100,11 @@ class Job:
     def learner(self, seed: int = 0) -> Learner:
         """A new learner of the run's class; seed: decides its parameters and what it draws. Raises: HdfastError."""
         seen, config = (self.obs_specs, self.actions), with_options(self.config)
-        return learner_class(config)(*seen, config, device=self.device, dtype=self.dtype, seed=seed)
+        with torch.random.fork_rng(devices=[]):  # for what a subclass makes beside the model and the behavior
+            torch.manual_seed(seed + 1)
+            learner = learner_class(config)(*seen, config, device=self.device, dtype=self.dtype, seed=seed)
+        check_optimizers(learner)
+        return learner
 
 
 def path_of(key: Mapping[str, Any]) -> Path:

@@ -182,7 +182,7 @@ class Trials:
     @torch.no_grad()
     def _nudge(self, eps: float, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        for module in (self.learner.model, self.learner.behavior):
+        for _, module in self.learner.modules():
             for parameter in module.parameters():
                 noise = 2 * torch.rand(parameter.shape, generator=generator) - 1
                 parameter.mul_(1 + eps * noise.to(self.device))
@@ -217,7 +217,7 @@ class Trials:
         return {"deter": policy.latent.deter.clone()}
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
-        for part, module in (("model", self.learner.model), ("behavior", self.learner.behavior)):
+        for part, module in self.learner.modules():
             for name, parameter in module.named_parameters():
                 if parameter.requires_grad:
                     yield f"{part}.{name}", parameter.detach()

@@ -99,7 +99,7 @@ void tile(const E* A, int64_t lda, const E* panel, int64_t depth, float* C, int6
         sum[m][1] = add_products(sum[m][1], pair, high);
       }
     };
-    for (int64_t k = 0; k + 1 < depth; k += 2) add(k, load_pairs<uint32_t>);
+    for (int64_t k = 0; k + 1 < depth; k += 2) add(k, [](const bf16* pair) { return load_pairs<uint32_t>(pair); });
     if (depth % 2) add(depth - 1, [](const bf16* last) { return uint32_t(last->bits); });
   }
   for (int m = 0; m < rows; m++)

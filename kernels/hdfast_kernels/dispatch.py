@@ -158,8 +158,7 @@ def resolve(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[...,
     implementation = without_autocast(_ops[op].implementations[name])
     if name == "reference":
         return implementation
-    if profiler._is_profiler_enabled:
-        implementation = recorded(op, implementation)
+    implementation = recorded(op, implementation)
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return functools.partial(_on, tensor.device, implementation)
     return implementation
