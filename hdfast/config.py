@@ -154,8 +154,8 @@ class Config:
 
 def settings_of(config: Config) -> dict[str, Any]:
     """What a run computes, by the names of the flags, without what a later session may change."""
-    kept = (*RESUMABLE_CHANGES, *GROWING, "init_from", "learner_options")
-    names = [n for n in field_names(config) if n not in kept and n.partition(".")[0] not in kept]
+    kept = {*RESUMABLE_CHANGES, *GROWING, "init_from", "learner_options"}
+    names = [name for name in field_names(config) if kept.isdisjoint((name, name.partition(".")[0]))]
     own = {f"learner_options.{name}": value for name, value in config.options.items()}
     return {**{name: attrgetter(name)(config) for name in names}, **own}
 

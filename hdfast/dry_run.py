@@ -67,9 +67,7 @@ def _environment(env: BatchEnv) -> dict[str, Any]:
 def _modules(learner: Learner) -> dict[str, int]:
     """Parameters of each module, two levels deep."""
     counts: dict[str, int] = {}
-    parts = {**dict(learner.modules()), "world_model": learner.model, **learner.behavior.parts()}
-    parts = {part: module for part, module in parts.items() if part not in ("model", "behavior")}
-    for part, module in parts.items():
+    for part, module in learner.parts().items():
         for name, parameter in module.named_parameters():
             owner = f"{part}.{name.partition('.')[0]}" if part == "world_model" else part
             counts[owner] = counts.get(owner, 0) + parameter.numel()

@@ -6,12 +6,16 @@ import os
 # the machine: on two busy cores a small torch op took 1.7 ms instead of 0.4 ms.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 torch.backends.cudnn.allow_tf32 = False  # as in a run, see `hdfast.runtime.device.prepare_device`
+
+NUMBER = itertools.count()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -20,6 +24,19 @@ def _nothing_remembered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HDFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Makes a module of some text, and returns its name, which no other test's has."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def make(text: str) -> str:
+        name = f"my_agent_{next(NUMBER)}"
+        (tmp_path / f"{name}.py").write_text(text)
+        return name
+
+    return make
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,6 @@
 """Learners of one's own, by name, and a logger of one's own."""
 
 import dataclasses
-import itertools
 import re
 from pathlib import Path
 
@@ -41,20 +40,6 @@ from tests.loop_cases import (
 
 F32 = torch.float32
 README = (Path(__file__).parents[1] / "README.md").read_text()
-NUMBER = itertools.count()
-
-
-@pytest.fixture
-def module(tmp_path, monkeypatch):
-    """Makes a module of some text, and returns its name, which no other test's has."""
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def make(text: str) -> str:
-        name = f"my_agent_{next(NUMBER)}"
-        (tmp_path / f"{name}.py").write_text(text)
-        return name
-
-    return make
 
 
 @pytest.fixture

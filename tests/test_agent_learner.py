@@ -9,6 +9,7 @@ import torch
 
 from hdfast.agent.behavior import Draws
 from hdfast.agent.learner import Learner
+from hdfast.agent.updates import Updates
 from hdfast.envs.base import ArraySpec
 from tests import reference
 from tests.agent_cases import (
@@ -211,6 +212,20 @@ def test_a_saved_learner_goes_on_bit_for_bit(continuous):
     assert differing(snapshot(one), snapshot(two)) == set()
     assert two.updates == 2
     assert differing(snapshot(learn(one, data[2])), snapshot(learn(two, data[2]))) == set()
+
+
+def test_a_half_that_other_code_saved_is_completed_and_its_metrics_are_left_out():
+    learner = make_learner()
+    first, second = batches(learner, 2)
+    half = learner.learn_model(lambda *_: first)
+    saved = half._replace(metrics=half.metrics | {"of_other_code": torch.ones(())}).state_dict()
+    Updates(learner, lambda: None).load_state_dict(saved)
+    learn(learner, second)
+    assert "of_other_code" not in learner.metrics()
+    other = make_learner()
+    other.learn_behavior(other.learn_model(lambda *_: first))
+    learn(other, second)
+    assert differing(snapshot(learner), snapshot(other)) == set()
 
 
 def test_a_state_that_does_not_fit_is_an_error():

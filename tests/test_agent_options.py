@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -36,7 +35,6 @@ from tests.loop_cases import (
     train,
 )
 
-NUMBER = itertools.count()
 OPTIONS = """
 from hdfast.agent.learner import Learner
 from hdfast.agent.world_model import WorldModel
@@ -58,16 +56,9 @@ class Mine(Learner):
 
 
 @pytest.fixture
-def named(tmp_path, monkeypatch):
-    """Makes a module of some text, and returns the name of its class Mine, which no other test has."""
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def make(text: str) -> str:
-        name = f"my_options_{next(NUMBER)}"
-        (tmp_path / f"{name}.py").write_text(text)
-        return f"{name}:Mine"
-
-    return make
+def named(module):
+    """Makes a module of some text, and returns the name of its class Mine."""
+    return lambda text: f"{module(text)}:Mine"
 
 
 def of(learner: type[Learner]) -> Learner:
@@ -240,7 +231,10 @@ class Foreign(Learner):
             "Loose",
             r"Mine.optimizers\['alpha'\]: it learns parameters that would not be saved; put them into an nn",
         ),
-        ("Foreign", r"Mine.optimizers\['model'\]: it is a AdamW, expected hdfast.agent.optimizer.Adam, or a"),
+        (
+            "Foreign",
+            r"Mine.optimizers\['model'\]: it is of type AdamW, expected hdfast.agent.optimizer.Adam, or a",
+        ),
     ],
 )
 def test_optimizers_whose_work_would_be_lost_are_refused(kind, told, named):

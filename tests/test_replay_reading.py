@@ -144,9 +144,7 @@ def test_scripted_rows_of_several_environments(tmp_path, monkeypatch, options):
     assert [len(episode["reward"]) for episode in whole].count(4) == 5  # of the first environment
     assert found[: len(whole)] == whole  # those under way come last
     assert 0 < len(found) - len(whole) <= 3
-    ends = [episode["is_terminal"][-1] for episode in whole]
-    assert True in ends
-    assert False in ends
+    assert {bool(episode["is_terminal"][-1]) for episode in whole} == {True, False}
 
 
 def test_a_stop_cuts_episodes_off_and_a_kill_s_rows_are_there_until_it_is_resumed(tmp_path, monkeypatch):

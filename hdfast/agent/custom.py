@@ -112,7 +112,7 @@ def check_optimizers(learner: Learner) -> None:
         where = f"{type(learner).__name__}.optimizers[{name!r}]"
         if not isinstance(optimizer, Adam):
             hint = "hdfast.agent.optimizer.Adam, or a subclass of it with another step"
-            raise ConfigError(f"it is a {type(optimizer).__name__}, expected {hint}", where=where)
+            raise ConfigError(f"it is of type {type(optimizer).__name__}, expected {hint}", where=where)
         if any(id(parameter) not in saved for parameter in optimizer.parameters):
             hint = "put them into an nn.Module that is an attribute of the learner"
             raise ConfigError("it learns parameters that would not be saved", where=where, hint=hint)

@@ -231,7 +231,7 @@ class Learner:
         return Draws(latent, torch.randn(shape, generator=self.generator, device=self.device))
 
     def forget_metrics(self) -> None:
-        """What the next update measures may have other names."""
+        """The metrics of the next update may be others; what has been added up so far is left out of the means."""
         self._metric_names = []
 
     def uniform(self, *shape: int) -> Tensor:
@@ -257,11 +257,8 @@ class Learner:
         `harmony` counts the scalars that balance the losses, the other counts leave them out.
         """
         harmony = parameter_counts({"harmony": self.model.harmonizer})["harmony"]
-        counts = parameter_counts({"world_model": self.model, **self.behavior.parts()})
+        counts = parameter_counts(self.parts())
         counts["world_model"] -= harmony
-        counts |= parameter_counts(
-            {name: one for name, one in self.modules() if name not in ("model", "behavior")}
-        )
         return {**counts, "total": sum(counts.values()), "harmony": harmony}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -316,6 +313,11 @@ class Learner:
             if isinstance(value, nn.Module) and all(value not in set(one.modules()) for _, one in found):
                 found.append((name, value))
         return found
+
+    def parts(self) -> dict[str, nn.Module]:
+        """What learns, by name: the world model, the parts of the behavior and a subclass's own modules."""
+        own = {name: one for name, one in self.modules() if name not in ("model", "behavior")}
+        return {"world_model": self.model, **self.behavior.parts(), **own}
 
     def _update_behavior(self, half: ModelStep) -> tuple[Tensor, dict[str, Tensor]]:
         behavior = self.behavior

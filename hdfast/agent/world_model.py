@@ -8,7 +8,7 @@ outside harmony, as in the authors' code; no key is dropped.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple, cast
 
 import torch
@@ -56,10 +56,10 @@ class WorldModel(nn.Module):
     work, which may be another in acting than in learning.
     """
 
-    image_encoder_type: Callable[..., nn.Module] = ImageEncoder
-    image_decoder_type: Callable[..., nn.Module] = ImageDecoder
-    vector_encoder_type: Callable[..., nn.Module] = VectorEncoder
-    rssm_type: Callable[..., RSSM] = RSSM
+    image_encoder_type: type[nn.Module] = ImageEncoder
+    image_decoder_type: type[nn.Module] = ImageDecoder
+    vector_encoder_type: type[nn.Module] = VectorEncoder
+    rssm_type: type[RSSM] = RSSM
 
     def __init__(
         self,

@@ -57,10 +57,12 @@ def chunks_of(directory: Path) -> list[Path]:
 
 
 def chunk_path(directory: Path, first_row: int) -> Path:
+    """The file of the chunk that begins with a row."""
     return directory / f"rows-{first_row:012d}.log"
 
 
 def first_row_of(path: Path) -> int:
+    """The row that a chunk begins with, from its file's name."""
     return int(path.stem.removeprefix("rows-"))
 
 

@@ -6,11 +6,11 @@ It is the file `lock`, which says whose it is. Readers need none.
 import fcntl
 import os
 import socket
-import time
 from pathlib import Path
 
 from hdfast.runtime import errors
 from hdfast.runtime.errors import RunError
+from hdfast.runtime.files import utc
 
 
 def hold(path: Path) -> int:
@@ -30,7 +30,7 @@ def hold(path: Path) -> int:
         errors.warn(f"{path}: cannot lock ({error.strerror}); make sure that no other process uses this run")
     try:
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{_this_process()} since {now()}\n".encode(), 0)
+        os.pwrite(descriptor, f"{_this_process()} since {utc()}\n".encode(), 0)
     except BaseException:
         os.close(descriptor)
         raise
@@ -63,8 +63,3 @@ def _this_process() -> str:
 
 def _holder(descriptor: int) -> str:
     return os.read(descriptor, 4096).decode(errors="replace").strip() or "another process"
-
-
-def now() -> str:
-    """UTC, as run directories write it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -22,8 +22,8 @@ import torch
 
 import hdfast
 from hdfast.runtime.errors import CheckpointError, ConfigError, RunError, disk_errors
-from hdfast.runtime.files import filled, plain, write_json
-from hdfast.runtime.lock import hold, now
+from hdfast.runtime.files import filled, plain, utc, write_json
+from hdfast.runtime.lock import hold
 from hdfast.runtime.record import difference, has_begun, path_of, read, read_json
 
 OPENING = {"config.json", "backends.json", "lock"}  # files that exist before a run begins
@@ -155,7 +155,7 @@ class RunDir:
         self.grow()
         self.summary = plain(dict(summary), "summary")
         with disk_errors(self.path, "mark the run finished"):
-            write_json(self.path / "finished.json", {"summary": self.summary, "time": now()})
+            write_json(self.path / "finished.json", {"summary": self.summary, "time": utc()})
 
     def note_backends(self, how: Mapping[str, Any]) -> list[str]:
         """Write backends.json; returns the `difference` from the last session. how: JSON-able."""
@@ -209,7 +209,7 @@ def provenance() -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "command": sys.argv,
-        "time": now(),
+        "time": utc(),
     }
 
 

@@ -26,7 +26,7 @@ from hdfast.agent.learner import Learner
 from hdfast.config import Config
 from hdfast.envs.base import ArraySpec, ContinuousActions, DiscreteActions
 from hdfast.runtime.device import describe_device
-from hdfast.runtime.files import plain, write_json
+from hdfast.runtime.files import plain, utc, write_json
 from hdfast_kernels import dispatch
 
 POLL_SECONDS = 0.2
@@ -131,7 +131,7 @@ def remember(key: Mapping[str, Any], choice: Choice) -> Path | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         found = {name: getattr(choice, name) for name in ("ops", "graph", "overlap", "report")}
-        write_json(path, {**found, "key": key, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+        write_json(path, {**found, "key": key, "time": utc()})
     except OSError:
         return None
     return path
