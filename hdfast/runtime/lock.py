@@ -12,9 +12,11 @@ from hdfast.runtime import errors
 from hdfast.runtime.errors import RunError
 from hdfast.runtime.files import utc
 
+_own: set[tuple[int, int]] = set()  # device and inode of the locks that this process holds
+
 
 def hold(path: Path) -> int:
-    """A descriptor that holds the lock on directory `path` until it is closed or the process ends, however it ends.
+    """A descriptor that holds the lock on directory `path` until `release` or the end of the process, however it ends.
 
     Raises: RunError if another process, or an earlier call, holds it.
     """
@@ -30,11 +32,19 @@ def hold(path: Path) -> int:
         errors.warn(f"{path}: cannot lock ({error.strerror}); make sure that no other process uses this run")
     try:
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{_this_process()} since {utc()}\n".encode(), 0)
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {utc()}"
+        os.pwrite(descriptor, f"{holder}\n".encode(), 0)
     except BaseException:
         os.close(descriptor)
         raise
+    _own.add(_file_of(descriptor))
     return descriptor
+
+
+def release(descriptor: int) -> None:
+    """Gives up what `hold` returned."""
+    _own.discard(_file_of(descriptor))
+    os.close(descriptor)
 
 
 def refuse_held(path: Path, *, hint: str) -> None:
@@ -47,18 +57,19 @@ def refuse_held(path: Path, *, hint: str) -> None:
     except OSError:
         return
     try:
-        if not (holder := _holder(descriptor)).startswith(f"{_this_process()} since "):
+        if _file_of(descriptor) not in _own:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise RunError(f"this run is in use by {holder}", where=path, hint=hint) from None
+        raise RunError(f"this run is in use by {_holder(descriptor)}", where=path, hint=hint) from None
     except OSError:
         return  # a file system without locks: whoever opened the run was warned
     finally:
         os.close(descriptor)  # with the lock
 
 
-def _this_process() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
+def _file_of(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
 
 
 def _holder(descriptor: int) -> str:

@@ -23,7 +23,7 @@ import torch
 import hdfast
 from hdfast.runtime.errors import CheckpointError, ConfigError, RunError, disk_errors
 from hdfast.runtime.files import filled, plain, utc, write_json
-from hdfast.runtime.lock import hold
+from hdfast.runtime.lock import hold, release
 from hdfast.runtime.record import difference, has_begun, path_of, read, read_json
 
 OPENING = {"config.json", "backends.json", "lock"}  # files that exist before a run begins
@@ -88,7 +88,7 @@ class RunDir:
                 opened._made = made
                 return opened
             except BaseException:
-                os.close(lock)
+                release(lock)
                 raise
 
     @classmethod
@@ -186,7 +186,7 @@ class RunDir:
     def close(self) -> None:
         """Release the lock. Closing twice is allowed."""
         if self._lock >= 0:
-            os.close(self._lock)
+            release(self._lock)
             self._lock = -1
 
     def __enter__(self) -> Self:

@@ -156,7 +156,9 @@ def asked_of_pytorch(arguments):
     return asked
 
 
-needs_avx512 = pytest.mark.skipif("avx512" not in ISAS, reason="needs AVX512-BF16")
+needs_avx512 = pytest.mark.skipif(
+    not ISAS or native.isa() not in ("avx512", "amx"), reason="needs AVX512-BF16"
+)
 
 
 @needs_avx512
