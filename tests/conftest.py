@@ -39,6 +39,12 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], s
     return make
 
 
+@pytest.fixture
+def named(module: Callable[[str], str]) -> Callable[[str], str]:
+    """Makes a module of some text, and returns the name of its class Mine."""
+    return lambda text: f"{module(text)}:Mine"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

@@ -188,17 +188,17 @@ def test_the_slow_critic_is_copied_and_then_follows():
     behavior = make_learner().behavior
     fast, slow = list(behavior.critic.parameters()), list(behavior.slow_critic.parameters())
     before = [p.clone() for p in slow]
-    behavior.update_slow_critic(NO, slow, fast)
+    behavior.update_slow_critic(NO, fast)
     assert all(torch.equal(p, b) for p, b in zip(slow, before, strict=True))
     assert behavior.slow_updates.item() == 0
-    behavior.update_slow_critic(YES, slow, fast)
+    behavior.update_slow_critic(YES, fast)
     assert any(not torch.equal(p, b) for p, b in zip(slow, before, strict=True))
     assert all(torch.allclose(p, q, rtol=0, atol=1e-6) for p, q in zip(slow, fast, strict=True))
     for p in fast:
         p.data += 1
-    behavior.update_slow_critic(YES, slow, fast)
+    behavior.update_slow_critic(YES, fast)
     assert all(torch.allclose(q - p, torch.tensor(0.98), atol=1e-5) for p, q in zip(slow, fast, strict=True))
-    behavior.update_slow_critic(NO, slow, fast)
+    behavior.update_slow_critic(NO, fast)
     assert all(torch.allclose(q - p, torch.tensor(0.98), atol=1e-5) for p, q in zip(slow, fast, strict=True))
     assert behavior.slow_updates.item() == 2
 

@@ -285,7 +285,8 @@ def learners(monkeypatch):
     def make(flat, **options):
         monkeypatch.setattr(optimizers, "FLAT", ("cpu",) if flat else ())
         learner = make_learner(**options)
-        assert {learner._slow_critic.flat, *(a.held.flat for a in learner.optimizers.values())} == {flat}
+        held = [learner.behavior.slow_parameters, *(adam.held for adam in learner.optimizers.values())]
+        assert {one.flat for one in held} == {flat}
         return learner
 
     return make

@@ -9,6 +9,7 @@ gradients, and one pass over the whole rollout then gives the log-probabilities 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from hdfast.agent.distributions import (
     normal_parameters,
 )
 from hdfast.agent.networks import Latent, LatentMLP
+from hdfast.agent.optimizer import Parameters
 from hdfast.agent.returns import ReturnRange
 from hdfast.agent.world_model import WorldModel
 from hdfast.config import Config
@@ -269,18 +271,24 @@ class Behavior(nn.Module):
         return (loss * scores.weight[:-1]).mean()
 
     @torch.no_grad()
-    def update_slow_critic(self, apply: Tensor, slow: Sequence[Tensor], fast: Sequence[Tensor]) -> None:
+    def update_slow_critic(self, apply: Tensor, fast: Sequence[Tensor]) -> None:
         """Moves the slow critic towards the critic: a copy the first time, by `slow_rate` afterwards.
 
         Args:
             apply: scalar bool on the device; false leaves everything as it is.
-            slow, fast: tensors that hold the parameters of both, laid out alike.
+            fast: tensors that hold the critic's parameters, as `slow_parameters` hold the slow critic's.
         """
         rate = torch.where(self.slow_updates == 0, 1.0, self.slow_rate)
         rate = torch.where(apply, rate, 0.0)
-        for follower, leader in zip(slow, fast, strict=True):
+        for follower, leader in zip(self.slow_parameters.tensors(), fast, strict=True):
             follower.lerp_(leader, rate)
+        self.slow_parameters.changed()
         self.slow_updates += apply
+
+    @cached_property
+    def slow_parameters(self) -> Parameters:
+        """The slow critic's, which change together."""
+        return Parameters(self.slow_critic.parameters())
 
     def parts(self) -> dict[str, nn.Module]:
         """The trained parts by name."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hdfast.agent.behavior import Actor, Behavior, Draws
 from hdfast.agent.networks import Latent, parameter_counts
-from hdfast.agent.optimizer import Adam, Parameters, copy_all
+from hdfast.agent.optimizer import Adam, copy_all
 from hdfast.agent.rounding import rounded
 from hdfast.agent.world_model import WorldModel
 from hdfast.config import Config
@@ -106,9 +106,21 @@ class Learner:
     `half._replace(metrics=half.metrics | {"mine": value})`. Halves of two updates may run beside each other: what
     `learn_behavior` reads, `learn_model` changes after it has called `wait()`.
 
-    A module of its own that is an attribute, such as another behavior, is saved and restored with the others, and a
-    parameter of its own belongs into one; `.to(self.device)` moves it. What learns it belongs into `optimizers`: an
-    `Adam`, or a subclass with another `step`.
+    A module of its own that is an attribute is saved and restored with the others, and a parameter of its own belongs
+    into one; `.to(self.device)` moves it. What learns it belongs into `optimizers`: an `Adam`, or a subclass with
+    another `step`. A second behavior, with rewards of its own, that acts in training::
+
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            self.explorer = Curious(self.actions, self.config).to(self.device)  # a Behavior
+            self.optimizers |= self.behavior_optimizers(self.explorer, "explorer_")
+
+        def learn_behavior(self, half):
+            applied, metrics = self.update_behavior(self.explorer, half, "explorer_")
+            super().learn_behavior(half._replace(applied=applied, metrics=half.metrics | metrics))
+
+        def acting(self, training):
+            return self.explorer.actor if training else self.behavior.actor
 
     On CUDA an update is recorded once and then replayed, so that numbers of Python stay what they were. A schedule is
     computed on the device, from the steps that the optimizer has made::
@@ -141,23 +153,12 @@ class Learner:
             torch.manual_seed(seed)
             self.model = self.model_type(obs_specs, actions, config)
             self.behavior = self.behavior_type(actions, config)
-        trained = (self.behavior.actor, self.behavior.critic, self.behavior.slow_critic)
-        known = {id(parameter) for module in trained for parameter in module.parameters()}
-        if other := [name for name, p in self.behavior.named_parameters() if id(p) not in known]:
-            what = f"{type(self.behavior).__name__}: no optimizer would train {', '.join(other)}"
-            raise ValueError(f"{what}; put them into its actor or its critic")
         self.model.to(self.device)
         self.behavior.to(self.device)
-        opt = config.optimizer
-        parts = {"model": self.model, "actor": self.behavior.actor, "critic": self.behavior.critic}
         self.optimizers = {
-            part: Adam(
-                module.parameters(),
-                **{name: getattr(opt, f"{part}_{name}") for name in ("lr", "eps", "clip")},
-            )
-            for part, module in parts.items()
+            "model": self._adam("model", self.model),
+            **self.behavior_optimizers(self.behavior),
         }
-        self._slow_critic = Parameters(self.behavior.slow_critic.parameters())
         self.generator = torch.Generator(self.device)
         self.generator.manual_seed(seed)
         self.updates = 0
@@ -193,7 +194,7 @@ class Learner:
                 uniform = self.uniform(*batch["reward"].shape, config.rssm.stoch)
             with rounded(optimizer, self.dtype):
                 output = self.model.loss(batch, uniform, self.dtype)
-            gradients = self._gradients("model", output.loss)
+            gradients = _gradients(optimizer, output.loss)
         wait()
         with phase("optimizers"):
             norm, applied = optimizer.step(gradients, output.loss.isfinite())
@@ -204,7 +205,7 @@ class Learner:
 
     def learn_behavior(self, half: ModelStep) -> None:
         """The second half: actor, critic and slow critic learn from the states that the first inferred."""
-        applied, metrics = self._update_behavior(half)
+        applied, metrics = self.update_behavior(self.behavior, half)
         self.skipped += ~applied
         self.last_starts.copy_(half.starts)
         self.bad_starts.copy_(torch.where(applied, self.bad_starts, half.starts))
@@ -319,9 +320,32 @@ class Learner:
         own = {name: one for name, one in self.modules() if name not in ("model", "behavior")}
         return {"world_model": self.model, **self.behavior.parts(), **own}
 
-    def _update_behavior(self, half: ModelStep) -> tuple[Tensor, dict[str, Tensor]]:
-        behavior = self.behavior
-        actor, critic = self.optimizers["actor"], self.optimizers["critic"]
+    def behavior_optimizers(self, behavior: Behavior, prefix: str = "") -> dict[str, Adam]:
+        """Optimizers for a behavior that is on the learner's device, for `update_behavior`, by name.
+
+        Raises: ValueError for parameters outside of actor and critics, which nothing would train.
+        """
+        trained = (behavior.actor, behavior.critic, behavior.slow_critic)
+        known = {id(parameter) for module in trained for parameter in module.parameters()}
+        if other := [name for name, p in behavior.named_parameters() if id(p) not in known]:
+            what = f"{type(behavior).__name__}: no optimizer would train {', '.join(other)}"
+            raise ValueError(f"{what}; put them into its actor or its critic")
+        behavior.slow_parameters.tensors()  # their memory moves now, not while an update is captured
+        return {prefix + part: self._adam(part, module) for part, module in behavior.parts().items()}
+
+    def update_behavior(
+        self, behavior: Behavior, half: ModelStep, prefix: str = ""
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A behavior learns from what it imagines.
+
+        Args:
+            behavior: whose optimizers are `optimizers[prefix + "actor"]` and `optimizers[prefix + "critic"]`.
+            half: the states that it starts from; it learns nothing unless `half.applied`.
+
+        Returns:
+            applied: scalar bool, whether it has learnt. metrics: scalars, their names beginning with the prefix.
+        """
+        actor, critic = self.optimizers[f"{prefix}actor"], self.optimizers[f"{prefix}critic"]
         with phase("imagination"):
             draws = self.draws(half.cont.shape[0])
             # Without REINFORCE the actor's weights are cast at every step, see `Behavior._roll_out`.
@@ -334,25 +358,21 @@ class Learner:
             actor_loss, metrics = behavior.actor_loss(trajectory, scores, bounds)
             critic_loss = behavior.critic_loss(trajectory, scores, self.dtype)
             finite = half.applied & actor_loss.isfinite() & critic_loss.isfinite()
-            critic_gradients = self._gradients("critic", critic_loss, keep_graph=not behavior.reinforce)
-            actor_gradients = self._gradients("actor", actor_loss)
+            critic_gradients = _gradients(critic, critic_loss, keep_graph=not behavior.reinforce)
+            actor_gradients = _gradients(actor, actor_loss)
         with phase("optimizers"):
             actor_norm, applied = actor.step(actor_gradients, finite)
             critic_norm, applied = critic.step(critic_gradients, applied)
         with phase("actor-critic"):
             behavior.return_range.bounds.copy_(torch.where(applied, bounds, behavior.return_range.bounds))
-            behavior.update_slow_critic(applied, self._slow_critic.tensors(), critic.held.tensors())
-            self._slow_critic.changed()
+            behavior.update_slow_critic(applied, critic.held.tensors())
         metrics |= {"loss_actor": actor_loss.detach(), "loss_critic": critic_loss.detach()}
-        return applied, metrics | {"grad_norm_actor": actor_norm, "grad_norm_critic": critic_norm}
+        metrics |= {"grad_norm_actor": actor_norm, "grad_norm_critic": critic_norm}
+        return applied, {prefix + name: value for name, value in metrics.items()}
 
-    def _gradients(self, name: str, loss: Tensor, keep_graph: bool = False) -> list[Tensor]:
-        parameters = self.optimizers[name].parameters
-        return list(
-            torch.autograd.grad(
-                loss, parameters, retain_graph=keep_graph, allow_unused=True, materialize_grads=True
-            )
-        )
+    def _adam(self, part: str, module: nn.Module) -> Adam:
+        settings = {name: getattr(self.config.optimizer, f"{part}_{name}") for name in ("lr", "eps", "clip")}
+        return Adam(module.parameters(), **settings)
 
     @torch.no_grad()
     def _accumulate(self, metrics: dict[str, Tensor], applied: Tensor) -> None:
@@ -376,3 +396,11 @@ class Learner:
         values = torch.stack([metrics[name].float() for name in self._metric_names])
         self._metric_sum += torch.where(applied, values, 0.0)
         self._metric_count += applied
+
+
+def _gradients(optimizer: Adam, loss: Tensor, keep_graph: bool = False) -> list[Tensor]:
+    """Of a loss, in the order of the optimizer's parameters; zeros where it does not depend on one."""
+    found = torch.autograd.grad(
+        loss, optimizer.parameters, retain_graph=keep_graph, allow_unused=True, materialize_grads=True
+    )
+    return list(found)
