@@ -5,11 +5,12 @@ from pathlib import Path
 from hdfast.agent.learner import Learner
 from hdfast.config import Config, with_defaults
 from hdfast.runtime import checkpoint
+from hdfast.runtime.errors import warn
 from hdfast.runtime.record import chosen, difference, read
 
 # What sets the shapes of parameters.
 _SIZES = ("learner", "rssm", "network", "env.obs", "env.image_size", "suite", "task")
-_HINT = "--init-from needs a run with the same observations, actions, sizes and learner"
+_HINT = "--init-from needs a run with the same observations, actions and sizes"
 
 
 def checkpoint_for(config: Config) -> checkpoint.Checkpoint | None:
@@ -18,9 +19,14 @@ def checkpoint_for(config: Config) -> checkpoint.Checkpoint | None:
 
 
 def load_parameters(learner: Learner, start: checkpoint.Checkpoint, config: Config) -> None:
-    """Gives the learner the parameters of `start`. Raises: CheckpointError if the models differ in size."""
+    """Gives the learner the parameters of `start`; warns of modules that only a learner of one's own has.
+
+    Raises: CheckpointError if the models differ in size.
+    """
     with checkpoint.fitting(start.path, _otherwise(start.run, config), hint=_HINT):
-        learner.load_parameters(start.part("learner."))
+        alone = learner.load_shared_parameters(start.part("learner."))
+    if alone:
+        warn(f"{start.path} has no {', '.join(alone)}: the new run begins with values of its own")
 
 
 def _otherwise(run: Path, config: Config) -> list[str]:

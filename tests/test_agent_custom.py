@@ -91,8 +91,9 @@ def test_the_learner_belongs_to_the_run(tmp_path, example):
         train(tiny(tmp_path / "runs", agent_steps=60))
     options = r'learner_options: "{\"scale\":1.0}" -> "{}"'
     assert error.value.details == (f'learner: "{example}" -> null', options)
+    train(tiny(tmp_path / "other", init_from=str(path_of(config))))  # without the head
     with pytest.raises(HdfastError) as error:
-        train(tiny(tmp_path / "other", init_from=str(path_of(config))))
+        train(tiny(tmp_path / "third", init_from=str(path_of(config)), rssm={"deter": 8}))
     assert f'learner: "{example}" -> null' in error.value.details
 
 
@@ -254,10 +255,15 @@ def test_a_dry_run_looks_whether_parameters_fit(tmp_path, example, monkeypatch, 
         str(path_of(config)),
         "--dry-run",
     ]
-    code, out, err = door(training.main, argv, monkeypatch, capfd)
+    code, _, err = door(training.main, argv, monkeypatch, capfd)
+    assert code == 0
+    (newest,) = path_of(config).glob("checkpoints/*.safetensors")
+    told = f"{newest} has no model.rewarded: the new run begins with values of its own"
+    assert err == f"warning: {told}\n"
+    code, out, err = door(training.main, [*argv, "--rssm.deter", "8"], monkeypatch, capfd)
     assert (code, out) == (3, "")
     assert (
-        "the checkpoint does not fit; --init-from needs a run with the same observations, actions, sizes and"
+        "the checkpoint does not fit; --init-from needs a run with the same observations, actions and sizes"
         in err
     )
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from hdfast.agent.behavior import Actor, Behavior
 from hdfast.agent.learner import Learner
+from hdfast.agent.networks import LatentMLP
 from hdfast.agent.optimizer import Adam
 from hdfast.agent.policy import Policy
 from hdfast.agent.world_model import WorldModel
@@ -18,7 +19,7 @@ from hdfast.runtime.errors import ConfigError
 from hdfast.trained import load
 from hdfast.tuning.choice import Job
 from hdfast.tuning.trials import Trials
-from tests.agent_cases import make_batch, make_learner
+from tests.agent_cases import differing, make_batch, make_learner, snapshot
 from tests.loop_cases import (
     lines,
     one_thread,  # noqa: F401
@@ -118,6 +119,41 @@ def test_modules_of_its_own_follow_the_seed_are_counted_and_tried(named):
     assert first.parameter_counts()["total"] == plain.parameter_counts()["total"] + count
     changes = Trials(job)._changes({}, torch.float32)
     assert any(name.startswith("gradient of explorer.") for name in changes)
+
+
+class Headed(WorldModel):
+    def __init__(self, obs_specs, actions, config):
+        super().__init__(obs_specs, actions, config)
+        self.head = LatentMLP(config.rssm.deter, config.rssm.stoch * config.rssm.classes, 8, 1, {"logit": 1})
+
+
+class More(Explorer):
+    model_type = Headed
+
+
+def test_what_two_learners_share_goes_from_one_to_the_other():
+    """What only the taker has stays as it is, and is named; what only the giver has is left out."""
+    plain, mine = make_learner(seed=1), of(More)
+    before, given = snapshot(mine), plain.state_dict()
+    assert mine.load_shared_parameters(given) == ["explorer.mlp", "model.head"]
+    kept = {name for name, tensor in snapshot(mine).items() if torch.equal(tensor, before[name])}
+    for name, tensor in mine.state_dict().items():
+        if name.startswith(("model.head.", "explorer.", "optimizer.")):
+            assert name in kept
+        elif name.startswith(("model.", "behavior.")):
+            assert torch.equal(tensor, given[name])
+    back = make_learner(seed=2)
+    assert back.load_shared_parameters(mine.state_dict()) == []
+    assert differing(snapshot(back), snapshot(plain)) == {"generator"}
+
+
+@pytest.mark.parametrize("lost", ["model.", "behavior.", "model.rssm.gru", "model.decoder.image.bias"])
+def test_what_every_learner_has_must_be_there(lost):
+    state = {
+        name: tensor for name, tensor in make_learner().state_dict().items() if not name.startswith(lost)
+    }
+    with pytest.raises(RuntimeError, match="Missing key"):
+        make_learner(seed=1).load_shared_parameters(state)
 
 
 class Loose(Learner):

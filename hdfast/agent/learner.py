@@ -4,17 +4,18 @@ Axes: T time, B batch, H horizon, N = T*B starting states, S groups, A action wi
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hdfast.agent.behavior import Actor, Behavior, Draws
-from hdfast.agent.networks import Latent, parameter_counts
-from hdfast.agent.optimizer import Adam, copy_all
+from hdfast.agent.model_step import ModelStep
+from hdfast.agent.networks import parameter_counts
+from hdfast.agent.optimizer import Adam
 from hdfast.agent.rounding import rounded
 from hdfast.agent.world_model import WorldModel
 from hdfast.config import Config
@@ -25,49 +26,6 @@ from hdfast.runtime.profiling import phase
 from hdfast_kernels import BackendError, dispatch
 
 Sampler = Callable[[int, int], dict[str, Tensor]]
-
-
-class ModelStep(NamedTuple):
-    """What the world model's half of an update leaves to the behavior's half.
-
-    latent: (N, ...) posterior states. cont: (N,) float32, 1 - is_terminal of their rows. applied: scalar bool, whether
-    the world model has learnt. starts: (B,) int64, where the batch's windows begin in storage. metrics: scalars.
-    """
-
-    latent: Latent
-    cont: Tensor
-    applied: Tensor
-    starts: Tensor
-    metrics: dict[str, Tensor]
-
-    def clone(self) -> "ModelStep":
-        """A copy in its own memory."""
-        latent = Latent(self.latent.deter.clone(), self.latent.index.clone())
-        own = (self.cont.clone(), self.applied.clone(), self.starts.clone())
-        return ModelStep(latent, *own, {name: value.clone() for name, value in self.metrics.items()})
-
-    def copy_(self, other: "ModelStep") -> None:
-        """Copies the values of another step of the same shapes."""
-        copy_all(self._tensors(self.metrics), other._tensors(self.metrics))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Its tensors by name."""
-        metrics = {f"metrics.{name}": value for name, value in self.metrics.items()}
-        latent = {"deter": self.latent.deter, "index": self.latent.index}
-        return {**latent, "cont": self.cont, "applied": self.applied, "starts": self.starts, **metrics}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor], device: torch.device) -> "ModelStep":
-        """A step from its `state_dict`, in memory of its own. Raises: KeyError if an entry is missing."""
-        state = {name: value.to(device, copy=True) for name, value in state.items()}
-        prefix = "metrics."
-        metrics = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        latent = Latent(state["deter"], state["index"])
-        return cls(latent, state["cont"], state["applied"], state["starts"], metrics)
-
-    def _tensors(self, metrics: Iterable[str]) -> list[Tensor]:
-        latent = (self.latent.deter, self.latent.index)
-        return [*latent, self.cont, self.applied, self.starts, *(self.metrics[name] for name in metrics)]
 
 
 def check_backends(device: torch.device) -> None:
@@ -307,6 +265,22 @@ class Learner:
                 given = {k: v for k, v in given.items() if k not in theirs} | own
             module.load_state_dict(given)
 
+    def load_shared_parameters(self, state: Mapping[str, Tensor]) -> list[str]:
+        """As `load_parameters`, from a learner that may have other modules, such as one more head.
+
+        Returns: the parts of this learner, such as `model.rewarded`, that the other has not: they stay as they are.
+
+        Raises: RuntimeError as `load_parameters`, also if the other has no world model or no behavior.
+        """
+        own = {f"{name}.{k}": v for name, module in self.modules() for k, v in module.state_dict().items()}
+        given = {_part(key) for key in state}
+        parts = {_part(key) for key in own}
+        expected = {"model", "behavior"} - {part.partition(".")[0] for part in given}
+        alone = {part for part in parts - given if part.partition(".")[0] not in expected}
+        shared = {key: value for key, value in state.items() if _part(key) in parts}
+        self.load_parameters(shared | {key: value for key, value in own.items() if _part(key) in alone})
+        return sorted(alone - {"model.harmonizer"})
+
     def modules(self) -> list[tuple[str, nn.Module]]:
         """The world model, the behavior and what a subclass has beside and outside them, by the attributes' names."""
         found: list[tuple[str, nn.Module]] = []
@@ -396,6 +370,11 @@ class Learner:
         values = torch.stack([metrics[name].float() for name in self._metric_names])
         self._metric_sum += torch.where(applied, values, 0.0)
         self._metric_count += applied
+
+
+def _part(key: str) -> str:
+    """`model.reward` of `model.reward.hidden.0.weight`."""
+    return ".".join(key.split(".")[:2])
 
 
 def _gradients(optimizer: Adam, loss: Tensor, keep_graph: bool = False) -> list[Tensor]:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from hdfast.agent.learner import Learner, ModelStep, Sampler
+from hdfast.agent.learner import Learner, Sampler
+from hdfast.agent.model_step import ModelStep
 from hdfast.runtime.graphs import CapturedStep, beside
 
 
