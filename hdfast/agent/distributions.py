@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def unimix_log_probs(logits: Tensor, unimix: float) -> Tensor:
-    """Log-probabilities of (1 - unimix) · softmax(logits) + unimix / K, float32 or wider.
+    """Log-probabilities of (1 - unimix) · softmax(logits) + unimix / K, float32.
 
     Args:
         logits: (..., K).
         unimix: share of the uniform distribution; 0 is a plain log-softmax.
     """
-    logits = logits.float() if logits.dtype != torch.float64 else logits
+    logits = logits.float()
     if unimix == 0:
         return logits.log_softmax(-1)
     return torch.log((1 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1])

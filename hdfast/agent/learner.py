@@ -379,7 +379,5 @@ def _part(key: str) -> str:
 
 def _gradients(optimizer: Adam, loss: Tensor, keep_graph: bool = False) -> list[Tensor]:
     """Of a loss, in the order of the optimizer's parameters; zeros where it does not depend on one."""
-    found = torch.autograd.grad(
-        loss, optimizer.parameters, retain_graph=keep_graph, allow_unused=True, materialize_grads=True
-    )
+    found = torch.autograd.grad(loss, optimizer.parameters, retain_graph=keep_graph, materialize_grads=True)
     return list(found)

@@ -153,11 +153,10 @@ class ChunkReader:
         self._last = np.zeros(layout.packed_nbytes, np.uint8)
 
     def read(self) -> np.ndarray | None:
-        """The next record's rows, uint8 (K, P); None at the end or a torn record, where the file position stays."""
+        """The next record's rows, uint8 (K, P); None at the end or at a torn record."""
         begin = self._file.tell()
         header, stored_crc = self._file.read(RECORD_HEADER.size), self._file.read(CRC.size)
         if len(stored_crc) < CRC.size:
-            self._file.seek(begin)
             return None
         magic, nbytes, rows = RECORD_HEADER.unpack(header)
         if magic != RECORD_MAGIC:
@@ -165,7 +164,6 @@ class ChunkReader:
         within = self._file.tell() + nbytes <= self._nbytes
         payload = self._file.read(nbytes) if within else b""
         if len(payload) < nbytes:  # also if it was cut off while it was read
-            self._file.seek(begin)
             return None
         crc = zlib.crc32(payload, zlib.crc32(header, self.crc))
         if stored_crc != CRC.pack(crc):

@@ -8,7 +8,7 @@ Source: HarmonyDream (arXiv 2310.00344); the op and its formula are in harmony_l
 import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +26,9 @@ MODES = ("learned", "fixed", "off")
 class _Plan:
     """How one set of losses is reduced: the constants of `harmony_loss`, and on the device for metrics."""
 
-    group: tuple[int, ...]  # (L,)
+    group: tuple[int, ...]  # (L,), -1 for none
     weight: tuple[float, ...]  # (L,)
-    row: Tensor  # (L,) int64, the group of each loss; G for none
+    row: Tensor  # (L,) int64, group on the device
     factor: Tensor  # (L,) float32, weight
     fixed: Tensor  # (G,) float32, the groups' weights in mode "fixed"; else empty
 
@@ -196,7 +196,7 @@ class Harmonizer(nn.Module):
 
     def _metrics(self, names: tuple[str, ...], means: Tensor, s: Tensor, plan: _Plan) -> dict[str, Tensor]:
         weights = torch.exp(-s)  # (G,); empty unless learned
-        factor = plan.factor * torch.cat([weights, weights.new_ones(1)])[plan.row]  # (L,)
+        factor = plan.factor * torch.cat([weights, weights.new_ones(1)])[plan.row]  # (L,); -1 is the one
         metrics = dict(zip((f"loss/{name}" for name in names), means.unbind(), strict=True))
         metrics |= zip((f"weighted/{name}" for name in names), (means * factor).unbind(), strict=True)
         if self.mode == "learned":
@@ -271,13 +271,11 @@ class Harmonizer(nn.Module):
         fixed: tuple[float, ...],
         device: torch.device,
     ) -> _Plan:
-        with torch.inference_mode(False):  # a tensor kept under inference_mode could not be used in training
-            count = len(self.groups) if self.mode == "learned" else 0
-            row = torch.tensor([count if number < 0 else number for number in group], device=device)
-            factors, constants = (
-                torch.tensor(values, dtype=torch.float32, device=device) for values in (weight, fixed)
-            )
-            return _Plan(group, weight, row, factors, constants)
+        row = torch.tensor(group, device=device)
+        factors, constants = (
+            torch.tensor(values, dtype=torch.float32, device=device) for values in (weight, fixed)
+        )
+        return _Plan(group, weight, row, factors, constants)
 
     def _grouped(self, loss: str) -> bool:
         return any(loss in members for members in self.groups.values())
@@ -286,9 +284,8 @@ class Harmonizer(nn.Module):
         return f"mode={self.mode}, groups={self.groups}, scales={self.scales}"
 
 
-def _check_known(names: Iterable[str], known: Iterable[str], problem: str) -> None:
+def _check_known(names: Iterable[str], known: Collection[str], problem: str) -> None:
     """Raise ValueError for the first name that is not known, with the nearest that is."""
-    known = list(known)
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
