@@ -147,6 +147,16 @@ def test_reinforce_on_literal_numbers():
     assert (metrics["return_low"].item(), metrics["return_high"].item()) == (-1.0, 3.0)
 
 
+def test_metrics_are_means_over_everything_imagined():
+    entropy, reward, returns, value = (torch.arange(n).view(-1, 3) * 1.0 for n in (6, 6, 6, 9))
+    trajectory = hand_made(continuous=False, entropy=entropy, reward=reward + 1)
+    _, found = make_learner().behavior.actor_loss(trajectory, hand_scored(returns + 2, value * 2), BOUNDS)
+    means = {"actor_entropy": 2.5, "imagined_reward": 3.5, "return_mean": 4.5, "value_mean": 8.0}
+    assert {name: found[name].item() for name in means} == means
+    apart = (2 + 1 + 0 + 1 + 2 + 3) / 6  # returns 2, 3, ..., 7 from values 0, 2, ..., 10
+    assert found["advantage_abs"].item() == apart / 4
+
+
 def test_backpropagated_returns_on_literal_numbers():
     """-advantage - 3e-4 * entropy, times weight; return and baseline both take gradients, log p none."""
     behavior = make_learner(continuous=True).behavior
@@ -188,6 +198,7 @@ def test_the_slow_critic_is_copied_and_then_follows():
     behavior = make_learner().behavior
     fast, slow = list(behavior.critic.parameters()), list(behavior.slow_critic.parameters())
     before = [p.clone() for p in slow]
+    assert not any(p.requires_grad for p in slow)
     behavior.update_slow_critic(NO, fast)
     assert all(torch.equal(p, b) for p, b in zip(slow, before, strict=True))
     assert behavior.slow_updates.item() == 0
@@ -344,6 +355,18 @@ def test_the_critic_s_loss_reaches_the_critic_alone():
     assert reached(loss, rollout.behavior.actor) == set()
     assert reached(loss, rollout.behavior.slow_critic) == set()
     assert reached(loss, rollout.model) == set()
+
+
+@pytest.mark.parametrize("continuous", [False, True], ids=["discrete", "continuous"])
+def test_no_gradient_of_the_actor_reaches_the_states_that_it_sees(continuous):
+    learner = make_learner(continuous)
+    actor, deter = learner.behavior.actor, torch.randn(5, 16, requires_grad=True)
+    latent, draw = Latent(deter, torch.zeros(5, 4, dtype=torch.int64)), learner.draws(5).action[0]
+    decision, mode = actor(latent, draw, F32), actor.mode(latent, F32)
+    found = [mode, *decision, *actor.log_prob_and_entropy(latent, decision.action.detach(), draw, F32)]
+    trained = [x for x in found if x is not None and x.requires_grad]
+    assert len(trained) == (5 if continuous else 2)
+    assert all(torch.autograd.grad(x.sum(), deter, allow_unused=True) == (None,) for x in trained)
 
 
 def test_a_continuous_actor_feels_later_rewards_through_the_dynamics():

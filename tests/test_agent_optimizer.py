@@ -83,8 +83,15 @@ def test_it_is_optax_adam(lr, eps, clip, layout):
 def test_the_first_step_on_literal_numbers(layout):
     """A first Adam step is lr * g / (|g| + eps), whatever the size of g."""
     p = nn.Parameter(torch.tensor([1.0, 1.0, 1.0]))
-    Adam([p], lr=0.1, eps=1.0, clip=1000.0).step([torch.tensor([1.0, -3.0, 0.0])], YES)
+    adam = Adam([p], lr=0.1, eps=1.0, clip=1000.0)
+    adam.step([torch.tensor([1.0, -3.0, 0.0])], YES)
     assert p.tolist() == pytest.approx([1 - 0.1 * 0.5, 1 + 0.1 * 0.75, 1.0])
+    state = {name: value.tolist() for name, value in adam.state_dict().items()}
+    assert state == {
+        "steps": 1.0,
+        "mean.0": pytest.approx([0.1, -0.3, 0.0]),
+        "square.0": pytest.approx([0.001, 0.009, 0.0]),
+    }
     p = nn.Parameter(torch.zeros(2))
     Adam([p], lr=0.1, eps=1.0, clip=1.0).step([torch.tensor([3.0, 4.0])], YES)  # clipped to (0.6, 0.8)
     assert p.tolist() == pytest.approx([-0.1 * 0.6 / 1.6, -0.1 * 0.8 / 1.8], rel=1e-5)

@@ -207,6 +207,18 @@ def test_sampled_and_greedy_actions_are_what_the_actor_s_parameters_say(learner)
     assert differ
 
 
+def test_by_default_actions_are_sampled_and_not_for_training(learner, monkeypatch):
+    asked, acting = [], learner.acting
+    monkeypatch.setattr(learner, "acting", lambda training: asked.append(training) or acting(training))
+    choices = ({}, {"greedy": False}, {"greedy": True}, {"training": True})
+    default, sampled, greedy, _ = (
+        act(Policy(learner, 5, seed=0, **chosen), rows(learner)) for chosen in choices
+    )
+    assert np.array_equal(default, sampled)
+    assert not np.array_equal(default, greedy)
+    assert asked == [False] * 18 + [True] * 6
+
+
 def test_a_greedy_policy_samples_the_latents_of_a_sampling_one(learner):
     """In a first row, before actions make a difference; another seed gives other latents."""
     obs, _ = rows(learner)[0]

@@ -166,6 +166,7 @@ def test_unimix_on_literal_numbers():
     logits = torch.tensor([1.0, 3.0]).log()
     assert unimix_log_probs(logits, 0.01).exp().tolist() == pytest.approx([0.2525, 0.7475])
     assert unimix_log_probs(logits, 0.0).exp().tolist() == pytest.approx([0.25, 0.75])
+    assert unimix_log_probs(torch.tensor([0.0, 200.0]), 0.0).tolist() == [-200.0, 0.0]
     assert unimix_log_probs(logits.bfloat16(), 0.01).dtype == torch.float32
 
 

@@ -38,6 +38,8 @@ def test_updates_that_overlap_are_bit_identical_to_one_after_the_other(continuou
             static[key].copy_(value)
         update()
         eager.step(lambda b, t, batch=batch: dict(batch))
+        if count > 1:
+            assert torch.equal(overlapped.last_starts, data[count - 2]["starts"])
         half = differing(snapshot(overlapped), snapshot(eager))
         assert "behavior.actor.mlp.norm.weight" in half, "it still has to learn from the last batch"
         assert not any(name.startswith("model.") for name in half)
@@ -47,6 +49,19 @@ def test_updates_that_overlap_are_bit_identical_to_one_after_the_other(continuou
             assert differing(snapshot(overlapped), snapshot(eager)) == set()
     assert made[0].recording is not None
     assert overlapped.metrics() == eager.metrics()
+
+
+def test_a_state_without_a_half_drops_the_one_under_way(monkeypatch):
+    record_instead_of_capturing(monkeypatch)
+    learner = make_learner()
+    update = captured_updates(learner, lambda b, t: make_batch(learner), [], overlap=True)
+    update()
+    assert update.state_dict()
+    update.load_state_dict({})
+    assert update.state_dict() == {}
+    before = snapshot(learner)
+    update.finish()
+    assert differing(before, snapshot(learner)) == set()
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -227,6 +242,7 @@ def test_a_half_is_kept_in_a_call_for_each_dtype():
         {torch.int64},
         {torch.bool},
     ]
-    for place, given in zip(*(half.state_dict().values() for half in (kept, halves[1])), strict=True):
+    states = (half.state_dict().values() for half in (kept, *halves))
+    for place, first, given in zip(*states, strict=True):
         assert torch.equal(place, given)
-        assert place.data_ptr() != given.data_ptr()
+        assert place.data_ptr() not in (first.data_ptr(), given.data_ptr())

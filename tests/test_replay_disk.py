@@ -181,6 +181,25 @@ def test_directories_that_cannot_be_written(tmp_path, monkeypatch):
     check_content(loaded(tmp_path, replay.state_dict()), 1)
 
 
+def test_rows_that_cannot_be_deleted_are_one_clear_error(tmp_path, monkeypatch):
+    make_blocks_small(monkeypatch.setattr)
+    replay = new_replay(tmp_path)
+    states = [extend(replay, 25).state_dict() for _ in range(4)]
+    oldest = chunks(tmp_path)[0]
+
+    def refuses(path):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), path)
+
+    monkeypatch.setattr(Path, "unlink", refuses)
+    told = "cannot delete the replay: Operation not permitted"
+    with pytest.raises(RunError, match=f"^{oldest}: {told}"):
+        extend(replay, 25).state_dict()
+    replay.close()
+    newest = chunks(tmp_path)[-1]
+    with pytest.raises(RunError, match=f"^{newest}: {told}"):
+        loaded(tmp_path, states[-1])
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_directory_without_permission(tmp_path):
     replay = extend(new_replay(tmp_path), 1)

@@ -3,6 +3,7 @@
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,6 +141,37 @@ def test_a_flipped_bit_is_found_wherever_it_matters(tmp_path, small_blocks):
             else:
                 check_content(loaded(tmp_path, state), 26)
         path.write_bytes(whole)
+
+
+def test_a_record_that_begins_like_none_is_damage_however_long_it_claims_to_be(tmp_path):
+    """Not a torn one, after which the rows would be cut or passed over."""
+    replay = extend(new_replay(tmp_path), 3)
+    replay.flush()
+    state = extend(replay, 3).state_dict()
+    replay.close()
+    (chunk,) = chunks(tmp_path)
+    data = bytearray(chunk.read_bytes())
+    begin = data.rindex(b"HDFR")
+    data[begin : begin + 12] = b"\xff" * 12
+    chunk.write_bytes(data)
+    with pytest.raises(ReplayError, match=f"the replay is damaged at byte {begin}"):
+        loaded(tmp_path, state)
+
+
+def test_a_replay_holds_one_file_until_it_is_closed(tmp_path, small_blocks):
+    def held() -> int:
+        links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        return sum(link.startswith(str(tmp_path)) for link in links)
+
+    replay = extend(new_replay(tmp_path), 50)
+    state = replay.state_dict()
+    assert len(chunks(tmp_path)) > 1
+    replay.load_state_dict(state)
+    assert held() == 0
+    extend(replay, 50)
+    assert held() == 1
+    replay.close()
+    assert held() == 0
 
 
 def test_missing_chunks_and_other_logs_are_refused(tmp_path, small_blocks):

@@ -3,6 +3,8 @@
 Axes: N environments, T rows of an episode.
 """
 
+import errno
+import io
 import json
 import os
 import re
@@ -235,6 +237,32 @@ def test_rows_that_are_dropped_while_they_are_read(run, small_blocks):
     found += reading
     wanted = expected(map(make_row, range(begins[1]))) + expected(map(make_row, range(begins[3], 200)))
     assert [e["reward"].tolist() for e in found] == [e["reward"].tolist() for e in wanted]
+
+
+@pytest.mark.parametrize("reads", [0, 2, 5], ids=["header", "layout", "rows"])
+def test_a_disk_that_fails_while_it_is_read_is_one_clear_error(reads, run, monkeypatch):
+    extend(new_replay(run), 3).close()
+    (path,), left, opened = chunks(run), iter(range(reads)), Path.open
+
+    class Failing(io.FileIO):
+        def read(self, *size):
+            if next(left, None) is None:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().read(*size)
+
+    monkeypatch.setattr(Path, "open", lambda at, *a, **k: Failing(at) if at == path else opened(at, *a, **k))
+    with pytest.raises(RunError, match=f"^{path}: cannot read the replay: Input/output error$"):
+        list(episodes(run))
+
+
+def test_a_file_that_vanishes_between_others_is_an_error_and_no_gap(run, small_blocks):
+    extend(new_replay(run, ring=300), 200).close()
+    reading = episodes(run)
+    next(reading)
+    gone = chunks(run)[4]
+    gone.unlink()
+    with pytest.raises(ReplayError, match=f"^{gone}: the file is gone"):
+        list(reading)
 
 
 def test_a_run_that_is_resumed_from_an_earlier_checkpoint_while_it_is_read(run, small_blocks):

@@ -368,11 +368,12 @@ def test_a_folder_of_another_suite_is_told_and_hides_no_other(tmp_path, monkeypa
 
 
 def test_tasks_that_share_a_folder_have_their_own_runs(tmp_path, capfd):
-    for seed, name in enumerate(("my/Maze-v0", "my-Maze-v0")):
+    for seed, name in enumerate(("my/Maze-v0", "my-Maze-v0", "my/Maze-v0")):
         path = finish(tmp_path, "my-Maze-v0", seed, float(seed), suite="gym")
         about = json.loads((path / "config.json").read_text())
         about["config"]["task"] = name
         (path / "config.json").write_text(json.dumps(about))
     rows = results.collect(tmp_path, suites.get("gym"))
-    assert {row.task.name: row.scores for row in rows} == {"my/Maze-v0": {0: 0.0}, "my-Maze-v0": {1: 1.0}}
+    found = {row.task.name: row.scores for row in rows}
+    assert found == {"my/Maze-v0": {0: 0.0, 2: 2.0}, "my-Maze-v0": {1: 1.0}}
     assert capfd.readouterr().err == ""

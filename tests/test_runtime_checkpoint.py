@@ -1,7 +1,9 @@
 import errno
+import json
 import os
 import pickle
 import resource
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +72,24 @@ def test_tensors_that_share_memory_or_require_grad_are_saved(tmp_path):
     checkpoint.save(tmp_path, {"all": buffer, "half": buffer[:3], "again": buffer}, {}, number=1)
     found = checkpoint.load_latest(tmp_path).tensors
     assert_same(found, {"all": buffer.detach(), "half": buffer[:3].detach(), "again": buffer.detach()})
+
+
+def test_a_checkpoint_under_a_name_of_one_s_own_is_loaded_as_number_0(tmp_path):
+    path = checkpoint.save(tmp_path, state(1), {"m": 1}, number=7).rename(tmp_path / "best.safetensors")
+    found = checkpoint.load(path)
+    assert (found.number, found.meta, found.path) == (0, {"m": 1}, path)
+    assert_same(found.tensors, state(1))
+
+
+def test_every_tensor_lies_where_its_elements_are_aligned(tmp_path):
+    for length in range(8):  # of names, and with them of the header
+        tensors = {"a" * length + "b": torch.ones(3, dtype=torch.uint8)} | state()
+        data = checkpoint.save(tmp_path, tensors, {}, number=1).read_bytes()
+        (header,) = struct.unpack_from("<Q", data)
+        entries = json.loads(data[8 : 8 + header])
+        assert entries.keys() == {"__metadata__", *tensors}
+        for name, tensor in tensors.items():
+            assert (8 + header + entries[name]["data_offsets"][0]) % tensor.element_size() == 0
 
 
 def test_the_newest_two_are_kept(tmp_path):
@@ -187,6 +207,24 @@ def test_only_torch_s_error_about_parameters_is_one_about_the_checkpoint(tmp_pat
     assert str(error.value) == text
     with pytest.raises(CheckpointError, match="the checkpoint does not fit"), checkpoint.fitting(tmp_path):
         torch.nn.Linear(2, 3).load_state_dict({"weight": torch.ones(1)})
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ({}, "is its environment, its config.json or the code of its learner another than in training?"),
+        ({"hint": "use the same sizes"}, "use the same sizes"),
+        ({"differing": ["rssm.deter: 8 -> 16"]}, ""),
+    ],
+    ids=["nothing", "a hint", "a difference"],
+)
+def test_a_checkpoint_that_does_not_fit_is_explained_by_what_is_known(tmp_path, given, hint):
+    with pytest.raises(CheckpointError) as error, checkpoint.fitting(tmp_path, **given):
+        torch.nn.Linear(2, 3).load_state_dict({"weight": torch.ones(1), "bias": torch.ones(3)})
+    assert error.value.hint == hint
+    *differing, shape = error.value.details
+    assert differing == given.get("differing", [])
+    assert shape.startswith("size mismatch for weight")
 
 
 def test_loading_executes_nothing(tmp_path):

@@ -119,6 +119,13 @@ def test_a_task_that_is_named_twice_is_one():
     assert atari.select([]) == list(atari.tasks)
 
 
+def test_a_suite_without_a_list_needs_a_task():
+    gym = suites.get("gym")
+    assert [task.env_id for task in gym.select(["Maze-v0", "Maze-v0"])] == ["Maze-v0"]
+    with pytest.raises(suites.UnknownName, match=r"^suite gym needs a task; a task is what gymnasium\.make"):
+        gym.select([])
+
+
 @pytest.mark.parametrize(
     ("suite", "wrong", "nearest"),
     [

@@ -229,6 +229,12 @@ def test_a_state_is_of_the_same_groups_in_the_same_order():
     assert not same.load_state_dict(state).missing_keys
 
 
+@pytest.mark.parametrize("mode", ["fixed", "off"])
+def test_without_scalars_a_state_fits_other_groups(mode):
+    one, other = (Harmonizer({name: {name: 1.0}}, mode=mode) for name in "ab")
+    other.load_state_dict(one.state_dict())
+
+
 def test_metrics_may_be_changed():
     for mode in MODES:
         harmonizer = Harmonizer({"a": {"x": 1.0}}, mode=mode)

@@ -106,6 +106,11 @@ def test_what_cannot_hold_a_result(backend):
         silu(torch.empty(2, 4, dtype=BF16, device=device))
     with pytest.raises(ValueError, match=r"^layer_norm_silu: out has strides \(1, 2\), expected whole rows"):
         silu(torch.empty(4, 2, device=device).mT)
+    uneven, rows = torch.empty(2, 6, 4, device=device)[:, :3], torch.ones(2, 3, 4, device=device)
+    with pytest.raises(
+        ValueError, match=r"^layer_norm_silu: out has strides \(24, 4, 1\), expected whole rows"
+    ):
+        layer_norm_silu(rows, rows[0, 0], rows[0, 0], out=uneven, backend=backend.name)
     with pytest.raises(ValueError, match=r"^layer_norm_silu: out is on meta, x on"):
         silu(torch.empty(2, 4, device="meta"))
     with pytest.raises(

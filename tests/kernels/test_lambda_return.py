@@ -56,6 +56,14 @@ def test_literal_numbers(backend):
 
 
 @pytest.mark.parametrize("backend", backends("lambda_return"))
+def test_the_defaults_are_dreamerv3_s(backend):
+    given = inputs(4, 3, torch.float32, backend.device)
+    found = lambda_return(**given, backend=backend.name)
+    expected = lambda_return(**given, discount=1 - 1 / 333, lam=0.95, backend=backend.name)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", backends("lambda_return"))
 def test_limits_of_lambda(backend):
     given = {name: value.detach() for name, value in inputs(5, 4, torch.float32, backend.device).items()}
     reward, value, decay = given["reward"], given["value"], 0.9 * given["cont"]

@@ -38,7 +38,8 @@ def test_is_first_of_another_dtype():
     ("op", "arguments", "message"),
     [
         ("kl_balance", {"free": math.nan}, "free is NaN, expected a number of nats"),
-        ("lambda_return", {"lam": 7.0}, r"lam is 7.0, expected a number in \[0, 1\]"),
+        ("lambda_return", {"lam": 1.5}, r"lam is 1.5, expected a number in \[0, 1\]"),
+        ("lambda_return", {"discount": 1.5}, r"discount is 1.5, expected a number in \(0, 1\]"),
         ("lambda_return", {"discount": math.nan}, r"discount is nan, expected a number in \(0, 1\]"),
         ("layer_norm_gru", {"eps": 0.0}, "eps is 0.0, expected a positive number"),
         ("layer_norm_silu", {"eps": math.nan}, "eps is nan, expected a positive number"),

@@ -160,6 +160,24 @@ def test_the_largest_logit_is_found_wherever_it_is(dtype, backend):
     assert losses[0].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", backends("two_hot_mean"))
+def test_bfloat16_logits_are_computed_with_in_float32(backend):
+    given, target = logits((4, 63), torch.bfloat16, backend.device), targets((4,), backend.device)
+    for op in (
+        partial(two_hot_mean, backend=backend.name),
+        partial(two_hot_loss, target=target, backend=backend.name),
+    ):
+        assert torch.allclose(op(given), op(given.float()), rtol=1e-5, atol=1e-6)
+
+
+def test_called_under_inference_mode_first_it_still_trains():
+    given = logits((3, 21), torch.float32, "cpu")
+    with torch.inference_mode():
+        two_hot_mean(given, -3.25, 4.0, backend="reference")
+    two_hot_mean(given, -3.25, 4.0, backend="reference").sum().backward()
+    assert given.grad.abs().max() > 0
+
+
 def test_symlog_and_symexp_invert_each_other():
     x = torch.tensor([-1e6, -1.0, -1e-6, 0.0, 1e-6, 1.0, 1e6], dtype=torch.float64)
     assert torch.allclose(symexp(symlog(x)), x, rtol=1e-12, atol=0)
