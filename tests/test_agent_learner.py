@@ -310,6 +310,36 @@ def test_a_behavior_that_is_not_finite_stays_as_it_is(part, continuous):
     assert torch.equal(learner.bad_starts, batch["starts"])
 
 
+@pytest.mark.parametrize("part", ["model", "actor", "critic"])
+def test_a_gradient_that_is_not_finite_stops_its_own_step_and_those_after_it(part, continuous, monkeypatch):
+    """Though the loss is finite."""
+    learner = make_learner(continuous)
+    learn(learner, make_batch(learner))
+    weight = learner.optimizers[part].parameters[0]
+    owner = learner.model if part == "model" else learner.behavior
+    name = "loss" if part == "model" else f"{part}_loss"
+    loss_of = getattr(owner, name)
+
+    def spoilt(*args):
+        nothing = 0 * (0 * weight.sum()).sqrt()  # its gradient is 0 times infinity
+        if part == "model":
+            output = loss_of(*args)
+            return output._replace(loss=output.loss + nothing)
+        if part == "actor":
+            loss, metrics = loss_of(*args)
+            return loss + nothing, metrics
+        return loss_of(*args) + nothing
+
+    monkeypatch.setattr(owner, name, spoilt)
+    before, batch = snapshot(learner), make_batch(learner, 1)
+    changed = differing(before, snapshot(learn(learner, batch)))
+    steps = [f"optimizer.{name}.steps" for name in ("model", "actor", "critic")]
+    assert [name for name in steps if name in changed] == steps[: steps.index(f"optimizer.{part}.steps")]
+    assert "behavior.slow_updates" not in changed
+    assert learner.skipped.item() == 1
+    assert torch.equal(learner.bad_starts, batch["starts"])
+
+
 # Metrics, types.
 
 

@@ -279,7 +279,7 @@ class Learner:
         alone = {part for part in parts - given if part.partition(".")[0] not in expected}
         shared = {key: value for key, value in state.items() if _part(key) in parts}
         self.load_parameters(shared | {key: value for key, value in own.items() if _part(key) in alone})
-        return sorted(alone - {"model.harmonizer"})
+        return sorted(alone)
 
     def modules(self) -> list[tuple[str, nn.Module]]:
         """The world model, the behavior and what a subclass has beside and outside them, by the attributes' names."""
