@@ -120,12 +120,15 @@ def test_what_a_device_is_prepared_by(monkeypatch, kind, little, asked, threads)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     products = SimpleNamespace(allow_bf16_reduced_precision_reduction=True)  # torch for CPUs lacks it
     monkeypatch.setattr(torch.backends.cuda, "matmul", products)
+    precision: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", precision.append)
     device.prepare_device(torch.device(kind), little)
     assert now[-1] == threads
     assert kept == (["cpu"] if kind == "cpu" and dispatch.native_built() else [])
     assert current == ([torch.device("cuda:1")] if kind == "cuda:1" else [])
     assert torch.backends.cudnn.allow_tf32 is (kind == "cpu")
     assert products.allow_bf16_reduced_precision_reduction is (kind == "cpu")
+    assert precision == ([] if kind == "cpu" else ["highest"])
 
 
 @pytest.mark.parametrize("before", [1, 2])

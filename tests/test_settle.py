@@ -136,6 +136,26 @@ def test_a_search_that_could_time_nothing_is_not_remembered(monkeypatch):
     assert remembered(a_key(config=SIZES)) is None
 
 
+def test_every_run_is_told_what_failed_in_the_search(monkeypatch, capsys):
+    """Once something is remembered nobody sees the search again, and a compiler that was missing may be there."""
+    report = {
+        "kl_balance": {"right": True, "why": ""},
+        "linear": {"right": False, "why": "RuntimeError: no C compiler"},
+        TIMES: {"right": True, "ms": {"plain PyTorch": 2.0, "fused": 1.0}},
+        FINE: {"right": False, "why": "the time for all trials was over"},
+        OVERLAPPING: {"right": False, "why": "stale"},
+    }
+    found = Choice({"kl_balance": "native"}, False, report)
+    monkeypatch.setattr(settling, "AUTOMATIC", ("cpu",))
+    monkeypatch.setattr(settling, "search", lambda job, **options: found)
+    for _ in range(2):
+        assert settled([]) == found
+        assert capsys.readouterr().err == (
+            "warning: left out, because they failed when they were tried: linear (RuntimeError: no C compiler); "
+            f"{OVERLAPPING} (stale). `python -m hdfast.tune --again` with the flags of this run tries them again\n"
+        )
+
+
 @pytest.mark.parametrize("error", [TuningError, OSError])
 def test_a_run_goes_on_where_the_search_fails(error, monkeypatch, capsys):
     def search(job, **options):

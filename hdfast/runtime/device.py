@@ -65,8 +65,9 @@ def has_bfloat16(device: torch.device) -> bool:
 def prepare_device(device: torch.device, little_work: bool) -> None:
     """Makes a CUDA device the current one, on which Triton launches; on the CPU, keeps memory and limits the threads.
 
-    On CUDA, convolutions in float32 then compute in float32, where cuDNN would use TF32 with its 10 bits of mantissa,
-    and sums of bfloat16 products stay in float32, where cuBLAS would round partial sums of long ones.
+    On CUDA, convolutions and products in float32 then compute in float32: cuDNN would use TF32 with its 10 bits of
+    mantissa, and so would cuBLAS where the environment or the calling script allows it. Sums of bfloat16 products stay
+    in float32, where cuBLAS would round partial sums of long ones.
 
     On the CPU the process keeps freed memory for later tensors: new pages would be a third of the time of an update in
     float32. If an update is little work (`Config.little_work`), PyTorch gets one thread, unless OMP_NUM_THREADS is
@@ -82,6 +83,7 @@ def prepare_device(device: torch.device, little_work: bool) -> None:
         if device.index is not None:  # otherwise it is the current one
             torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         return
     if dispatch.native_built():

@@ -151,7 +151,9 @@ def work(job: Job, known: Known, write: Report) -> None:
         return
     best = found
     if others := {op: backend for op, backend in trials.others().items() if op in found["ops"]}:
-        instead = tried.trial(INSTEAD, replace, trials, found, others, partial(tried.begin, INSTEAD))
+        instead = tried.trial(
+            INSTEAD, replace, trials, found, others, partial(tried.begin, INSTEAD), survive=not graph
+        )
         best = instead if instead["right"] else found
     if best["graph"]:
         line = tried.trial(OVERLAPPING, beside, trials, best["ops"], survive=False)

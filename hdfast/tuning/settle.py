@@ -7,7 +7,18 @@ from collections.abc import Callable
 from hdfast.runtime.device import describe_device
 from hdfast.runtime.errors import warn
 from hdfast.tuning.choice import Choice, Job, alone, path_of, remember, remembered
-from hdfast.tuning.search import BUDGET, DEFINITION, LIMIT, Report, TuningError, milliseconds, search
+from hdfast.tuning.search import (
+    BUDGET,
+    DEFINITION,
+    EAGER_TIMES,
+    FINE,
+    INSTEAD,
+    LIMIT,
+    Report,
+    TuningError,
+    milliseconds,
+    search,
+)
 
 AUTOMATIC = ("cuda",)  # types of devices on which a run searches by itself; the CPU's defaults are measured
 
@@ -16,17 +27,31 @@ def settle(job: Job, *, check: Callable[[], None], say: Callable[[str], None]) -
     """How a run is to compute: what is remembered for this machine and model, on CUDA else what a search finds.
 
     check: called while waiting; what it raises ends the search. say: gets a line before and after a search.
-    If the search fails, the run goes on with the defaults.
+    If the search fails, the run goes on with the defaults. What failed in it is told at every run.
     """
     if not job.config.train.tune or job.device.type not in AUTOMATIC:
         return recalled(job)
     try:
-        return find(job, check=check, say=say)
+        choice = find(job, check=check, say=say)
     except BrokenPipeError:  # nobody reads what `say` says
         raise
     except (TuningError, OSError) as error:
         warn(f"nothing could be tried, so the run computes as by default: {error}")
         return Choice()
+    if left_out := failed(choice):
+        warn(
+            "left out, because they failed when they were tried: "
+            + "; ".join(f"{name} ({why})" for name, why in left_out.items())
+            + ". `python -m hdfast.tune --again` with the flags of this run tries them again"
+        )
+    return choice
+
+
+def failed(choice: Choice) -> dict[str, str]:
+    """What a search found not to be right, or could not try, and why: ops, and steps such as CUDA graphs."""
+    only_timed = (EAGER_TIMES, FINE, INSTEAD)
+    lines = {name: line for name, line in choice.report.items() if name not in only_timed}
+    return {name: str(line.get("why")) for name, line in lines.items() if not line.get("right", True)}
 
 
 def recalled(job: Job) -> Choice:

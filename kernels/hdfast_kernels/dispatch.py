@@ -258,9 +258,13 @@ def recorded(name: str, implementation: Callable[..., Any]) -> Callable[..., Any
     return call
 
 
+def launching_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """In the block Triton launches on this CUDA device: it takes the current one. For gradients autograd sees to it."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def _on(device: torch.device, implementation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls it on the device where Triton launches kernels, the current one; autograd does so for gradients."""
-    with torch.cuda.device(device):
+    with launching_on(device):
         return implementation(*args, **kwargs)
 
 

@@ -28,9 +28,10 @@ FORWARD_COLUMNS, FORWARD_TILE, FORWARD_THREAD, FORWARD_UNROLL = 512, 1024, 8, 8
 EXPAND_BLOCK = 2048  # numbers of a one-hot matrix that a program writes, 16 a thread
 # Backward is a product of matrices, the one-hot one made in registers. No two programs share an output: no atomics, and
 # the rows are added up in one order. In bfloat16 a program has 4 groups, whose 128 classes fill the tensor cores and
-# read the gradient once; float32 has no more registers than for one group. Where rows are many, so are the programs:
-# each has a part of the rows, at least BACKWARD_PART tiles of them, and the parts are added up after.
-BACKWARD_COLUMNS, BACKWARD_PART, BACKWARD_PARTS = 128, 32, 8
+# read the gradient once; float32 has no more registers than for one group. More classes than 128, as of an
+# environment's actions, are split among programs. Where rows are many, so are the programs: each has a part of the
+# rows, at least BACKWARD_PART tiles of them, and the parts are added up after.
+BACKWARD_CLASSES, BACKWARD_COLUMNS, BACKWARD_PART, BACKWARD_PARTS = 128, 128, 32, 8
 # Numbers that PyTorch's backward pass of a bag of embeddings counts in 32 bits on CUDA; it keeps one for each of them.
 _EMBEDDING_LIMIT = 2**29
 
@@ -127,13 +128,15 @@ def onehot_linear_backward(
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     CLASSES: tl.constexpr,
+    SHARES: tl.constexpr,  # programs among which the classes of a group are split, CLASSES for each
     BLOCK: tl.constexpr,
 ):
     """A part's sum of some groups' rows of the weight gradient: one_hot.T @ dy, with the one-hot made in registers."""
-    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)  # (GROUPS,)
+    group = tl.program_id(0) // SHARES * GROUPS + tl.arange(0, GROUPS)  # (GROUPS,)
+    first = tl.program_id(0) % SHARES * CLASSES
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     part = tl.program_id(2).to(tl.int64)
-    class_ = tl.arange(0, CLASSES)[None, :, None]
+    class_ = first + tl.arange(0, CLASSES)[None, :, None]
     dweight = tl.zeros((GROUPS * CLASSES, BLOCK), tl.float32)
     for iteration in range(ITERATIONS):
         row = (part * ITERATIONS + iteration) * ROWS + tl.arange(0, ROWS)
@@ -145,8 +148,8 @@ def onehot_linear_backward(
         one_hot = tl.reshape(one_hot, (GROUPS * CLASSES, ROWS))
         dweight = tl.dot(one_hot, dy, dweight, input_precision="ieee")  # tf32 would round a float32 dy
     line = tl.arange(0, GROUPS * CLASSES)[:, None]
-    group = tl.program_id(0) * GROUPS + line // CLASSES
-    class_ = line % CLASSES
+    group = tl.program_id(0) // SHARES * GROUPS + line // CLASSES
+    class_ = first + line % CLASSES
     at = (part * S * K + group * K + class_) * U + column
     tl.store(
         dweight_ptr + at,
@@ -223,15 +226,17 @@ class _DenseLinear(torch.autograd.Function):
 def _weight_gradient(index: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     """index (rows, S), dy (rows, U) -> the gradient of weight (S*K, U), in its dtype."""
     (rows, S), (SK, U), half = index.shape, weight.shape, weight.dtype == torch.bfloat16
-    classes = max(16, triton.next_power_of_2(SK // S))  # a tensor core's product has at least 16 rows
-    groups = max(1, min(triton.next_power_of_2(S), 128 // classes)) if half else 1
+    # a tensor core's product has at least 16 rows
+    classes = min(BACKWARD_CLASSES, max(16, triton.next_power_of_2(SK // S)))
+    shares = triton.cdiv(SK // S, classes)
+    groups = max(1, min(triton.next_power_of_2(S), BACKWARD_CLASSES // classes)) if half else 1
     tile = 64 if half else 32
     tiles = triton.cdiv(rows, tile)
     parts = max(1, min(tiles // BACKWARD_PART, BACKWARD_PARTS))
     out = weight.new_empty((parts, SK, U), dtype=weight.dtype if parts == 1 else torch.float32)
-    onehot_linear_backward[(triton.cdiv(S, groups), triton.cdiv(U, BACKWARD_COLUMNS), parts)](
-        index, dy, out, rows, triton.cdiv(tiles, parts), S, SK // S, U, tile, groups, classes, BACKWARD_COLUMNS,
-        num_warps=8, num_stages=3 if half else 2,
+    onehot_linear_backward[(triton.cdiv(S, groups) * shares, triton.cdiv(U, BACKWARD_COLUMNS), parts)](
+        index, dy, out, rows, triton.cdiv(tiles, parts), S, SK // S, U, tile, groups, classes, shares,
+        BACKWARD_COLUMNS, num_warps=8, num_stages=3 if half else 2,
     )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0).to(weight.dtype)
 
@@ -313,7 +318,10 @@ def onehot_matrix(index: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     """`expand_onehot` in Triton."""
     dense = torch.empty((*index.shape[:-1], index.shape[-1] * classes), dtype=dtype, device=index.device)
     programs = max(1, triton.cdiv(dense.numel(), EXPAND_BLOCK))
-    onehot_linear_expand_forward[(programs,)](index, dense, dense.numel(), classes, EXPAND_BLOCK, num_warps=4)
+    with dispatch.launching_on(index.device):
+        onehot_linear_expand_forward[(programs,)](
+            index, dense, dense.numel(), classes, EXPAND_BLOCK, num_warps=4
+        )
     return dense
 
 

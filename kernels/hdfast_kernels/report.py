@@ -147,7 +147,7 @@ def inspect(cubin: bytes) -> tuple[int, int, dict[str, int]]:
 def compile_case(case: Case, sm: int) -> list[Kernel]:
     """The kernels that one case launches, each once, compiled for sm_<sm>."""
     with compiling(sm) as compiled:
-        case.call(with_kernels(case.op))
+        case.call(with_kernels(case.op, case.backend))
     kernels = []
     for kernel in {id(kernel): kernel for kernel in compiled}.values():
         registers, stack, instructions = inspect(kernel.asm["cubin"])

@@ -21,11 +21,12 @@ class Case:
         [Callable[..., Any]], Any
     ]  # takes the op's implementation with Triton kernels, calls it and its backward
     quick: bool = False  # among the few that the test suite compiles every time
+    backend: str = "triton"
 
 
-def with_kernels(op: str) -> Callable[..., Any]:
+def with_kernels(op: str, backend: str = "triton") -> Callable[..., Any]:
     """The implementation of an op that launches Triton kernels."""
-    return dispatch.implementation(op, "triton")
+    return dispatch.implementation(op, backend)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
@@ -77,16 +78,15 @@ def cases() -> list[Case]:
 
         return call
 
-    def onehot_linear(rows: int, units: int, dtype: torch.dtype):
+    def onehot_linear(rows: int, units: int, dtype: torch.dtype, groups: int = 32, classes: int = 32):
         def call(op):
-            index, weight = meta(rows, 32, dtype=torch.int64), meta(1024, units, dtype=dtype, grad=True)
-            latent, onto = (
-                meta(rows, 32, 32, dtype=dtype, grad=True),
-                meta(rows, units, dtype=dtype, grad=True),
-            )
+            index = meta(rows, groups, dtype=torch.int64)
+            weight = meta(groups * classes, units, dtype=dtype, grad=True)
+            latent = meta(rows, groups, classes, dtype=dtype, grad=True)
+            onto = meta(rows, units, dtype=dtype, grad=True)
             backward(op(index, weight, latent, onto))
             if op is with_kernels("onehot_linear"):
-                onehot_matrix(index, 32, dtype)
+                onehot_matrix(index, classes, dtype)
 
         return call
 
@@ -166,7 +166,7 @@ def cases() -> list[Case]:
     def gather_windows(row: tuple[int, ...], dtype: torch.dtype):
         return lambda op: op(meta(100_000, *row, dtype=dtype), meta(16, dtype=torch.int64), 64, 100_000)
 
-    def rssm_observe(T: int, B: int, D: int, U: int, dtype: torch.dtype):
+    def rssm_observe(T: int, B: int, D: int, U: int, dtype: torch.dtype, S: int = 32, K: int = 32):
         def call(op):
             def full(*shape: int) -> Tensor:
                 return meta(*shape, grad=True)
@@ -175,14 +175,17 @@ def cases() -> list[Case]:
                 return meta(*shape, dtype=dtype, grad=True)
 
             deter, stoch, _, logp = op(
-                *(low(T, B, U), low(T, B, U), meta(T, B, dtype=torch.bool), meta(T, B, 32)),
-                *(full(D), meta(32, dtype=torch.int64), low(1024, U), full(U), full(U)),
+                *(low(T, B, U), low(T, B, U), meta(T, B, dtype=torch.bool), meta(T, B, S)),
+                *(full(D), meta(S, dtype=torch.int64), low(S * K, U), full(U), full(U)),
                 *(low(3 * D, D + U), full(3 * D), full(3 * D), low(U, D), full(U), full(U)),
-                *(low(1024, U), full(1024), 0.01, 1e-3),
+                *(low(S * K, U), full(S * K), 0.01, 1e-3),
             )
             backward(deter, stoch, logp)
 
         return call
+
+    def one_launch(role: str, call, quick: bool = False) -> Case:
+        return Case("rssm_observe", f"one launch, {role}", call, quick, "persistent")
 
     return [
         Case("adam_step", "small 17.9M fp32", adam_step(17_900_032), quick=True),
@@ -215,6 +218,8 @@ def cases() -> list[Case]:
         Case("onehot_linear", "actor-critic 16384x32 to 512 fp32", onehot_linear(16384, 512, full)),
         Case("onehot_linear", "medium 1024x32 to 640 bf16", onehot_linear(1024, 640, low)),
         Case("onehot_linear", "xlarge 1024x32 to 4096 bf16", onehot_linear(1024, 4096, low)),
+        Case("onehot_linear", "1024 actions, 1024 to 512 bf16", onehot_linear(1024, 512, low, 1, 1024)),
+        Case("onehot_linear", "1024 actions, 1024 to 512 fp32", onehot_linear(1024, 512, full, 1, 1024)),
         Case("sample_onehot", "imagine 1024x32x32 bf16", sample_onehot(1024, low), quick=True),
         Case("sample_onehot", "imagine 1024x32x32 fp32", sample_onehot(1024, full)),
         Case("sample_index", "imagine 1024x32x32 bf16", sample_index(1024, 32, 32, low), quick=True),
@@ -241,4 +246,10 @@ def cases() -> list[Case]:
         Case("rssm_observe", "observe 64x16x512 fp32", rssm_observe(64, 16, 512, 512, full)),
         Case("rssm_observe", "medium 64x16x1024 bf16", rssm_observe(64, 16, 1024, 640, low)),
         Case("rssm_observe", "medium 50x50x1024 bf16", rssm_observe(50, 50, 1024, 640, low)),
+        Case("rssm_observe", "64x16x512, 128 classes bf16", rssm_observe(64, 16, 512, 512, low, 16, 128)),
+        Case("rssm_observe", "64x16x512, 128 classes fp32", rssm_observe(64, 16, 512, 512, full, 16, 128)),
+        one_launch("small 64x16x512 bf16", rssm_observe(64, 16, 512, 512, low), quick=True),
+        one_launch("small 64x16x512 fp32", rssm_observe(64, 16, 512, 512, full)),
+        one_launch("medium 64x16x1024 bf16", rssm_observe(64, 16, 1024, 640, low)),
+        one_launch("medium 64x16x1024 fp32", rssm_observe(64, 16, 1024, 640, full)),
     ]

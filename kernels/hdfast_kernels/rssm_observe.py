@@ -35,7 +35,7 @@ from hdfast_kernels.numerics import (
     compute_dtype,
 )
 from hdfast_kernels.rssm_observe_native import rssm_observe_native
-from hdfast_kernels.rssm_observe_triton import fits_one_launch, rssm_observe_triton
+from hdfast_kernels.rssm_observe_triton import MOST_CLASSES, fits_one_launch, rssm_observe_triton
 from hdfast_kernels.sample_onehot import sample_onehot_reference
 
 
@@ -137,7 +137,8 @@ def rssm_observe(
         eps: of the LayerNorms.
         backend: "reference", "triton", "persistent" (Triton in one launch a direction, for which all programs must
             run at the same time; ValueError if they cannot) or "native"; None takes the fastest that is proven on
-            the device, and "triton" for "persistent" where not all programs can run at the same time.
+            the device, "triton" for "persistent" where not all programs can run at the same time, and "reference"
+            for both where a group has more than 128 classes, for which they raise ValueError.
 
     The matrices (in_stoch, gru, post_deter, logit_weight) share a dtype, which is that of the GEMMs; all else is
     computed in float32 (float64 if they are).
@@ -197,9 +198,11 @@ def rssm_observe(
     tensors = {name: value for name, value, _ in given}
     check_device("rssm_observe", uniform=uniform, post_deter=post_deter, **tensors)
     name = dispatch.resolve_name("rssm_observe", backend, gru)
-    asked_for = "persistent" in (backend, os.environ.get("HDFAST_BACKEND"))
+    asked_for = name in (backend, os.environ.get("HDFAST_BACKEND"))
     if name == "persistent" and not asked_for and not fits_one_launch(B, D, U, gru):
         backend = "triton"
+    if name in dispatch.IN_TRITON and not asked_for and classes // S > MOST_CLASSES:
+        backend = "reference"
     return dispatch.resolve("rssm_observe", backend, gru)(
         embed,
         action,

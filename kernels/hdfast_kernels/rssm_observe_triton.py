@@ -39,6 +39,9 @@ class Layout:
 ROWS, MULTIPROCESSORS = 16, 108
 WARPS = {torch.bfloat16: 4, torch.float32: 8}
 UNROLL = 32  # rows of the latent's matrix that are read at once
+# A program takes all classes of a group, as columns of a product: with more of them it is less deep, so that an operand
+# needs at most so many bytes of shared memory, and with more than MOST_CLASSES it would spill.
+MOST_CLASSES, OPERAND = 128, 64 * 1024
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -89,6 +92,11 @@ def backward_layout(grid: Layout, columns: int, low: torch.dtype) -> Layout:
     return replace(grid, DEPTH=_depth(part, columns, grid.SPLIT))
 
 
+def for_classes(grid: Layout, classes: int, low: torch.dtype) -> Layout:
+    """The same split, no deeper than a product of all classes of a group, a power of two, has room for."""
+    return replace(grid, DEPTH=min(grid.DEPTH, OPERAND // (grid.SPLIT * classes * low.itemsize)))
+
+
 def _launch(
     kernel, tensors, numbers, grid: Layout, constants: dict, stages: int, starts: range, persistent: bool
 ) -> None:
@@ -124,6 +132,8 @@ class _Observe(torch.autograd.Function):
         T, B, S = uniform.shape
         D, U, K, low = len(initial_deter), embed.shape[-1], len(in_stoch) // S, in_stoch.dtype
         is_first = is_first.view(torch.uint8)
+        if K > MOST_CLASSES:
+            raise ValueError(f"rssm_observe: {K} classes a group, its kernels take up to {MOST_CLASSES}")
         grid = layout(B, D, U, low, persistent, multiprocessors(embed.device))
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -137,6 +147,7 @@ class _Observe(torch.autograd.Function):
         moments = empty(2, T, B, 2)
         constants = {"T": T, "D": D, "U": U, "S": S, "K": K, "unimix": unimix, **_widths(D=D, U=U)}
         constants["CLASSES"] = max(8, triton.next_power_of_2(K))
+        grid = for_classes(grid, constants["CLASSES"], low)
         constants_forward = constants | {"UNROLL": min(S, UNROLL)} | _chunks(grid, D=D, U=U)
         inputs = (embed, action, is_first, uniform, initial_deter, initial_index, in_stoch, *weights)
         outputs = (deter, stoch, index, logp, in_sum, gates_sum, post_sum, x, low_deter, y, moments)
@@ -175,7 +186,7 @@ class _Observe(torch.autograd.Function):
             *(grad_deter.contiguous(), grad_stoch.contiguous(), grad_logp.contiguous()),
         )
         outputs = (of_logits, of_y, of_post, of_total, of_gates, of_kept, of_before, of_x, of_in)
-        grid = backward_layout(grid, max(D, U), low)
+        grid = for_classes(backward_layout(grid, max(D, U), low), constants["CLASSES"], low)
         constants = constants | _chunks(grid, U=U, GATE=3 * D, LATENT=S * K)
         steps = range(T - 1, -1, -1)
         _launch(observe_backward, inputs + outputs, (B, eps), grid, constants, 7, steps, persistent)

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from hdfast_kernels import expand_onehot, onehot_linear
 
 # leading axes, S, K, U: one row; odd; the agent's 32 x 32; no rows; one group; more rows than a block; whole tiles;
-# rows that are added up in parts
+# rows that are added up in parts; more classes than one program of a backward pass takes, in one group, too
 CASES = [
     ((1,), 3, 5, 7),
     ((3, 3), 5, 7, 33),
@@ -22,6 +22,7 @@ CASES = [
     ((4200,), 3, 5, 24),
     ((130,), 32, 32, 70),
     ((70,), 2, 130, 16),
+    ((40,), 1, 300, 24),
 ]
 
 

@@ -222,3 +222,21 @@ def test_too_many_sequences_for_one_launch_take_several_unless_one_is_asked_for(
         for name in ("triton", "persistent"):
             stack.enter_context(dispatch.replaced("rssm_observe", name, lambda *_, name=name: name))
         assert rssm_observe(**case) == chosen
+
+
+@pytest.mark.parametrize("asked", [None, "triton", "persistent"])
+def test_more_classes_than_a_program_takes_run_in_plain_pytorch_unless_asked_for(monkeypatch, asked):
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
+    monkeypatch.setattr(dispatch, "triton_interpreted", lambda: True)
+    monkeypatch.delenv("HDFAST_BACKEND", raising=False)
+    case = cast(make_case(Sizes(T=1, B=2, D=8, U=8, S=1, K=129)), torch.float32)
+    before = dispatch.use("cpu", {"rssm_observe": "persistent"})
+    try:
+        if asked is None:
+            expected = rssm_observe(**case, backend="reference")
+            assert all(map(torch.equal, rssm_observe(**case), expected))
+        else:
+            with pytest.raises(ValueError, match="129 classes a group, its kernels take up to 128"):
+                rssm_observe(**case, backend=asked)
+    finally:
+        dispatch.use("cpu", before)

@@ -132,28 +132,6 @@ def arguments(dtype: torch.dtype, T: int, B: int, D: int, U: int, S: int, K: int
 
 @needs_triton
 @compiled
-@pytest.mark.parametrize(
-    ("sm", "dtype"),
-    [(90, torch.bfloat16)]
-    + [pytest.param(sm, dtype, marks=pytest.mark.slow) for sm in (80, 90, 100)
-       for dtype in (torch.bfloat16, torch.float32) if (sm, dtype) != (90, torch.bfloat16)],
-)  # fmt: skip
-def test_one_launch_compiles_for_training_shapes(sm, dtype):
-    def call(function):
-        outputs = function(*arguments(dtype, 64, 16, 512, 512, 32, 32), 0.01, 1e-3, persistent=True)
-        report_cases.backward(outputs[0], outputs[1], outputs[3])
-
-    kernels = report.compile_case(report_cases.Case("rssm_observe", "persistent", call), sm)
-    scans = [kernel for kernel in kernels if kernel.name.startswith("observe")]
-    assert [kernel.name for kernel in scans] == ["observe_forward", "observe_backward"]
-    for kernel in scans:
-        assert not kernel.faults(), kernel
-        assert kernel.programs_per_multiprocessor >= 1
-        assert kernel.instructions["atom"] > 0  # the barriers
-
-
-@needs_triton
-@compiled
 def test_a_barrier_releases_and_asks_until_all_are_there():
     """In machine code: the compiler may drop what Triton asked for if it seems useless."""
     from hdfast_kernels.rssm_observe_triton import rssm_observe_triton
