@@ -39,8 +39,8 @@ class Layout:
 ROWS, MULTIPROCESSORS = 16, 108
 WARPS = {torch.bfloat16: 4, torch.float32: 8}
 UNROLL = 32  # rows of the latent's matrix that are read at once
-# A program takes all classes of a group, as columns of a product: with more of them it is less deep, so that an operand
-# needs at most so many bytes of shared memory, and with more than MOST_CLASSES it would spill.
+# A program takes all classes of a group, as columns of a product: with more than 64 it is less deep, so that an operand
+# needs at most so many bytes of shared memory, and it spills, with 128 up to 3 KB a thread.
 MOST_CLASSES, OPERAND = 128, 64 * 1024
 
 
