@@ -164,7 +164,7 @@ def main() -> None:
         "--env.kwargs",
         dest="env_kwargs",
         metavar="JSON",
-        help="with gym: keyword arguments of gymnasium.make, in place of those of the run",
+        help="with gym: keyword arguments of gymnasium.make that replace the run's of these names; its others stay",
     )
     flags = parser.parse_args()
     with _telling(flags.episodes) as tell:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -93,7 +94,8 @@ def load(
         seed: of the environments and of the sampled latents and actions, which differ from those of training.
         greedy: act with the actor's likeliest action instead of a sample; latents are sampled all the same.
         drawn: if the run sees vectors alone, its environments also give images, which the policy ignores.
-        env_kwargs: keyword arguments of `gymnasium.make`, a JSON object, in place of those of the run.
+        env_kwargs: keyword arguments of `gymnasium.make`, a JSON object. They replace the run's of the same names; its
+            others stay.
 
     Raises:
         RunError: there is no run. CheckpointError: it has no checkpoint yet, all are damaged, or they do not fit its
@@ -107,7 +109,7 @@ def load(
     saved = record.chosen(run)
     config = dataclasses.replace(config_of(saved.run), seed=seed)
     if env_kwargs is not None:
-        config = validate(dataclasses.replace(config, env=dataclasses.replace(config.env, kwargs=env_kwargs)))
+        config = _with_kwargs(config, env_kwargs)
     assert config.task is not None
     task = suites.get(config.suite).task(config.task)
     where = resolve_device(device)
@@ -136,6 +138,15 @@ def load(
             learner.load_parameters(saved.part("learner."))
         policy = Policy(learner, num_envs, stream_seed(seed, "evaluate"), greedy=greedy)
         return Trained(config, env, policy, saved, opened.pop_all())
+
+
+def _with_kwargs(config: Config, given: str) -> Config:
+    """`config` with arguments of its environment changed. Raises: ConfigError: no JSON object, or no suite for it."""
+    asked = validate(dataclasses.replace(config, env=dataclasses.replace(config.env, kwargs=given)))
+    merged = json.loads(config.env.kwargs) | json.loads(asked.env.kwargs)
+    return validate(
+        dataclasses.replace(config, env=dataclasses.replace(config.env, kwargs=json.dumps(merged)))
+    )
 
 
 def config_of(run: Path) -> Config:

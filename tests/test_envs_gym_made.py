@@ -84,6 +84,8 @@ def test_a_run_with_other_arguments_is_another_run(tmp_path):
     other = evaluate(path_of(config), episodes=2, device="cpu", env_kwargs='{"length": 5}')
     assert other["length"] == 5
     assert other["env_kwargs"] == {"length": 5}
+    rest = evaluate(path_of(config), episodes=2, device="cpu", env_kwargs='{"observation": null}')
+    assert rest["length"] == 3  # the run's stays
     with pytest.raises(ConfigError, match=r"^--env\.kwargs 5 is no JSON object"):
         evaluate(path_of(config), episodes=2, device="cpu", env_kwargs="5")
     for changed, line in (
