@@ -39,6 +39,8 @@ def describe(config: Config) -> str:
             init_from.load_parameters(learner, start, config)
         specs = replay_specs(env.obs_specs, env.actions)
         replay = Replay(specs, num_envs=env.num_envs, capacity=config.replay_rows, device=device)
+        held = _memory(learner, replay, env)
+        _warn_of_memory(held["total"], device)
         about = {
             "version": hdfast.__version__,
             "tasks": [task.name for task in config.tasks],
@@ -46,10 +48,17 @@ def describe(config: Config) -> str:
             "device": {**describe_device(device), "precision": str(dtype).removeprefix("torch.")},
             "environment": _environment(env),
             "parameters": {**learner.parameter_counts(), "modules": _modules(learner)},
-            "memory_bytes": _memory(learner, replay, env),
+            "memory_bytes": held,
             "config": learner.config.to_dict(),
         }
     return json.dumps(about, indent=2)
+
+
+def _warn_of_memory(total: int, device: torch.device) -> None:
+    """Warns of a run that its device has no room for."""
+    if total > (room := describe_device(device)["memory_bytes"]):
+        hint = "lower --replay.capacity, --replay.batch or --size"
+        warn(f"the run takes {total / 1e9:.1f} GB of memory and {device} has {room / 1e9:.1f} GB; {hint}")
 
 
 def _environment(env: BatchEnv) -> dict[str, Any]:

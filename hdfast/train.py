@@ -13,15 +13,15 @@ from hdfast.runtime import entry, errors
 def main() -> None:
     config = parse()
     suite, tasks = suites.get(config.suite), config.tasks
-    if config.dry_run:
-        sys.stdout.write(describe(config) + "\n")
-        return
     if config.prefill_agent_steps >= config.total_agent_steps:
         steps = f"ends before learning begins, at agent step {config.prefill_agent_steps:,}"
         errors.warn(f"--agent-steps {config.agent_steps} {steps}")
     elif config.train.ratio and config.updates == 0:
         each = f"is an update every {1 / config.updates_per_step:,.0f} agent steps"
         errors.warn(f"--train.ratio {config.train.ratio:g} {each}: the run ends before the first")
+    if config.dry_run:
+        sys.stdout.write(describe(config) + "\n")
+        return
     for seed in range(config.seed, config.seed + config.seeds):
         for task in tasks:
             run(dataclasses.replace(config, task=task.name, seed=seed, seeds=1))

@@ -10,7 +10,7 @@ import torch
 
 import hdfast
 from hdfast import __main__ as package
-from hdfast import loop, suites, train
+from hdfast import dry_run, loop, suites, train
 from hdfast.agent.learner import Learner
 from hdfast.config import LAST_SEED, validate
 from tests.loop_cases import (
@@ -72,6 +72,16 @@ def test_a_dry_run_says_everything_as_json_and_leaves_nothing(tmp_path, monkeypa
     assert memory["parameters"] == 4 * (trained + slow_critic)
     assert memory["optimizer"] == 2 * memory["gradients"] == 8 * trained
     assert memory["activations"] > 0
+
+
+def test_a_dry_run_warns_of_too_little_memory(monkeypatch, capfd):
+    about = dry_run.describe_device
+    monkeypatch.setattr(dry_run, "describe_device", lambda device: {**about(device), "memory_bytes": 1000})
+    code, out, err = door(train.main, [*flags(), "--dry-run"], monkeypatch, capfd)
+    total = json.loads(out)["memory_bytes"]["total"] / 1e9
+    hint = "lower --replay.capacity, --replay.batch or --size"
+    told = f"warning: the run takes {total:.1f} GB of memory and cpu has 0.0 GB; {hint}\n"
+    assert (code, err) == (0, told)
 
 
 def test_a_dry_run_looks_for_what_the_run_would_begin_with(tmp_path, monkeypatch, capfd):
@@ -153,6 +163,8 @@ def test_a_run_that_ends_before_it_learns_is_warned_of(tmp_path, monkeypatch, ca
         code, _, err = door(train.main, argv, monkeypatch, capfd)
         warning = "warning: --agent-steps 632 ends before learning begins, at agent step 632\n"
         assert (code, err) == (0, warning if agent_steps == "632" else "")
+        monkeypatch.setattr(train, "describe", lambda config: "{}")
+        assert door(train.main, [*argv, "--dry-run"], monkeypatch, capfd) == (0, "{}\n", err)
     assert ran == [632, 633]
 
 
