@@ -9,6 +9,7 @@ from typing import Any
 
 from hdfast import envs
 from hdfast.agent.custom import options_of_run, with_options
+from hdfast.agent.world_model import LossError
 from hdfast.config import GROWING, RESUMABLE_CHANGES, Config, check_no_dry_run, validate, with_defaults
 from hdfast.runtime.console import say
 from hdfast.runtime.device import describe_device, ready_device
@@ -35,6 +36,8 @@ def run(config: Config, *, on_line: OnLine = lambda file, line: None) -> dict[st
 
     Raises:
         HdfastError: see `hdfast.runtime.errors`; what was learnt until then is saved.
+        ConfigError: also for losses of a learner of one's own that cannot be added. Nothing is saved then, so that a
+            run that has learnt nothing can begin anew with its learner mended.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         sys.excepthook = lambda kind, error, trace: sys.stderr.write(f"error: {error}\n")
@@ -77,8 +80,11 @@ def run(config: Config, *, on_line: OnLine = lambda file, line: None) -> dict[st
             except BaseException:
                 rundir.discard_unbegun()
                 raise
-            with session:
-                return session.run()
+            try:
+                with session:
+                    return session.run()
+            except LossError as error:
+                raise ConfigError(str(error), where=f"--learner {config.learner}") from error
 
 
 def _as_begun(config: Config, path: Path) -> Config:

@@ -52,7 +52,8 @@ def example(module):
 def test_the_example_of_the_readme_learns_and_is_evaluated(tmp_path, example):
     config = tiny(tmp_path / "runs", learner=example, log={"every": 10})
     train(config)
-    assert all(line["loss/rewarded"] > 0 for line in lines(config, "metrics") if line["updates"])
+    logged = [line for line in lines(config, "metrics") if line["updates"]]
+    assert all(line["loss/rewarded"] > 0 and "weighted/rewarded" in line for line in logged)
     head = {k: v for k, v in saved(config).tensors.items() if k.startswith("learner.model.rewarded.")}
     begun = learner_class(config)
     with load(path_of(config)) as trained:
@@ -225,7 +226,7 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path, module):
         ("{'mean': batch['reward'] * 0 + float(batch['reward'].mean())}", 0, ""),  # not on shapes alone
     ],
 )
-def test_a_dry_run_looks_at_losses_of_one_s_own(returned, code, told, module, monkeypatch, capfd):
+def test_a_dry_run_looks_at_losses_of_one_s_own(returned, code, told, module, tmp_path, monkeypatch, capfd):
     name = module(
         "from hdfast.agent.learner import Learner\n"
         "from hdfast.agent.world_model import WorldModel\n"
@@ -240,6 +241,9 @@ def test_a_dry_run_looks_at_losses_of_one_s_own(returned, code, told, module, mo
     assert found == code
     if told:
         assert err == f"error: --learner {name}:Mine: {told}\n"
+        argv[-1:] = ["--logdir", str(tmp_path)]  # as the run does
+        found, _, err = door(training.main, argv, monkeypatch, capfd)
+        assert (found, err) == (code, f"error: --learner {name}:Mine: {told}\n")
     else:
         assert err.startswith(
             f"warning: --learner {name}:Mine: its loss does not run on shapes alone (RuntimeError: "
