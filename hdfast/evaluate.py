@@ -5,6 +5,7 @@ The run may be training meanwhile: it is only read, except that --video writes a
 
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -45,7 +46,8 @@ def evaluate(
         seed, num_envs, greedy, env_kwargs: as `load`; no more environments than episodes. The published protocol
             samples.
         video: also write an episode to videos/evaluate_<agent steps>.gif in the run's directory: the first, or one more
-            where the agent sees no images.
+            where the agent sees no images. The name also has greedy, the seed and env_kwargs, where given:
+            evaluate_0000400000_greedy_seed3.gif.
         tell: gets at every step how many episodes are done.
 
     Raises:
@@ -56,14 +58,15 @@ def evaluate(
         raise ConfigError(f"--episodes {episodes} is out of range: expected 1 or more")
     envs = min(num_envs, episodes)
     asked: dict[str, Any] = {"seed": seed, "device": device, "greedy": greedy, "env_kwargs": env_kwargs}
+    other = _otherwise(seed, greedy, env_kwargs)
     with load(run, num_envs=envs, **asked) as trained:
         agent_steps = trained.checkpoint.meta["agent_steps"]
         film = None
         if video and _image_of(trained.env) is not None:
-            film = Film.of(trained)
+            film = Film.of(trained, other)
         elif video:  # drawing takes longer than all else, so only the episode that is shown is drawn
             with load(trained.checkpoint.path, drawn=True, **asked) as drawn:
-                film = Film.of(drawn)
+                film = Film.of(drawn, other)
                 evaluation.play(drawn.env, drawn.policy, 1, watch=film)
         watch = film or (lambda step: None)
         played = evaluation.play(trained.env, trained.policy, episodes, watch=watch, tell=tell)
@@ -93,9 +96,9 @@ class Film:
         self._frames: list[np.ndarray] = []
 
     @classmethod
-    def of(cls, trained: Trained) -> "Film":
-        """The film that belongs into the directory of a run."""
-        name = f"evaluate_{trained.checkpoint.meta['agent_steps']:010d}.gif"
+    def of(cls, trained: Trained, other: str = "") -> "Film":
+        """The film that belongs into the directory of a run; other: the end of its name."""
+        name = f"evaluate_{trained.checkpoint.meta['agent_steps']:010d}{other}.gif"
         return cls(_image_of(trained.env), trained.checkpoint.run / "videos" / name)
 
     def __call__(self, step: EnvStep) -> None:
@@ -109,6 +112,15 @@ class Film:
             if self._over:
                 save_gif(self.path, encode_gif(np.stack(self._frames)))
                 self._frames.clear()
+
+
+def _otherwise(seed: int, greedy: bool, env_kwargs: str | None) -> str:
+    """What sets a film apart from others of its checkpoint, as part of its name, such as "_greedy_seed3"."""
+    parts = ["greedy"] * greedy + [f"seed{seed}"] * bool(seed)
+    if env_kwargs is not None:
+        text = re.sub(r"[\s{}\"]", "", env_kwargs)
+        parts.append(re.sub(r"[^\w.]", "-", text, flags=re.ASCII)[:100])
+    return "".join(f"_{part}" for part in parts if part)
 
 
 def _image_of(env: BatchEnv) -> str | None:

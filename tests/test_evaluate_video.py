@@ -34,7 +34,15 @@ def test_evaluate_writes_a_video_of_the_first_episode(run):
     with Image.open(path) as image:
         assert image.n_frames == 10  # the reset row and nine more
         assert image.size == (256, 256)
+    other = evaluate.evaluate(path_of(run), episodes=1, video=True, device="cpu", greedy=True, seed=3)
+    assert other["video"] == str(path.with_stem(f"{path.stem}_greedy_seed3"))
+    assert path.exists(), "a film with other settings replaces none"
     path.unlink()
+
+
+def test_a_film_is_named_after_the_arguments_of_its_environment():
+    named = {text: evaluate._otherwise(0, False, text) for text in ('{"level": 4}', '{"level": -4}', "{}")}
+    assert list(named.values()) == ["_level-4", "_level--4", ""]
 
 
 @pytest.mark.parametrize("obs", ["state", "auto"])
