@@ -16,7 +16,7 @@ from hdfast.envs.base import BatchEnv
 from hdfast.overrides import apply_overrides
 from hdfast.runtime import checkpoint, record
 from hdfast.runtime.device import prepare_device, resolve_device, resolve_precision
-from hdfast.runtime.errors import ConfigError, HdfastError
+from hdfast.runtime.errors import ConfigError, HdfastError, RunError
 from hdfast.sections import MOST_ENVS
 from hdfast.streams import make_envs, stream_seed
 from hdfast.tuning.choice import Job
@@ -98,15 +98,18 @@ def load(
             others stay.
 
     Raises:
-        RunError: there is no run. CheckpointError: it has no checkpoint yet, all are damaged, or they do not fit its
-        configuration or environments. ConfigError: a directory of several runs, no such device, a number of
-        environments or a seed out of range, arguments that the environments do not take.
+        RunError: there is no run, or none around the checkpoint. CheckpointError: it has no checkpoint yet, all are
+        damaged, or they do not fit its configuration or environments. ConfigError: a directory of several runs, no such
+        device, a number of environments or a seed out of range, arguments that the environments do not take.
     """
     if not 1 <= num_envs <= MOST_ENVS:
         raise ConfigError(f"--num-envs {num_envs} is out of range: expected 1 to {MOST_ENVS:,}")
     if seed < 0:
         raise ConfigError(f"--seed {seed} is out of range: expected 0 or more")
     saved = record.chosen(run)
+    if not (saved.run / "config.json").exists():
+        hint = "a checkpoint is played where it lies, in <run>/checkpoints/"
+        raise RunError("this checkpoint is in no run", where=run, hint=hint)
     config = dataclasses.replace(config_of(saved.run), seed=seed)
     if env_kwargs is not None:
         config = _with_kwargs(config, env_kwargs)
