@@ -35,11 +35,18 @@ def read(path: Path) -> dict[str, Any]:
 
     A directory stands for its config.json.
 
-    Raises: ConfigError if there is no such file, or no object in it.
+    Raises: ConfigError if there is no such file, or no object in it, or a directory holds runs instead.
     """
     where = f"{FLAG} {path}"
     try:
         path = path.expanduser()
+        if (
+            path.is_dir()
+            and not (path / "config.json").exists()
+            and (runs := sorted(path.glob("**/config.json")))
+        ):
+            hint = f"try {runs[0].parent}"
+            raise ConfigError(f"this is not a run, it holds {len(runs)}", where=where, hint=hint)
         content = json.loads((path / "config.json" if path.is_dir() else path).read_bytes())
     except OSError as error:
         raise ConfigError(f"it cannot be read: {error.strerror}", where=where) from None

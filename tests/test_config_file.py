@@ -95,6 +95,15 @@ def test_the_file_is_named_only_for_what_is_wrong_in_it(tmp_path):
     assert (mended.train.ratio, mended.agent_steps, type(mended.agent_steps)) == (4, 100_000, int)
 
 
+def test_a_folder_of_runs_is_told_with_the_first_of_them(tmp_path):
+    for seed in (1, 0):
+        (tmp_path / f"demo/Catch/seed{seed}").mkdir(parents=True)
+        written(tmp_path / f"demo/Catch/seed{seed}/config.json", {})
+    hint = f"try {tmp_path / 'demo/Catch/seed0'}"
+    with pytest.raises(ConfigError, match=f"^--config {tmp_path}: this is not a run, it holds 2; {hint}$"):
+        parse(["--config", str(tmp_path)])
+
+
 @pytest.mark.parametrize("argv", [["--config"], ["--config="], ["--config", "--seed", "1"]])
 def test_a_file_of_no_name_is_told(argv):
     with pytest.raises(ConfigError, match="--config needs a value"):

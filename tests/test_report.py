@@ -208,6 +208,13 @@ def test_the_door(tmp_path, monkeypatch, capfd):
     assert err == "error: argument --logdir: it is empty; '.' is the current folder\n"
     code, out, err = door(report.main, ["--jsn"], monkeypatch, capfd)
     assert (code, out, err) == (2, "", "error: there is no option --jsn; did you mean '--json'?\n")
+    for given, hint in (
+        (str(tmp_path), f"did you mean --logdir {tmp_path}?"),
+        (str(missing), "a value comes after its --flag"),
+        ("x" * 300, "a value comes after its --flag"),
+    ):
+        code, out, err = door(report.main, [given], monkeypatch, capfd)
+        assert (code, out, err) == (2, "", f"error: there is no argument {given}; {hint}\n")
 
 
 def test_without_a_suite_every_suite_that_has_runs_is_shown(tmp_path, monkeypatch, capfd):

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,9 @@ class Arguments(argparse.ArgumentParser):
             known = [flag for flag in self._option_string_actions if flag.startswith("--")]
             if name.startswith("-"):
                 raise ConfigError(f"there is no option {name}{suggest(name, known)}")
-            raise ConfigError(f"there is no argument {name}", hint="a value comes after its --flag")
+            folder = "--logdir" in known and os.path.isdir(name)  # no error for a long text
+            hint = f"did you mean --logdir {name}?" if folder else "a value comes after its --flag"
+            raise ConfigError(f"there is no argument {name}", hint=hint)
         return parsed
 
     def own(self) -> dict[str, str]:
