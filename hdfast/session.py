@@ -176,6 +176,8 @@ class Session:
         total = self.config.total_agent_steps
         going_on = f"going on at agent step {self.agent_steps:,}"
         begins = going_on if self.agent_steps else f"new run; {self.replay.describe()}"
+        if self.config.init_from is not None and not self.agent_steps:
+            begins += f"; it begins with the parameters of {self.config.init_from}"
         if total != self.config.agent_steps:
             begins += f"; {total:,} agent steps, whole steps of {self.env.num_envs} environments"
         try:

@@ -26,14 +26,18 @@ def parameters(config):
     return {name: tensor for name, tensor in saved(config).tensors.items() if name.startswith(kinds)}
 
 
-def test_a_run_can_begin_with_the_parameters_of_another(tmp_path, monkeypatch):
+def test_a_run_can_begin_with_the_parameters_of_another(tmp_path, monkeypatch, capfd):
     """Only parameters are taken: optimizers, replay and counts are new. The run acts with them at once."""
     made = script(monkeypatch)
     first = tiny(tmp_path / "first")
     loop_cases.train(first)
     before = parameters(first)
+    assert "begins with" not in capfd.readouterr().out
     second = tiny(tmp_path / "second", init_from=str(path_of(first)), agent_steps=8)
     assert loop_cases.train(second)["updates"] == 0
+    begins = capfd.readouterr().out.splitlines()[0]
+    assert "new run; replay: " in begins
+    assert begins.endswith(f"; it begins with the parameters of {path_of(first)}")
     after = parameters(second)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
