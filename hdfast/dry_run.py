@@ -1,5 +1,6 @@
 """`--dry-run`: builds everything a run needs and says, as JSON, what it is and what it will take."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -10,12 +11,15 @@ from torch import Tensor
 import hdfast
 from hdfast import init_from
 from hdfast.advice import check_settings
+from hdfast.agent.custom import with_options
 from hdfast.agent.learner import Learner
 from hdfast.agent.world_model import LossError, WorldModel
-from hdfast.config import Config
+from hdfast.config import GROWING, RESUMABLE_CHANGES, Config, with_defaults
 from hdfast.envs.base import BatchEnv, DiscreteActions
+from hdfast.loop import as_begun
 from hdfast.replay import Replay
 from hdfast.replay.contents import replay_specs
+from hdfast.runtime import record
 from hdfast.runtime.device import describe_device, ready_device, resolve_precision
 from hdfast.runtime.errors import ConfigError, warn
 from hdfast.streams import make_envs
@@ -28,6 +32,7 @@ def describe(config: Config) -> str:
     Raises: RunError, CheckpointError: --init-from names neither a run with a checkpoint nor a checkpoint, or one that
     does not fit. ConfigError: a learner of one's own has losses that cannot be added.
     """
+    _warn_of_refusals(config)
     device = ready_device(config.device, config.little_work, config.train.graph)
     dtype = resolve_precision(config.precision, device)
     start = init_from.checkpoint_for(config)
@@ -52,6 +57,22 @@ def describe(config: Config) -> str:
             "config": learner.config.to_dict(),
         }
     return json.dumps(about, indent=2)
+
+
+def _warn_of_refusals(config: Config) -> None:
+    """Warns of each run that has begun with another configuration, as `RunDir.open` refuses it."""
+    for seed in range(config.seed, config.seed + config.seeds):
+        for task in config.tasks:
+            path = record.path_of(config.logdir, config.suite, task.folder, seed)
+            if not (path / "config.json").exists() or not record.has_begun(path):
+                continue
+            one = dataclasses.replace(config, task=task.name, seed=seed, seeds=1)
+            wanted = as_begun(with_options(one), path).to_dict()
+            saved = record.read(path)
+            theirs = with_defaults(saved.config)
+            grown = [name for name in GROWING if saved.summary is not None or wanted[name] > theirs[name]]
+            if lines := record.difference(theirs, wanted, {*RESUMABLE_CHANGES, *grown}):
+                warn(f"{path}: it has another config, and the run is refused ({', '.join(lines)})")
 
 
 def _warn_of_memory(total: int, device: torch.device) -> None:

@@ -55,7 +55,7 @@ def run(config: Config, *, on_line: OnLine = lambda file, line: None) -> dict[st
     device = ready_device(config.device, config.little_work, config.train.graph)
     envs.check(config.suite, task.name)  # before a mistyped name becomes a directory
     config = with_options(config)
-    config = _as_begun(config, path_of(config.logdir, config.suite, task.folder, config.seed))
+    config = as_begun(config, path_of(config.logdir, config.suite, task.folder, config.seed))
     with RunDir.open(
         config.logdir,
         config.suite,
@@ -87,7 +87,7 @@ def run(config: Config, *, on_line: OnLine = lambda file, line: None) -> dict[st
                 raise ConfigError(str(error), where=f"--learner {config.learner}") from error
 
 
-def _as_begun(config: Config, path: Path) -> Config:
+def as_begun(config: Config, path: Path) -> Config:
     """`config` with the values that the run in directory `path` began with, if it has begun.
 
     --env.obs auto becomes what the run saw. --init-from is not read again, so the other run may be gone or renamed; the

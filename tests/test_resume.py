@@ -234,6 +234,20 @@ def test_another_config_is_refused_with_the_difference(tmp_path, monkeypatch, ca
     assert first.startswith(f"error: {path_of(config)}: this run has another config; ")
     assert details == ["  rssm.deter: 16 -> 8", "  behavior.horizon: 2 -> 3"]
     assert differing(saved(config), before) == set()
+    # The hint is the cure.
+    cure = f"--config {path_of(config)}"
+    assert f"give the saved values, as {cure} does" in first
+    dry = door(train.main, [*argv, "--dry-run"], monkeypatch, capfd)[2]
+    told = "the run is refused (rssm.deter: 16 -> 8, behavior.horizon: 2 -> 3)"
+    assert dry == f"warning: {path_of(config)}: it has another config, and {told}\n"
+    assert door(train.main, [*cure.split(), "--dry-run"], monkeypatch, capfd)[::2] == (0, "")
+    shorter = [*cure.split(), "--agent-steps", "30", "--dry-run"]
+    assert "refused (agent_steps: 40 -> 30)" in door(train.main, shorter, monkeypatch, capfd)[2]
+    with monkeypatch.context() as patch:
+        stop_in(patch, 1)
+        code, out, err = door(train.main, cure.split(), monkeypatch, capfd)
+    assert code == 143, err
+    assert f"{path_of(config)}: going on at agent step" in out
     # Where it runs and how it reports may change; the change is recorded.
     free = {
         "log": {"every": 5},

@@ -120,7 +120,9 @@ class RunDir:
             write_json(path / "config.json", {"config": requested, "created": origin, "resumed": []})
             return cls(path, None, lock)
         if lines:
-            hint = "give the saved values, or another --logdir or --seed for a new run"
+            hint = (
+                f"give the saved values, as --config {path} does, or another --logdir or --seed for a new run"
+            )
             raise ConfigError("this run has another config", where=path, hint=hint, details=lines)
         if grown and finished and not begun:
             hint = "restore them, or give another --logdir or --seed for a new run"
