@@ -279,11 +279,7 @@ def test_a_notebook_may_write_the_home_directory_as_a_tilde(run, monkeypatch):
 def test_evaluate_tells_what_is_wrong_in_one_line(run, tmp_path, monkeypatch, capfd):
     with loop.RunDir.open(tmp_path, "demo", "Catch", 0, run.to_dict()) as new:
         pass
-    (newest,) = path_of(run).glob("checkpoints/*.safetensors")
-    lone = shutil.copy(newest, tmp_path / "lone.safetensors")
-    played = "a checkpoint is played where it lies, in <run>/checkpoints/"
     for argv, code, text in (
-        ([str(lone)], 1, f"{lone}: this checkpoint is in no run; {played}"),
         ([str(tmp_path / "no")], 1, f"{tmp_path / 'no'}: there is no run here (no config.json)"),
         ([str(tmp_path)], 2, f"{tmp_path}: this is not a run, it holds 1; try {new.path}"),
         (

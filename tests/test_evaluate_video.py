@@ -40,6 +40,15 @@ def test_evaluate_writes_a_video_of_the_first_episode(run):
     path.unlink()
 
 
+def test_a_checkpoint_that_was_copied_out_of_its_run_is_named(run, tmp_path):
+    (newest,) = path_of(run).glob("checkpoints/*.safetensors")
+    lone = shutil.copy(newest, tmp_path / "lone.safetensors")
+    with pytest.raises(RunError) as error:
+        evaluate.evaluate(lone, episodes=1, video=True, device="cpu")
+    hint = "a checkpoint is played where it lies, in <run>/checkpoints/"
+    assert str(error.value) == f"{lone}: this checkpoint is in no run; {hint}"
+
+
 def test_a_film_is_named_after_the_arguments_of_its_environment():
     named = {text: evaluate._otherwise(0, False, text) for text in ('{"level": 4}', '{"level": -4}', "{}")}
     assert list(named.values()) == ["_level-4", "_level--4", ""]
