@@ -70,6 +70,29 @@ def test_a_type_error_of_an_environment_without_arguments_is_its_own(monkeypatch
     assert "--env.kwargs" not in str(error.value)
 
 
+def test_an_environment_may_make_another_that_its_module_registers(tmp_path):
+    """A lambda reaches the other processes by value, without its module, whose warning is told once."""
+    (tmp_path / "makes_another.py").write_text(
+        "import warnings\nimport gymnasium\nimport tests.gym_envs\n"
+        "warnings.warn('an old module')\n"
+        "gymnasium.register('Outer-v0', lambda: gymnasium.make('Count-v0'), max_episode_steps=9)\n"
+    )
+    script = (
+        "from hdfast import envs\n"
+        "from hdfast.runtime.errors import tell_warnings\n"
+        "tell_warnings()\n"
+        "with envs.make('gym', 'makes_another:Outer-v0', num_envs=2, seed=0) as env:\n"
+        "    assert env.reset().obs['image'].shape == (2, 16, 16, 3)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((PYTHONPATH, str(tmp_path)))},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "warning: an old module\n")
+
+
 def test_a_run_with_other_arguments_is_another_run(tmp_path):
     task = {"suite": "gym", "task": "tests.gym_envs:Count-v0"}
     env = {"threads": 1, "kwargs": '{"length": 3}', "time_limit": 9}

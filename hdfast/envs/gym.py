@@ -141,7 +141,8 @@ class GymEnv(BatchEnv):
     ) -> None:
         self.name = task.name
         self._seeds: list[int | None] | None = list(env_seeds(seed, num_envs))
-        make = Maker(find(task.env_id), obs, image_size, kwargs, time_limit, os.getpid())
+        spec, module = find(task.env_id), task.env_id.rpartition(":")[0]
+        make = Maker(spec, obs, image_size, kwargs, time_limit, os.getpid(), module=module)
         kind: type[AsyncVectorEnv | SyncVectorEnv] = (
             AsyncVectorEnv if num_envs > 1 and threads != 1 else SyncVectorEnv
         )

@@ -5,6 +5,7 @@ Axes: H, W pixels.
 
 import fcntl
 import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -81,6 +82,7 @@ class Maker:
 
     image_size, kwargs, time_limit: as `hdfast.envs.make`.
     quiet: in a separate process, ignore warnings, because another process gives them.
+    module: imported in a separate process, because an environment may make others that it registers.
     """
 
     spec: EnvSpec
@@ -90,6 +92,7 @@ class Maker:
     time_limit: int
     owner: int
     quiet: bool = False
+    module: str = ""
 
     def __call__(self) -> gymnasium.Env:
         if os.getpid() == self.owner:
@@ -98,10 +101,14 @@ class Maker:
             signal.signal(signum, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # for processes that an environment starts
         _end_with_parent()
-        tell_warnings()
-        if self.quiet:
-            warnings.simplefilter("ignore")
         try:
+            if self.module:
+                warnings.showwarning = lambda *_, **__: None  # the learner's process has told them
+                with env_errors(self.module):
+                    importlib.import_module(self.module)
+            tell_warnings()
+            if self.quiet:
+                warnings.simplefilter("ignore")
             return self._seen()
         except HdfastError as error:  # gymnasium would print it instead of sending it
             return Unmade(error)
