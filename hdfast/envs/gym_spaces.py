@@ -93,6 +93,13 @@ def holds_image(space: spaces.Space) -> bool:
             return is_image(space) or (isinstance(space, spaces.Box) and len(space.shape) > 3)
 
 
+def like_image(space: spaces.Space) -> TypeGuard[spaces.Box]:
+    """Whether a vector may be meant as an image: numbers of two axes, in the range of a picture's."""
+    return isinstance(space, spaces.Box) and (
+        len(space.shape) == 2 and min(space.shape) >= 8 and white_of(space) is not None
+    )
+
+
 def channels_first(space: spaces.Box) -> bool:
     """Whether an image is (C, H, W); an ambiguous shape is not."""
     return len(space.shape) == 3 and space.shape[2] not in (1, 3) and space.shape[0] in (1, 3)
@@ -143,9 +150,17 @@ def wrong(key: str, space: spaces.Space) -> str | None:
 
 
 def _has_fixed_length(space: spaces.Space) -> bool:
+    """False for text, too, which gymnasium would flatten into codes of characters."""
+    match space:
+        case spaces.Text():
+            return False
+        case spaces.Dict():
+            return all(map(_has_fixed_length, space.values()))
+        case spaces.Tuple() | spaces.OneOf():
+            return all(map(_has_fixed_length, space.spaces))
     try:
         return space.is_np_flattenable
-    except NotImplementedError:  # somebody's own kind of space, such as a sentence, or a Dict with one
+    except NotImplementedError:  # somebody's own kind of space, such as a sentence
         return False
 
 

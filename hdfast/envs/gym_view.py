@@ -31,6 +31,7 @@ from hdfast.envs.gym_spaces import (
     holds_image,
     is_image,
     key_of,
+    like_image,
     outside,
     parts_of,
     shape_of,
@@ -154,6 +155,8 @@ class Maker:
         if images_alone and unseen:
             more = [key for key in unseen if wrong(key, parts[key]) is None]
             also = f"; --env.obs both sees {'all' if more == unseen else ', '.join(more)}" if more else ""
+            if refused := [key for key in more if key in (*_LOSSES, "image")]:
+                also += f", with another name for {', '.join(refused)}"
             _tell(f"{name}: sees {', '.join(keys)}, not {', '.join(unseen)}{also}")
         for what in seen.left_out:
             _tell(f"{name}: goes on without what the agent cannot take: {what}")
@@ -167,6 +170,9 @@ class Maker:
                     right = "frames need no stacking, the agent remembers"
                 what = f"the images in {key} as a vector of {spaces.flatdim(space):,} numbers"
                 _tell(f"{name}: sees {what}; {right}")
+            elif like_image(space):
+                what = f"{key} as a vector of {spaces.flatdim(space):,} numbers"
+                _tell(f"{name}: sees {what}; as an image it would be {(*space.shape, 1)}")
         if seen.endless:
             what = "gymnasium knows of no time limit; if an episode may not end, --env.time-limit ends it"
             _tell(f"{name}: {what}")
