@@ -4,6 +4,8 @@ import re
 
 import gymnasium
 import pytest
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 
 from hdfast import envs
 from hdfast.envs import gym_spaces
@@ -12,7 +14,7 @@ from hdfast.replay.contents import replay_specs
 from hdfast.replay.rows import STARTS
 from hdfast.runtime.errors import ConfigError, EnvError
 from hdfast.suites import UnknownName
-from tests import loop_cases
+from tests import gym_envs, loop_cases
 from tests.loop_cases import tiny
 from tests.test_envs_gym import make
 
@@ -33,14 +35,20 @@ from tests.test_envs_gym import make
         (
             "Stacked",
             "image",
-            r"'image' is \(4, 84, 84\) uint8; an image is \(H, W, 3\), .* or \(H, W\) uint8; .*; leave out stacks",
+            r"'image' is \(4, 84, 84\) uint8; an image is \(H, W, 3\), .* or \(H, W\) uint8; .*; leave out stacks "
+            r"of frames, the agent remembers$",
         ),
         (
             "StackedLast",
             "auto",
             r"'image' is \(84, 84, 12\) uint8; an image is .*; leave out stacks of frames, the agent",
         ),
-        ("StackedBeside", "auto", r"'eyes' is \(4, 84, 84\) uint8; .*; --env.obs state does without images$"),
+        (
+            "StackedBeside",
+            "auto",
+            r"'eyes' is \(4, 84, 84\) uint8; .*; or leave it out with gymnasium.wrappers.FilterObservation; "
+            r"--env.obs state does without images$",
+        ),
         ("SentenceAlone", "auto", r"observation 'task' is Sentence, which has no fixed length$"),
         (
             "Unsure",
@@ -74,7 +82,12 @@ from tests.test_envs_gym import make
         ),
         ("ManyAlone", "auto", r"ManyAlone-v0: it is a VectorEnv; register a single"),
         ("ClimbingImage", "image", r"an observation cannot be called '../../x'; expected letters, digits"),
-        ("LostCont", "both", r"no image cannot be called 'cont'; the agent has a loss of that name"),
+        (
+            "LostCont",
+            "both",
+            r"no image cannot be called 'cont'; the agent has a loss of that name; "
+            r"rename it, or leave it out with gymnasium.wrappers.FilterObservation$",
+        ),
         ("LostDyn", "state", r"no image cannot be called 'dyn'; the agent has a loss of that name"),
         ("LostRep", "both", r"no image cannot be called 'rep'; the agent has a loss of that name"),
         ("LostImage", "both", r"no image cannot be called 'image'; the agent has a loss of that name"),
@@ -113,6 +126,18 @@ def test_what_the_agent_cannot_take_is_refused_with_what_is_right(name, obs, mes
     assert "\n" not in str(raised.value)
     for wrapper in re.findall(r"gymnasium\.wrappers\.(\w+)", str(raised.value)):
         assert hasattr(gymnasium.wrappers, wrapper)
+
+
+def test_one_odd_image_among_others_can_be_left_out_as_its_refusal_says(monkeypatch):
+    space = spaces.Dict({"eye": gym_envs.pixels(8, 8, 3), "depth": gym_envs.unit(8, 8, 1, high=10)})
+    filtered = lambda: gymnasium.wrappers.FilterObservation(gym_envs.Count(space), ["eye"])  # noqa: E731
+    for made, name in ((lambda: gym_envs.Count(space), "Odd-v0"), (filtered, "Fine-v0")):
+        monkeypatch.setitem(gymnasium.registry, name, EnvSpec(name, made, max_episode_steps=9))
+    right = r"0 to 10; .* makes one; or leave it out with gymnasium.wrappers.FilterObservation$"
+    with pytest.raises(ConfigError, match=right):
+        make("Odd")
+    with make("Fine") as env:
+        assert [*env.obs_specs] == ["eye"]
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ from hdfast.runtime.errors import ConfigError, EnvError, HdfastError, MissingLib
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the learner handles them: it saves, then stops
 _LOSSES = ("dyn", "rep", "cont")  # names of the agent's other losses; all images share one, "image"
+_WITHOUT = "leave it out with gymnasium.wrappers.FilterObservation"
 _TO_SEE = "let it observe (H, W, 3) uint8, or render 'rgb_array'; --env.obs state does without"
 _ALONE = "an image stands alone or in a Dict, (H, W, 3)"
 _SMALL = 24  # pixels; a smaller image, such as a map of 7 x 7 categories, may not be meant as a picture
@@ -238,19 +239,17 @@ class Seen(gymnasium.ObservationWrapper):
         faults = {key: what for key, space in wanted.items() if (what := wrong(key, space)) is not None}
         for key, what in faults.items():
             if key not in vectors or len(faults) == len(wanted):
-                others = any(
-                    not is_image(part) and wrong(other, part) is None for other, part in parts.items()
-                )
-                raise ConfigError(
-                    what, where=name, hint="--env.obs state does without images" if others else ""
-                )
+                others = [part for other, part in parts.items() if wrong(other, part) is None]
+                hints = [f"or {_WITHOUT}"] if others and is_image(wanted[key]) and not drawn else []
+                hints += [] if all(map(is_image, others)) else ["--env.obs state does without images"]
+                raise ConfigError(what, where=name, hint="; ".join(hints))
         self.left_out = list(faults.values())
         vectors = {key: space for key, space in vectors.items() if key not in faults}
         for key in vectors.keys() & {*_LOSSES, *(["image"] if images else [])}:
             what = (
                 f"an observation that is no image cannot be called {key!r}; the agent has a loss of that name"
             )
-            raise ConfigError(what, where=name)
+            raise ConfigError(what, where=name, hint=f"rename it, or {_WITHOUT}")
         if not images and not vectors:
             raise ConfigError(
                 "its observations hold no vectors", where=name, hint="--env.obs image sees the images"
