@@ -70,8 +70,8 @@ def _warn_of_refusals(config: Config) -> None:
             wanted = as_begun(with_options(one), path).to_dict()
             saved = record.read(path)
             theirs = with_defaults(saved.config)
-            grown = [name for name in GROWING if saved.summary is not None or wanted[name] > theirs[name]]
-            if lines := record.difference(theirs, wanted, {*RESUMABLE_CHANGES, *grown}):
+            finished = saved.summary is not None
+            if lines := record.refused(theirs, wanted, finished, RESUMABLE_CHANGES, GROWING):
                 warn(f"{path}: it has another config, and the run is refused ({', '.join(lines)})")
 
 

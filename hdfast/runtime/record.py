@@ -103,6 +103,21 @@ def difference(
     return lines
 
 
+def refused(
+    saved: Mapping[str, Any],
+    requested: Mapping[str, Any],
+    finished: bool,
+    ignore: Collection[str],
+    growing: Collection[str],
+) -> list[str]:
+    """The differences (see `difference`) for which a run that has begun is not resumed.
+
+    growing: fields that may grow. They may be less where the run is `finished`: that asks for nothing.
+    """
+    free = [name for name in growing if finished or requested[name] > saved[name]]
+    return difference(saved, requested, {*ignore, *free})
+
+
 def damaged(path: Path, why: str, *, hint: str = "restore it or remove the run's directory") -> RunError:
     """The error to raise about a damaged file of a run."""
     return RunError(f"the file is damaged ({why})", where=path, hint=hint)

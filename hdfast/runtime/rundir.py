@@ -24,7 +24,7 @@ import hdfast
 from hdfast.runtime.errors import CheckpointError, ConfigError, RunError, disk_errors
 from hdfast.runtime.files import filled, plain, utc, write_json
 from hdfast.runtime.lock import hold, release
-from hdfast.runtime.record import difference, has_begun, path_of, read, read_json
+from hdfast.runtime.record import difference, has_begun, path_of, read, read_json, refused
 
 OPENING = {"config.json", "backends.json", "lock"}  # files that exist before a run begins
 FOLDERS = ("checkpoints", "replay", "tensorboard", "videos")
@@ -111,10 +111,8 @@ class RunDir:
             raise RunError("there are checkpoints but no config.json", where=path, hint=hint)
         finished = record is not None and record.summary is not None
         saved = filled(record.config, defaults) if record is not None else requested
-        if finished:  # to be shorter than it is asks for nothing
-            ignore = {*ignore, *(name for name in growing if requested[name] < saved[name])}
         grown = {name: requested[name] for name in growing if requested[name] > saved[name]}
-        lines = difference(saved, requested, {*ignore, *grown})
+        lines = refused(saved, requested, finished, ignore, growing)
         # Until its first checkpoint a run has learnt nothing, and its config may still change.
         if record is None or (lines and not begun and not finished):
             write_json(path / "config.json", {"config": requested, "created": origin, "resumed": []})
