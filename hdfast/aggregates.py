@@ -46,4 +46,5 @@ def _aggregates(scores: Sequence[np.ndarray]) -> np.ndarray:
     pooled = np.sort(np.concatenate(scores, -1), -1)
     cut = pooled.shape[-1] // 4
     iqm = pooled[:, cut : pooled.shape[-1] - cut].mean(-1)
+    iqm[np.isnan(pooled[:, -1])] = np.nan  # sorted last, where a cut would take it for the best run
     return np.stack([means.mean(-1), np.median(means, -1), iqm], -1)

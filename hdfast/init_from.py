@@ -5,7 +5,7 @@ from pathlib import Path
 from hdfast.agent.learner import Learner
 from hdfast.config import Config, with_defaults
 from hdfast.runtime import checkpoint
-from hdfast.runtime.errors import warn
+from hdfast.runtime.errors import RunError, warn
 from hdfast.runtime.record import chosen, difference, read
 
 # What sets the shapes of parameters.
@@ -31,9 +31,10 @@ def load_parameters(learner: Learner, start: checkpoint.Checkpoint, config: Conf
 
 def _otherwise(run: Path, config: Config) -> list[str]:
     """Where another run may have another model, as lines of `difference`; none for a checkpoint without a run."""
-    if not (run / "config.json").exists():
+    try:
+        theirs = with_defaults(read(run).config)
+    except RunError:  # none, or that of something else: the checkpoint may have been copied there
         return []
-    theirs = with_defaults(read(run).config)
     lines = difference(theirs, config.to_dict(), ignore=("rssm.unimix",))
     return [
         line for line in lines if line.startswith(tuple(f"{name}{end}" for name in _SIZES for end in ".:"))

@@ -60,3 +60,8 @@ def test_runs_are_drawn_within_their_task():
     assert high.mean - low.mean < 2
     assert low.iqm > 250
     assert high.iqm < 750
+
+
+def test_a_score_that_is_not_a_number_is_not_the_best():
+    """Sorted last, it would be cut off as the best run of the interquartile mean."""
+    assert np.isnan(dataclasses.astuple(aggregate([[0.0, 1.0, 2.0, np.nan]]))).all()

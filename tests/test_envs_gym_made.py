@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -91,6 +92,31 @@ def test_an_environment_may_make_another_that_its_module_registers(tmp_path):
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "warning: an old module\n")
+
+
+class Starts(gymnasium.Env):
+    """Starts a program and ends it."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (1,))
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        with subprocess.Popen(["sleep", "60"]) as program:
+            program.terminate()
+            assert program.wait(5) == -signal.SIGTERM
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), 0.0, False, False, {}
+
+
+def test_programs_that_an_environment_starts_can_be_terminated(monkeypatch):
+    """Signals are for the learner, but a signal that its processes ignored would be ignored by theirs, too."""
+    spec = gymnasium.envs.registration.EnvSpec("Starts-v0", entry_point=Starts, max_episode_steps=3)
+    monkeypatch.setitem(gymnasium.registry, "Starts-v0", spec)
+    with envs.make("gym", "Starts-v0", num_envs=2, seed=0, obs="state") as env:
+        assert not env.reset().is_last.any()
 
 
 def test_a_run_with_other_arguments_is_another_run(tmp_path):

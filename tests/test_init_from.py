@@ -67,7 +67,10 @@ def test_a_run_can_begin_with_an_older_checkpoint_of_another(tmp_path, monkeypat
     }
     assert not all(torch.equal(tensor, parameters(first)[name]) for name, tensor in before.items())
     shutil.copy(older, tmp_path)
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("[]")  # of something else
+    (tmp_path / "folder").mkdir()
+    shutil.move(tmp_path / older.name, tmp_path / "folder")
+    monkeypatch.chdir(tmp_path / "folder")
     for start in (str(older), older.name):
         second = tiny(tmp_path / f"second{len(start)}", init_from=start, agent_steps=8)
         loop_cases.train(second)

@@ -335,3 +335,17 @@ def test_kill_9_at_any_line_of_saving_never_costs_more_than_the_checkpoint_being
     assert checkpoint.load_latest(finished, warn=never).number == 3
     assert seen == {(1, False), (1, True), (2, False)}  # before, within and after the write
     assert len(killed) > 40
+
+
+def test_one_that_cannot_be_read_now_is_not_damaged(tmp_path, monkeypatch):
+    """Going on from the one before would cut off the rows of replay that came after that."""
+    for number in (1, 2):
+        checkpoint.save(tmp_path, state(number), {}, number=number, keep=2)
+
+    def failing(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "_verify", failing)
+    with pytest.raises(RunError, match="cannot read the checkpoint: Input/output error") as raised:
+        checkpoint.load_latest(tmp_path, warn=never)
+    assert raised.value.where == str(checkpoint.numbered(tmp_path)[2])

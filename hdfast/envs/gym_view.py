@@ -100,7 +100,9 @@ class Maker:
         if os.getpid() == self.owner:
             return self._seen()
         for signum in SIGNALS:
-            signal.signal(signum, signal.SIG_IGN)
+            # Not SIG_IGN, which processes that an environment starts would inherit: their terminate() would do nothing.
+            signal.signal(signum, lambda *_: None)
+            signal.siginterrupt(signum, False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # for processes that an environment starts
         _end_with_parent()
         try:

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 
 from hdfast.runtime import errors
-from hdfast.runtime.errors import CheckpointError, disk_errors
+from hdfast.runtime.errors import CheckpointError, RunError, disk_errors
 from hdfast.runtime.files import PARTIAL, replacing
 
 SUFFIX = ".safetensors"
@@ -122,6 +122,9 @@ def load_latest(directory: Path, *, warn: Callable[[str], None] = errors.warn) -
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             if isinstance(error, FileNotFoundError) and not os.path.lexists(path):
                 continue  # look again at those that exist now
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | IsADirectoryError):
+                # It may be readable the next time; going on from the one before would cut off its rows of replay.
+                raise RunError(f"cannot read the checkpoint: {error.strerror}", where=path) from error
             damaged[path] = f"{path.name}: {error}"
             before = "; trying the one before" if len(rest) > 1 else ""
             warn(f"{path}: checkpoint is damaged ({error}){before}")

@@ -12,7 +12,17 @@ from hdfast.runtime import errors
 from hdfast.runtime.errors import RunError
 from hdfast.runtime.files import utc
 
-_own: set[tuple[int, int]] = set()  # device and inode of the locks that this process holds
+_own: dict[int, tuple[int, int]] = {}  # descriptor -> device and inode of the locks that this process holds
+
+
+def _leave_to_parent() -> None:
+    """Closes them in a forked process, such as an environment's own, which may outlive the run that is killed."""
+    for descriptor in _own:
+        os.close(descriptor)
+    _own.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def hold(path: Path) -> int:
@@ -37,14 +47,14 @@ def hold(path: Path) -> int:
     except BaseException:
         os.close(descriptor)
         raise
-    _own.add(_file_of(descriptor))
+    _own[descriptor] = _file_of(descriptor)
     return descriptor
 
 
 def release(descriptor: int) -> None:
     """Gives up what `hold` returned."""
-    _own.discard(_file_of(descriptor))
-    os.close(descriptor)
+    if _own.pop(descriptor, None) is not None:
+        os.close(descriptor)
 
 
 def refuse_held(path: Path, *, hint: str) -> None:
@@ -57,7 +67,7 @@ def refuse_held(path: Path, *, hint: str) -> None:
     except OSError:
         return
     try:
-        if _file_of(descriptor) not in _own:
+        if _file_of(descriptor) not in _own.values():
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         raise RunError(f"this run is in use by {_holder(descriptor)}", where=path, hint=hint) from None

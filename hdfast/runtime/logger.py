@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from hdfast.runtime.errors import CallbackError, disk_errors, warn
-from hdfast.runtime.files import plain, replacing, write_all
+from hdfast.runtime.files import plain, replacing, sync_directory, write_all
 from hdfast.runtime.tensorboard import TensorBoard
 from hdfast.runtime.video import encode_gif, save_gif
 
@@ -68,6 +68,8 @@ class Logger:
                 with disk_errors(path, "write the log"):
                     cut(path, resumed_at, evaluated_at)
                     self._files[name] = opened.enter_context(open(path, "ab", buffering=0))
+            with disk_errors(directory, "write the log"):
+                sync_directory(directory)  # a log that is new must not vanish with the power
             if tensorboard:
                 # The evaluation at that step is repeated, and TensorBoard hides all of a step or nothing.
                 behind = resumed_at is not None and evaluated_at is not None and evaluated_at < resumed_at
