@@ -42,8 +42,9 @@ from .tiles import (
 TILE, THREAD = 1024, 8
 # An H100's multiprocessors, and the registers of each.
 MULTIPROCESSORS, REGISTERS = 132, 65536
-# Registers that a thread of backward is given for rows of more than 512 columns; the others take what they need.
-WIDE = 80
+# Registers that a thread of backward is given for rows of more than 512 columns, and of a warp's row of bfloat16. Left
+# to itself Triton 3.8 takes 168 for the latter. On sm_100 it takes 8 more than these, and would spill.
+WIDE, WARP_ROW = 80, 128
 # From so many channels on, backward reads the moments that forward kept: 16 bytes a row, of at least 640 in all.
 KEPT_FROM = 64
 
@@ -57,11 +58,25 @@ def backward_tile(channels: int, itemsize: int) -> tuple[Tile, int]:
     tile, low = tile_of_warps(channels, itemsize) or row_tile(channels, TILE, THREAD), itemsize == 2
     if tile.block > 512:
         registers = WIDE
-    elif tile.rows * tile.block == 16 * 32 * tile.warps:
-        registers = 128 if low else 168
+    elif _is_row_of_a_warp(tile):
+        registers = WARP_ROW if low else 168
     else:
         registers = 80 if low or channels < KEPT_FROM else 96
     return tile, MULTIPROCESSORS * (REGISTERS // (registers * 32 * tile.warps))
+
+
+def _is_row_of_a_warp(tile: Tile) -> bool:
+    """Whether a thread has 16 numbers."""
+    return tile.rows * tile.block == 16 * 32 * tile.warps
+
+
+def _most_registers(tile: Tile, itemsize: int) -> int | None:
+    """What a thread of backward may take; None for what it needs."""
+    if tile.block > 512:
+        return WIDE
+    if itemsize != 2 or not _is_row_of_a_warp(tile) or dispatch.triton_interpreted():
+        return None
+    return WARP_ROW if triton.runtime.driver.active.get_current_target().arch < 100 else None
 
 
 def layer_norm_silu_reference(
@@ -216,7 +231,7 @@ class _LayerNormSiLU(torch.autograd.Function):
         layer_norm_silu_backward[(programs,)](
             x, weight, bias, as_rows(dy, channels), kept, dx, partial, rows, ctx.eps,
             iterations, channels >= KEPT_FROM, channels, tile.rows, tile.parts, tile.lanes,
-            num_warps=tile.warps, maxnreg=WIDE if tile.block > 512 else None,
+            num_warps=tile.warps, maxnreg=_most_registers(tile, x.element_size()),
         )  # fmt: skip
         dweight, dbias = sum_of_partials(partial).to(weight.dtype)
         return dx.view(dy.shape), dweight, dbias, None
