@@ -96,27 +96,11 @@ HDFAST_INLINE void lay_left(const bf16* const (&rows)[depth], int64_t c, uint32_
     return row ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + c)))
                : _mm512_setzero_si512();
   };
-  __m512i a[tile], b[tile];
+  __m512i columns[tile];
   for (int k = 0; k < tile; k++)
-    a[k] = _mm512_or_si512(numbers(rows[2 * k]), _mm512_slli_epi32(numbers(rows[2 * k + 1]), 16));
-  for (int k = 0; k < tile; k += 2) {
-    b[k] = _mm512_unpacklo_epi32(a[k], a[k + 1]);
-    b[k + 1] = _mm512_unpackhi_epi32(a[k], a[k + 1]);
-  }
-  for (int k = 0; k < tile; k += 4)
-    for (int h = 0; h < 2; h++) {
-      a[k + 2 * h] = _mm512_unpacklo_epi64(b[k + h], b[k + h + 2]);
-      a[k + 2 * h + 1] = _mm512_unpackhi_epi64(b[k + h], b[k + h + 2]);
-    }
-  for (int k = 0; k < 4; k++) {  // a[4 r + k] has columns k, k + 4, k + 8 and k + 12 of four pairs of rows
-    const __m512i even = _mm512_shuffle_i32x4(a[k], a[4 + k], 0x88), odd = _mm512_shuffle_i32x4(a[k], a[4 + k], 0xdd);
-    const __m512i even_below = _mm512_shuffle_i32x4(a[8 + k], a[12 + k], 0x88);
-    const __m512i odd_below = _mm512_shuffle_i32x4(a[8 + k], a[12 + k], 0xdd);
-    _mm512_store_si512(out + k * tile, _mm512_shuffle_i32x4(even, even_below, 0x88));
-    _mm512_store_si512(out + (k + 4) * tile, _mm512_shuffle_i32x4(odd, odd_below, 0x88));
-    _mm512_store_si512(out + (k + 8) * tile, _mm512_shuffle_i32x4(even, even_below, 0xdd));
-    _mm512_store_si512(out + (k + 12) * tile, _mm512_shuffle_i32x4(odd, odd_below, 0xdd));
-  }
+    columns[k] = _mm512_or_si512(numbers(rows[2 * k]), _mm512_slli_epi32(numbers(rows[2 * k + 1]), 16));
+  transpose(columns);
+  for (int k = 0; k < tile; k++) _mm512_store_si512(out + k * tile, columns[k]);
 }
 
 // A line of right tiles from two rows; a null row is all zeros. The columns, a multiple of 32, are permuted.

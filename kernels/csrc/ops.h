@@ -41,7 +41,7 @@ void two_hot_loss_backward(const float* grad, const void* logits, const float* p
                            const float* scale, void* grad_logits, int64_t rows, int64_t bins, bool is_bf16,
                            int threads);
 
-// symexp of the mean bin under softmax(logits); centre (rows,) is that mean, top and scale are as above.
+// symexp of the mean bin under softmax(logits); centre (rows,) is that mean, scale that of the gradient.
 void two_hot_mean_forward(const void* logits, float* mean, float* centre, float* top, float* scale, int64_t rows,
                           int64_t bins, double low, double high, bool is_bf16, int threads);
 void two_hot_mean_backward(const float* grad, const void* logits, const float* centre, const float* top,

@@ -262,28 +262,56 @@ HDFAST_INLINE double sum_in_double(Vf v) {
   return total[0];
 }
 
-// The sums of W vectors, that of v[k] in lane k: fewer operations than reducing one after the other, and no waiting.
-HDFAST_INLINE Vf sums(const Vf* v) {
+#if defined(__AVX512F__)
+// Row k of 16 becomes column k; numbers of 4 bytes.
+HDFAST_INLINE void transpose(__m512i (&a)[16]) {
+  __m512i b[16];
+  for (int k = 0; k < 16; k += 2) {
+    b[k] = _mm512_unpacklo_epi32(a[k], a[k + 1]);
+    b[k + 1] = _mm512_unpackhi_epi32(a[k], a[k + 1]);
+  }
+  for (int k = 0; k < 16; k += 4)
+    for (int h = 0; h < 2; h++) {
+      a[k + 2 * h] = _mm512_unpacklo_epi64(b[k + h], b[k + h + 2]);
+      a[k + 2 * h + 1] = _mm512_unpackhi_epi64(b[k + h], b[k + h + 2]);
+    }
+  for (int k = 0; k < 4; k++) {  // a[4 r + k] has columns k, k + 4, k + 8 and k + 12 of four rows
+    b[k] = _mm512_shuffle_i32x4(a[k], a[4 + k], 0x88), b[4 + k] = _mm512_shuffle_i32x4(a[k], a[4 + k], 0xdd);
+    b[8 + k] = _mm512_shuffle_i32x4(a[8 + k], a[12 + k], 0x88);
+    b[12 + k] = _mm512_shuffle_i32x4(a[8 + k], a[12 + k], 0xdd);
+  }
+  for (int k = 0; k < 4; k++) {
+    a[k] = _mm512_shuffle_i32x4(b[k], b[8 + k], 0x88), a[8 + k] = _mm512_shuffle_i32x4(b[k], b[8 + k], 0xdd);
+    a[4 + k] = _mm512_shuffle_i32x4(b[4 + k], b[12 + k], 0x88);
+    a[12 + k] = _mm512_shuffle_i32x4(b[4 + k], b[12 + k], 0xdd);
+  }
+}
+#endif
+
+// One number for each of W vectors, that of v[k] in lane k: f(a, b) of all its lanes. This takes fewer operations than
+// reducing one vector after the other, and no waiting.
+template <class F>
+HDFAST_INLINE Vf across(const Vf* v, F f) {
 #if defined(__AVX2__)
-  Vf quarter[4];  // partial sums, four lanes for each of W / 4 rows
+  Vf quarter[4];  // partial results, four lanes for each of W / 4 rows
 #if defined(__AVX512F__)
   for (int i = 0; i < 4; i++) {
     Vf half[2];
     for (int k = 0; k < 2; k++) {
       const Vf a = v[i + 4 * k], b = v[i + 4 * k + 8];
-      half[k] = Vf(_mm512_shuffle_f32x4(a, b, 0x44)) + Vf(_mm512_shuffle_f32x4(a, b, 0xee));
+      half[k] = f(Vf(_mm512_shuffle_f32x4(a, b, 0x44)), Vf(_mm512_shuffle_f32x4(a, b, 0xee)));
     }
-    quarter[i] = Vf(_mm512_shuffle_f32x4(half[0], half[1], 0x88)) + Vf(_mm512_shuffle_f32x4(half[0], half[1], 0xdd));
+    quarter[i] = f(Vf(_mm512_shuffle_f32x4(half[0], half[1], 0x88)), Vf(_mm512_shuffle_f32x4(half[0], half[1], 0xdd)));
   }
 #else
   for (int i = 0; i < 4; i++)
-    quarter[i] = Vf(_mm256_permute2f128_ps(v[i], v[i + 4], 0x20)) + Vf(_mm256_permute2f128_ps(v[i], v[i + 4], 0x31));
+    quarter[i] = f(Vf(_mm256_permute2f128_ps(v[i], v[i + 4], 0x20)), Vf(_mm256_permute2f128_ps(v[i], v[i + 4], 0x31)));
 #endif
-  const auto pairs = [](Vf a, Vf b, auto low, auto high) __attribute__((always_inline)) {
+  const auto pairs = [f](Vf a, Vf b, auto low, auto high) __attribute__((always_inline)) {
 #if defined(__AVX512F__)
-    return Vf(_mm512_shuffle_ps(a, b, low)) + Vf(_mm512_shuffle_ps(a, b, high));
+    return f(Vf(_mm512_shuffle_ps(a, b, low)), Vf(_mm512_shuffle_ps(a, b, high)));
 #else
-    return Vf(_mm256_shuffle_ps(a, b, low)) + Vf(_mm256_shuffle_ps(a, b, high));
+    return f(Vf(_mm256_shuffle_ps(a, b, low)), Vf(_mm256_shuffle_ps(a, b, high)));
 #endif
   };
   using std::integral_constant;
@@ -299,10 +327,17 @@ HDFAST_INLINE Vf sums(const Vf* v) {
   return _mm256_permutevar8x32_ps(mixed, __m256i(order));
 #endif
 #else
-  Vf out;
-  for (int k = 0; k < W; k++) out[k] = sum(v[k]);
-  return out;
+  // W is 4: the transposed vectors
+  const Vf a = {v[0][0], v[1][0], v[2][0], v[3][0]}, b = {v[0][1], v[1][1], v[2][1], v[3][1]};
+  const Vf c = {v[0][2], v[1][2], v[2][2], v[3][2]}, d = {v[0][3], v[1][3], v[2][3], v[3][3]};
+  return f(f(a, b), f(c, d));
 #endif
+}
+HDFAST_INLINE Vf sums(const Vf* v) {
+  return across(v, [](Vf a, Vf b) { return a + b; });
+}
+HDFAST_INLINE Vf maxima(const Vf* v) {
+  return across(v, [](Vf a, Vf b) { return max(a, b); });
 }
 
 HDFAST_INLINE float max(Vf v) {

@@ -18,29 +18,48 @@ HDFAST_INLINE Vf reciprocal(Vf x) {
 #endif
 }
 
-// e^x within 1 ulp for x <= 88; zero below -87, NaN for NaN. Cody-Waite reduction, minimax polynomial of Cephes expf.
-HDFAST_INLINE Vf exp(Vf x) {
+// x = n log(2) + r with an integer n and |r| <= log(2) / 2: n, as a number and as an integer, and e^r - 1. Cody-Waite
+// reduction, minimax polynomial of Cephes expf.
+struct ExpParts {
+  Vf n;
+  Vi exponent;
+  Vf rest;
+};
+HDFAST_INLINE ExpParts exp_parts(Vf x) {
 #if defined(__AVX512F__)
-  x = _mm512_max_ps(splat(-104.f), x);  // NaN stays
   const Vf n = _mm512_roundscale_ps(x * 1.44269504088896341f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vi exponent = __builtin_convertvector(n, Vi);
 #else
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
   const Vf shifted = x * 1.44269504088896341f + magic;
   const Vf n = shifted - magic;
+  const Vi exponent = bit_cast<Vi>(shifted) - bit_cast<int32_t>(magic);
 #endif
   Vf r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   const Vf square = r * r;
   Vf p = (1.9875691500e-4f * r + 1.3981999507e-3f) * square + (8.3334519073e-3f * r + 4.1665795894e-2f);
   p = p * square + (1.6666665459e-1f * r + 5.0000001201e-1f);
-  p = p * square + r + 1.f;
+  return {n, exponent, p * square + r};
+}
+
+// e^x within 1 ulp for x <= 88; zero below -87, NaN for NaN.
+HDFAST_INLINE Vf exp(Vf x) {
 #if defined(__AVX512F__)
-  return _mm512_scalef_ps(p, n);
+  const ExpParts parts = exp_parts(_mm512_max_ps(splat(-104.f), x));  // NaN stays
+  return _mm512_scalef_ps(parts.rest + 1.f, parts.n);
 #else
-  const Vi exponent = bit_cast<Vi>(shifted) - bit_cast<int32_t>(magic) + 127;
-  const Vf result = p * bit_cast<Vf>(exponent << 23);
+  const ExpParts parts = exp_parts(x);
+  const Vf result = (parts.rest + 1.f) * bit_cast<Vf>((parts.exponent + 127) << 23);
   return x < -87.f ? Vf{} : result;
 #endif
+}
+
+// e^x - 1 within 2 ulp for x >= 0. NaN stays.
+HDFAST_INLINE Vf expm1(Vf x) {
+  const ExpParts parts = exp_parts(min(splat(89.f), x));
+  const Vf half = bit_cast<Vf>((parts.exponent + 126) << 23);  // 2^128 would overflow before the result does
+  return 2.f * (half * parts.rest + (half - 0.5f));
 }
 
 // log((1 + m) 2^e) within 1 ulp for 1 + m in [sqrt(1/2), sqrt(2)). Polynomial of Cephes logf.

@@ -24,14 +24,13 @@ void backward(const D* grad, const G* gates, const D* deter, const float* weight
 #pragma omp parallel num_threads(threads)
   {
     AffineGradients::Local local(totals);
-    Scratch<float> d_normed(3 * width), normed(3 * width);
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
+    Scratch<float> d_normed(gru_together * 3 * width);
+    for_rows<gru_together>(rows, [&](int64_t r, auto count) {
       const int64_t at = r * width;
-      local.next_rows(1);
-      gru_row_backward(grad + at, gates + 3 * at, deter + at, weight, bias, mean[r], rstd[r], grad_gates + 3 * at,
-                       grad_deter + at, width, d_normed, normed, local);
-    }
+      gru_rows_backward<count>(grad + at, gates + 3 * at, deter + at, weight, bias, mean + r, rstd + r,
+                               grad_gates + 3 * at, grad_deter + at, width, d_normed, local);
+      local.next_rows(count);
+    });
   }
   totals.write(grad_weight, grad_bias);
 }

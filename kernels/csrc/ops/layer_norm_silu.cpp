@@ -24,11 +24,11 @@ void forward_narrow(const T* x, const float* weight, const float* bias, T* y, fl
   store(rstd, 1.f / sqrt(sums(part) * (1.f / width) + eps), Whole{});
   Vf w[V], b[V];
   for (int v = 0; v < V; v++) w[v] = load(weight + v * W, Whole{}), b[v] = load(bias + v * W, Whole{});
+  Vf z[W * V];
   for (int r = 0; r < W; r++)
-    for (int v = 0; v < V; v++) {
-      const int64_t at = r * width + v * W;
-      put<far>(y + at, silu<T>((load(x + at, Whole{}) - mean[r]) * rstd[r] * w[v] + b[v]), Whole{});
-    }
+    for (int v = 0; v < V; v++)
+      z[r * V + v] = (load(x + r * width + v * W, Whole{}) - mean[r]) * rstd[r] * w[v] + b[v];
+  for (int i = 0; i < W * V; i++) put<far>(y + i * W, silu<T>(z[i]), Whole{});
 }
 
 template <int V, bool far, class T>
@@ -39,15 +39,20 @@ void backward_narrow(const T* grad, const T* x, const float* weight, const float
   Vf d[W][V], sum_d[W], sum_dn[W], w[V], b[V];
   Vf even[2][V] = {}, odd[2][V] = {};  // of d_weight and d_bias: in two sums fewer digits are lost
   for (int v = 0; v < V; v++) w[v] = load(weight + v * W, Whole{}), b[v] = load(bias + v * W, Whole{});
+  for (int r = 0; r < W; r++)
+    for (int v = 0; v < V; v++) d[r][v] = (load(x + r * width + v * W, Whole{}) - mean[r]) * rstd[r] * w[v] + b[v];
+  for (int r = 0; r < W; r++) {
+    prefetch_to_read(x + (2 * W + r) * width, width);
+    prefetch_to_read(grad + (2 * W + r) * width, width);
+    for (int v = 0; v < V; v++) d[r][v] = silu_slope(d[r][v]);
+  }
   for (int r = 0; r < W; r++) {
     auto& part = r % 2 ? odd : even;
     sum_d[r] = sum_dn[r] = Vf{};
-    prefetch_to_read(x + (2 * W + r) * width, width);
-    prefetch_to_read(grad + (2 * W + r) * width, width);
     for (int v = 0; v < V; v++) {
       const int64_t at = r * width + v * W;
       const Vf n = (load(x + at, Whole{}) - mean[r]) * rstd[r];
-      const Vf dz = load(grad + at, Whole{}) * silu_slope(n * w[v] + b[v]);
+      const Vf dz = load(grad + at, Whole{}) * d[r][v];
       part[0][v] += dz * n;
       part[1][v] += dz;
       d[r][v] = dz * w[v];
@@ -63,18 +68,6 @@ void backward_narrow(const T* grad, const T* x, const float* weight, const float
       const Vf centred = load(x + at, Whole{}) - mean[r];
       put<far>(grad_x + at, s[r] * (d[r][v] - mean_d[r] - slope[r] * centred), Whole{});
     }
-}
-
-// f(first, count) for blocks of R rows, then for single remaining rows; the count is a compile-time constant.
-template <int R, class F>
-HDFAST_INLINE void for_rows(int64_t rows, F f) {
-#pragma omp for schedule(static)
-  for (int64_t first = 0; first < rows; first += R) {
-    if (first + R <= rows)
-      f(first, std::integral_constant<int, R>{});
-    else
-      for (int64_t r = first; r < rows; r++) f(r, std::integral_constant<int, 1>{});
-  }
 }
 
 constexpr int together = 4;  // wide rows: one alone would wait for its sums

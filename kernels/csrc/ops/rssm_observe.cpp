@@ -79,9 +79,10 @@ struct Scan : RssmObserve {
     const int64_t row = t * B + b;
     const float floor = unimix / double(K), share = 1 - unimix;
     add_to(logit_bias, S * K, logp + row * S * K);
-    for (int64_t s = row * S; s < (row + 1) * S; s++) {
-      index[s] = sample_row<true>(logp + s * K, uniform[s], K, share, floor, p, logp + s * K);
-      stoch[s * K + index[s]] = 1.0f;
+    for (int64_t s = row * S; s < (row + 1) * S; s += W) {
+      const int count = int(std::min<int64_t>(W, (row + 1) * S - s));
+      sample_rows<true>(logp + s * K, uniform + s, count, K, share, floor, p, logp + s * K, index + s);
+      for (int64_t g = s; g < s + count; g++) stoch[g * K + index[g]] = 1.0f;
     }
   }
 
@@ -121,8 +122,8 @@ struct Scan : RssmObserve {
     float mean, rstd;
     moments_of_rows<1>(in, 3 * D, eps, &mean, &rstd);
     of_norm.next_rows(1);
-    gru_row_backward(grad, in, deter_before(t, b), gru_norm_weight, gru_norm_bias, mean, rstd,
-                     low(grad_gates_low) + row * 3 * D, grad, D, scratch, scratch + 3 * D, of_norm);
+    gru_rows_backward<1>(grad, in, deter_before(t, b), gru_norm_weight, gru_norm_bias, &mean, &rstd,
+                         low(grad_gates_low) + row * 3 * D, grad, D, scratch, of_norm);
   }
 
   // grad: on entry, of the output; on return, of the sum.
@@ -192,7 +193,7 @@ void forward(const RssmObserve& p, int threads) {
   {
     const int thread = omp_get_thread_num(), count = omp_get_num_threads();
     const int64_t begin = B * thread / count, end = B * (thread + 1) / count;
-    Scratch<float> probabilities(p.K);
+    Scratch<float> probabilities(W * p.K);
     gru.pack(thread, count);
     post.pack(thread, count);
     logit.pack(thread, count);

@@ -16,13 +16,14 @@ void forward(const T* logits, const float* uniform, T* stoch, int64_t* index, fl
   if (Distribution && rows) std::memset(static_cast<void*>(stoch), 0, rows * classes * sizeof(T));
 #pragma omp parallel num_threads(threads)
   {
-    Scratch<float> probs(classes);
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
-      const int64_t at = r * classes;
-      index[r] = sample_row<Distribution>(logits + at, uniform[r], classes, share, floor, probs, logp + at);
-      if constexpr (Distribution) set_one(stoch + r * classes + index[r]);
-    }
+    Scratch<float> probs(W * classes);
+    for_row_blocks(rows, [&](int64_t first, int count, auto) {
+      const int64_t at = first * classes;
+      sample_rows<Distribution>(logits + at, uniform + first, count, classes, share, floor, probs, logp + at,
+                                index + first);
+      if constexpr (Distribution)
+        for (int64_t r = first; r < first + count; r++) set_one(stoch + r * classes + index[r]);
+    });
   }
 }
 

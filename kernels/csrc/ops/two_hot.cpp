@@ -13,17 +13,14 @@ HDFAST_INLINE Vf position_of(Vf target, float low, float high, int64_t bins) {
   return target == target ? position : target;
 }
 
-// The two-hot code of a position: weight 1 - above on bin `below`, `above` on the next. NaN gives NaN weights.
-struct Code {
-  Code(float position, int64_t bins)
-      : below(position >= bins - 2 ? bins - 2 : position >= 0 ? int64_t(position) : 0), above(position - below) {}
-  const int64_t below;
-  const float above;
-};
-
-template <class T>
-HDFAST_INLINE float sum_of_exp(const T* row, int64_t n, float top) {
-  return sum_lanes(n, [&](int64_t i, auto lanes) { return keep(exp(load(row + i, lanes) - top), lanes); });
+// e^x for x <= 0. The relative error grows with -x, but not beyond an ulp of 1.
+template <bool rough = false>
+HDFAST_INLINE Vf weight_of(Vf x) {
+#if defined(__AVX512F__)
+  return exp2<rough>(x * 1.44269504088896341f);
+#else
+  return exp(x);
+#endif
 }
 
 HDFAST_INLINE float value(float x) { return x; }
@@ -31,57 +28,77 @@ HDFAST_INLINE float value(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 1
 
 constexpr int64_t ahead = 2;  // how many rows ahead to prefetch
 
-// In blocks of W rows, whose logarithms are taken together.
+// The two-hot codes of up to W rows: weight 1 - above on bin `below`, `above` on the next, and the logits of these two
+// bins. A position that is NaN gives NaN weights.
+template <class T>
+struct Codes {
+  Codes(Vf position, const T* logits, int64_t bins, int count) {
+    const float last = bins - 2;
+    const Vf whole = position >= last ? splat(last) : position >= 0.f ? position : Vf{};
+    const Vi bin = __builtin_convertvector(whole, Vi);
+    above = position - __builtin_convertvector(bin, Vf);
+    std::memcpy(below, &bin, sizeof(bin));
+    float at_low[W] = {}, at_high[W] = {};
+    for (int k = 0; k < count; k++, logits += bins)
+      at_low[k] = value(logits[below[k]]), at_high[k] = value(logits[below[k] + 1]);
+    low = load(at_low, Whole{}), high = load(at_high, Whole{});
+  }
+
+  int32_t below[W];
+  Vf above, low, high;
+};
+
 template <class T>
 void loss_forward(const T* logits, const float* target, float* loss, float* position, float* top, float* scale,
                   int64_t rows, int64_t bins, float low, float high, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t first = 0; first < rows; first += W) {
-    const int count = int(rows - first < W ? rows - first : W);
-    const auto block = [&](auto lanes) {
-      store(position + first, position_of(load(target + first, lanes), low, high, bins), lanes);
-      float total[W], picked[W];
-      for (int k = 0; k < W; k++) total[k] = 1.f, picked[k] = 0.f;
-      for (int k = 0; k < count; k++) {
-        const int64_t r = first + k;
-        const T* row = logits + r * bins;
-        prefetch_to_read(row + ahead * bins, bins);
-        const float m = top[r] = max_of_row(row, bins);
-        total[k] = sum_of_exp(row, bins, m);
-        const Code code(position[r], bins);
-        const float below = value(row[code.below]) - m, above = value(row[code.below + 1]) - m;
-        picked[k] = below + code.above * (above - below);
-      }
-      const Vf all = load(total, Whole{}), lse = log(all);
-      store(loss + first, lse - load(picked, Whole{}), lanes);
-      store(scale + first, 1.f / all, lanes);
-    };
-    if (count == W)
-      block(Whole{});
-    else
-      block(Part{count});
-  }
+#pragma omp parallel num_threads(threads)
+  for_row_blocks(rows, [&](int64_t first, int count, auto lanes) {
+    const T* const block = logits + first * bins;
+    Vf part[W] = {};
+    for (int k = 0; k < count; k++) {
+      part[k] = max_of_lanes(block + k * bins, bins);
+    }
+    const Vf most = maxima(part), place = position_of(load(target + first, lanes), low, high, bins);
+    store(top + first, most, lanes);
+    store(position + first, place, lanes);
+    for (int k = 0; k < count; k++) {
+      const T* const row = block + k * bins;
+      const float m = top[first + k];
+      part[k] = sum_of_lanes(bins, [&](int64_t i, auto some) {
+        __builtin_prefetch(row + W * bins + i);
+        return keep(weight_of(load(row + i, some) - m), some);
+      });
+    }
+    const Vf total = sums(part);
+    const Codes<T> codes(place, block, bins, count);
+    store(loss + first, log(total) - ((codes.low - most) + codes.above * (codes.high - codes.low)), lanes);
+    store(scale + first, 1.f / total, lanes);
+  });
 }
 
 template <class T>
 void loss_backward(const float* grad, const T* logits, const float* position, const float* top, const float* scale,
                    T* grad_logits, int64_t rows, int64_t bins, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t r = 0; r < rows; r++) {
-    const T* row = logits + r * bins;
-    T* out = grad_logits + r * bins;
-    prefetch_to_read(row + ahead * bins, bins);
-    prefetch_to_write(out + ahead * bins, bins);
-    const float m = top[r], s = scale[r] * grad[r];
-    const Code code(position[r], bins);
-    Vf picked = {};  // the two bins' gradients, computed in float before rounding
-    for (int k = 0; k < 2; k++) picked[k] = value(row[code.below + k]) - m;
-    picked = s * exp(picked);
-    for_lanes(bins, [&](int64_t i, auto lanes) { store(out + i, s * exp(load(row + i, lanes) - m), lanes); });
-    picked[0] -= grad[r] * (1.f - code.above);
-    picked[1] -= grad[r] * code.above;
-    store(out + code.below, picked, Part{2});
-  }
+#pragma omp parallel num_threads(threads)
+  for_row_blocks(rows, [&](int64_t first, int count, auto lanes) {
+    const T* const block = logits + first * bins;
+    const Codes<T> codes(load(position + first, lanes), block, bins, count);
+    const Vf g = load(grad + first, lanes), m = load(top + first, lanes), s = g * load(scale + first, lanes);
+    T low[W], high[W];  // the two bins' gradients, computed in float before rounding
+    store(low, s * weight_of(codes.low - m) - g * (1.f - codes.above), Whole{});
+    store(high, s * weight_of(codes.high - m) - g * codes.above, Whole{});
+    for (int k = 0; k < count; k++) {
+      const T* const row = block + k * bins;
+      T* const out = grad_logits + (first + k) * bins;
+      for_lanes(bins, [&](int64_t i, auto some) {
+        __builtin_prefetch(row + ahead * bins + i);
+        __builtin_prefetch(out + ahead * bins + i, 1);
+        store(out + i, s[k] * weight_of<std::is_same_v<T, bf16>>(load(row + i, some) - m[k]), some);
+      });
+      out[codes.below[k]] = low[k];
+      out[codes.below[k] + 1] = high[k];
+    }
+  });
 }
 
 // The bins, from the centre outwards in double: symmetric bins are exactly symmetric, and ends rounded to float first
@@ -131,17 +148,21 @@ void mean_forward(const T* logits, float* mean, float* centre, float* top, float
   Scratch<float> scratch(bins);
   float* const values = scratch;
   fill_bins(values, bins, low, high);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t r = 0; r < rows; r++) {
-    const T* row = logits + r * bins;
-    const float m = max_of_row(row, bins);
-    const Sums sums = sums_of_row(row, values, bins, m);
-    const float s = 1.f / sums.total, c = sums.weighted * s;
-    mean[r] = std::copysign(std::expm1(std::fabs(c)), c);
-    centre[r] = c;
-    top[r] = m;
-    scale[r] = s;
-  }
+#pragma omp parallel num_threads(threads)
+  for_row_blocks(rows, [&](int64_t first, int count, auto lanes) {
+    Vf part[W] = {};
+    for (int k = 0; k < count; k++) part[k] = max_of_lanes(logits + (first + k) * bins, bins);
+    store(top + first, maxima(part), lanes);
+    float total[W] = {}, weighted[W] = {};
+    for (int k = 0; k < count; k++) {
+      const Sums sums = sums_of_row(logits + (first + k) * bins, values, bins, top[first + k]);
+      total[k] = sums.total, weighted[k] = sums.weighted;
+    }
+    const Vf s = 1.f / load(total, Whole{}), c = load(weighted, Whole{}) * s, size = expm1(abs(c));
+    store(mean + first, copysign(size, c), lanes);
+    store(centre + first, c, lanes);
+    store(scale + first, s * (size + 1.f), lanes);
+  });
 }
 
 template <class T>
@@ -153,9 +174,9 @@ void mean_backward(const float* grad, const T* logits, const float* centre, cons
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; r++) {
     const T* row = logits + r * bins;
-    const float m = top[r], c = centre[r], s = grad[r] * std::exp(std::fabs(c)) * scale[r];
+    const float m = top[r], c = centre[r], s = grad[r] * scale[r];
     for_lanes(bins, [&](int64_t i, auto lanes) {
-      const Vf d = s * exp(load(row + i, lanes) - m) * (load(values + i, lanes) - c);
+      const Vf d = s * weight_of(load(row + i, lanes) - m) * (load(values + i, lanes) - c);
       store(grad_logits + r * bins + i, d, lanes);
     });
   }
