@@ -104,15 +104,16 @@ HDFAST_INLINE Vf exp2_rest(Vf f, Vf square) {
 constexpr float exp2_slope = 6.9314720286e-1f;
 
 // 2^t for -126 <= t <= 126 (with AVX-512, for any t <= 126): within 1 ulp by that polynomial, or with a relative error
-// of 3e-6 if `rough`.
-template <bool rough>
+// of 3e-6 if `rough`. Minus infinity gives NaN unless `infinite`, with AVX-512 only: that costs a little.
+template <bool rough, bool infinite = false>
 HDFAST_INLINE Vf exp2(Vf t) {
 #if defined(__AVX512F__)
   const Vf n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vf f = infinite ? Vf(_mm512_reduce_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)) : t - n;
 #else
   const Vf shifted = t + 12582912.f, n = shifted - 12582912.f;  // 1.5 * 2^23, as in exp
-#endif
   const Vf f = t - n;
+#endif
   Vf p;
   if constexpr (rough) {
     p = splat(9.5828528675e-3f);

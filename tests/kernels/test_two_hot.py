@@ -277,3 +277,28 @@ def test_mistakes_are_answered():
         two_hot_loss(torch.zeros(3, 5), torch.zeros(3, 1))
     with pytest.raises(ValueError, match="at least 2 bins and finite low < high, got 5 from 1 to 1"):
         two_hot_mean(torch.zeros(3, 5), low=1, high=1)
+
+
+@pytest.mark.parametrize("backend", backends("two_hot_loss", reference=False))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_bins_of_probability_zero(rows, dtype, backend):
+    """Their logits are minus infinity, their gradients zero; the targets lie elsewhere."""
+    given = logits((rows, 255), dtype, backend.device).detach()
+    given[:, :60] = given[:, 200:] = -math.inf
+    target = random(rows, seed=1).to(backend.device)
+    for op, reference in (
+        (partial(two_hot_loss, target=target), partial(two_hot_loss_reference, target=target)),
+        (two_hot_mean, two_hot_mean_reference),
+    ):
+        results = []
+        for call in (partial(op, backend=backend.name), reference):
+            x = given.clone().requires_grad_()
+            y = call(x)
+            results.append((y.detach(), *torch.autograd.grad(y.sum(), [x])))
+        for got, expected in zip(*results, strict=True):
+            assert got.isfinite().all()
+            torch.testing.assert_close(
+                got, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4
+            )
+        assert not results[0][1][:, :60].any()

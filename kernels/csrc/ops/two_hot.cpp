@@ -13,11 +13,11 @@ HDFAST_INLINE Vf position_of(Vf target, float low, float high, int64_t bins) {
   return target == target ? position : target;
 }
 
-// e^x for x <= 0. The relative error grows with -x, but not beyond an ulp of 1.
+// e^x for x <= 0, also for minus infinity. The relative error grows with -x, but not beyond an ulp of 1.
 template <bool rough = false>
 HDFAST_INLINE Vf weight_of(Vf x) {
 #if defined(__AVX512F__)
-  return exp2<rough>(x * 1.44269504088896341f);
+  return exp2<rough, true>(x * 1.44269504088896341f);
 #else
   return exp(x);
 #endif
