@@ -43,7 +43,7 @@ void forward_rows(const T* in, const float* weight, const float* bias, Out* out,
   }
 }
 
-// The same for backward: the R rows also add to the column sums together. d_normed is scratch of R rows. The gradient
+// The same for backward: the R rows also add to the column sums together. of_rows is scratch of R rows. The gradient
 // may be overwritten: `out` may be `grad`.
 template <int R, bool far, class T>
 void backward_rows(const T* grad, const T* in, const float* weight, const float* bias, const float* mean,
