@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 from pathlib import Path
 
@@ -239,26 +238,6 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
     assert capsys.readouterr().err.startswith(
         f"warning: {run.path}: cannot lock (No locks available); make sure"
     )
-
-
-def test_a_forked_process_does_not_hold_the_run(tmp_path):
-    """Such as an environment's own, which may outlive a run that is killed."""
-    ours, theirs = socket.socketpair()
-    with open_run(tmp_path):
-        child = os.fork()
-        if not child:
-            ours.close()
-            theirs.send(b"1")
-            theirs.recv(1)  # until the other side is closed
-            os._exit(0)
-        theirs.close()
-        ours.recv(1)
-    try:
-        with open_run(tmp_path) as run:
-            assert run.path.exists()
-    finally:
-        ours.close()
-        os.waitpid(child, 0)
 
 
 def test_no_room_for_the_lock_s_holder_leaves_no_lock(tmp_path, monkeypatch):
