@@ -7,9 +7,13 @@ import ctypes
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
+import warnings
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -19,6 +23,7 @@ from hdfast import envs
 from hdfast.envs import gym, gym_view
 from hdfast.evaluate import evaluate
 from hdfast.runtime.errors import ConfigError, EnvError
+from hdfast.runtime.signals import StopRequest
 from tests import loop_cases
 from tests.gym_cases import make
 from tests.loop_cases import PYTHONPATH, one_thread, path_of, tiny  # noqa: F401
@@ -95,28 +100,41 @@ def test_an_environment_may_make_another_that_its_module_registers(tmp_path):
 
 
 class Starts(gymnasium.Env):
-    """Starts a program and ends it."""
+    """Starts a program and a process, and ends them. Observes whether the program ignores SIGINT."""
 
-    observation_space = gymnasium.spaces.Box(-1, 1, (1,))
+    observation_space = gymnasium.spaces.Box(0, 1, (1,))
     action_space = gymnasium.spaces.Discrete(2)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of forking where there are threads
+            process = os.fork()
+        if process == 0:
+            signal.alarm(20)
+            time.sleep(60)
+            os._exit(1)
+        os.kill(process, signal.SIGTERM)
+        assert os.waitpid(process, 0) == (process, signal.SIGTERM)
         with subprocess.Popen(["sleep", "60"]) as program:
+            ignored = re.search(r"SigIgn:\s(\w+)", Path(f"/proc/{program.pid}/status").read_text())
             program.terminate()
-            assert program.wait(5) == -signal.SIGTERM
-        return np.zeros(1, np.float32), {}
+            assert program.wait(20) == -signal.SIGTERM
+        return np.float32([int(ignored[1], 16) >> (signal.SIGINT - 1) & 1]), {}
 
     def step(self, action):
         return np.zeros(1, np.float32), 0.0, False, False, {}
 
 
-def test_programs_that_an_environment_starts_can_be_terminated(monkeypatch):
-    """Signals are for the learner, but a signal that its processes ignored would be ignored by theirs, too."""
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_what_an_environment_starts_can_be_terminated(monkeypatch, num_envs):
+    """Ctrl-C is for the learner alone, but a process that ignored SIGTERM would make others ignore it, too."""
     spec = gymnasium.envs.registration.EnvSpec("Starts-v0", entry_point=Starts, max_episode_steps=3)
     monkeypatch.setitem(gymnasium.registry, "Starts-v0", spec)
-    with envs.make("gym", "Starts-v0", num_envs=2, seed=0, obs="state") as env:
-        assert not env.reset().is_last.any()
+    with StopRequest(), envs.make("gym", "Starts-v0", num_envs=num_envs, seed=0, obs="state") as env:
+        ignored = env.reset().obs["state"]
+    if num_envs > 1:
+        assert ignored.tolist() == [[1]] * num_envs
 
 
 def test_a_run_with_other_arguments_is_another_run(tmp_path):

@@ -40,6 +40,7 @@ from hdfast.envs.gym_spaces import (
     wrong,
 )
 from hdfast.runtime.errors import ConfigError, EnvError, HdfastError, MissingLibraryError, tell_warnings, warn
+from hdfast.runtime.signals import in_forked
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the learner handles them: it saves, then stops
 _LOSSES = ("dyn", "rep", "cont")  # names of the agent's other losses; all images share one, "image"
@@ -100,9 +101,12 @@ class Maker:
         if os.getpid() == self.owner:
             return self._seen()
         for signum in SIGNALS:
-            # Not SIG_IGN, which processes that an environment starts would inherit: their terminate() would do nothing.
-            signal.signal(signum, lambda *_: None)
-            signal.siginterrupt(signum, False)
+            signal.signal(signum, signal.SIG_IGN)
+        # What an environment starts inherits SIG_IGN: Ctrl-C is not for it. But terminate() is, and a handler ends with
+        # exec, or with the fork.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.siginterrupt(signal.SIGTERM, False)
+        in_forked.append({signal.SIGTERM: signal.SIG_DFL})
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # for processes that an environment starts
         _end_with_parent()
         try:

@@ -1,6 +1,7 @@
 """SIGINT, SIGTERM and SIGHUP as a request to stop at the next step, instead of an exception in the middle of one."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -8,6 +9,32 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from hdfast.runtime.errors import Interrupted, OutputFullError
+
+# Handlers of forked processes, such as an environment's own: terminate() ends them, the terminal's signals do not.
+in_forked: list[dict[int, Any]] = []
+_forking = threading.local()
+
+
+def _before_fork() -> None:
+    if in_forked:  # a signal that comes before the handlers are set would be forgotten
+        _forking.mask = signal.pthread_sigmask(
+            signal.SIG_BLOCK, [signum for each in in_forked for signum in each]
+        )
+
+
+def _after_fork() -> None:
+    if (mask := vars(_forking).pop("mask", None)) is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _in_forked() -> None:
+    while in_forked:
+        for signum, handler in in_forked.pop().items():
+            signal.signal(signum, handler)
+    _after_fork()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_forked)
 
 
 class StopRequest:
@@ -25,7 +52,8 @@ class StopRequest:
         self.signum: int | None = None
         self._at_once = False
         self.say: Callable[[str], object] = lambda text: None
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, Any] = {}  # handlers, by signal
+        self._in_forked: dict[int, Any] = {}
 
     def __bool__(self) -> bool:
         return self.signum is not None
@@ -42,12 +70,15 @@ class StopRequest:
             return self
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
-                self._before[signum] = signal.signal(signum, self._handle)
+                before = self._before[signum] = signal.signal(signum, self._handle)
+                self._in_forked[signum] = before if signum == signal.SIGTERM else signal.SIG_IGN
+        in_forked.append(self._in_forked)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        in_forked[:] = [each for each in in_forked if each is not self._in_forked]
         for signum in self._before:
             signal.signal(signum, self._before[signum])
 
