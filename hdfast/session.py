@@ -204,10 +204,9 @@ class Session:
     def train(self, total: int) -> None:
         """Steps, and does the updates owed, until there are `total` agent steps. Raises: as `run`."""
         config, meter = self.config, evaluation.EpisodeMeter(self.env.num_envs)
-        logged = False
         if self.step_from is not None:  # the last session was stopped in the middle of a step
             self._learn()
-            logged = self._end_step(self.step_from)
+            self._end_step(self.step_from)
         step = self.env.reset()
         while self.agent_steps < total:
             self.stop.check()
@@ -236,23 +235,19 @@ class Session:
                 self._learn()
             with annotate("receive"):
                 step = self.env.recv()
-            logged = self._end_step(self.step_from)
+            self._end_step(self.step_from)
             if time.monotonic() - self.saved_at >= config.checkpoint.seconds:
                 self._save()
-        if not logged:
-            self._log()
 
-    def _end_step(self, before: int) -> bool:
-        """Ends the step begun at `before`: progress, log line and video if due. Returns whether it logged."""
+    def _end_step(self, before: int) -> None:
+        """Ends the step begun at `before`: progress, and log line (the run's last step has one) and video if due."""
         config = self.config
         self.progress.update(agent_steps=self.agent_steps, updates=self.learner.updates)
         self.step_from = None
-        logged = self._crossed(config.log.every, before)
-        if logged:
+        if self._crossed(config.log.every, before) or self.agent_steps >= config.total_agent_steps:
             self._log()
         if config.log.video_every and self._crossed(config.log.video_every, before):
             self._video()
-        return logged
 
     def _act(self, obs: Mapping[str, np.ndarray], is_first: np.ndarray) -> np.ndarray:
         """The policy's actions; random ones while replay is being filled, unless the policy comes from --init-from."""

@@ -141,6 +141,20 @@ def test_killed_at_any_moment_it_resumes_with_one_history(tmp_path, monkeypatch,
         assert_one_history(again)
 
 
+def test_a_run_killed_at_its_last_line_of_metrics_has_that_line(tmp_path, monkeypatch):
+    """It is written before the checkpoint of that step, or again after the one before."""
+    script(monkeypatch)
+    settings = {"log": {"every": 15}, "checkpoint": {"seconds": 0}}
+    config = tiny(tmp_path / "runs", **settings)
+    with monkeypatch.context() as patch:
+        copies = killed(patch, (loop.Session, "_log"), config, range(3))
+        loop_cases.train(config)
+    for run in (config, *(tiny(copy, **settings) for copy in copies)):
+        loop_cases.train(run)
+        assert [line["agent_steps"] for line in lines(run, "metrics")] == [16, 30, 40]
+    assert len(copies) == 6
+
+
 def test_an_interrupted_run_has_the_rows_and_updates_of_one_that_was_not(tmp_path, monkeypatch):
     """With scripted environments only the episodes that were cut off differ."""
     env = script(monkeypatch)
