@@ -45,7 +45,6 @@ _TAKERS = {"kwargs": ("gym",), "time_limit": ("gym",), "image_size": ("gym", "dm
 # What may differ between the sessions of one run: where it runs and how it reports, not what it computes.
 RESUMABLE_CHANGES = (
     "suite",
-    "task",
     "seeds",
     "logdir",
     "dry_run",
@@ -154,7 +153,7 @@ class Config:
 
 def settings_of(config: Config) -> dict[str, Any]:
     """What a run computes, by the names of the flags, without what a later session may change."""
-    kept = {*RESUMABLE_CHANGES, *GROWING, "init_from", "learner_options"}
+    kept = {*RESUMABLE_CHANGES, *GROWING, "task", "init_from", "learner_options"}
     names = [name for name in field_names(config) if kept.isdisjoint((name, name.partition(".")[0]))]
     own = {f"learner_options.{name}": value for name, value in config.options.items()}
     return {**{name: attrgetter(name)(config) for name in names}, **own}

@@ -10,7 +10,7 @@ import pytest
 
 from hdfast import loop, results, suites
 from hdfast.evaluate import evaluate
-from hdfast.runtime.errors import CheckpointError, HdfastError, Interrupted, RunError
+from hdfast.runtime.errors import CheckpointError, ConfigError, HdfastError, Interrupted, RunError
 from tests import loop_cases
 from tests.loop_cases import lines, one_thread, path_of, tiny  # noqa: F401
 
@@ -61,6 +61,20 @@ def test_a_run_on_an_environment_of_ones_own(tmp_path):
     assert evaluate(path, episodes=2, device="cpu")["scores"] == pytest.approx([15, 15], abs=0.11)
     (row,) = results.collect(tmp_path, suites.get("gym"))
     assert (row.task.name, row.scores) == (task, {0: summary["score"]})
+
+
+def test_of_two_environments_that_share_a_folder_the_second_is_refused(tmp_path, monkeypatch):
+    for name in ("maze/Easy-v0", "maze-Easy-v0"):
+        spec = gymnasium.envs.registration.EnvSpec(name, entry_point="tests.gym_envs:Count")
+        monkeypatch.setitem(gymnasium.registry, name, spec)
+    overrides = {"suite": "gym", "env": {"threads": 1}, "agent_steps": 4}
+    loop_cases.train(tiny(tmp_path, task="maze/Easy-v0", **overrides))
+    config = tiny(tmp_path, task="maze-Easy-v0", **overrides)
+    with pytest.raises(ConfigError, match="another config") as error:
+        loop_cases.train(config)
+    assert error.value.details == ('task: "maze/Easy-v0" -> "maze-Easy-v0"',)
+    (row,) = results.collect(tmp_path, suites.get("gym"))
+    assert row.task.name == "maze/Easy-v0"
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def kl_balance_reference(
     dtype = compute_dtype(post_logp)
     post, prior = post_logp.to(dtype), prior_logp.to(dtype)
     dyn, rep = _kl(post.detach(), prior), _kl(post, prior.detach())
-    # not clamp, whose gradient at free itself depends on PyTorch's version: 1 until 2.13, 0 in 2.15
+    # not clamp, whose gradient at free itself depends on PyTorch's version: 1 until 2.13, then 0
     clipped = [torch.where(kl < free, free, kl).to(post_logp.dtype) for kl in (dyn, rep)]
     return clipped[0], clipped[1], rep.detach()
 
