@@ -44,16 +44,32 @@ def test_an_episode_succeeds_if_one_of_its_rows_does():
 
 def test_each_evaluation_of_a_run_draws_numbers_of_its_own(tmp_path, monkeypatch):
     script(monkeypatch)
-    states, policy = [], session.Policy
+    states, training, policy = [], [], session.Policy
 
     def made(learner, num_envs, seed, **options):
         found = policy(learner, num_envs, seed, **options)
         states.append(found.generator.get_state())
+        training.append(found.training)
         return found
 
     monkeypatch.setattr(session, "Policy", made)
     loop_cases.train(tiny(tmp_path, eval={"every": 10}))
     assert len(states) == len({state.numpy().tobytes() for state in states}) == 1 + 4  # training, evaluations
+    assert training == [True, *[False] * 4]  # so that a learner of one's own can explore in training alone
+
+
+def test_a_later_session_is_evaluated_on_other_episodes(tmp_path, monkeypatch):
+    script(monkeypatch)
+    begun, make = [], session.make_envs
+
+    def made(*args, stream, agent_steps=0, **options):
+        begun.append((stream, agent_steps))  # of which their seed is made
+        return make(*args, stream=stream, **options)
+
+    monkeypatch.setattr(session, "make_envs", made)
+    for agent_steps in (20, 40):
+        loop_cases.train(tiny(tmp_path, agent_steps=agent_steps, train={"ratio": 0.0}))
+    assert begun == [("train", 0), ("eval", 20), ("train", 20), ("eval", 40)]
 
 
 def test_a_run_tells_how_many_episodes_of_an_evaluation_are_done(tmp_path, monkeypatch, capfd):

@@ -2,10 +2,11 @@
 
 import pytest
 
-from hdfast import envs, suites
+from hdfast import envs, session, suites
 from hdfast.config import default_config
 from hdfast.overrides import apply_overrides
 from hdfast.streams import make_envs, stream_seed
+from tests.loop_cases import one_thread, script, tiny, train  # noqa: F401
 
 
 def test_each_use_has_a_seed_of_its_own_that_torch_takes():
@@ -15,6 +16,19 @@ def test_each_use_has_a_seed_of_its_own_that_torch_takes():
     seeds = {stream_seed(*use) for use in uses}
     assert len(seeds) == len(uses)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_no_two_uses_in_a_run_share_a_seed(tmp_path, monkeypatch):
+    script(monkeypatch)
+    given = []
+
+    def spied(*use):
+        given.append(stream_seed(*use))
+        return given[-1]
+
+    monkeypatch.setattr(session, "stream_seed", spied)
+    train(tiny(tmp_path, train={"ratio": 0.0}, eval={"every": 20}))
+    assert len(set(given)) == len(given) == 3 + 5 + 2  # parts of the agent, random actions, evaluations
 
 
 def test_seeds_are_what_they_were_so_that_a_run_can_go_on_with_newer_code():
