@@ -206,9 +206,10 @@ def test_a_run_may_be_evaluated_otherwise_from_now_on(tmp_path, monkeypatch, cou
 
 
 def test_evaluation_at_the_end_alone(tmp_path, monkeypatch, counted):
-    script(monkeypatch)
+    env = script(monkeypatch)
     config = tiny(tmp_path, eval={"every": 0, "episodes": 1, "num_envs": 8})
     train(config)
+    assert env["eval"][0].num_envs == 1  # no more than there are episodes
     assert [line["agent_steps"] for line in lines(config, "scores", kind="evaluation")] == [40]
 
 
@@ -283,12 +284,13 @@ def test_metrics_tensorboard_and_videos(tmp_path, capfd):
     assert names == ["open_loop_image_0000000020.gif", "open_loop_image_0000000040.gif"]
     out = capfd.readouterr().out.splitlines()
     assert out[0].startswith(f"{folder}: new run; replay: room for 40 rows")
+    assert out[1] == "[Catch seed 0] agent_steps=0/40 done=0.0%"  # before the first step, which may take long
     assert out[-1].startswith("[Catch seed 0] agent_steps=40/40 done=100.0%")
     for word in ("score=", "eval=", "harmony=reward:", "kl:", "image:"):
         assert word in out[-1]
 
 
-def test_videos_show_the_windows_that_were_learnt_from_last(tmp_path, monkeypatch):
+def test_videos_show_some_of_the_windows_that_were_learnt_from_last(tmp_path, monkeypatch):
     script(monkeypatch)
     sample, predict, sampled, shown = session.Replay.sample, session.films, [], []
 
@@ -302,11 +304,17 @@ def test_videos_show_the_windows_that_were_learnt_from_last(tmp_path, monkeypatc
 
     monkeypatch.setattr(session.Replay, "sample", sampling)
     monkeypatch.setattr(session, "films", predicting)
-    train(tiny(tmp_path, replay={"length": 8}, train={"ratio": 8.0}, log={"video_every": 20}))
+    replay = {"batch": 8, "length": 8}
+    train(tiny(tmp_path, replay=replay, train={"ratio": 32.0}, log={"video_every": 20}))
     assert len(shown) == 2
     for batch, last in shown:
         assert batch.keys() == last.keys()
-        assert all(torch.equal(batch[key], last[key]) for key in last)
+        assert batch["reward"].shape == (8, 6)  # windows side by side, no more than a film has room for
+        for key, rows in last.items():
+            first = rows[:6] if key == "starts" else rows[:, :6]
+            assert torch.equal(batch[key], first), key
+    train(tiny(tmp_path / "short", replay={"length": 5}, log={"video_every": 20}))
+    assert len(shown) == 2  # the model would see all rows of such windows, and imagine none
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import hdfast.agent
+from hdfast import session
 from hdfast.envs.base import ContinuousActions
 from hdfast.runtime import progress
 from tests.agent_cases import make_batch, make_learner
@@ -97,6 +99,16 @@ def test_which_names_are_missing_where_the_table_says_so(runs):
     assert off <= fixed
     episodes, scripted = (run["scores.jsonl"] for run in runs[:2])
     assert scripted - episodes == {"success"}
+
+
+def test_a_line_has_no_rates_before_there_are_any_and_no_more_rows_than_replay_holds(tmp_path, monkeypatch):
+    script(monkeypatch)
+    monkeypatch.setattr(session, "Progress", partial(progress.Progress, clock=lambda: 0.0))
+    config = tiny(tmp_path, replay={"capacity": 20}, log={"every": 10})
+    train(config)
+    found = lines(config, "metrics")
+    assert [line["replay_rows"] for line in found] == [10, 20, 20, 20]
+    assert not any(name.endswith("_per_second") for line in found for name in line)
 
 
 def test_every_line_of_the_tables_has_its_columns():
