@@ -207,7 +207,7 @@ class Solved(Count):
         now = self.age == 2 and self.episode % 2 == 0
         self.solved |= now
         if self.tell == "success":
-            info = {"success": np.float64(now), "is_success": True}
+            info = {"success": np.float64(now / 2), "is_success": True}
         elif self.tell == "at the end":
             info = {"is_success": self.solved if row[2] else self.age == 1}  # of which only the end counts
         elif self.tell == "when it does" and now:

@@ -179,6 +179,10 @@ def test_every_combination_of_choices_is_an_action(name, count, theirs, threads)
             assert reward[1] - reward[0] == pytest.approx((every[ours] - every[0]).flat[0] / 100, abs=1e-6)
 
 
+def test_a_single_choice_may_have_more_values_than_combinations_may_be():
+    assert gym_spaces.actions_of(gymnasium.spaces.Discrete(2_000), "it") == envs.DiscreteActions(2_000)
+
+
 def test_actions_are_stretched_and_counted_from_where_they_start():
     with make("Arm", 2, threads=1) as env:
         assert env.actions == envs.ContinuousActions(2)
@@ -190,6 +194,17 @@ def test_actions_are_stretched_and_counted_from_where_they_start():
         assert env.actions == envs.DiscreteActions(3)
         env.reset()
         assert env.step(np.array([2], np.int32)).reward == pytest.approx(1.07)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.3, 0.9), (-2.3, 0.7), (-3e38, 3e38)])
+def test_the_ends_of_an_action_are_the_bounds_that_its_space_says(low, high, monkeypatch):
+    """Rounding leads over the first bounds by a bit, for which a strict environment would refuse the action."""
+    space = gym_envs.box(2, low=low, high=high)
+    monkeypatch.setitem(gymnasium.registry["Arm-v0"].kwargs, "action", space)
+    with make("Arm") as env:
+        ends, (middle, _) = env._theirs(np.float32([[-1, 1], [0, 0]]))
+    assert np.array_equal(ends, np.float32([low, high]))
+    assert middle == pytest.approx(low / 2 + high / 2)
 
 
 @pytest.mark.parametrize("threads", [0, 1])
