@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -85,18 +86,67 @@ import os, sys
 alone = os.getpgrp() == os.getpid()  # Ctrl-C at the terminal reaches the sweep alone, which passes it on
 print(sys.argv[1:], os.environ['OMP_NUM_THREADS'], alone)
 """
-    made = pieces(tmp_path, *[body] * 5)
+    made = pieces(tmp_path, *[body] * 6)
     with StopRequest() as stop:
         assert jobs.run(jobs.LocalPool(3, ["cuda:0", "cuda:1"]), made[:3], 3, stop, lambda line: None) == {}
     told = [job.log.read_text().splitlines()[-1] for job in made[:3]]
     assert told == [f"['--device', 'cuda:{i}'] 2 True" for i in (0, 1, 0)]
     with StopRequest() as stop:  # narrow networks gain nothing from more threads
-        jobs.run(jobs.LocalPool(3, threads=1), made[4:], 3, stop, lambda line: None)
-    assert made[4].log.read_text().splitlines()[-1] == "[] 1 True"
+        jobs.run(jobs.LocalPool(3, threads=1), made[4:5], 3, stop, lambda line: None)
+        jobs.run(jobs.LocalPool(9), made[5:], 9, stop, lambda line: None)  # less than a core for each
+    assert [job.log.read_text().splitlines()[-1] for job in made[4:]] == ["[] 1 True"] * 2
     monkeypatch.setenv("OMP_NUM_THREADS", "5")  # asked for
     with StopRequest() as stop:
         jobs.run(jobs.LocalPool(3, threads=1), made[3:4], 3, stop, lambda line: None)
     assert made[3].log.read_text().splitlines()[-1] == "[] 5 True"
+
+
+def test_a_log_begins_with_the_command_and_goes_on_where_it_ended(tmp_path, monkeypatch):
+    """What is typed at the terminal is not for a job: one that reads it finds its end."""
+    (made,) = pieces(tmp_path, "import sys; print(repr(sys.stdin.read()))")
+    before, popen = [], subprocess.Popen
+
+    def begin(*args, **options):
+        before.append(made.log.read_text().splitlines())
+        return popen(*args, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", begin)
+    (ours, typed), terminal = os.pipe(), os.dup(0)
+    os.write(typed, b"typed\n")
+    os.close(typed)
+    os.dup2(ours, 0)
+    try:
+        with StopRequest() as stop:
+            for _ in range(2):
+                jobs.run(jobs.LocalPool(1), [made], 1, stop, lambda line: None)
+    finally:
+        os.dup2(terminal, 0)
+        os.close(terminal)
+        os.close(ours)
+    said = made.log.read_text().splitlines()
+    assert said[1::2] == ["''"] * 2
+    assert before == [said[:1], said[:3]]
+    assert said[0] == said[2] == f"$ {shlex.join(made.command)}"
+
+
+def test_no_job_is_begun_once_a_stop_is_requested(tmp_path):
+    began = []
+
+    class Stopping:
+        def start(self, job, slot):
+            began.append(job.name)
+            if len(began) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def poll(self, handle):
+            return 0
+
+        def stop(self, handle):
+            pass
+
+    with StopRequest() as stop, pytest.raises(Interrupted):
+        jobs.run(Stopping(), pieces(tmp_path, "", "", ""), 2, stop, lambda line: None)
+    assert began == ["job 0"]
 
 
 def test_a_signal_is_passed_on_once_and_the_jobs_waited_for(tmp_path):
