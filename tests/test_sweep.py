@@ -14,6 +14,7 @@ from tests.loop_cases import (
     flags,
     one_thread,  # noqa: F401
 )
+from tests.test_report import finish
 
 
 def test_sweep_makes_a_job_of_every_task_and_seed(tmp_path):
@@ -55,7 +56,44 @@ def test_the_door_of_sweep(tmp_path, monkeypatch, capfd):
     code, out, err = door(sweep.main, argv, monkeypatch, capfd)
     assert code == 1  # the line that says what is wrong, and the first difference below it
     assert err.splitlines()[0] == "error: 1 of 1 runs failed"
-    assert re.search(r"seed4: this run has another config.* \(rssm\.unimix: .*\)$", err.splitlines()[1]), err
+    failed = err.splitlines()[1].strip()
+    assert failed.startswith("Catch seed 4: exit code 2: error: ")
+    assert re.search(r"seed4: this run has another config.* \(rssm\.unimix: .*\)$", failed), err
+
+
+@pytest.mark.parametrize(
+    ("log", "told"),
+    [
+        (None, ""),
+        ("", ""),
+        ("$ train\nstep 1\nstep 2\n\n", "step 2"),
+        ("$ train\nerror: full\n$ train\nstep 1\n", "step 1"),  # of a session before this one
+        ("$ train\nerror: full\n$ train\nstep 1\n$ train\nstep 2\n", "step 2"),
+        ("$ train\nerror: a loss\nerror: the disk\nend\n", "error: the disk"),
+        (
+            "$ train\nerror: another config\n  units: 1 -> 2\n  depth: 3 -> 4\n",
+            "error: another config (units: 1 -> 2)",
+        ),
+    ],
+    ids=["no file", "empty", "no error", "two sessions", "three sessions", "two errors", "details"],
+)
+def test_the_last_words_of_a_run_that_failed(log, told, tmp_path):
+    file = tmp_path / "train.log"
+    if log is not None:
+        file.write_text(log)
+    assert sweep._last_line(file) == told
+
+
+def test_the_table_of_a_sweep_shows_its_own_tasks(tmp_path, monkeypatch, capfd):
+    """Commas between tasks may be followed by a space, or by nothing."""
+    ran = []
+    monkeypatch.setattr(sweep, "run", lambda pool, jobs, *_: ran.extend(job.name for job in jobs) or {})
+    for task in ("Alien", "Boxing", "Pong"):
+        finish(tmp_path, task, 0, 1.0)
+    argv = ["--tasks", "Pong,", "Boxing", "--seeds", "1", "--", "--logdir", str(tmp_path)]
+    code, out, err = door(sweep.main, argv, monkeypatch, capfd)
+    assert (code, err, ran) == (0, "", ["Pong seed 0", "Boxing seed 0"])
+    assert [name for name in ("Alien", "Boxing", "Pong", "Qbert") if name in out] == ["Boxing", "Pong"]
 
 
 def test_sweep_tells_what_is_wrong_in_one_line(monkeypatch, capfd):
@@ -72,6 +110,7 @@ def test_sweep_tells_what_is_wrong_in_one_line(monkeypatch, capfd):
         ),
         (["--suite", "demo", "--jobs", "0"], 2, "argument --jobs: 0 is out of range"),
         (["--agent-steps", "5"], 2, "--agent-steps is a flag of hdfast.train; put it behind --"),
+        (["--agent_steps=5"], 2, "--agent_steps is a flag of hdfast.train; put it behind --"),
         (["--log.no-tensorboard"], 2, "--log.no-tensorboard is a flag of hdfast.train; put it behind --"),
         (["--config=x.json"], 2, "--config is a flag of hdfast.train; put it behind --"),
         (["--", "--task", "Pong"], 2, "--task cannot come after --"),

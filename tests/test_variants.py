@@ -100,8 +100,10 @@ def test_every_variant_is_looked_at_before_a_run_begins(tmp_path, monkeypatch, c
 
 
 def test_vary_may_be_repeated(tmp_path, monkeypatch, capfd):
-    ran = []
+    ran, threads, looked_at = [], [], []
     monkeypatch.setattr(sweep, "run", lambda pool, jobs, *_: ran.extend(job.name for job in jobs) or {})
+    monkeypatch.setattr(sweep, "LocalPool", lambda *_, **options: threads.append(options["threads"]))
+    monkeypatch.setattr(sweep, "resolve_device", looked_at.append)
     axes = ["--vary", "harmony.mode=learned,off", "--vary", "rssm.unimix=0.01,0.02"]
     argv = ["--suite", "demo", "--seeds", "1", *axes, "--", "--logdir", str(tmp_path)]
     assert door(sweep.main, argv, monkeypatch, capfd)[0] == 0
@@ -110,6 +112,10 @@ def test_vary_may_be_repeated(tmp_path, monkeypatch, capfd):
         for mode in ("learned", "off")
         for unimix in ("0.01", "0.02")
     ]
+    wide = [*argv[: argv.index("--")], "--vary", "rssm.deter=64,512", *argv[argv.index("--") :]]
+    assert door(sweep.main, wide, monkeypatch, capfd)[0] == 0
+    assert threads == [1, None]  # a share of the cores, where any of them has use for it
+    assert looked_at == []  # which could keep some of a GPU's memory from the runs
 
 
 def test_a_report_shows_plain_runs_and_variants_in_the_order_of_their_numbers(tmp_path, monkeypatch, capfd):
