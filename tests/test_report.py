@@ -34,7 +34,7 @@ def cells(text, start):
     return next(line for line in text.splitlines() if line.strip().startswith(start)).split()
 
 
-def test_scores_of_finished_runs_alone(tmp_path):
+def test_scores_of_finished_runs_alone(tmp_path, capfd):
     finish(tmp_path, "Pong", 0, 14.0)
     finish(tmp_path, "Pong", 3, 18.0)
     finish(tmp_path, "Pong", 4, 0.0, finished=False)
@@ -50,6 +50,7 @@ def test_scores_of_finished_runs_alone(tmp_path):
     assert math.isnan(rows["Alien"].mean)
     one = results.collect(tmp_path, ATARI, [ATARI.task("Pong")])
     assert [row.task.name for row in one] == ["Pong"]
+    assert capfd.readouterr().err == ""
 
 
 def test_the_table_is_worked_out_by_hand(tmp_path):
@@ -122,6 +123,9 @@ def test_the_spread_over_seeds_stands_beside_the_means(tmp_path, monkeypatch, ca
     [
         ((0.96, 0.98), "0.97 ± 0.01"),
         ((999.0, 1002.0), "1,000 ± 2"),
+        ((1000.0,), "1,000"),
+        ((10.0,), "10.0"),
+        ((0.014,), "0.014"),
         ((1e13, 3e13), "2e+13 ± 1e+13"),
         ((5.0, 5.0, 5.0), "5.00 ± 0.00"),
         ((1.0, math.inf), "inf"),
@@ -219,7 +223,7 @@ def test_the_door(tmp_path, monkeypatch, capfd):
 
 def test_without_a_suite_every_suite_that_has_runs_is_shown(tmp_path, monkeypatch, capfd):
     argv = ["--logdir", str(tmp_path)]
-    (tmp_path / "notes").mkdir()
+    (tmp_path / "demo" / "Catch" / "seed7").mkdir(parents=True)  # not a run yet
     code, out, err = door(report.main, argv, monkeypatch, capfd)
     assert (code, out) == (1, "")
     assert err.startswith(f"error: {tmp_path}: there are no runs in this folder; a run is <logdir>/<suite>/")

@@ -34,6 +34,23 @@ def test_suites_without_humans_aggregate_their_own_measure(tmp_path):
     assert " ".join(cells(shown.export_text(), "score median")) == "score median 2 500.5 [500.0, 501.0]"
 
 
+def test_an_end_of_an_interval_that_rounds_to_zero_has_no_sign(tmp_path):
+    dmc = suites.get("dmc")
+    for task in ("walker_walk", "hopper_hop"):
+        for seed, score in enumerate((-0.002, 1.002)):
+            finish(tmp_path, task, seed, score, suite="dmc")
+    text = text_of(dmc, results.collect(tmp_path, dmc))
+    assert " ".join(cells(text, "score mean")) == "score mean 2 0.50 [0.00, 1.00]"
+
+
+def test_a_success_rate_of_one_run_among_several_has_no_error(tmp_path):
+    metaworld = suites.get("metaworld")
+    finish(tmp_path, "reach", 0, 3.0, suite="metaworld", success=0.5)
+    finish(tmp_path, "reach", 1, 3.0, suite="metaworld")  # of a version that did not tell
+    about = tables.as_dict(metaworld, results.collect(tmp_path, metaworld))
+    assert about["standard_error"] == {"reach": {"score": 0.0}}
+
+
 def test_scores_in_another_precision_than_the_published_ones_are_told(tmp_path, monkeypatch, capfd):
     finish(tmp_path, "Pong", 0, 14.6, precision="float32")
     finish(tmp_path, "Catch", 0, 1.0, suite="demo", precision="bfloat16")

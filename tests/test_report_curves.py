@@ -123,11 +123,14 @@ def test_a_copied_folder_adds_no_rows(evaluated, capfd):
     task = suites.get("gym"), evaluated / "gym" / "my-Task-v0"
     before = results.curves(evaluated, task[0])
     shutil.copytree(task[1], evaluated / "gym" / "backup")
+    shutil.copytree(task[1] / "seed0", task[1] / "seed1")
     assert results.curves(evaluated, task[0]) == before
     assert len(before) == 1
-    assert capfd.readouterr().err.startswith(
-        f"warning: {evaluated / 'gym' / 'backup'}: left out: it holds gym my/"
-    )
+    warned = capfd.readouterr().err.splitlines()  # of each once
+    assert [line.partition(": left out: it holds gym my/")[0] for line in warned] == [
+        f"warning: {evaluated / 'gym' / 'backup'}",
+        f"warning: {task[1] / 'seed1'}",
+    ]
 
 
 def test_where_no_curves_can_be_written(evaluated, tmp_path, monkeypatch, capfd):

@@ -84,6 +84,7 @@ def test_what_the_folders_compute_otherwise_is_told_below_the_table(tmp_path, mo
     configured(Path("runs"), 0)
     configured(Path("again"), 1, logdir="again", device="cuda")
     configured(Path("off"), 0, harmony={"mode": "off"}, agent_steps=7)
+    configured(Path("off"), 1, finished=False, agent_steps=9)  # the first run stands for all
     code, out, err = door(report.main, ["--logdir", "runs", "again", "off"], monkeypatch, capfd)
     assert (code, err) == (0, "")
     steps = default_config("demo").agent_steps
@@ -227,5 +228,18 @@ def test_folders_of_long_names_stand_below_each_other(tmp_path, monkeypatch, cap
         assert rows[at][1:] == [folders[0], "1", "0.00"]
         assert rows[at + 1] == [folders[1], "1", f"{scale:.1f}"]
         assert rows[at + 2] == [folders[2], "1", f"{2 * scale:.1f}"]
+        assert rows[at + 3] == []  # between tasks
     at = next(i for i, words in enumerate(rows) if words[:2] == ["score", "mean"])
     assert rows[at + 2] == [folders[2], "2", "300.0"]
+
+
+def test_a_success_rate_takes_the_room_of_a_folder_and_a_long_name_is_never_cut(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for length, below in ((20, False), (30, True), (150, True)):
+        folders = [letter * length for letter in "xz"]
+        for folder in folders:
+            finish(Path(folder), "reach", 0, 1.0, suite="metaworld", success=0.5)
+        code, out, err = door(report.main, ["--logdir", *folders], monkeypatch, capfd)
+        assert (code, err) == (0, "")
+        assert ("folder" in out.split()) == below
+        assert [out.count(letter) >= length for letter in "xz"] == [True, True]  # on several lines
