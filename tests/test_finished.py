@@ -72,6 +72,7 @@ def test_a_finished_run_goes_on_when_it_is_given_more_steps(tmp_path, monkeypatc
     record = json.loads((path_of(config) / "config.json").read_text())
     assert record["config"]["agent_steps"] == 40
     assert record["resumed"][-1]["changed"] == ["agent_steps: 24 -> 40"]
+    assert record["created"]["device"]["device"] == record["resumed"][-1]["device"]["device"] == "cpu"
     assert loop_cases.train(config) == json.loads((path_of(config) / "finished.json").read_text())["summary"]
 
 

@@ -78,8 +78,11 @@ def test_a_run_can_begin_with_an_older_checkpoint_of_another(tmp_path, monkeypat
         assert after.keys() == before.keys()
         assert all(torch.equal(after[name], before[name]) for name in before)
     for start, details in ((str(older), ("rssm.deter: 16 -> 8",)), (older.name, ())):
+        config = tiny(
+            tmp_path / "third", init_from=start, rssm={"deter": 8, "unimix": 0.02}
+        )  # which is no size
         with pytest.raises(CheckpointError, match=f"{older.name}: the checkpoint does not fit") as error:
-            loop_cases.train(tiny(tmp_path / "third", init_from=start, rssm={"deter": 8}))
+            loop_cases.train(config)
         assert tuple(error.value.details[:-1]) == details
     with pytest.raises(CheckpointError, match="there is no such checkpoint; there are 0000000040"):
         loop_cases.train(tiny(tmp_path / "third", init_from=str(older.with_name("1.safetensors"))))
@@ -126,11 +129,13 @@ def test_parameters_to_begin_with_that_are_not_there_or_do_not_fit_are_one_line(
 def test_parameters_of_another_task_that_do_not_fit_say_how_it_differs(tmp_path):
     first = tiny(tmp_path / "first", agent_steps=4)
     loop_cases.train(first)
-    task = {"suite": "gym", "task": "tests.gym_envs:Blind-v0", "env": {"obs": "state"}}
+    env = {"obs": "state", "image_size": 32}
+    task = {"suite": "gym", "task": "tests.gym_envs:Blind-v0", "env": env}
     other = tiny(tmp_path / "second", init_from=str(path_of(first)), **task)
     with pytest.raises(CheckpointError, match="the checkpoint does not fit") as error:
         loop_cases.train(other)
-    assert {*error.value.details[:3]} == {
+    assert {*error.value.details[:4]} == {
+        "env.image_size: 64 -> 32",
         'env.obs: "image" -> "state"',
         'suite: "demo" -> "gym"',
         'task: "Catch" -> "tests.gym_envs:Blind-v0"',
@@ -144,6 +149,7 @@ def test_what_a_run_began_with_may_be_named_otherwise_or_be_gone_when_it_goes_on
     first = tiny(tmp_path / "first", agent_steps=20)
     loop_cases.train(first)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     begun = str(path_of(first).relative_to(tmp_path))
     second = tiny(tmp_path / "second", init_from=begun, agent_steps=4)
     loop_cases.train(second)
@@ -151,8 +157,9 @@ def test_what_a_run_began_with_may_be_named_otherwise_or_be_gone_when_it_goes_on
     for steps, given, warned in (
         (6, str(path_of(first)), False),
         (8, f"./{begun}/", False),
-        (10, None, False),
-        (12, str(path_of(second)), True),
+        (10, f"~/{begun}", False),
+        (12, None, False),
+        (14, str(path_of(second)), True),
     ):
         capfd.readouterr()
         loop_cases.train(dataclasses.replace(second, init_from=given, agent_steps=steps))
@@ -162,12 +169,12 @@ def test_what_a_run_began_with_may_be_named_otherwise_or_be_gone_when_it_goes_on
     assert record["config"]["init_from"] == begun
     # It acts without having learned anything yet, just like a run that is always given the same path.
     again = tiny(tmp_path / "again", init_from=begun, agent_steps=4)
-    for steps in (4, 6, 8, 10, 12):
+    for steps in (4, 6, 8, 10, 12, 14):
         loop_cases.train(dataclasses.replace(again, agent_steps=steps))
     sent = [np.concatenate(env.sent).tolist() for env in made["train"][acted - 1 :]]
-    assert sent[:5] == sent[5:]
+    assert sent[:6] == sent[6:]
     shutil.rmtree(path_of(first))
-    loop_cases.train(dataclasses.replace(second, init_from=begun, agent_steps=14))
+    loop_cases.train(dataclasses.replace(second, init_from=begun, agent_steps=16))
 
 
 def test_a_run_that_began_by_itself_is_told_that_it_goes_on(tmp_path, monkeypatch, capfd):
