@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 
 import pytest
@@ -13,7 +15,7 @@ from hdfast.runtime.errors import Interrupted
 from hdfast.tuning import choice as choices
 from hdfast.tuning import settle as settling
 from hdfast.tuning.choice import Choice, Job, alone, path_of, remember, remembered
-from hdfast.tuning.search import CAPTURING, FINE, OVERLAPPING, TIMES, TuningError
+from hdfast.tuning.search import BUDGET, CAPTURING, FINE, LIMIT, OVERLAPPING, TIMES, TuningError
 from hdfast.tuning.settle import settle, summary
 from hdfast_kernels import dispatch
 from tests.agent_cases import SPECS, make_actions, one_thread, small_config  # noqa: F401
@@ -73,25 +75,47 @@ def test_what_is_damaged_is_not_remembered(damage):
     assert remembered(a_key()) is None
 
 
-def test_where_nothing_can_be_kept_a_run_goes_on(monkeypatch, tmp_path):
+def test_where_nothing_can_be_kept_a_run_goes_on(monkeypatch, tmp_path, capsys):
+    """A search that could time something would have been kept, so that it is told of."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("HDFAST_CACHE", str(tmp_path / "file" / "below"))
     assert remember(a_key(), Choice()) is None
     with alone(a_key(), lambda: None):
         assert remembered(a_key()) is None
+    monkeypatch.setattr(settling, "AUTOMATIC", ("cpu",))
+    for report in ({}, {TIMES: {"right": True, "ms": {"plain PyTorch": 2.0}}}):
+        monkeypatch.setattr(
+            settling, "search", lambda job, report=report, **options: Choice({}, False, report)
+        )
+        assert settled([]) == Choice({}, False, report)
+        told = "the result cannot be kept here, so it will be searched for again"
+        assert capsys.readouterr().err == (
+            f"warning: {tmp_path / 'file' / 'below'}: {told}\n" if report else ""
+        )
 
 
-def test_one_process_tries_and_the_others_wait():
-    waited = []
+def test_where_files_cannot_be_locked_nobody_waits(monkeypatch):
+    def flock(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with alone(a_key(), lambda: pytest.fail("it waits")):
+        assert remember(a_key(), Choice())
+
+
+def test_one_process_tries_and_the_others_wait(monkeypatch):
+    waited, told = [], []
 
     def check():
         waited.append(1)
-        raise Interrupted(15)
+        if len(waited) == 3:
+            raise Interrupted(15)
 
+    monkeypatch.setattr(choices, "POLL_SECONDS", 0)
     with alone(a_key(), lambda: pytest.fail("nobody else is there")), pytest.raises(Interrupted):  # noqa: SIM117
-        with alone(a_key(), check):
+        with alone(a_key(), check, lambda: told.append(1)):
             pass
-    assert waited == [1]
+    assert (waited, told) == ([1] * 3, [1])
     with alone(a_key(config={"rssm": {"deter": 20}}), check):
         pass
 
@@ -123,6 +147,25 @@ def test_a_run_searches_once_where_it_does_so_by_itself(monkeypatch):
     assert "--train.no-tune" in said[0]
     assert said[1].startswith("1 op in native (ms an update: plain PyTorch 12.3, fused 5); kept in ")
     assert settled(said, train={"tune": False}) == Choice(), "nor what is remembered"
+
+
+def test_a_run_that_waited_for_another_computes_as_that_found(monkeypatch):
+    found = Choice({"kl_balance": "native"}, False, {TIMES: {"right": True, "ms": {"plain PyTorch": 2.0}}})
+
+    @contextlib.contextmanager
+    def taken(key, check, waits):
+        waits()
+        remember(key, found)
+        yield
+
+    monkeypatch.setattr(settling, "AUTOMATIC", ("cpu",))
+    monkeypatch.setattr(settling, "alone", taken)
+    monkeypatch.setattr(settling, "search", lambda *_, **options: pytest.fail("it searches again"))
+    said = []
+    assert settled(said) == found
+    assert [line.partition(": ")[2] for line in said] == [
+        "another run is finding the fastest kernels; waiting for it"
+    ]
 
 
 def test_a_search_that_could_time_nothing_is_not_remembered(monkeypatch):
@@ -245,15 +288,15 @@ def test_where_a_backend_is_forced_the_door_searches_nothing(forced, text, monke
 
 
 def test_a_forced_backend_is_not_called_plain_pytorch(monkeypatch):
-    ms = {"plain PyTorch": 44.0, "plain PyTorch, graph": 9.5}
+    ms = {"plain PyTorch": 4400.0, "plain PyTorch, graph": 9.5}
     found = Choice({}, True, {TIMES: {"ms": ms}})
     assert summary(found) == (
-        "plain PyTorch, as a CUDA graph (ms an update: plain PyTorch 44, plain PyTorch, graph 9.5)"
+        "plain PyTorch, as a CUDA graph (ms an update: plain PyTorch 4,400, plain PyTorch, graph 9.5)"
     )
     monkeypatch.setenv("HDFAST_BACKEND", "triton")
     assert summary(found) == (
         "HDFAST_BACKEND=triton, as a CUDA graph "
-        "(ms an update: HDFAST_BACKEND=triton 44, HDFAST_BACKEND=triton, graph 9.5)"
+        "(ms an update: HDFAST_BACKEND=triton 4,400, HDFAST_BACKEND=triton, graph 9.5)"
     )
 
 
@@ -283,6 +326,7 @@ def test_the_door_tells_and_remembers(monkeypatch, capfd):
     searched = []
 
     def search(job, *, check, tell, limit, budget):
+        assert (limit, budget) == (LIMIT * tune.PATIENCE, BUDGET * tune.PATIENCE)  # nobody waits for it
         searched.append(job)
         tell({"begin": "linear"})
         tell({"end": "linear", "right": False, "why": "off"})
