@@ -16,6 +16,7 @@ from hdfast.tuning import trials
 from hdfast.tuning.search import (
     CAPTURING,
     DEFINITION,
+    FINE,
     TIMES,
     TuningError,
     chosen,
@@ -127,6 +128,24 @@ def test_where_not_even_plain_pytorch_runs_there_is_no_choice(monkeypatch, tmp_p
     )
     with pytest.raises(TuningError, match="ended with code 1: SystemExit: no GPU today"):
         searching.search(job(), check=lambda: None, tell=lambda line: None)
+
+
+def test_plain_pytorch_has_time_to_begin_however_short_a_trial_may_be(monkeypatch, tmp_path):
+    """Before it torch is imported, and CUDA begins."""
+    planted(
+        monkeypatch,
+        tmp_path,
+        """
+        import sys
+        if "hdfast.tuning.search" in sys.orig_argv:
+            with open(sys.orig_argv[-1], "a") as lines:
+                lines.write('{"begin": "plain PyTorch"}\\n')
+            sys.exit("no GPU today")
+        """,
+    )
+    tell = late_at(DEFINITION, 100, monkeypatch)
+    with pytest.raises(TuningError, match="no GPU today"):
+        searching.search(job(), check=lambda: None, tell=tell, limit=5)
 
 
 def test_a_search_can_be_stopped():
@@ -254,6 +273,24 @@ def test_a_second_search_tries_everything_again(monkeypatch):
         found = searching.search(asked, check=lambda: None, tell=lambda line: None)
         assert found.report[TIMES] == {"right": False, "why": "crashed"}
     assert begun == [[], [DEFINITION, TIMES]] * 2
+
+
+def test_a_search_whose_last_trial_fails_is_over(monkeypatch):
+    """Another process would have nothing to do."""
+    processes = []
+
+    def process(job, known, *_):
+        processes.append(sorted(known))
+        yield {"begin": DEFINITION}
+        yield {"end": DEFINITION, "right": True}
+        if FINE not in known:
+            yield {"begin": FINE}
+            yield {"reason": "crashed"}
+
+    monkeypatch.setattr(searching, "_lines", process)
+    found = searching.search(job(), check=lambda: None, tell=lambda line: None)
+    assert found.report[FINE] == {"right": False, "why": "crashed"}
+    assert processes == [[]]
 
 
 def test_the_module_is_the_process(tmp_path):

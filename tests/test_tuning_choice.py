@@ -115,7 +115,7 @@ def test_what_is_worth_most_is_tried_first(fails, monkeypatch):
             return {"kl_balance": "triton", "rssm_observe": "triton"}
 
         def others(self):
-            return {"rssm_observe": "persistent"}
+            return {"rssm_observe": "persistent", "linear": "persistent"}  # the second is no candidate
 
         def judge(self, ops):
             return Verdict(True)
