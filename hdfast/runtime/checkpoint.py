@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -154,8 +154,10 @@ def load(path: Path) -> Checkpoint:
 
 
 def _load(path: Path, number: int) -> Checkpoint:
-    meta = _verify(path)
-    return Checkpoint(safetensors.torch.load_file(path), meta, number, path)
+    with open(path, "rb") as file:
+        meta = _verify(file)
+        # By descriptor, as safetensors takes no path that is not UTF-8, and a writer may remove the file.
+        return Checkpoint(safetensors.torch.load_file(f"/dev/fd/{file.fileno()}"), meta, number, path)
 
 
 def numbered(directory: Path) -> dict[int, Path]:
@@ -191,21 +193,20 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _verify(path: Path) -> dict[str, Any]:
+def _verify(file: BinaryIO) -> dict[str, Any]:
     """Check a file against its checksum and return its meta. Raises: ValueError saying what is wrong."""
-    with open(path, "rb") as file:
-        start = file.read(_CHECKSUM_AT)
-        if len(start) < _CHECKSUM_AT or not start.endswith(_PREFIX):
-            raise ValueError("it does not begin like a checkpoint")
-        written = file.read(_DIGITS)
-        checksum = hashlib.blake2b(start + b"0" * _DIGITS, digest_size=_DIGITS // 2)
-        for chunk in _chunks(file):
-            checksum.update(chunk)
-        if checksum.hexdigest().encode() != written:
-            raise ValueError("its checksum does not match")
-        file.seek(0)
-        (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
-        return json.loads(json.loads(file.read(length))["__metadata__"]["meta"])
+    start = file.read(_CHECKSUM_AT)
+    if len(start) < _CHECKSUM_AT or not start.endswith(_PREFIX):
+        raise ValueError("it does not begin like a checkpoint")
+    written = file.read(_DIGITS)
+    checksum = hashlib.blake2b(start + b"0" * _DIGITS, digest_size=_DIGITS // 2)
+    for chunk in _chunks(file):
+        checksum.update(chunk)
+    if checksum.hexdigest().encode() != written:
+        raise ValueError("its checksum does not match")
+    file.seek(0)
+    (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
+    return json.loads(json.loads(file.read(length))["__metadata__"]["meta"])
 
 
 def _chunks(file: Any) -> Iterator[memoryview]:
