@@ -229,8 +229,11 @@ class Session:
                     }
                 )
             self.step_from, self.agent_steps = self.agent_steps, self.agent_steps + self.env.num_envs
-            for episode in finished:
-                self._score(episode)
+            with (
+                contextlib.ExitStack() as scores
+            ):  # each has its line, even if on_line raises at one before it
+                for episode in reversed(finished):
+                    scores.callback(self._score, episode)
             with annotate("learn"):
                 self._learn()
             with annotate("receive"):

@@ -203,6 +203,17 @@ def test_what_a_logger_raises_ends_the_run_with_a_checkpoint(tmp_path):
     assert_one_history(config)
 
 
+def test_what_a_logger_raises_at_one_episode_costs_no_other(tmp_path):
+    """Two environments whose episodes end in the same step."""
+    config = tiny(tmp_path, agent_steps=20)
+    with pytest.raises(CallbackError, match=r"^a line of scores\.jsonl: on_line raised ZeroDivisionError"):
+        loop.run(config, on_line=lambda file, line: 1 // 0 if file == "scores" else None)
+    written = lines(config, "scores", kind="episode")
+    assert len(written) == 2
+    train(config)
+    assert lines(config, "scores", kind="episode") == written
+
+
 def test_a_loss_that_is_not_finite_is_named(tmp_path, module):
     name = module(
         "import torch\nfrom hdfast.agent.learner import Learner\nfrom hdfast.agent.world_model import WorldModel\n"

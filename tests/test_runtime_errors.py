@@ -117,6 +117,13 @@ def run_door(body):
             4,
             "error: /x: No space left on device; make room and run it again\n",
         ),
+        (
+            "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)); "
+            "files = [open('/dev/null') for _ in range(50)]",
+            1,
+            "error: too many open files: this process may have 40; "
+            "`ulimit -n` allows more, and fewer --env.num-envs need less\n",
+        ),
     ],
 )
 def test_main_turns_errors_into_one_line_and_a_code(body, code, stderr):

@@ -1,5 +1,6 @@
 """How a search finds what a run uses: ops that are wrong, crash or hang affect no other."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -146,6 +147,18 @@ def test_plain_pytorch_has_time_to_begin_however_short_a_trial_may_be(monkeypatc
     tell = late_at(DEFINITION, 100, monkeypatch)
     with pytest.raises(TuningError, match="no GPU today"):
         searching.search(job(), check=lambda: None, tell=tell, limit=5)
+
+
+def test_a_learner_is_found_where_the_run_finds_it(monkeypatch, tmp_path):
+    """Beside the user's script, for example, whose folder is not that of another process."""
+    (tmp_path / "beside_the_script.py").write_text("print('found')\nclass Mine:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = job()
+    asked = dataclasses.replace(
+        asked, config=dataclasses.replace(asked.config, learner="beside_the_script:Mine")
+    )
+    with pytest.raises(TuningError, match="Mine is no subclass of"):
+        searching.search(asked, check=lambda: None, tell=lambda line: None)
 
 
 def test_a_search_can_be_stopped():

@@ -4,10 +4,12 @@ The exit codes are those of `hdfast.runtime.errors`.
 """
 
 import contextlib
+import errno
 import io
 import logging
 import os
 import re
+import resource
 import select
 import signal
 import sys
@@ -72,10 +74,10 @@ class _Warnings(logging.Handler):
 def main(door: Callable[[], int | None]) -> NoReturn:
     """Run a door and exit with its return value (None is 0), or after one line with its HdfastError's code.
 
-    A full disk (also under a file that takes the output), too little memory, a missing package: one line wherever
-    they occur. Ctrl-C gives 130, a closed pipe (`... | head`) silently with 141; a closed terminal changes nothing.
-    Every other exception keeps its traceback. Python's warnings, and log records of level WARNING and above, of any
-    package, are a line each.
+    A full disk (also under a file that takes the output), too little memory, too many open files, a missing package:
+    one line wherever they occur. Ctrl-C gives 130, a closed pipe (`... | head`) silently with 141; a closed terminal
+    changes nothing. Every other exception keeps its traceback. Python's warnings, and log records of level WARNING and
+    above, of any package, are a line each.
     What stdout and stderr cannot take is no error, see `output.prepare`.
     """
     output.prepare()
@@ -119,6 +121,10 @@ def _code_of(door: Callable[[], int | None]) -> int | str:
             raise
         return _report(told)
     except OSError as error:
+        if error.errno == errno.EMFILE:
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            what = f"too many open files: this process may have {limit}"
+            return _report(RunError(what, hint="`ulimit -n` allows more, and fewer --env.num-envs need less"))
         if error.errno not in NO_ROOM:
             raise
         return _report(DiskFullError(f"{error.strerror}", where=error.filename or "", hint=MAKE_ROOM))

@@ -250,7 +250,7 @@ def _lines(
     limit: seconds from one line to the next. end: when to give up, on the monotonic clock.
     """
     lines, said = folder / "lines", folder / "said"
-    (folder / "job").write_bytes(pickle.dumps((job, known)))
+    (folder / "job").write_bytes(pickle.dumps((sys.path, job, known)))
     lines.touch()
     command = [sys.executable, "-m", "hdfast.tuning.search", str(folder / "job"), str(lines)]
     homes = [str(Path(hdfast.__file__).parents[1]), os.environ.get("PYTHONPATH")]
@@ -322,7 +322,9 @@ def _end_with_parent() -> None:
 
 def main(job: str, lines: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    asked, known = pickle.loads(Path(job).read_bytes())
+    sys.path[:], asked, known = pickle.loads(
+        Path(job).read_bytes()
+    )  # a learner may be beside the user's script
     with open(lines, "a", buffering=1) as file:
         work(asked, known, lambda line: file.write(json.dumps(dict(line)) + "\n"))
 
