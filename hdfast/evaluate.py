@@ -21,6 +21,7 @@ from hdfast.runtime import entry, errors
 from hdfast.runtime.arguments import Arguments, given_path, natural, positive
 from hdfast.runtime.console import Console
 from hdfast.runtime.errors import ConfigError
+from hdfast.runtime.files import plain
 from hdfast.runtime.video import encode_gif, save_gif
 from hdfast.trained import Trained, load
 
@@ -181,7 +182,7 @@ def main() -> None:
     flags = parser.parse_args()
     with _telling(flags.episodes) as tell:
         scores = evaluate(**vars(flags), tell=tell)
-    sys.stdout.write(json.dumps(scores) + "\n")
+    sys.stdout.write(json.dumps(plain(scores), allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

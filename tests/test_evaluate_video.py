@@ -38,6 +38,7 @@ def test_evaluate_writes_a_video_of_the_first_episode(run):
     assert other["video"] == str(path.with_stem(f"{path.stem}_greedy_seed3"))
     assert path.exists(), "a film with other settings replaces none"
     path.unlink()
+    Path(other["video"]).unlink()
 
 
 def test_a_checkpoint_that_was_copied_out_of_its_run_is_named(run, tmp_path):
@@ -47,6 +48,15 @@ def test_a_checkpoint_that_was_copied_out_of_its_run_is_named(run, tmp_path):
         evaluate.evaluate(lone, episodes=1, video=True, device="cpu")
     hint = "a checkpoint is played where it lies, in <run>/checkpoints/"
     assert str(error.value) == f"{lone}: this checkpoint is in no run; {hint}"
+
+
+def test_a_link_to_a_checkpoint_is_of_the_run_that_it_leads_to(run, tmp_path):
+    (newest,) = path_of(run).glob("checkpoints/*.safetensors")
+    (best := tmp_path / "best.safetensors").symlink_to(newest)
+    found = evaluate.evaluate(best, episodes=1, video=True, device="cpu")
+    assert (found["run"], found["checkpoint"]) == (str(path_of(run)), newest.name)
+    (film,) = path_of(run).glob("videos/evaluate_*.gif")
+    film.unlink()
 
 
 def test_a_film_is_named_after_the_arguments_of_its_environment():

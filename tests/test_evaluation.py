@@ -1,16 +1,18 @@
 """Playing episodes to their end, and telling progress."""
 
+import json
 import re
 from functools import partial
 
 import numpy as np
 
-from hdfast import evaluation, session
+from hdfast import evaluate, evaluation, session
 from hdfast.envs.base import EnvStep
 from hdfast.runtime.progress import Progress
 from tests import loop_cases
 from tests.loop_cases import (
     Scripted,
+    door,
     one_thread,  # noqa: F401
     script,
     tiny,
@@ -78,3 +80,11 @@ def test_a_run_tells_how_many_episodes_of_an_evaluation_are_done(tmp_path, monke
     loop_cases.train(tiny(tmp_path, agent_steps=4, eval={"episodes": 3}))
     found = re.findall(r"phase=(\S+)", capfd.readouterr().out)
     assert list(dict.fromkeys(found)) == [f"evaluate,{done}/3" for done in range(4)]
+
+
+def test_scores_that_are_not_finite_are_json_all_the_same(monkeypatch, capfd):
+    monkeypatch.setattr(
+        evaluate, "evaluate", lambda *_, **__: {"score": float("inf"), "scores": [float("nan")]}
+    )
+    code, out, _ = door(evaluate.main, ["runs/demo/Catch/seed0"], monkeypatch, capfd)
+    assert (code, json.loads(out)) == (0, {"score": "Infinity", "scores": ["NaN"]})

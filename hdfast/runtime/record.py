@@ -74,6 +74,7 @@ def chosen(path: str | Path) -> checkpoint.Checkpoint:
     """
     path = Path(path).expanduser()
     if path.suffix == checkpoint.SUFFIX:
+        path = path.resolve() if path.is_symlink() else path  # its run is where the file is
         return checkpoint.load(path if path.parent.name else path.absolute())
     read_one(path)
     if (found := checkpoint.load_latest(path / "checkpoints")) is None:
