@@ -88,7 +88,8 @@ def check_out(
             raise ValueError(f"{op}: {name} has strides {out.stride()}, expected a contiguous tensor")
         return
     try:
-        apart = rows_of(out).stride(1) == 1 or shape[-1] == 1
+        rows = rows_of(out)
+        apart = (rows.stride(1) == 1 or shape[-1] == 1) and (len(rows) <= 1 or rows.stride(0) >= shape[-1])
     except RuntimeError:
         apart = False
     if not apart:

@@ -106,6 +106,14 @@ def test_what_cannot_hold_a_result(backend):
         silu(torch.empty(2, 4, dtype=BF16, device=device))
     with pytest.raises(ValueError, match=r"^layer_norm_silu: out has strides \(1, 2\), expected whole rows"):
         silu(torch.empty(4, 2, device=device).mT)
+    for overlapping in (
+        torch.empty(1, 4, device=device).expand(2, 4),
+        torch.empty(9, device=device).unfold(0, 4, 3),
+    ):
+        with pytest.raises(
+            ValueError, match=r"^layer_norm_silu: out has strides \([03], 1\), expected whole rows"
+        ):
+            silu(overlapping[:2])
     uneven, rows = torch.empty(2, 6, 4, device=device)[:, :3], torch.ones(2, 3, 4, device=device)
     with pytest.raises(
         ValueError, match=r"^layer_norm_silu: out has strides \(24, 4, 1\), expected whole rows"
