@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "hdfast.overrides": ("hdfast.runtime.errors",),
     "hdfast.flags": ("hdfast.usage", "hdfast.runtime.arguments", "hdfast.runtime.errors"),
     "hdfast.usage": (),
-    "hdfast.envs": ("hdfast.envs", "hdfast.suites", "hdfast.runtime.errors"),
+    "hdfast.envs": ("hdfast.envs", "hdfast.suites", "hdfast.runtime.errors", "hdfast.runtime.signals"),
     "hdfast.replay": ("hdfast.replay", "hdfast.envs.base", "hdfast.runtime", "hdfast_kernels"),
     "hdfast.agent": ("hdfast.agent", "hdfast.config", "hdfast.envs.base", "hdfast.runtime", "hdfast_kernels"),
     "hdfast.tuning": (
