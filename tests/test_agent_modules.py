@@ -1,6 +1,7 @@
 """Learners of one's own: further modules and behaviors, an actor that explores, other encoders, schedules, metrics."""
 
 import dataclasses
+import inspect
 import re
 
 import numpy as np
@@ -85,8 +86,7 @@ class Curious(Behavior):
 
 
 def test_a_second_behavior_as_documented(tmp_path, named):
-    methods = re.search(r"acts in training::\n\n((?:(?: {8}.*)?\n)+)", Learner.__doc__)[1]
-    methods = methods.replace(" " * 8, " " * 4)
+    methods = re.search(r"acts in training::\n\n((?:(?: {4}.*)?\n)+)", inspect.getdoc(Learner))[1]
     learner = named(
         f"from tests.test_agent_modules import Curious, Learner\n\nclass Mine(Learner):\n{methods}"
     )

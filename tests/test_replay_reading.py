@@ -4,6 +4,7 @@ Axes: N environments, T rows of an episode.
 """
 
 import errno
+import inspect
 import io
 import json
 import os
@@ -374,7 +375,7 @@ def test_the_replay_of_a_run_that_another_process_holds_is_not_opened(tmp_path, 
 
 
 def test_open_loop_of_an_episode_as_documented(catch):
-    code = re.search(r"::\n\n((?: {8}.*\n)+)", open_loop.__doc__)[1]
+    code = re.search(r"::\n\n((?: {4}.*\n)+)", inspect.getdoc(open_loop))[1]
     code = re.sub(r"^ +", "", code, flags=re.MULTILINE).replace("runs/demo/Catch/seed0", str(path_of(catch)))
     with load(path_of(catch), device="cpu") as trained:
         seen = {"hdfast": hdfast, "torch": torch, "trained": trained, "open_loop": open_loop}

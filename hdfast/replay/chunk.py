@@ -168,8 +168,8 @@ class ChunkReader:
         crc = zlib.crc32(payload, zlib.crc32(header, self.crc))
         if stored_crc != CRC.pack(crc):
             raise damaged(self._path, begin)
-        packed = np.frombuffer(bytearray(zlib.decompress(payload, -zlib.MAX_WBITS)), np.uint8)
-        packed = packed.reshape(rows, self._last.size)
+        numbers = np.frombuffer(bytearray(zlib.decompress(payload, -zlib.MAX_WBITS)), np.uint8)
+        packed = numbers.reshape(rows, self._last.size)
         for row in packed:
             row ^= self._last
             self._last = row
