@@ -242,7 +242,11 @@ def test_a_phase_is_a_range_for_both_profilers_and_ends_when_the_block_raises(mo
     assert parents["aten::ones"] is None
 
 
-@pytest.mark.parametrize("nvtx", [None, SimpleNamespace(annotate=None)], ids=["none", "before 0.2.11"])
+@pytest.mark.parametrize(
+    "nvtx",
+    [None, SimpleNamespace(annotate=None), SimpleNamespace(get_domain=lambda name: object())],
+    ids=["none", "0.2.10", "0.2.11"],
+)
 def test_ranges_are_nothing_without_nvtx(monkeypatch, fresh_ranges, nvtx):
     monkeypatch.setitem(sys.modules, "nvtx", nvtx)
     with profiling.annotate("update"), profiling.annotate("update"):

@@ -15,7 +15,7 @@ DOMAIN = "hdfast"
 def annotate(name: str) -> contextlib.AbstractContextManager[None]:
     """A context that Nsight shows as the range `name` in the domain "hdfast"; may be nested and entered again.
 
-    A no-op without nvtx 0.2.11 or newer.
+    A no-op without nvtx 0.2.12 or newer.
 
     In a CUDA graph, ranges show at its capture, not at its replay.
     """
@@ -23,7 +23,8 @@ def annotate(name: str) -> contextlib.AbstractContextManager[None]:
         from nvtx import get_domain
     except ImportError:
         return contextlib.nullcontext()
-    domain = get_domain(DOMAIN)
+    if not hasattr(domain := get_domain(DOMAIN), "push_range"):
+        return contextlib.nullcontext()
     return _Range(domain, domain.get_event_attributes(message=name))
 
 
