@@ -229,9 +229,7 @@ class Session:
                     }
                 )
             self.step_from, self.agent_steps = self.agent_steps, self.agent_steps + self.env.num_envs
-            with (
-                contextlib.ExitStack() as scores
-            ):  # each has its line, even if on_line raises at one before it
+            with contextlib.ExitStack() as scores:  # each has its line, even if on_line raises at another
                 for episode in reversed(finished):
                     scores.callback(self._score, episode)
             with annotate("learn"):

@@ -157,7 +157,7 @@ def _load(path: Path, number: int) -> Checkpoint:
     with open(path, "rb") as file:
         meta = _verify(file)
         # By descriptor, as safetensors takes no path that is not UTF-8, and a writer may remove the file.
-        return Checkpoint(safetensors.torch.load_file(f"/dev/fd/{file.fileno()}"), meta, number, path)
+        return Checkpoint(safetensors.torch.load_file(f"/proc/self/fd/{file.fileno()}"), meta, number, path)
 
 
 def numbered(directory: Path) -> dict[int, Path]:

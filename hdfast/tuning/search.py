@@ -322,9 +322,8 @@ def _end_with_parent() -> None:
 
 def main(job: str, lines: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    sys.path[:], asked, known = pickle.loads(
-        Path(job).read_bytes()
-    )  # a learner may be beside the user's script
+    # With the run's own path, as a learner may be beside the user's script.
+    sys.path[:], asked, known = pickle.loads(Path(job).read_bytes())
     with open(lines, "a", buffering=1) as file:
         work(asked, known, lambda line: file.write(json.dumps(dict(line)) + "\n"))
 
