@@ -18,6 +18,7 @@ from hdfast.tables import TaskScores
 KEYS = ("suite", "task", "seed", "agent_steps")
 NUMBERS = ("frames", "seconds", "episodes", "score", "standard_error", "success")
 CURVES = (*KEYS, *NUMBERS)
+_APART = ("task", "seed", *RESUMABLE_CHANGES)  # what may differ between runs that are shown together
 
 
 def collect(
@@ -94,8 +95,7 @@ def differences(folders: Sequence[Path], suite: suites.Suite) -> list[str]:
                 configs[folder] = with_defaults(read(path).config)
                 break
     first, own = next(iter(configs.items()), (None, {}))
-    ignore = {"task", "seed", *RESUMABLE_CHANGES}
-    lines = {folder: difference(own, config, ignore) for folder, config in configs.items()}
+    lines = {folder: difference(own, config, _APART) for folder, config in configs.items()}
     return [f"{folder} against {first}: {', '.join(found)}" for folder, found in lines.items() if found]
 
 
@@ -148,8 +148,7 @@ def _task_of(path: Path, suite: suites.Suite, seed: int) -> suites.Task:
 
 def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """The fields that decide what is computed, except the seed, in which configurations differ."""
-    ignore = {"task", "seed", *RESUMABLE_CHANGES}
-    lines = [line for other in configs[1:] for line in difference(configs[0], other, ignore)]
+    lines = [line for other in configs[1:] for line in difference(configs[0], other, _APART)]
     return list(dict.fromkeys(line.partition(":")[0] for line in lines))
 
 

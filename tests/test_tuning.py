@@ -268,20 +268,25 @@ def test_where_a_capture_fails_another_process_does_the_rest_without(monkeypatch
     assert "ms an update: plain PyTorch 2, fused 1" in summary(found)
 
 
-def test_a_second_search_tries_everything_again(monkeypatch):
-    """What one search finds out is not kept in its job."""
-    begun = []
+def crashes_at(trial, monkeypatch) -> list[list[str]]:
+    """Lets processes try the definition alone, and crash at this trial; returns what each knows as it begins."""
+    begun: list[list[str]] = []
 
     def process(job, known, *_):
         begun.append(sorted(known))
         yield {"begin": DEFINITION}
         yield {"end": DEFINITION, "right": True}
-        if TIMES not in known:
-            yield {"begin": TIMES}
+        if trial not in known:
+            yield {"begin": trial}
             yield {"reason": "crashed"}
 
     monkeypatch.setattr(searching, "_lines", process)
-    asked = job()
+    return begun
+
+
+def test_a_second_search_tries_everything_again(monkeypatch):
+    """What one search finds out is not kept in its job."""
+    begun, asked = crashes_at(TIMES, monkeypatch), job()
     for _ in range(2):
         found = searching.search(asked, check=lambda: None, tell=lambda line: None)
         assert found.report[TIMES] == {"right": False, "why": "crashed"}
@@ -290,20 +295,10 @@ def test_a_second_search_tries_everything_again(monkeypatch):
 
 def test_a_search_whose_last_trial_fails_is_over(monkeypatch):
     """Another process would have nothing to do."""
-    processes = []
-
-    def process(job, known, *_):
-        processes.append(sorted(known))
-        yield {"begin": DEFINITION}
-        yield {"end": DEFINITION, "right": True}
-        if FINE not in known:
-            yield {"begin": FINE}
-            yield {"reason": "crashed"}
-
-    monkeypatch.setattr(searching, "_lines", process)
+    begun = crashes_at(FINE, monkeypatch)
     found = searching.search(job(), check=lambda: None, tell=lambda line: None)
     assert found.report[FINE] == {"right": False, "why": "crashed"}
-    assert processes == [[]]
+    assert begun == [[]]
 
 
 def test_the_module_is_the_process(tmp_path):

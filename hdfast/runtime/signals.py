@@ -10,7 +10,8 @@ from typing import Any, Self
 
 from hdfast.runtime.errors import Interrupted, OutputFullError
 
-# Handlers of forked processes, such as an environment's own: terminate() ends them, the terminal's signals do not.
+# Handlers by signal, the last to be set first in the list: what forked processes get, such as an environment's own.
+# terminate() is to end them, and the terminal's signals are not.
 in_forked: list[dict[int, Any]] = []
 _forking = threading.local()
 
